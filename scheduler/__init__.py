@@ -1,0 +1,1 @@
+"""Decides: requests, pages, passes and placement. Standard library only; integers in, plans out."""

@@ -1,0 +1,29 @@
+"""Errors that a user can cause. Each message says what, where, how much and what to do."""
+
+
+class HeadraceError(Exception):
+    """Base of every error that a user can cause; the command line prints it and exits non-zero."""
+
+
+class StoreError(HeadraceError):
+    """A checkpoint or a store is missing, damaged, incomplete or not understood."""
+
+
+class UnsupportedModelError(HeadraceError):
+    """The architecture cannot be run here without changing its results."""
+
+
+class DoesNotFitError(HeadraceError):
+    """The model, the pages or the ring need more memory than the budgets give."""
+
+
+class RequestError(HeadraceError):
+    """One request is malformed or cannot be served (too long, bad parameters)."""
+
+
+class JobError(HeadraceError):
+    """A batch job cannot start or go on: locked, unwritable, or belonging to another model."""
+
+
+class StageError(HeadraceError):
+    """A stage died, hung or disagreed with the plan."""

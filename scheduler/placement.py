@@ -1,0 +1,162 @@
+"""Placement is data: which stage visits which layers, in what order, and where their bytes live."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Tier(str, Enum):
+    """Where a layer's weights rest between visits."""
+
+    DEVICE = "device"
+    HOST = "host"
+    NVME = "nvme"
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """Consecutive layers that one stage computes while every micro-batch of a pass goes by."""
+
+    stage: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Visits in ring order; their layers are 0, 1, ..., num_layers - 1. `tiers` has one entry a layer.
+
+    The stage of the first visit embeds tokens, the stage of the last one holds the head and samples.
+    """
+
+    num_stages: int
+    visits: tuple[Visit, ...]
+    tiers: tuple[Tier, ...]
+
+    def __post_init__(self) -> None:
+        order = [layer for visit in self.visits for layer in visit.layers]
+        assert order == list(range(len(self.tiers))), order
+        assert {visit.stage for visit in self.visits} == set(range(self.num_stages))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.tiers)
+
+    @property
+    def first_stage(self) -> int:
+        return self.visits[0].stage
+
+    @property
+    def last_stage(self) -> int:
+        return self.visits[-1].stage
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """The (from, to) pairs of stages between which hidden states travel, in ring order."""
+        pairs = zip(self.visits, self.visits[1:], strict=False)
+        return tuple(dict.fromkeys((a.stage, b.stage) for a, b in pairs if a.stage != b.stage))
+
+    def visits_of(self, stage: int) -> tuple[int, ...]:
+        """Indices into `visits`, in ring order."""
+        return tuple(i for i, visit in enumerate(self.visits) if visit.stage == stage)
+
+    def layers_of(self, stage: int) -> tuple[int, ...]:
+        return tuple(
+            layer for visit in self.visits if visit.stage == stage for layer in visit.layers
+        )
+
+    def streamed(self, stage: int) -> tuple[int, ...]:
+        """The stage's layers that a pass has to load, in the order it needs them."""
+        return tuple(i for i in self.layers_of(stage) if self.tiers[i] is not Tier.DEVICE)
+
+
+def contiguous_visits(num_layers: int, num_stages: int, layers_a_visit: int) -> tuple[Visit, ...]:
+    """Stage s takes the s-th block of layers, cut into visits of at most `layers_a_visit` layers."""
+    visits = []
+    for stage in range(num_stages):
+        start, end = (num_layers * s // num_stages for s in (stage, stage + 1))
+        for first in range(start, end, layers_a_visit):
+            visits.append(Visit(stage, tuple(range(first, min(first + layers_a_visit, end)))))
+    return tuple(visits)
+
+
+def cyclic_visits(num_layers: int, num_stages: int, layers_a_visit: int) -> tuple[Visit, ...]:
+    """Visit v goes to stage v mod N, so that every stage loads for the same convoy of sequences."""
+    starts = range(0, num_layers, layers_a_visit)
+    return tuple(
+        Visit(v % num_stages, tuple(range(first, min(first + layers_a_visit, num_layers))))
+        for v, first in enumerate(starts)
+    )
+
+
+def spread(num_layers: int, num_resident: int) -> tuple[bool, ...]:
+    """Which of a stage's layers stay resident: evenly spaced, so that their compute hides loads."""
+    return tuple(
+        (i + 1) * num_resident // num_layers > i * num_resident // num_layers
+        for i in range(num_layers)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What one stage allocates, in bytes. `device` parts fit --device-memory, `host` parts --host-memory.
+
+    resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
+    kv: pages of this stage's layers.  scratch: one dequantized matrix.  activations: one micro-batch.
+    host_layers: pinned layers.  embed: the embedding table, kept in host RAM and outside the budget,
+    like `process`: interpreter, libraries and reader buffers.
+    """
+
+    resident: int
+    ring: int
+    head: int
+    kv: int
+    scratch: int
+    activations: int
+    host_layers: int
+    embed: int
+    process: int
+
+    @property
+    def device(self) -> int:
+        return (
+            self.resident + self.ring + self.head + self.kv + self.scratch + self.activations
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One decode pass of `sequences` sequences, by the formula of the design.
+
+    `terms` maps each physical bound ("nvme", "pcie", "compute", "hbm", "hops") to its seconds; the
+    largest binds. tokens/s = sequences / pass_seconds.
+    """
+
+    sequences: int
+    pass_seconds: float
+    tokens_per_second: float
+    bound_by: str
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is settled before a run. A run fails rather than deviate from it.
+
+    `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages with the same ids on every
+    stage; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
+    `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; `passes_in_flight` passes.
+    """
+
+    placement: Placement
+    slot_bytes: int
+    ring_slots: tuple[int, ...]
+    num_pages: int
+    max_context: int
+    token_budget: int
+    max_sequences: int
+    micro_batches: int
+    micro_batch_tokens: int
+    passes_in_flight: int
+    memory: tuple[StageMemory, ...]
+    nvme_bytes_a_pass: tuple[int, ...]
+    host_bytes_a_pass: tuple[int, ...]
+    prediction: Prediction

@@ -1,0 +1,106 @@
+"""What crosses to a stage: a Pass goes out, a PassResult comes back. Nothing else does.
+
+Participation in every transfer and every sampled row is decided here, by the scheduler, never by a
+stage: each stage derives what it receives, computes and sends from the same Pass and the same
+placement.
+"""
+
+from dataclasses import dataclass
+
+PAGE_TOKENS = 64
+"""Tokens in one KV page, on every stage and layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the token after a slice is drawn.
+
+    `history` carries the request's tokens so far (prompt and output) when a penalty needs them and
+    is empty otherwise; `num_prompt` says how many of them are prompt. The random number is a
+    function of (seed, position) alone, so that running a pass again draws the same token.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int
+    logprobs: int | None
+    num_prompt: int
+    history: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Consecutive tokens of one request: positions [start, start + len(tokens)).
+
+    `pages[i]` holds positions [64 i, 64 i + 64); together they cover at least the slice's end.
+    `sampling` is None while the slice does not reach the end of the request's tokens.
+    """
+
+    request: int
+    start: int
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    sampling: Sampling | None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Slices that travel together; hidden states are packed in this order."""
+
+    slices: tuple[Slice, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(piece.tokens) for piece in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One sweep through every layer. Stages execute passes in the order of `step`."""
+
+    step: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch.num_tokens for batch in self.micro_batches)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One drawn token. `top` holds (token, logprob) of the most likely ones, when asked for."""
+
+    request: int
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Where one stage's pass went, in seconds, and what it streamed, in bytes."""
+
+    stage: int
+    total: float
+    weights_wait: float
+    link_wait: float
+    nvme_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a stage returns: samples only from the stage of the last visit, times from every one."""
+
+    step: int
+    samples: tuple[Sample, ...]
+    times: StageTimes

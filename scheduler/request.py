@@ -1,0 +1,120 @@
+"""A request, its sampling parameters and why it ended."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from headrace.scheduler.errors import RequestError
+from headrace.scheduler.plan import Sampling
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to continue a prompt. Names and defaults are those that vLLM's users know.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 are off. `repetition_penalty`
+    divides (multiplies, when negative) the logits of every token seen in prompt or output;
+    `presence_penalty` and `frequency_penalty` look at the output only, as OpenAI defines them.
+    `seed` None draws from a seed derived from the request's identity, so that jobs can be resumed.
+    `logprobs` k returns the chosen token's logprob and those of the k most likely.
+    """
+
+    n: int = 1
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        # Lists from JSON and from vLLM habits become tuples; a single stop string is one of many.
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
+        for name, good, rule in (
+            ("n", self.n >= 1, "at least 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0.0 <= self.temperature <= 100.0, "between 0 and 100"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
+            ("repetition_penalty", self.repetition_penalty > 0.0, "above 0"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            ("stop", all(self.stop), "made of non-empty strings"),
+        ):
+            if not good:
+                raise RequestError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+
+    @property
+    def needs_history(self) -> bool:
+        return bool(
+            self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A sequence being continued. The scheduler owns it; `tokens` grows by what it commits.
+
+    `num_computed` tokens have their keys and values in `pages`; whatever lies beyond is pending, so
+    prefill, decode and recompute after a preemption are the same subtraction.
+    """
+
+    request_id: int
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int] = frozenset()
+    num_prompt: int = field(init=False)
+    num_computed: int = field(init=False, default=0)
+    pages: list[int] = field(init=False, default_factory=list)
+    finish_reason: FinishReason | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.num_prompt :]
+
+    def sampling(self) -> Sampling:
+        """What the last stage needs to draw this request's next token."""
+        params = self.params
+        return Sampling(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            seed=self.seed,
+            logprobs=params.logprobs,
+            num_prompt=self.num_prompt,
+            history=tuple(self.tokens) if params.needs_history else (),
+        )
