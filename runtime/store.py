@@ -14,8 +14,20 @@ So the data section is one O_DIRECT extent, and every tensor is a view of the sl
 A directory without headrace.json is not a store: nothing half-written ever looks complete.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from headrace.scheduler.errors import StoreError
+
+MANIFEST = "headrace.json"
+JOURNAL = "headrace-convert.jsonl"
+VERSION = 1
+READ_BYTES = 8 << 20
 
 ALIGN_TENSOR = 256
 ALIGN_BLOCK = 4096
@@ -80,3 +92,189 @@ class LayerShape:
     parameters: int
     active_parameters: int
     largest_matrix: int
+
+
+class Store:
+    """A finished store, opened for reading. Opening reads the manifest and the files' sizes only.
+
+    `config` is config.json, `layers` are in order, `tied` says that the head multiplies with the
+    table in `embed` (`head` then holds what comes before it, the final norm). `format` is what the
+    store was converted to, `dtype` (safetensors' name) the type of what is not quantized, `source`
+    the fingerprint of the checkpoint it was made from.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], manifest: dict[str, Any]) -> None:
+        blocks = tuple(block_from_json(path, entry) for entry in manifest["blocks"])
+        self.path = path
+        self.config = config
+        self.embed, self.head = blocks[0], blocks[-1]
+        self.layers = blocks[1:-1]
+        self.layer_shapes = tuple(LayerShape(**shape) for shape in manifest["layer_shapes"])
+        self.format: str = manifest["format"]
+        self.dtype: str = manifest["dtype"]
+        self.tied: bool = manifest["tied"]
+        self.source: str = manifest["source"]
+        self.options: dict[str, Any] = manifest["options"]
+        self._header_hashes = {entry["name"]: entry["header"] for entry in manifest["blocks"]}
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Store":
+        """Raises StoreError when `path` is no complete store, saying what it is and what to do."""
+        path = Path(path)
+        manifest = _read_manifest(path)
+        try:
+            store = cls(path, _read_json(path / "config.json"), manifest)
+        except (KeyError, TypeError, IndexError) as error:
+            raise StoreError(
+                f"{path / MANIFEST} is damaged ({error!r}); convert the checkpoint again"
+            ) from error
+        for block in store.blocks:
+            _check_size(block)
+        return store
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (self.embed, *self.layers, self.head)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the model: its configuration and every byte of its weights."""
+        hasher = xxhash.xxh3_128(json.dumps(self.config, sort_keys=True).encode())
+        for block in self.blocks:
+            hasher.update(f"{block.name} {block.xxh3_64} {self._header_hashes[block.name]}".encode())
+        return hasher.hexdigest()
+
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads every byte and compares hashes; `progress` gets (bytes checked, bytes in all).
+
+        Raises StoreError naming the first damaged block.
+        """
+        done, total = 0, self.nbytes
+        for block in self.blocks:
+            _check_size(block)
+            hasher = xxhash.xxh3_64()
+            with block.file.open("rb", buffering=0) as stream:
+                header = xxhash.xxh3_64_hexdigest(stream.read(block.data_offset))
+                while chunk := stream.read(READ_BYTES):
+                    hasher.update(chunk)
+                    done += len(chunk)
+                    if progress:
+                        progress(done, total)
+            found = hasher.hexdigest()
+            if (header, found) != (self._header_hashes[block.name], block.xxh3_64):
+                part = "data" if found != block.xxh3_64 else "header"
+                raise StoreError(
+                    f"block {block.name!r} is damaged: the {part} of {block.file} has changed since "
+                    "it was written; copy the file again, or delete the store and convert again"
+                )
+
+    def read_block(self, block: Block) -> bytearray:
+        """The block's data section, through the page cache."""
+        data = bytearray(block.nbytes)
+        with block.file.open("rb") as stream:
+            stream.seek(block.data_offset)
+            if stream.readinto(data) != block.nbytes:
+                raise StoreError(f"{block.file} ended while it was read; is it being replaced?")
+        return data
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise StoreError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise StoreError(f"{file} is damaged ({error}); convert the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise StoreError(f"{file} is damaged (no JSON object); convert the checkpoint again")
+    return value
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise StoreError(f"there is no store at {path}: no such directory")
+    if not (path / MANIFEST).exists():
+        raise StoreError(_why_no_store(path))
+    manifest = _read_json(path / MANIFEST)
+    version = manifest.get("version")
+    if version != VERSION:
+        raise StoreError(
+            f"{path} is a store of version {version}, this release reads version {VERSION}; "
+            "update headrace, or convert the checkpoint again"
+        )
+    return manifest
+
+
+def _why_no_store(path: Path) -> str:
+    if (path / JOURNAL).exists():
+        done = max((path / JOURNAL).read_bytes().count(b"\n") - 1, 0)
+        return (
+            f"{path} is an unfinished conversion ({done} blocks are done); "
+            "run the same headrace convert again to resume it"
+        )
+    if (path / "config.json").exists():
+        return (
+            f"{path} is a Hugging Face checkpoint, not a store; run headrace convert {path} STORE "
+            "first and give STORE"
+        )
+    return f"{path} is not a store: it has no {MANIFEST}"
+
+
+def _check_size(block: Block) -> None:
+    expected = block.data_offset + block.nbytes
+    try:
+        found = block.file.stat().st_size
+    except OSError as error:
+        raise StoreError(
+            f"block {block.name!r} is missing: cannot read {block.file} ({error.strerror})"
+        ) from error
+    if found != expected:
+        raise StoreError(
+            f"block {block.name!r} is truncated or damaged: {block.file} has {found} bytes instead "
+            f"of {expected}; copy the file again, or delete the store and convert again"
+        )
+
+
+def block_to_json(block: Block, header_hash: str) -> dict[str, Any]:
+    """The manifest's entry of a block. Every part is [dtype, shape, offset, nbytes]."""
+    return {
+        "name": block.name,
+        "file": block.file.name,
+        "data_offset": block.data_offset,
+        "nbytes": block.nbytes,
+        "xxh3_64": block.xxh3_64,
+        "header": header_hash,
+        "weights": {name: _weight_to_json(spec) for name, spec in block.weights.items()},
+    }
+
+
+def _weight_to_json(spec: WeightSpec) -> dict[str, Any]:
+    entry = asdict(spec)
+    entry["parts"] = {
+        role: [part.dtype, part.shape, part.offset, part.nbytes]
+        for role, part in spec.parts.items()
+    }
+    return entry
+
+
+def block_from_json(path: Path, entry: dict[str, Any]) -> Block:
+    return Block(
+        name=entry["name"],
+        file=path / entry["file"],
+        data_offset=entry["data_offset"],
+        nbytes=entry["nbytes"],
+        xxh3_64=entry["xxh3_64"],
+        weights={name: _weight_from_json(spec) for name, spec in entry["weights"].items()},
+    )
+
+
+def _weight_from_json(entry: dict[str, Any]) -> WeightSpec:
+    parts = {
+        role: TensorSpec(dtype, tuple(shape), offset, nbytes)
+        for role, (dtype, shape, offset, nbytes) in entry["parts"].items()
+    }
+    return WeightSpec(**{**entry, "shape": tuple(entry["shape"]), "parts": parts})

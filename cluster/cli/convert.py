@@ -1,0 +1,167 @@
+"""`headrace convert` and `headrace inspect`: a bar with bytes/s and ETA, tables of what is stored."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from headrace.runtime.convert import Progress, convert
+from headrace.runtime.store import Block, Store
+from headrace.scheduler.errors import HeadraceError
+
+
+def parse_policy(rules: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """"*.down_proj.weight=int8" -> ("*.down_proj.weight", "int8"). Raises HeadraceError."""
+    pairs = []
+    for rule in rules:
+        glob, found, fmt = rule.rpartition("=")
+        if not (glob and found and fmt):
+            raise HeadraceError(f"a policy rule is PATTERN=FORMAT, such as '*.down_proj.weight=int8', not {rule!r}")
+        pairs.append((glob, fmt))
+    return tuple(pairs)
+
+
+def run_convert(
+    console: Console,
+    source: Path,
+    dest: Path,
+    *,
+    format: str,
+    policy: Sequence[str],
+    double_quant: bool,
+    allow_missing_tokenizer: bool,
+    self_check: Callable[[PretrainedConfig], None] | None,
+) -> Store:
+    """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
+    pairs = parse_policy(policy)
+    with _bar(console) as bar:
+        store = convert(
+            source,
+            dest,
+            format=format,
+            policy=pairs,
+            double_quant=double_quant,
+            progress=_Meter(bar),
+            self_check=self_check,
+            allow_missing_tokenizer=allow_missing_tokenizer,
+        )
+    console.print(summary(store))
+    return store
+
+
+def run_inspect(console: Console, path: Path, *, verify: bool, as_json: bool) -> None:
+    """Prints a store's layers, bytes and formats; `verify` checks every hash. Raises HeadraceError."""
+    store = Store.open(path)
+    if verify:
+        with _bar(console) as bar:
+            task = bar.add_task("verifying", total=store.nbytes)
+            store.verify(lambda done, total: bar.update(task, completed=done, total=total))
+    if as_json:
+        console.print_json(data=describe(store, verified=verify))
+        return
+    console.print(Group(summary(store), layer_table(store)))
+    if verify:
+        console.print(f"verified: all {len(store.blocks)} blocks are as they were written")
+
+
+class _Meter:
+    """Turns a conversion's reports into a bar, whose speed leaves out what an earlier run wrote."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+
+    def __call__(self, report: Progress) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task(
+                report.block, total=report.total, completed=report.resumed
+            )
+        self._bar.update(self._task, completed=report.done, description=report.block)
+
+
+def _bar(console: Console) -> Bar:
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def format_bytes(blocks: Iterable[Block]) -> dict[str, int]:
+    """Stored bytes by format; raw tensors count under their type ("bf16")."""
+    sizes: dict[str, int] = {}
+    for block in blocks:
+        for weight in block.weights.values():
+            name = weight.format
+            if name == "raw":
+                name = weight.parts["data"].dtype.lower()
+            sizes[name] = sizes.get(name, 0) + sum(p.nbytes for p in weight.parts.values())
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def describe(store: Store, *, verified: bool) -> dict[str, Any]:
+    """What `headrace inspect --json` prints; sizes in bytes."""
+    return {
+        "path": str(store.path),
+        "model_type": store.config["model_type"],
+        "format": store.format,
+        "dtype": store.dtype,
+        "options": store.options,
+        "tied": store.tied,
+        "digest": store.digest,
+        "nbytes": store.nbytes,
+        "verified": verified,
+        "blocks": [
+            {"name": block.name, "nbytes": block.nbytes, "formats": format_bytes([block])}
+            for block in store.blocks
+        ],
+    }
+
+
+def summary(store: Store) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    parameters = sum(shape.parameters for shape in store.layer_shapes)
+    table.add_row("store", str(store.path))
+    table.add_row("model", f"{store.config['model_type']}, {len(store.layers)} layers")
+    table.add_row("format", f"{store.format}, the rest in {store.dtype.lower()}")
+    table.add_row("size", decimal(store.nbytes))
+    table.add_row("parameters", f"{parameters / 1e9:.2f} billion in the layers' matrices")
+    table.add_row("digest", store.digest)
+    return table
+
+
+def layer_table(store: Store) -> Table:
+    """One row for the embedding, each run of layers that are stored alike, and the head."""
+    table = Table("block", "bytes", "formats")
+    for first, last, block in _runs(store.blocks):
+        name = first if first == last else f"{first} ... {last}"
+        formats = ", ".join(f"{fmt} {decimal(size)}" for fmt, size in format_bytes([block]).items())
+        table.add_row(name, decimal(block.nbytes) + (" each" if first != last else ""), formats)
+    return table
+
+
+def _runs(blocks: Sequence[Block]) -> list[tuple[str, str, Block]]:
+    runs: list[tuple[str, str, Block]] = []
+    for block in blocks:
+        if runs and (same := runs[-1])[2].nbytes == block.nbytes:
+            if format_bytes([same[2]]) == format_bytes([block]):
+                runs[-1] = (same[0], block.name, same[2])
+                continue
+        runs.append((block.name, block.name, block))
+    return runs

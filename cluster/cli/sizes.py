@@ -1,0 +1,27 @@
+"""Sizes on the command line: "4MiB", "600 MB", "10GiB", "0"."""
+
+import re
+from decimal import Decimal
+
+from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.sizes import format_size
+
+__all__ = ["format_size", "parse_size"]
+
+UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
+}
+
+PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes. MB is 1000 x 1000 and MiB 1024 x 1024; a bare number is bytes. Raises HeadraceError."""
+    match = PATTERN.fullmatch(text)
+    unit = match[2].lower() if match else None
+    if match is None or unit not in UNITS:
+        raise HeadraceError(f"{text!r} is not a size: write 600MB, 4MiB, 1.5GiB or 0")
+    return int(Decimal(match[1]) * UNITS[unit])

@@ -1,0 +1,22 @@
+"""What the engine hands back when a request has ended."""
+
+from dataclasses import dataclass
+
+from headrace.scheduler.plan import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished sequence.
+
+    `token_ids` are the generated tokens without the prompt's `num_prompt` ones. `text` is their
+    decoded form, cut at a stop string. `finish_reason` is "stop", "length" or "abort". `logprobs`
+    has one Sample per generated token when the request asked for them and is None otherwise.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[Sample] | None
+    num_prompt: int

@@ -1,0 +1,183 @@
+"""The engine: keeps the ring full, commits what comes back, and turns tokens into text."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.cluster.completion import Completion
+from headrace.cluster.detokenize import StopStrings, decode
+from headrace.cluster.pipeline import Pending, Pipeline
+from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.errors import StageError
+from headrace.scheduler.placement import Plan
+from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
+from headrace.scheduler.request import FinishReason, Request, SamplingParams
+from headrace.scheduler.scheduler import Scheduler
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine started; `stages` sums each stage's times over all passes."""
+
+    num_stages: int
+    passes: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    busy_seconds: float = 0.0
+    bound_seconds: float = 0.0
+    stages: list[StageTimes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(self.num_stages)]
+
+    def add(self, results: Sequence[PassResult]) -> None:
+        self.passes += 1
+        for result in results:
+            new, old = result.times, self.stages[result.times.stage]
+            self.stages[new.stage] = StageTimes(
+                new.stage,
+                old.total + new.total,
+                old.weights_wait + new.weights_wait,
+                old.link_wait + new.link_wait,
+                old.nvme_bytes + new.nvme_bytes,
+                old.host_bytes + new.host_bytes,
+            )
+
+
+class Engine:
+    """Requests in, completions out. One thread calls it; stages work elsewhere."""
+
+    def __init__(
+        self, plan: Plan, pipeline: Pipeline, tokenizer: Any, *, stop_ids: frozenset[int], digest: str
+    ) -> None:
+        self.plan = plan
+        self.model_digest = digest
+        self.max_context = plan.max_context
+        self.stats = EngineStats(plan.placement.num_stages)
+        self._scheduler = Scheduler(scheduler_config(plan))
+        self.tokenizer = tokenizer
+        self._pipeline, self._stop_ids = pipeline, stop_ids
+        self._in_flight: deque[tuple[Pass, Pending]] = deque()
+        self._watchers: dict[int, StopStrings] = {}
+        self._logprobs: dict[int, list[Sample]] = {}
+        self._next_id = 0
+        self._busy_since: float | None = None
+
+    def add(self, token_ids: list[int], params: SamplingParams, seed: int) -> int:
+        """Queue a prompt; returns the request's id. RequestError when it cannot be served."""
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self._stop_ids
+        self._scheduler.add(Request(request_id, list(token_ids), params, seed, stop_ids))
+        if params.stop:
+            self._watchers[request_id] = StopStrings(self.tokenizer, params)
+        if params.logprobs is not None:
+            self._logprobs[request_id] = []
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request; it never completes. Unknown ids are ignored."""
+        self._scheduler.abort(request_id)
+        self._forget(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    def step(self) -> list[Completion]:
+        """Keep the ring full, then apply the oldest pass. Returns the requests that it finished."""
+        started = time.monotonic()
+        while len(self._in_flight) < self.plan.passes_in_flight:
+            a_pass = self._scheduler.schedule()
+            if a_pass is None:
+                break
+            self._in_flight.append((a_pass, self._pipeline.submit(a_pass)))
+        if not self._in_flight:
+            return []
+        a_pass, pending = self._in_flight.popleft()
+        results = pending.result()
+        completions = self._apply(a_pass, results)
+        self.stats.busy_seconds += time.monotonic() - started
+        self.stats.bound_seconds += self.plan.prediction.bound_seconds
+        return completions
+
+    def close(self) -> None:
+        self._pipeline.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _apply(self, a_pass: Pass, results: Sequence[PassResult]) -> list[Completion]:
+        if any(result.step != a_pass.step for result in results):
+            raise StageError(f"a stage answered another pass than {a_pass.step}")
+        samples = [sample for result in results for sample in result.samples]
+        update = self._scheduler.update(a_pass, samples)
+        self.stats.add(results)
+        self.stats.output_tokens += len(update.committed)
+        self.stats.preemptions = self._scheduler.num_preemptions
+        ended = {request.request_id: request for request in update.finished}
+        texts: dict[int, str] = {}
+        for request, sample in update.committed:
+            if (text := self._watch(request.request_id, sample)) is None:
+                continue
+            texts[request.request_id] = text
+            if request.request_id not in ended:
+                ended[request.request_id] = request
+                self._scheduler.finish(request.request_id, FinishReason.STOP, request.num_output)
+            request.finish_reason = FinishReason.STOP
+        return [self._complete(request, texts.get(i)) for i, request in ended.items()]
+
+    def _watch(self, request_id: int, sample: Sample) -> str | None:
+        """Note the token's logprobs; the request's final text if it completed a stop string."""
+        if (noted := self._logprobs.get(request_id)) is not None:
+            noted.append(sample)
+        watcher = self._watchers.get(request_id)
+        return watcher.push(sample.token) if watcher else None
+
+    def _complete(self, request: Request, text: str | None) -> Completion:
+        tokens = request.output
+        assert request.finish_reason is not None
+        if text is None:
+            by_id = request.finish_reason is FinishReason.STOP
+            text = decode(self.tokenizer, tokens[:-1] if by_id else tokens, request.params)
+        completion = Completion(
+            request_id=request.request_id,
+            token_ids=tokens,
+            text=text,
+            finish_reason=request.finish_reason.value,
+            logprobs=self._logprobs.get(request.request_id),
+            num_prompt=request.num_prompt,
+        )
+        self.stats.prompt_tokens += request.num_prompt
+        self._forget(request.request_id)
+        return completion
+
+    def _forget(self, request_id: int) -> None:
+        self._watchers.pop(request_id, None)
+        self._logprobs.pop(request_id, None)
+
+
+def scheduler_config(plan: Plan) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_pages=plan.num_pages,
+        max_context=plan.max_context,
+        token_budget=plan.token_budget,
+        max_sequences=plan.max_sequences,
+        micro_batches=plan.micro_batches,
+        micro_batch_tokens=plan.micro_batch_tokens,
+    )

@@ -1,0 +1,117 @@
+"""Where a job stands: the same report is its progress while it runs and its result at the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from headrace.scheduler.plan import StageTimes
+
+
+class Stats(Protocol):
+    """Totals since the engine started. `bound_seconds` is the least time its passes could take."""
+
+    @property
+    def passes(self) -> int: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def output_tokens(self) -> int: ...
+
+    @property
+    def busy_seconds(self) -> float: ...
+
+    @property
+    def bound_seconds(self) -> float: ...
+
+    @property
+    def stages(self) -> Sequence[StageTimes]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the engine did over some time: passes, tokens, seconds and each stage's times."""
+
+    passes: int
+    prompt_tokens: int
+    output_tokens: int
+    busy_seconds: float
+    bound_seconds: float
+    stages: tuple[StageTimes, ...]
+
+    @classmethod
+    def of(cls, stats: Stats) -> "Work":
+        return cls(
+            stats.passes,
+            stats.prompt_tokens,
+            stats.output_tokens,
+            stats.busy_seconds,
+            stats.bound_seconds,
+            tuple(stats.stages),
+        )
+
+    def since(self, start: "Work") -> "Work":
+        """The work between two readings of the same engine."""
+        return Work(
+            self.passes - start.passes,
+            self.prompt_tokens - start.prompt_tokens,
+            self.output_tokens - start.output_tokens,
+            self.busy_seconds - start.busy_seconds,
+            self.bound_seconds - start.bound_seconds,
+            tuple(_difference(*pair) for pair in zip(self.stages, start.stages, strict=True)),
+        )
+
+    @property
+    def share_of_bound(self) -> float | None:
+        """1 when every pass took the time that the binding resource needs for it."""
+        return self.bound_seconds / self.busy_seconds if self.busy_seconds > 0 else None
+
+    @property
+    def nvme_bytes(self) -> int:
+        return sum(times.nvme_bytes for times in self.stages)
+
+    @property
+    def pcie_bytes(self) -> int:
+        """Weights that crossed to the devices: those from NVMe and those from host RAM."""
+        return sum(times.nvme_bytes + times.host_bytes for times in self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class JobReport:
+    """Rows of the whole job, and the work of this run of it.
+
+    `resumed` of the finished rows were finished by earlier runs. `running` rows are being
+    generated; after a stop they count as not finished. `seconds` is this run's wall-clock time.
+    """
+
+    output: Path
+    quarantine: Path
+    total: int
+    answered: int
+    quarantined: int
+    resumed: int
+    running: int
+    stopping: bool
+    seconds: float
+    work: Work
+
+    @property
+    def finished(self) -> int:
+        return self.answered + self.quarantined
+
+    @property
+    def complete(self) -> bool:
+        return self.finished == self.total
+
+
+def _difference(now: StageTimes, start: StageTimes) -> StageTimes:
+    return StageTimes(
+        now.stage,
+        now.total - start.total,
+        now.weights_wait - start.weights_wait,
+        now.link_wait - start.link_wait,
+        now.nvme_bytes - start.nvme_bytes,
+        now.host_bytes - start.host_bytes,
+    )

@@ -1,0 +1,282 @@
+"""Starts an engine: processes first, then what they measure, then the plan, then the weights."""
+
+import logging
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from headrace.cluster.engine import Engine
+from headrace.cluster.pipeline import RayPipeline
+from headrace.cluster.stage_actor import Connection, Discovery, StageActor
+from headrace.cluster.tokenizer import load_tokenizer, stop_ids
+from headrace.cluster.wire import decode, encode
+from headrace.runtime.link import RendezvousServer
+from headrace.runtime.shape import model_shape
+from headrace.runtime.stage import StageConfig
+from headrace.runtime.store import Store
+from headrace.scheduler.errors import HeadraceError, StageError
+from headrace.scheduler.placement import Plan
+from headrace.scheduler.inputs import Budget, Choices, Workload
+from headrace.scheduler.planner import make_plan
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 180.0
+"""How long stage processes may take to start; loading weights has its own, longer deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
+
+    `context` is the longest sequence to be served (prompt and output), None the model's own;
+    `address` the Ray cluster to join, None to start one for this engine alone on this machine.
+    """
+
+    store: Path
+    stages: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    device_memory: int | None = None
+    host_memory: int | None = None
+    placement: str = "auto"
+    token_budget: int | None = None
+    max_sequences: int | None = None
+    micro_batches: int | None = None
+    context: int | None = None
+    storage: str = "auto"
+    address: str | None = None
+    deadline: float = 600.0
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is CUDA where there is any. HeadraceError when CUDA is asked for and absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise HeadraceError(f"--device must be auto, cpu or cuda, not {device!r}")
+    return device
+
+
+def resolve_dtype(dtype: str, device: str, store: Store) -> str:
+    """ "auto" is float32 on CPU, where it is exact and never slow, and the model's own on CUDA."""
+    if dtype == "auto":
+        own = store.dtype
+        return "float32" if device == "cpu" else own
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise HeadraceError(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
+    if dtype == "float16" and device == "cpu":
+        raise HeadraceError("--dtype float16 is 8 times slower than bfloat16 on CPU: choose that")
+    return dtype
+
+
+@contextmanager
+def ray_cluster(options: EngineOptions, device: str) -> Iterator[None]:
+    """A Ray connection for the engine's life: its own cluster unless an address is given."""
+    if ray.is_initialized():  # the caller's own connection: use it and leave it
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would point the workers of a driver started by `uv run` at a fresh environment.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    arguments: dict[str, Any] = {"address": options.address}
+    if options.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        cores = max(options.stages, os.cpu_count() or 1)
+        arguments = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
+    except ConnectionError as error:
+        raise HeadraceError(
+            f"cannot join the Ray cluster at {options.address}: {error}. Start it with `ray start "
+            "--head`, check the address, or leave --address out to run on this machine alone"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def stage_actors(options: EngineOptions, device: str, model: str) -> Iterator[list[Any]]:
+    """One actor a stage in a placement group, one GPU each on CUDA; all gone at the end."""
+    bundle: dict[str, float] = {"CPU": 1.0}
+    if device == "cuda":
+        bundle["GPU"] = 1.0
+    total = ray.cluster_resources()
+    for resource, amount in bundle.items():
+        if total.get(resource, 0) < amount * options.stages:
+            raise HeadraceError(
+                f"{options.stages} stages need {options.stages} {resource}s and the Ray cluster "
+                f"has {total.get(resource, 0):.0f}: lower --stages or add machines"
+            )
+    group = placement_group([bundle] * options.stages, strategy="PACK")
+    actors: list[Any] = []
+    try:
+        if not group.wait(START_SECONDS):
+            raise HeadraceError(
+                f"Ray could not reserve {options.stages} x {bundle} within {START_SECONDS:.0f} s: "
+                "another job holds them; wait for it or lower --stages"
+            )
+        remote = ray.remote(StageActor)
+        for i in range(options.stages):
+            name = f"stage {i + 1}/{options.stages} {model}"
+            actors.append(
+                remote.options(
+                    num_cpus=1,
+                    num_gpus=bundle.get("GPU", 0),
+                    max_restarts=0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        group, placement_group_bundle_index=i
+                    ),
+                ).remote(name)
+            )
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(group)
+
+
+def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> list[Budget]:
+    """Each stage's memory: what the user said, else a share of what is free on its node.
+
+    Free host memory is halved (the page cache and everybody else live there, too) and shared by the
+    stages of a node.
+    """
+    shared = Counter(discovery.node for discovery in found)
+    result = []
+    for discovery in found:
+        host = discovery.host_free // 2 // shared[discovery.node]
+        free = host if device == "cpu" else discovery.device_free * 9 // 10
+        spare = 0 if device == "cpu" else host
+        result.append(
+            Budget(
+                device_memory=free if options.device_memory is None else options.device_memory,
+                host_memory=spare if options.host_memory is None else options.host_memory,
+            )
+        )
+    return result
+
+
+def choices(options: EngineOptions) -> Choices:
+    return Choices(
+        placement=options.placement,
+        token_budget=options.token_budget,
+        max_sequences=options.max_sequences,
+        micro_batches=options.micro_batches,
+    )
+
+
+def _call(actors: Sequence[Any], method: str, *arguments: Any, timeout: float) -> list[Any]:
+    """The same call on every actor at once; errors of ours come out as they went in."""
+    refs = [getattr(actor, method).remote(*arguments) for actor in actors]
+    return _gather(refs, method, timeout)
+
+
+def _gather(refs: list[Any], method: str, timeout: float) -> list[Any]:
+    try:
+        return list(ray.get(refs, timeout=timeout))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HeadraceError):
+            raise error.cause from None
+        raise StageError(f"a stage failed to {method}: {error}") from error
+    except ray.exceptions.RayActorError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(f"a stage died in {method}: {reason}") from error
+    except ray.exceptions.GetTimeoutError as error:
+        raise StageError(f"stages did not {method} within {timeout:.0f} s") from error
+
+
+def _stage_devices(device: str) -> str:
+    # Ray shows each actor its own GPU as the first one.
+    return "cuda:0" if device == "cuda" else "cpu"
+
+
+def _load(
+    actors: Sequence[Any],
+    plan: Plan,
+    options: EngineOptions,
+    device: str,
+    dtype: str,
+    found: Sequence[Discovery],
+) -> None:
+    shared = Counter(discovery.node for discovery in found)
+    refs = []
+    for i, (actor, discovery) in enumerate(zip(actors, found, strict=True)):
+        config = StageConfig(
+            store=str(options.store),
+            stage=i,
+            plan=plan,
+            device=_stage_devices(device),
+            dtype=dtype,
+            storage=options.storage,
+            deadline=options.deadline,
+            threads=max(1, discovery.cores // shared[discovery.node]),
+        )
+        refs.append(actor.load.remote(encode(config)))
+    names = _gather(refs, "load", timeout=max(options.deadline, START_SECONDS))
+    log.info("storage: %s", names)
+
+
+def _connect(actors: Sequence[Any], options: EngineOptions, stack: ExitStack) -> None:
+    local = options.address is None
+    host = "127.0.0.1" if local else ray.util.get_node_ip_address()
+    server = RendezvousServer(host)
+    stack.callback(server.close)
+    connection = Connection(server.rendezvous(epoch=0), _loopback() if local else "")
+    _call(actors, "connect", encode(connection), timeout=START_SECONDS)
+
+
+def _loopback() -> str:
+    """The name of the loopback interface, to which an engine on one machine keeps its traffic."""
+    names = [name for _, name in socket.if_nameindex()]
+    return "lo" if "lo" in names else names[0]
+
+
+@contextmanager
+def running_engine(options: EngineOptions) -> Iterator[Engine]:
+    """An engine ready for requests. Everything it started is gone when the block ends."""
+    with ExitStack() as stack:
+        store = Store.open(options.store)
+        device = resolve_device(options.device)
+        dtype = resolve_dtype(options.dtype, device, store)
+        tokenizer = load_tokenizer(store.path)
+        stack.enter_context(ray_cluster(options, device))
+        actors = stack.enter_context(stage_actors(options, device, store.path.name))
+        raw = _call(
+            actors,
+            "discover",
+            _stage_devices(device),
+            str(store.path.resolve()),
+            timeout=START_SECONDS,
+        )
+        found = [decode(payload, Discovery) for payload in raw]
+        plan = make_plan(
+            model_shape(store, dtype),
+            [discovery.profile for discovery in found],
+            budgets(options, device, found),
+            Workload(context=options.context),
+            choices(options),
+        )
+        _load(actors, plan, options, device, dtype, found)
+        _connect(actors, options, stack)
+        yield stack.enter_context(
+            Engine(
+                plan,
+                RayPipeline(actors, options.deadline),
+                tokenizer,
+                stop_ids=stop_ids(store, tokenizer),
+                digest=store.digest,
+            )
+        )

@@ -1,0 +1,148 @@
+"""The library's front door, in the shape that vLLM's users know."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headrace.cluster.completion import Completion
+from headrace.cluster.launch import EngineOptions, running_engine
+from headrace.cluster.rows import chat_tokens, prompt_tokens
+from headrace.cluster.seeds import derive_seed
+from headrace.scheduler.plan import Sample
+from headrace.scheduler.request import SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One continuation. `logprobs` has a Sample per token when they were asked for."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[Sample] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A prompt and its `n` continuations. `prompt` is None for prompts given as token ids."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+
+class LLM:
+    """A model on its own ring of stages, for use from Python.
+
+    >>> with LLM("stories.nf4", stages=2, device_memory="6MiB") as llm:
+    ...     llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=32))
+
+    `model` is a store made by `headrace convert`. Keywords are EngineOptions' (`device`, `dtype`,
+    `placement`, `context`, ...); memory may be bytes or text such as "600MB" or "10GiB". Starting
+    takes seconds; `close()`, or leaving the `with` block, ends every process that was started.
+    """
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        from headrace.cluster.cli.sizes import parse_size
+
+        for name in ("device_memory", "host_memory"):
+            if isinstance(options.get(name), str):
+                options[name] = parse_size(options[name])
+        self._stack = ExitStack()
+        self._engine = self._stack.enter_context(
+            running_engine(EngineOptions(store=Path(model), **options))
+        )
+        self._count = 0
+
+    @property
+    def plan(self) -> Any:
+        """The Plan that this engine runs by."""
+        return self._engine.plan
+
+    def get_tokenizer(self) -> Any:
+        return self._engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt (text or token ids); results come in the order of the prompts.
+
+        RequestError when a prompt cannot be served (empty, or longer than the context).
+        """
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]  # one prompt, not a list of them
+        tokenizer = self._engine.tokenizer
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        tokens = [
+            prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[call-overload]
+            for prompt in prompts
+        ]
+        return self._run(texts, tokens, sampling_params)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, through the model's chat template."""
+        one = bool(messages) and isinstance(messages[0], dict)
+        conversations: Any = [messages] if one else messages
+        tokens = [chat_tokens(self._engine.tokenizer, list(c)) for c in conversations]
+        return self._run([None] * len(tokens), tokens, sampling_params)
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        tokens: Sequence[list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(tokens)
+        waiting: dict[int, tuple[int, int]] = {}
+        for i, (prompt, wish) in enumerate(zip(tokens, params, strict=True)):
+            self._count += 1
+            for index in range(wish.n):
+                own = self._count if wish.seed is None else wish.seed
+                seed = derive_seed(self._engine.model_digest, own, index)
+                waiting[self._engine.add(prompt, replace(wish, n=1), seed)] = (i, index)
+        done: dict[tuple[int, int], Completion] = {}
+        while waiting:
+            for completion in self._engine.step():
+                done[waiting.pop(completion.request_id)] = completion
+        return [
+            RequestOutput(
+                request_id=str(i),
+                prompt=text,
+                prompt_token_ids=prompt,
+                outputs=[_output(index, done[i, index]) for index in range(wish.n)],
+            )
+            for i, (text, prompt, wish) in enumerate(zip(texts, tokens, params, strict=True))
+        ]
+
+    def close(self) -> None:
+        """End the engine and its processes. Safe to call twice."""
+        self._stack.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _output(index: int, completion: Completion) -> CompletionOutput:
+    return CompletionOutput(
+        index=index,
+        text=completion.text,
+        token_ids=completion.token_ids,
+        finish_reason=completion.finish_reason,
+        logprobs=completion.logprobs,
+    )

@@ -1,0 +1,118 @@
+"""What a row of a batch job may hold, and what is wrong with one that holds something else.
+
+The names are OpenAI's, plus vLLM's extras. An unknown name is an error, so that a misspelled
+parameter is never silently ignored.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+_Count = Annotated[int, Field(lt=2**31)]
+
+
+class Parameters(BaseModel):
+    """Null means not given, as in OpenAI's requests and in Parquet columns."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
+    temperature: float | None = None
+    top_k: _Count | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    logprobs: bool | int | None = None
+    top_logprobs: int | None = None
+
+
+PARAMETERS = frozenset(Parameters.model_fields)
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """Further keys (name, tool_calls, ...) go to the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        message = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            message["content"] = "\n".join(part.text for part in self.content)
+        return message
+
+
+TokenId = Annotated[int, Field(ge=0)]
+Prompt = str | list[TokenId]
+
+
+class NativeRow(Parameters):
+    id: str | int | None = None
+    prompt: Prompt | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def one_prompt(self) -> "NativeRow":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError('give either "prompt" or "messages"')
+        return self
+
+
+class BatchBody(Parameters):
+    """`model` and `user` are understood and have no effect: the job runs one model for all."""
+
+    model: str | None = None
+    user: str | None = None
+    stream: Literal[False] | None = None
+
+
+class CompletionBody(BatchBody):
+    prompt: Prompt
+
+
+class ChatBody(BatchBody):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class Envelope(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    custom_id: str
+    method: Literal["POST"]
+    url: Literal["/v1/completions", "/v1/chat/completions"]
+    body: dict[str, Any]
+
+
+COLUMNS = frozenset(NativeRow.model_fields) | frozenset(Envelope.model_fields)
+"""Names of Parquet columns that mean something."""
+
+
+def reasons(error: ValidationError) -> str:
+    """What is wrong with a row, in one line that names each field."""
+    found = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            found.append(f"unknown parameter {name!r}")
+        else:
+            found.append(f"{name}: {problem['msg']}" if name else problem["msg"])
+    return "; ".join(found)

@@ -1,0 +1,213 @@
+"""Rows of a batch job's input: what a user may write, checked and turned into tokens.
+
+Two shapes are understood, row by row:
+
+    {"id"?, "prompt" | "messages", ...parameters}                          native
+    {"custom_id", "method": "POST", "url": "/v1/...", "body": {...}}       OpenAI Batch
+
+Parameters have OpenAI's names plus vLLM's extras; an unknown one is an error that names it.
+Everything wrong with one row is a RequestError, so that the job can quarantine it and go on.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from headrace.cluster.row_models import (
+    PARAMETERS,
+    ChatBody,
+    CompletionBody,
+    Envelope,
+    NativeRow,
+    Parameters,
+    reasons,
+)
+from headrace.scheduler.errors import RequestError
+from headrace.scheduler.request import SamplingParams
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that batch jobs use."""
+
+    @property
+    def bos_token_id(self) -> Any: ...
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str, /) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, /, **kwargs: Any) -> Any: ...
+
+    def decode(self, token_ids: Any, /) -> Any: ...
+
+
+class Kind(Enum):
+    """The shape of a row, and so of its answer."""
+
+    NATIVE = "native"
+    COMPLETION = "/v1/completions"
+    CHAT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A row that has an identity and has not been checked yet.
+
+    `key` is a 64-bit hash of model, defaults, id and the row as it was written; never 0 or 1.
+    """
+
+    number: int
+    id: str | int
+    key: int
+    batch: bool
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row that is ready to run. `params.seed` is the row's own one, or None."""
+
+    number: int
+    id: str | int
+    key: int
+    kind: Kind
+    token_ids: list[int]
+    params: SamplingParams
+
+    @property
+    def batch(self) -> bool:
+        return self.kind is not Kind.NATIVE
+
+
+def is_batch(raw: bytes | Mapping[str, Any]) -> bool:
+    """Whether a row that may be unreadable was meant as an OpenAI Batch row."""
+    return b'"custom_id"' in raw if isinstance(raw, bytes) else "custom_id" in raw
+
+
+def decode(number: int, raw: bytes | Mapping[str, Any], salt: bytes) -> Draft:
+    """Find out which row this is. Raises RequestError when it is no JSON object or has no valid id.
+
+    `salt` stands for the model and the default parameters in the key.
+    """
+    data = _load(raw) if isinstance(raw, bytes) else raw
+    batch = "custom_id" in data or "body" in data
+    row_id = data.get("custom_id" if batch else "id")
+    if row_id is None and not batch:
+        row_id = number
+    if isinstance(row_id, bool) or not isinstance(row_id, str if batch else str | int):
+        name, kinds = ("custom_id", "a string") if batch else ("id", "a string or an integer")
+        raise RequestError(f"{name} must be {kinds}, not {str(row_id)[:80]}")
+    written = raw if isinstance(raw, bytes) else json.dumps(raw, default=str).encode()
+    key = digest64(salt, str(row_id).encode("utf-8", "surrogatepass"), written)
+    return Draft(number, row_id, max(key, 2), batch, data)
+
+
+def prepare(draft: Draft, tokenizer: Tokenizer, defaults: SamplingParams, max_context: int) -> Row:
+    """Check a row and tokenize it. Raises RequestError with a reason that the user can act upon."""
+    kind, row = _validate(draft)
+    params = _sampling(row, defaults)
+    token_ids = _token_ids(row, tokenizer)
+    if not token_ids:
+        raise RequestError("the prompt has no tokens")
+    if max(token_ids) >= len(tokenizer):
+        raise RequestError(
+            f"token {max(token_ids)} is outside the vocabulary of {len(tokenizer)} tokens"
+        )
+    if len(token_ids) >= max_context:
+        raise RequestError(
+            f"the prompt has {len(token_ids)} tokens and the context {max_context}, "
+            "one of which must be left for the answer: shorten it or raise --context"
+        )
+    return Row(draft.number, draft.id, draft.key, kind, token_ids, params)
+
+
+def digest64(*parts: bytes) -> int:
+    """A 64-bit hash of a sequence of byte strings, each taken with its length."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return int.from_bytes(state.digest(), "little")
+
+
+def _load(raw: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"a row must be a JSON object, not {type(data).__name__}")
+    return data
+
+
+def _validate(draft: Draft) -> tuple[Kind, NativeRow | CompletionBody | ChatBody]:
+    try:
+        if not draft.batch:
+            return Kind.NATIVE, NativeRow.model_validate(draft.data)
+        envelope = Envelope.model_validate(draft.data)
+        if envelope.url == Kind.CHAT.value:
+            return Kind.CHAT, ChatBody.model_validate(envelope.body)
+        return Kind.COMPLETION, CompletionBody.model_validate(envelope.body)
+    except ValidationError as error:
+        raise RequestError(reasons(error)) from error
+
+
+def _token_ids(row: NativeRow | CompletionBody | ChatBody, tokenizer: Tokenizer) -> list[int]:
+    if not isinstance(row, CompletionBody) and row.messages is not None:
+        messages = [message.for_template() for message in row.messages]
+        return chat_tokens(tokenizer, messages, row.chat_template_kwargs)
+    assert not isinstance(row, ChatBody) and row.prompt is not None
+    return prompt_tokens(tokenizer, row.prompt) if isinstance(row.prompt, str) else row.prompt
+
+
+def _sampling(row: Parameters, defaults: SamplingParams) -> SamplingParams:
+    given = row.model_dump(include=set(PARAMETERS), exclude_none=True)
+    limit = given.pop("max_completion_tokens", None)
+    if limit is not None:
+        given["max_tokens"] = limit
+    top = given.pop("top_logprobs", None)
+    wanted = given.get("logprobs")
+    if isinstance(wanted, bool):  # OpenAI's chat API switches with one and counts with the other
+        given["logprobs"] = (top or 0) if wanted else None
+    if top is not None and not isinstance(wanted, bool):
+        raise RequestError('top_logprobs needs "logprobs": true')
+    return replace(defaults, **{"seed": None, **given})
+
+
+def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, with one BOS where the tokenizer adds one, even if the text has it."""
+    try:
+        token_ids = list(tokenizer(text)["input_ids"])
+    except Exception as error:
+        raise RequestError(f"the tokenizer refused the prompt: {error}") from error
+    bos = tokenizer.bos_token_id
+    if bos is not None and token_ids[:2] == [bos, bos]:
+        return token_ids[1:]
+    return token_ids
+
+
+def chat_tokens(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant speaks, by the model's chat template.
+
+    `options` are further variables of the template. Raises RequestError when there is no template
+    and when it refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise RequestError('the model has no chat template: give "prompt" instead of "messages"')
+    fixed = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    try:
+        # A template is a program that came with the model: whatever it raises concerns this row.
+        encoded = tokenizer.apply_chat_template(messages, **{**(options or {}), **fixed})
+    except Exception as error:
+        raise RequestError(f"the chat template refused the messages: {error}") from error
+    return list(encoded["input_ids"])

@@ -1,0 +1,108 @@
+"""The Ray shell around a Stage: messages in, messages out, no logic."""
+
+import logging
+import os
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from headrace.cluster.wire import decode, encode
+from headrace.runtime.link import Rendezvous, connect
+from headrace.runtime.probe import probe_device
+from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.store import Store
+from headrace.scheduler.plan import Pass
+from headrace.scheduler.inputs import DeviceProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """What a stage process found where it was started; memory in bytes."""
+
+    node: str
+    device_free: int
+    host_free: int
+    cores: int
+    pid: int
+    profile: DeviceProfile
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """How a stage reaches its neighbours. `interface` is Gloo's network interface or ""."""
+
+    rendezvous: Rendezvous
+    interface: str
+
+
+class StageActor:
+    """One process, one device. It starts empty, so that the plan can be made from what it measures."""
+
+    def __init__(self, name: str) -> None:
+        logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "WARNING"))
+        self._name = name
+        self._stage: Stage | None = None
+
+    def __repr__(self) -> str:  # what the Ray dashboard shows
+        return self._name
+
+    def discover(self, device: str, store: str) -> bytes:
+        """Look at the device, the memory and the drive; takes seconds the first time."""
+        host_free = psutil.virtual_memory().available
+        cuda = device.startswith("cuda")
+        return encode(
+            Discovery(
+                node=os.uname().nodename,
+                device_free=torch.cuda.mem_get_info(device)[0] if cuda else host_free,
+                host_free=host_free,
+                cores=len(os.sched_getaffinity(0)),
+                pid=os.getpid(),
+                profile=probe_device(torch.device(device), Store.open(store).largest_file),
+            )
+        )
+
+    def load(self, payload: bytes) -> str:
+        """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
+        config = decode(payload, StageConfig)
+        if config.device.startswith("cuda"):
+            self._cap_device_memory(config)
+        self._stage = Stage(config)
+        return self._stage.storage_name
+
+    def connect(self, payload: bytes) -> None:
+        """Open this stage's ends of the ring's edges; returns when every neighbour has, too."""
+        assert self._stage is not None
+        stage, connection = self._stage, decode(payload, Connection)
+        ends = connect(
+            stage.config.stage,
+            stage.config.plan.placement.edges,
+            connection.rendezvous,
+            ring=stage.receive_ring(),
+            device=stage.device,
+            deadline=stage.config.deadline,
+            interface=connection.interface,
+        )
+        stage.connect(*ends)
+
+    def run(self, payload: bytes) -> bytes:
+        """One pass: a Pass in, a PassResult out."""
+        assert self._stage is not None
+        return encode(self._stage.run(decode(payload, Pass)))
+
+    def peak_memory(self) -> tuple[int, int]:
+        """Bytes at their highest so far: resident process memory, and device memory of tensors."""
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        return psutil.Process().memory_info().rss, device
+
+    def close(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+
+    @staticmethod
+    def _cap_device_memory(config: StageConfig) -> None:
+        """Make the plan's device memory a limit that the allocator enforces."""
+        device = torch.device(config.device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        budget = config.plan.memory[config.stage].device_limit
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)

@@ -1,0 +1,191 @@
+"""Which tensor of a block goes where in the model: worked out once, carried out at every bind."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import build_glob_alternation
+
+from headrace.runtime import plugs
+from headrace.runtime.experts import BoundExperts, ExpertSpecs
+from headrace.runtime.linear import QuantLinear, Scratch, Weight
+from headrace.runtime.skeleton import BlockKey, Role, Skeleton
+from headrace.runtime.store import WeightSpec
+from headrace.scheduler.errors import StoreError
+
+
+class Binding(Protocol):
+    """Puts one module's weights in place, as views of a block's bytes, and takes them out again."""
+
+    def bind(self, block: Tensor) -> None: ...
+
+    def unbind(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A linear layer that multiplies by packed bytes."""
+
+    module: QuantLinear
+    spec: WeightSpec
+
+    def bind(self, block: Tensor) -> None:
+        self.module.weight = Weight.view(self.spec, block)
+
+    def unbind(self) -> None:
+        self.module.weight = None
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A parameter or buffer that the model uses as it is, in `place`'s dtype; a view if possible."""
+
+    module: nn.Module
+    attribute: str
+    spec: WeightSpec
+    place: Tensor
+
+    def bind(self, block: Tensor) -> None:
+        self._put(Weight.view(self.spec, block).dense(self.place.dtype).view(self.place.shape))
+
+    def unbind(self) -> None:
+        self._put(self.place)
+
+    def _put(self, value: Tensor) -> None:
+        if self.attribute in self.module._buffers:
+            setattr(self.module, self.attribute, value)
+        else:
+            setattr(self.module, self.attribute, plugs.no_grad_parameter(value))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """An experts module."""
+
+    module: nn.Module
+    specs: ExpertSpecs
+    scratch: Scratch
+
+    def bind(self, block: Tensor) -> None:
+        setattr(self.module, plugs.EXPERT_WEIGHTS, BoundExperts(self.specs, block, self.scratch))
+
+    def unbind(self) -> None:
+        setattr(self.module, plugs.EXPERT_WEIGHTS, None)
+
+
+class Binder:
+    """Makes the bindings of a skeleton's blocks, for the tensors of `weights`.
+
+    Linears of these blocks, and the LM head, become QuantLinear on the way.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        weights: Mapping[BlockKey, Mapping[str, WeightSpec]],
+        scratch: Scratch,
+    ) -> None:
+        self._skeleton = skeleton
+        self._weights = weights
+        self._scratch = scratch
+        self._places = skeleton.model.state_dict(keep_vars=True)
+        self._float32 = _float32_names(skeleton)
+        self._roles = skeleton.classify(name for block in weights.values() for name in block)
+
+    def bindings(self, key: BlockKey) -> tuple[Binding, ...]:
+        """How to bind one block, but for the embedding table.
+
+        Raises StoreError when the block lacks a parameter of the model.
+        """
+        roles = {name: self._roles[name] for name in self._weights[key]}
+        table = self._skeleton.embedding_name
+        used = {n: role for n, role in roles.items() if role.block == key and role.target != table}
+        self._check_complete(key, {role.target for role in used.values()})
+        made: list[Binding] = []
+        experts: dict[str, list[tuple[Role, WeightSpec]]] = defaultdict(list)
+        # Packed linears first: the bias of a module that is replaced belongs to its replacement.
+        for name, role in sorted(used.items(), key=lambda item: not self._packs(item[1])):
+            if role.kind == "expert":
+                experts[role.module].append((role, self._weights[key][name]))
+            elif role.kind != "unused":
+                made.append(self._binding(role, self._weights[key][name]))
+        return (*made, *(self._stack(path, pieces) for path, pieces in experts.items()))
+
+    def table(self) -> WeightSpec:
+        """The embedding table."""
+        for name, spec in self._weights["embed"].items():
+            if self._roles[name].target == self._skeleton.embedding_name:
+                return spec
+        raise StoreError("the store's first block holds no embedding table")
+
+    def _packs(self, role: Role) -> bool:
+        return role.kind == "linear" or role.target == self._skeleton.head_name
+
+    def _binding(self, role: Role, spec: WeightSpec) -> Binding:
+        place = self._places[role.target]
+        if place.numel() != prod(spec.shape):
+            raise StoreError(
+                f"{role.target} is {list(spec.shape)} in the store and {list(place.shape)} by "
+                "config.json; the two do not belong together"
+            )
+        if self._packs(role):
+            return self.packed(role.module, spec)
+        dtype = torch.float32 if role.target in self._float32 else place.dtype
+        module = self._skeleton.model.get_submodule(role.module)
+        meta = torch.empty(place.shape, dtype=dtype, device="meta")
+        return Dense(module, role.attribute, spec, meta)
+
+    def packed(self, path: str, spec: WeightSpec) -> PackedLinear:
+        """Replaces the linear at `path` and binds `spec` to the replacement."""
+        linear = self._skeleton.model.get_submodule(path)
+        module = QuantLinear(linear, self._scratch)
+        self._skeleton.model.set_submodule(path, module)
+        return PackedLinear(module, spec)
+
+    def _stack(self, path: str, pieces: list[tuple[Role, WeightSpec]]) -> ExpertStack:
+        module = self._skeleton.model.get_submodule(path)
+        enter: dict[int, dict[int, WeightSpec]] = defaultdict(dict)
+        leave: dict[int, WeightSpec] = {}
+        for role, spec in pieces:
+            if role.attribute == "down_proj":
+                leave[role.expert or 0] = spec
+            else:
+                enter[role.expert or 0][role.part or 0] = spec
+        specs = ExpertSpecs(
+            int(module.num_experts),
+            tuple(tuple(enter[e][part] for part in sorted(enter[e])) for e in sorted(enter)),
+            tuple(leave[e] for e in sorted(leave)),
+        )
+        for held in (len(specs.enter), len(specs.leave)):
+            if held not in (1, specs.count):
+                raise StoreError(f"{path} has {held} of {specs.count} experts in the store")
+        return ExpertStack(module, specs, self._scratch)
+
+    def _check_complete(self, key: BlockKey, bound: set[str]) -> None:
+        missing = [
+            name
+            for name, place in self._places.items()
+            if isinstance(place, nn.Parameter)
+            and name not in bound
+            and name not in self._skeleton.tied_names
+            and name != self._skeleton.embedding_name
+            and self._skeleton.block_of(name) == key
+        ]
+        if missing:
+            raise StoreError(
+                f"block {key!r} lacks {len(missing)} parameters that the model needs, the first is "
+                f"{missing[0]}; the checkpoint is incomplete"
+            )
+
+
+def _float32_names(skeleton: Skeleton) -> set[str]:
+    """Parameters that transformers keeps in float32 whatever the model's dtype."""
+    plan = skeleton.model._get_dtype_plan(skeleton.dtype)
+    if not plan:
+        return set()
+    pattern = build_glob_alternation(list(plan))[0]
+    return {name for name in skeleton.model.state_dict(keep_vars=True) if pattern.search(name)}

@@ -1,0 +1,295 @@
+"""What a conversion will write: every weight's format and place, settled before the first byte."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from headrace.runtime.block_file import Layout, lay_out
+from headrace.runtime.checkpoint import Checkpoint, SourceWeight
+from headrace.runtime.quantize import QUANTIZED, TORCH_DTYPES, Part, parts_of
+from headrace.runtime.skeleton import BlockKey, Role, Skeleton, load_config
+from headrace.runtime.store import LayerShape
+from headrace.scheduler.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("keep", "bf16", "int8", "nf4")
+FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+FOUR_BIT = ("nf4", "fp4")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`format` for the matrices of layers (and for everything when it is "keep" or "bf16").
+
+    `policy` pairs a glob over tensor names with the format of what it matches; the first match
+    decides. `double_quant` quantizes NF4's scales to 8 bits. Raises StoreError on unknown formats.
+    """
+
+    format: str
+    policy: tuple[tuple[str, str], ...] = ()
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (self.format, *(fmt for _, fmt in self.policy)):
+            if name not in FORMATS:
+                raise StoreError(f"unknown format {name!r}; choose among {', '.join(FORMATS)}")
+        if self.double_quant and "nf4" not in (self.format, *(fmt for _, fmt in self.policy)):
+            raise StoreError(f"double quantization is part of nf4, not of {self.format}")
+
+    def as_json(self) -> dict[str, Any]:
+        policy = [list(pair) for pair in self.policy]
+        return {"format": self.format, "policy": policy, "double_quant": self.double_quant}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """One weight: its bytes are copied, or encoded when `encoded`, into `parts`."""
+
+    source: SourceWeight
+    format: str
+    encoded: bool
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    name: str
+    weights: tuple[WeightPlan, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """`format` and `dtype` describe the result, `config` is its config.json, blocks in order."""
+
+    format: str
+    dtype: str
+    tied: bool
+    config: dict[str, Any]
+    layer_shapes: tuple[LayerShape, ...]
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.layout.file_bytes for block in self.blocks)
+
+
+def plan_conversion(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
+    """Raises StoreError or UnsupportedModelError when the checkpoint cannot be converted so."""
+    _refuse_other_quantization(checkpoint)
+    skeleton = Skeleton(load_config(checkpoint.path), TORCH_DTYPES[checkpoint.dtype])
+    roles = _used_roles(checkpoint, skeleton)
+    _refuse_missing(checkpoint, skeleton, roles)
+    plans = _Chooser(checkpoint, skeleton, options).plan(roles)
+    keys: list[BlockKey] = ["embed", *range(len(skeleton.layers)), "head"]
+    dtype = "BF16" if options.format == "bf16" else checkpoint.dtype
+    return ConversionPlan(
+        format=_main_format(plans.values()) or FLOATS[dtype],
+        dtype=dtype,
+        tied=skeleton.tied,
+        config=_config(checkpoint, skeleton, roles, plans, dtype),
+        layer_shapes=skeleton.layer_shapes(),
+        blocks=tuple(_block(key, roles, plans) for key in keys),
+    )
+
+
+def _refuse_other_quantization(checkpoint: Checkpoint) -> None:
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise StoreError(
+            f"{checkpoint.path} is quantized with {method!r}, which cannot be converted; "
+            "use the original checkpoint or a bitsandbytes one"
+        )
+
+
+def _used_roles(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Role]:
+    roles = skeleton.classify(checkpoint.weights)
+    copy = checkpoint.weights.get(_head_name(skeleton))
+    table = checkpoint.weights.get(f"{_path_of(skeleton, skeleton.embedding)}.weight")
+    if skeleton.tied and copy and table:
+        if any(a != b for a, b in zip(copy.data.chunks(), table.data.chunks(), strict=False)):
+            raise StoreError(
+                f"{copy.name} differs from {table.name}, but config.json has tie_word_embeddings "
+                "true; set it to false if the head has weights of its own"
+            )
+        roles.pop(copy.name)
+    unused = sorted(name for name, role in roles.items() if role.kind == "unused")
+    if unused:
+        log.warning("left out %d tensors that the model does not use: %s", len(unused), unused[:5])
+    return {name: role for name, role in roles.items() if role.kind != "unused"}
+
+
+def _refuse_missing(checkpoint: Checkpoint, skeleton: Skeleton, roles: Mapping[str, Role]) -> None:
+    found: dict[str, set[tuple[int | None, int | None]]] = {}
+    for role in roles.values():
+        found.setdefault(role.target, set()).add((role.expert, role.part))
+    missing = []
+    for name, _ in skeleton.model.named_parameters(remove_duplicate=False):
+        if name not in found and not (skeleton.tied and name == _head_name(skeleton)):
+            missing.append(name)
+        elif any(expert is not None for expert, _ in found.get(name, ())):
+            experts = skeleton.model.get_submodule(name.rpartition(".")[0]).num_experts
+            parts = {part for _, part in found[name]}
+            if len(found[name]) < experts * (1 if parts == {None} else 2):
+                missing.append(f"experts of {name}")
+    if missing:
+        raise StoreError(
+            f"{checkpoint.path} lacks {len(missing)} of the weights that {checkpoint.config['model_type']}"
+            f" needs: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; "
+            "finish the download, or check that config.json belongs to these weights"
+        )
+
+
+def _path_of(skeleton: Skeleton, module: nn.Module) -> str:
+    return next(name for name, other in skeleton.model.named_modules() if other is module)
+
+
+def _head_name(skeleton: Skeleton) -> str:
+    head = skeleton.model.get_output_embeddings()
+    return f"{_path_of(skeleton, head)}.weight" if type(head) is nn.Linear else ""
+
+
+class _Chooser:
+    """Decides every weight's format, and remembers which patterns of the policy were of use."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, options: Options) -> None:
+        self._checkpoint = checkpoint
+        self._options = options
+        self._head = _head_name(skeleton)
+        self._quantized = next(
+            (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
+        )
+        if self._quantized and not self._is_kept(options.format):
+            raise StoreError(
+                f"{checkpoint.path} is already quantized to {self._quantized}; making it "
+                f"{options.format} would add a second error: use the format keep, or convert the "
+                "original checkpoint"
+            )
+
+    def _is_kept(self, fmt: str) -> bool:
+        same = self._quantized == fmt or (fmt == "nf4" and self._quantized in FOUR_BIT)
+        return fmt == "keep" or same
+
+    def plan(self, roles: Mapping[str, Role]) -> dict[str, WeightPlan]:
+        matched: set[str] = set()
+        plans = {}
+        for name, role in roles.items():
+            pattern, fmt = next(
+                (pair for pair in self._options.policy if fnmatchcase(name, pair[0])), (None, None)
+            )
+            if pattern is not None:
+                matched.add(pattern)
+            plans[name] = self._plan_weight(self._checkpoint.weights[name], role, fmt)
+        for pattern, _ in self._options.policy:
+            if pattern not in matched:
+                raise StoreError(
+                    f"policy pattern {pattern!r} decides about no tensor; names look like "
+                    f"{', '.join(sorted(roles)[:3])}"
+                )
+        return plans
+
+    def _plan_weight(self, weight: SourceWeight, role: Role, asked: str | None) -> WeightPlan:
+        fmt = asked or self._default(weight, role)
+        if weight.format != "raw":
+            if not self._is_kept(fmt):
+                raise StoreError(f"{weight.name} is {weight.format} already and cannot become {fmt}")
+            return _kept(weight)
+        if fmt in QUANTIZED:
+            self._refuse_unquantizable(weight, role, fmt)
+            return self._encoded(weight, fmt, weight.data.dtype)
+        if fmt == "bf16" and weight.data.dtype in FLOATS and weight.data.dtype != "BF16":
+            return self._encoded(weight, "raw", "BF16")
+        return _kept(weight)
+
+    def _default(self, weight: SourceWeight, role: Role) -> str:
+        fmt = self._options.format
+        if fmt in QUANTIZED:
+            return "keep" if self._quantized or role.kind not in ("linear", "expert") else fmt
+        # What a checkpoint stores with more precision than the rest needs it (routers' biases).
+        return fmt if weight.data.dtype == self._checkpoint.dtype else "keep"
+
+    def _refuse_unquantizable(self, weight: SourceWeight, role: Role, fmt: str) -> None:
+        if role.kind not in ("linear", "expert") and role.target != self._head:
+            raise StoreError(
+                f"{weight.name} cannot be stored as {fmt}: only the matrices of linear layers, of "
+                "experts and of the LM head can; use keep or bf16 for it"
+            )
+        if weight.data.dtype not in FLOATS:
+            raise StoreError(f"{weight.name} is {weight.data.dtype} and cannot be stored as {fmt}")
+
+    def _encoded(self, weight: SourceWeight, fmt: str, dtype: str) -> WeightPlan:
+        double_quant = self._options.double_quant
+        parts = parts_of(weight.name, dtype, weight.shape, fmt, double_quant=double_quant)
+        return WeightPlan(weight, fmt, True, parts)
+
+
+def _kept(weight: SourceWeight) -> WeightPlan:
+    return WeightPlan(weight, weight.format, False, tuple(part for part, _ in weight.parts))
+
+
+def _main_format(plans: Iterable[WeightPlan]) -> str:
+    """The quantized format of most weights; empty when none is quantized."""
+    counts: dict[str, int] = {}
+    for plan in plans:
+        if plan.format != "raw":
+            counts[plan.format] = counts.get(plan.format, 0) + 1
+    return max(counts, key=lambda fmt: counts[fmt], default="")
+
+
+def _block(
+    key: BlockKey, roles: Mapping[str, Role], plans: Mapping[str, WeightPlan]
+) -> BlockPlan:
+    names = sorted(
+        (name for name, role in roles.items() if role.block == key),
+        key=lambda name: (roles[name].order, name),
+    )
+    weights = tuple(plans[name] for name in names)
+    layout = lay_out(part.entry for weight in weights for part in weight.parts)
+    return BlockPlan(key if isinstance(key, str) else f"layer-{key:05d}", weights, layout)
+
+
+def _config(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    roles: Mapping[str, Role],
+    plans: Mapping[str, WeightPlan],
+    dtype: str,
+) -> dict[str, Any]:
+    """The checkpoint's config.json, saying what from_pretrained must know about types and formats."""
+    config = dict(checkpoint.config)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    fmt = _main_format(plans.values())
+    if not fmt:
+        return config
+    quantized = {roles[name].module for name, plan in plans.items() if plan.format != "raw"}
+    skipped = [
+        name
+        for name, module in skeleton.model.named_modules()
+        if type(module) is nn.Linear and name not in quantized
+    ]
+    known = checkpoint.config.get("quantization_config") or _quantization(fmt, plans, config[key])
+    config["quantization_config"] = {**known, "llm_int8_skip_modules": skipped}
+    return config
+
+
+def _quantization(fmt: str, plans: Mapping[str, WeightPlan], dtype: str) -> dict[str, Any]:
+    if fmt == "int8":
+        return {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+    double_quant = any(
+        part.role == "nested_absmax" for plan in plans.values() for part in plan.parts
+    )
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": fmt,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+    }

@@ -1,0 +1,333 @@
+"""Any Hugging Face checkpoint -> a store: one block at a time, resumable, never half done.
+
+The destination holds a journal while a conversion is under way: one line says from what and how,
+then one line is added for every block file that is complete and durable. The manifest, which makes
+the directory a store, is written when all blocks are, and the journal goes after it. So a conversion
+killed at any instant goes on where it was, and writes the same bytes.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from headrace.runtime.block_file import BlockWriter, write_durably
+from headrace.runtime.checkpoint import Checkpoint
+from headrace.runtime.conversion_plan import (
+    BlockPlan,
+    ConversionPlan,
+    Options,
+    WeightPlan,
+    plan_conversion,
+)
+from headrace.runtime.quantize import encode_rows, weight_spec
+from headrace.runtime.skeleton import load_config
+from headrace.runtime.store import (
+    JOURNAL,
+    MANIFEST,
+    VERSION,
+    Block,
+    Store,
+    WeightSpec,
+    block_to_json,
+)
+from headrace.scheduler.errors import StoreError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """`done` of `total` bytes of the store are written; `resumed` of them by an earlier run."""
+
+    block: str
+    done: int
+    total: int
+    resumed: int
+
+
+def convert(
+    source: Path | str,
+    dest: Path | str,
+    *,
+    format: str = "nf4",
+    policy: Sequence[tuple[str, str]] = (),
+    double_quant: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    self_check: Callable[[PretrainedConfig], None] | None = None,
+    allow_missing_tokenizer: bool = False,
+) -> Store:
+    """Converts the checkpoint in `source` into a store in `dest` and opens it.
+
+    `format` is "keep" (bytes as they are), "bf16", "int8" or "nf4"; int8 and nf4 apply to the
+    matrices of linear layers and experts, `policy` overrides by glob: (pattern, format) pairs, of
+    which the first match decides. `self_check` may refuse the architecture before anything is
+    written. Needs memory for a few row chunks of one matrix, whatever the model's size.
+
+    Run again with the same arguments, it resumes; on a finished store it returns at once.
+    Raises StoreError or UnsupportedModelError for whatever cannot be converted, and when the disk
+    is full or another conversion is writing to `dest`.
+    """
+    options = Options(format, tuple((glob, fmt) for glob, fmt in policy), double_quant)
+    checkpoint, dest = Checkpoint(Path(source)), Path(dest)
+    if not (checkpoint.has_tokenizer or allow_missing_tokenizer):
+        raise StoreError(
+            f"{source} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
+            "store cannot read or write text; copy it there, or allow a missing tokenizer to feed "
+            "token ids"
+        )
+    identity = {
+        "version": VERSION,
+        "source": checkpoint.fingerprint(),
+        "options": options.as_json(),
+    }
+    with _locked(dest):
+        if (dest / MANIFEST).exists():
+            return _finished_store(dest, identity)
+        if self_check:
+            self_check(load_config(checkpoint.path))
+        plan = plan_conversion(checkpoint, options)
+        with _Journal(dest, identity) as journal:
+            _Conversion(checkpoint, dest, plan, journal, progress).run(identity)
+        (dest / JOURNAL).unlink()
+    return Store.open(dest)
+
+
+@contextmanager
+def _locked(dest: Path) -> Iterator[None]:
+    """Creates the directory and keeps other conversions out of it."""
+    try:
+        dest.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(dest, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StoreError(f"cannot write a store to {dest}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise StoreError(f"another conversion is writing to {dest}; wait until it ends") from error
+    finally:
+        os.close(descriptor)
+
+
+def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:
+    store = Store.open(dest)
+    if (store.source, store.options) != (identity["source"], identity["options"]):
+        raise StoreError(
+            f"{dest} is already a store, made from another checkpoint or with other options "
+            f"({store.options}); delete it or choose another directory"
+        )
+    (dest / JOURNAL).unlink(missing_ok=True)
+    return store
+
+
+class _Journal:
+    """The blocks that are complete, as manifest entries by name, on disk and in memory.
+
+    Raises StoreError when the directory holds something else, or an other conversion's journal.
+    """
+
+    def __init__(self, dest: Path, identity: dict[str, Any]) -> None:
+        self._file = dest / JOURNAL
+        self.done: dict[str, dict[str, Any]] = {}
+        if self._file.exists():
+            self._resume(dest, identity)
+        else:
+            _refuse_occupied(dest)
+            write_durably(self._file, _line(identity))
+        self._out = self._file.open("ab", buffering=0)
+
+    def __enter__(self) -> "_Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._out.close()
+
+    def _resume(self, dest: Path, identity: dict[str, Any]) -> None:
+        data = self._file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            # The line that was being written when the process died; appending to it would lose two.
+            os.truncate(self._file, len(whole))
+        found, *entries = (json.loads(line) for line in whole.splitlines())
+        if found != identity:
+            what = "from another checkpoint" if found["options"] == identity["options"] else (
+                f"with other options ({found['options']})"
+            )
+            raise StoreError(
+                f"{dest} holds an unfinished conversion {what}; finish that one, delete it, or "
+                "choose another directory"
+            )
+        for entry in entries:
+            file = dest / entry["file"]
+            size = entry["data_offset"] + entry["nbytes"]
+            if file.exists() and file.stat().st_size == size:
+                self.done[entry["name"]] = entry
+
+    def record(self, entry: dict[str, Any]) -> None:
+        _write_all(self._out.fileno(), _line(entry))
+        os.fsync(self._out.fileno())
+        self.done[entry["name"]] = entry
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _refuse_occupied(dest: Path) -> None:
+    other = [file.name for file in dest.iterdir() if file.name != JOURNAL + ".tmp"]
+    if other:
+        raise StoreError(
+            f"{dest} is not empty (it holds {', '.join(sorted(other)[:3])}); choose another directory"
+        )
+
+
+class _Conversion:
+    """Carries out a plan: writes the blocks that the journal lacks, then what surrounds them."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dest: Path,
+        plan: ConversionPlan,
+        journal: _Journal,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._dest = dest
+        self._plan = plan
+        self._journal = journal
+        self._progress = progress
+        self._missing = [block for block in plan.blocks if block.name not in journal.done]
+        self._resumed = plan.nbytes - sum(block.layout.file_bytes for block in self._missing)
+        self._written = self._resumed
+
+    def run(self, identity: dict[str, Any]) -> None:
+        for stale in self._dest.glob("*.tmp"):
+            stale.unlink()
+        self._refuse_small_disk()
+        try:
+            for block in self._missing:
+                self._journal.record(self._write_block(block))
+            self._write_surroundings()
+            self._write_manifest(identity)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            left = sum(
+                block.layout.file_bytes
+                for block in self._missing
+                if block.name not in self._journal.done
+            )
+            raise StoreError(
+                f"the disk of {self._dest} is full: {left:,} more bytes are needed; free that much "
+                "and run the same command again, which keeps the blocks that are finished"
+            ) from error
+
+    def _refuse_small_disk(self) -> None:
+        disk = os.statvfs(self._dest)
+        needed, free = self._plan.nbytes - self._resumed, disk.f_bavail * disk.f_frsize
+        if needed > free:
+            raise StoreError(
+                f"the store needs {needed:,} more bytes at {self._dest}, where {free:,} are free; "
+                f"free {needed - free:,} bytes or choose another disk"
+            )
+
+    def _write_block(self, block: BlockPlan) -> dict[str, Any]:
+        file = self._dest / f"{block.name}.safetensors"
+        before, weights = self._written, {}
+        with BlockWriter(file, block.layout) as writer:
+            for weight in block.weights:
+                weights[weight.source.name] = self._write_weight(block, weight, writer)
+            written = writer.finish()
+        self._report(block.name, before + block.layout.file_bytes - self._written)
+        log.debug("wrote %s: %d bytes", file, block.layout.file_bytes)
+        whole = Block(
+            name=block.name,
+            file=file,
+            data_offset=len(block.layout.header),
+            nbytes=block.layout.nbytes,
+            xxh3_64=written.data_hash,
+            weights=weights,
+        )
+        return block_to_json(whole, written.header_hash)
+
+    def _write_weight(self, block: BlockPlan, weight: WeightPlan, writer: BlockWriter) -> WeightSpec:
+        source = weight.source
+        state = source.state
+        state_name = next((p.entry.name for p in weight.parts if p.role == "state"), None)
+        for name, data in _stream(weight):
+            writer.write(name, data)
+            self._report(block.name, len(data))
+            if weight.encoded and name == state_name:
+                state = json.loads(bytes(data))
+        return weight_spec(weight.format, source.shape, weight.parts, block.layout.tensors, state)
+
+    def _report(self, block: str, count: int) -> None:
+        self._written += count
+        if self._progress:
+            self._progress(Progress(block, self._written, self._plan.nbytes, self._resumed))
+
+    def _write_surroundings(self) -> None:
+        """config.json, the index that transformers reads, and the checkpoint's other small files."""
+        for file in self._checkpoint.companions():
+            write_durably(self._dest / file.name, file.read_bytes())
+        places = {
+            part.entry.name: f"{block.name}.safetensors"
+            for block in self._plan.blocks
+            for weight in block.weights
+            for part in weight.parts
+        }
+        size = sum(block.layout.nbytes for block in self._plan.blocks)
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        write_durably(self._dest / "model.safetensors.index.json", _pretty(index))
+        write_durably(self._dest / "config.json", _pretty(self._plan.config))
+
+    def _write_manifest(self, identity: dict[str, Any]) -> None:
+        plan = self._plan
+        manifest = {
+            **identity,
+            "format": plan.format,
+            "dtype": plan.dtype,
+            "tied": plan.tied,
+            "layer_shapes": [asdict(shape) for shape in plan.layer_shapes],
+            "blocks": [self._journal.done[block.name] for block in plan.blocks],
+        }
+        write_durably(self._dest / MANIFEST, _line(manifest))
+
+
+def _pretty(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def _stream(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
+    """(stored name, bytes) in stored order, a bounded number of bytes at a time."""
+    source = weight.source
+    if not weight.encoded:
+        for part, tensor in source.parts:
+            for chunk in tensor.chunks():
+                yield part.entry.name, chunk
+        return
+    runs, dtype = source.data.rows(), source.data.dtype
+    for name, tensor in encode_rows(runs, weight.parts, dtype, source.shape, weight.format):
+        yield name, _bytes_of(tensor)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data

@@ -1,0 +1,277 @@
+"""Weights as views of the bytes they were stored in, and the linear layer that multiplies by them.
+
+Packed bytes stay packed. Few rows on CUDA go to bitsandbytes' fused 4-bit kernel; otherwise a run of
+output rows is dequantized into a reused scratch buffer and multiplied there.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from math import gcd, prod
+
+import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headrace.runtime.quantize import TORCH_DTYPES
+from headrace.runtime.store import TensorSpec, WeightSpec
+from headrace.scheduler.errors import StoreError
+
+FUSED_ROWS = 4
+"""Up to this many rows bitsandbytes' fused kernel is no slower than dequantizing and multiplying.
+
+Measured on an H200 (28672 x 8192): 107 us for one row and 374 us for four, against 255 us for
+dequantizing and 120 us for the product.
+"""
+
+
+class Scratch:
+    """One buffer that holds a dequantized piece of a matrix, on CUDA; CPUs allocate as they go."""
+
+    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.elements = elements
+        self.dtype = dtype
+        on_cuda = device.type == "cuda"
+        self._buffer = torch.empty(elements if on_cuda else 0, dtype=dtype, device=device)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A tensor to write into, valid until the next `take`; None when the buffer cannot serve."""
+        size = prod(shape)
+        if dtype != self.dtype or size > len(self._buffer):
+            return None
+        return self._buffer[:size].view(shape)
+
+
+class Weight(ABC):
+    """A logical weight of `shape`, backed by views of a block's bytes."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = torch.Size(shape)
+
+    @staticmethod
+    def view(spec: WeightSpec, block: Tensor) -> "Weight":
+        """The weight that `spec` places in `block`, a block's data section (uint8, any device)."""
+        parts = {
+            role: _view(part, block)
+            for role, part in spec.parts.items()
+            if role not in ("state", "layout")
+        }
+        if spec.format == "raw":
+            return RawWeight(parts["data"].view(spec.shape))
+        if spec.format == "int8":
+            return Int8Weight(parts["data"].view(spec.shape), parts["scale"])
+        if spec.format in ("nf4", "fp4"):
+            return FourBitWeight(spec, parts)
+        raise StoreError(
+            f"a weight is stored as {spec.format!r}, which this version cannot read: convert again"
+        )
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What the bytes are stored as."""
+
+    @property
+    def row_multiple(self) -> int:
+        """`rows` may start at multiples of this."""
+        return 1
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> "Weight":
+        """Rows [start, stop) along the first axis, sharing the bytes."""
+
+    @abstractmethod
+    def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
+        """The weight's values: a view where the bytes are the values, else dequantized, in
+        `scratch` if it is large enough (and then valid until the scratch is used again)."""
+
+    def expert(self, index: int) -> "Weight":
+        """Matrix `index` of a stack [experts, rows, columns]."""
+        piece = self.rows(index, index + 1)
+        piece.shape = self.shape[1:]
+        return piece
+
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        scratch: Scratch | None = None,
+        transposed: bool = False,
+    ) -> Tensor:
+        """x [..., K] times this weight [N, K], or [K, N] when `transposed`, plus bias: [..., N]."""
+        if transposed:
+            out = x @ self.dense(x.dtype, scratch)
+            return out if bias is None else out + bias
+        runs = list(self._runs(x.dtype, scratch))
+        if len(runs) == 1:
+            return F.linear(x, self.dense(x.dtype, scratch), bias)
+        out = x.new_empty(*x.shape[:-1], self.shape[0])
+        for start, stop in runs:
+            piece = self.rows(start, stop).dense(x.dtype, scratch)
+            out[..., start:stop] = F.linear(x, piece, None if bias is None else bias[start:stop])
+        return out
+
+    def _runs(self, dtype: torch.dtype, scratch: Scratch | None) -> Iterator[tuple[int, int]]:
+        """Runs of rows that fit the scratch; one run when they need none or all fit."""
+        count = self.shape[0]
+        step = count
+        if scratch is not None and scratch.elements and dtype == scratch.dtype != self.dtype:
+            fit = scratch.elements // prod(self.shape[1:])
+            step = max(fit // self.row_multiple, 1) * self.row_multiple
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
+
+
+class RawWeight(Weight):
+    """Values as they are."""
+
+    def __init__(self, data: Tensor) -> None:
+        super().__init__(data.shape)
+        self._data = data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._data.dtype
+
+    def rows(self, start: int, stop: int) -> Weight:
+        return RawWeight(self._data[start:stop])
+
+    def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
+        data = self._data.view(self.shape)
+        out = None if scratch is None or data.dtype == dtype else scratch.take(data.shape, dtype)
+        return data.to(dtype) if out is None else out.copy_(data)
+
+
+class Int8Weight(Weight):
+    """bitsandbytes' row-wise int8: data [rows, columns] * scale [rows] / 127."""
+
+    def __init__(self, data: Tensor, scale: Tensor) -> None:
+        super().__init__(data.shape)
+        self._data = data
+        self._scale = scale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int8
+
+    def rows(self, start: int, stop: int) -> Weight:
+        per_row = len(self._scale) // len(self._data)
+        return Int8Weight(self._data[start:stop], self._scale[start * per_row : stop * per_row])
+
+    def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
+        data = self._data.view(self.shape)
+        out = scratch.take(data.shape, dtype) if scratch else None
+        if out is None:
+            out = torch.empty(data.shape, dtype=dtype, device=data.device)
+        # Multiplied in float32 and rounded once.
+        return torch.mul(data, self._scale.view(*data.shape[:-1], 1) / 127, out=out)
+
+
+class FourBitWeight(Weight):
+    """bitsandbytes' 4-bit layout: one scale per `blocksize` consecutive elements, high nibble first."""
+
+    def __init__(self, spec: WeightSpec, parts: dict[str, Tensor]) -> None:
+        super().__init__(spec.shape)
+        self._spec = spec
+        self._parts = parts
+        self._packed = parts["data"].view(-1)
+        self._first = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    @property
+    def row_multiple(self) -> int:
+        row = prod(self.shape[1:])
+        return self._spec.blocksize // gcd(row, self._spec.blocksize)
+
+    def rows(self, start: int, stop: int) -> Weight:
+        row = prod(self.shape[1:])
+        first = self._first + start * row
+        assert first % self._spec.blocksize == 0, (start, self.shape, self._spec.blocksize)
+        piece = FourBitWeight(self._spec, self._parts)
+        piece.shape = torch.Size((stop - start, *self.shape[1:]))
+        piece._first = first
+        piece._packed = self._packed[start * row // 2 : stop * row // 2]
+        return piece
+
+    def _scales(self) -> Tensor:
+        """float32 [blocks of this piece]; doubly quantized scales are decoded for the piece only."""
+        spec, parts = self._spec, self._parts
+        begin = self._first // spec.blocksize
+        end = begin - (-self.shape.numel() // spec.blocksize)
+        if "nested_absmax" not in parts:
+            return parts["absmax"].view(-1)[begin:end]
+        # Decoding starts where a block of scales does.
+        lead = begin % spec.nested_blocksize
+        group = (begin - lead) // spec.nested_blocksize
+        scales: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+            parts["absmax"].view(-1)[begin - lead : end],
+            parts["nested_absmax"][group:],
+            parts["nested_code"],
+            spec.nested_blocksize,
+            torch.float32,
+        )
+        return scales[lead:] + spec.nested_offset
+
+    def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
+        spec = self._spec
+        # The CPU kernel counts scales from each row's start, which holds for whole blocks only.
+        flat = self.shape[-1] % spec.blocksize != 0
+        shape = (1, self.shape.numel()) if flat else tuple(self.shape)
+        packed, scales = self._packed.view(-1, 1), self._scales()
+        out = scratch.take(shape, dtype) if scratch and packed.is_cuda else None
+        dequantize = torch.ops.bitsandbytes.dequantize_4bit
+        if out is None:
+            out = dequantize(packed, scales, spec.blocksize, spec.format, shape, dtype)
+        else:
+            dequantize.out(packed, scales, spec.blocksize, spec.format, shape, dtype, out=out)
+        return out.view(self.shape)
+
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        scratch: Scratch | None = None,
+        transposed: bool = False,
+    ) -> Tensor:
+        aligned = self.shape[-1] % self._spec.blocksize == 0
+        few = x.is_cuda and x.shape[:-1].numel() <= FUSED_ROWS
+        if not (few and aligned) or transposed or x.dtype == torch.float32:
+            return super().linear(x, bias, scratch, transposed)
+        # Never on CPUs, where the vector kernel wants another layout and is silently wrong.
+        out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+            x,
+            self._packed.view(-1, 1),
+            tuple(self.shape),
+            self._scales(),
+            self._spec.blocksize,
+            self._spec.format,
+            bias,
+        )
+        return out
+
+
+def _view(part: TensorSpec, block: Tensor) -> Tensor:
+    data = block[part.offset : part.offset + part.nbytes]
+    return data.view(TORCH_DTYPES[part.dtype]).view(part.shape)
+
+
+class QuantLinear(nn.Module):
+    """Stands in for an nn.Linear whose weight comes and goes. Bound by StageModel."""
+
+    def __init__(self, linear: nn.Linear, scratch: Scratch) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight: Weight | None = None
+        self.register_parameter("bias", linear.bias)
+        self._scratch = scratch
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weight is not None, "a layer ran before its weights were bound"
+        return self.weight.linear(x, self.bias, self._scratch)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -1,0 +1,299 @@
+"""Hidden states between stages: one two-rank process group per directed edge.
+
+Why no wait is circular. All transfers of a run have one global order: by pass, then visit, then
+micro-batch. Every stage works through its own part of that order, and who sends and who receives
+follows from the pass and the placement, which all stages share. A send never blocks: it is queued,
+and the sender goes on. A receive waits only for a send that precedes it in the global order. So the
+earliest unfinished operation can always proceed, also around the wrap-around edge of a cycle. Sends
+of one pass are collected while the next one runs, which bounds the buffers held.
+
+Each operation has a deadline; a peer that does not answer in time is a StageError, never a hang.
+"""
+
+import queue
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from headrace.scheduler.errors import StageError
+
+
+class Sender(Protocol):
+    """The near end of an edge that carries hidden states to another stage."""
+
+    def send(self, x: torch.Tensor) -> None:
+        """Queue `x` [tokens, hidden]; returns at once. `x` must not be written to afterwards."""
+
+    def collect(self) -> None:
+        """Wait for every send queued before the previous call to `collect`."""
+
+    def close(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """The far end of an edge."""
+
+    def recv(self, num_tokens: int) -> torch.Tensor:
+        """The next hidden states [num_tokens, hidden], valid until `depth` further receives."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the two ends of every edge find each other; `epoch` separates generations of a ring."""
+
+    host: str
+    port: int
+    epoch: int
+
+    def store(self, edge: tuple[int, int], timeout: timedelta) -> dist.Store:
+        tcp = dist.TCPStore(
+            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
+        )
+        return dist.PrefixStore(f"{self.epoch}/{edge[0]}-{edge[1]}", tcp)
+
+
+class RendezvousServer:
+    """The key-value store behind a Rendezvous. It lives with the scheduler and binds one address."""
+
+    def __init__(self, host: str) -> None:
+        # Bound here because TCPStore by itself listens on every interface.
+        listener = socket.create_server((host, 0))
+        self.host, self.port = host, int(listener.getsockname()[1])
+        self._store: dist.Store | None = dist.TCPStore(
+            host,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def rendezvous(self, epoch: int) -> Rendezvous:
+        return Rendezvous(self.host, self.port, epoch)
+
+    def close(self) -> None:
+        """Stop serving; edges that are open stay open."""
+        self._store = None
+
+
+class ReceiveRing:
+    """Receive buffers used in turn: `depth` tensors of [max_tokens, hidden]."""
+
+    def __init__(
+        self, depth: int, max_tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.depth = depth
+        self._buffers = [
+            torch.empty(max_tokens, hidden, dtype=dtype, device=device) for _ in range(depth)
+        ]
+        self._next = 0
+
+    def take(self, num_tokens: int) -> torch.Tensor:
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % self.depth
+        return buffer[:num_tokens]
+
+
+def _group(
+    rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: torch.device, interface: str
+) -> Any:
+    """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist."""
+    store = rendezvous.store(edge, timedelta(seconds=120))
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.blocking = 0
+        group = dist.ProcessGroupNCCL(store, rank, 2, options)
+        group.eager_connect_single_device(device)
+        return group
+    gloo = dist.ProcessGroupGloo._Options()
+    gloo._timeout = timedelta(seconds=120)
+    gloo._devices = [
+        dist.ProcessGroupGloo.create_device(interface=interface)
+        if interface
+        else dist.ProcessGroupGloo.create_default_device()
+    ]
+    return dist.ProcessGroupGloo(store, rank, 2, gloo)
+
+
+class _Edge:
+    """What both ends share: the group, the message counter and the deadline."""
+
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
+        self._group, self._edge, self._deadline = group, edge, timedelta(seconds=deadline)
+        self._count = 0
+
+    def _tag(self) -> int:
+        self._count += 1
+        return self._count & 0x7FFFFFFF
+
+    def _wait(self, work: Any) -> None:
+        try:
+            work.wait(self._deadline)
+        except RuntimeError as error:
+            raise StageError(
+                f"edge {self._edge[0]} -> {self._edge[1]} broke: {str(error).splitlines()[0]}"
+            ) from error
+
+    def close(self) -> None:
+        # Dropping the last reference closes Gloo's sockets, so that the peer fails at once instead
+        # of at its deadline; NCCL has to be told.
+        group, self._group = self._group, None
+        if isinstance(group, dist.ProcessGroupNCCL):
+            group.abort()
+
+
+class GlooSender(_Edge):
+    """Sends from host memory."""
+
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
+        super().__init__(group, edge, deadline)
+        self._queued: deque[tuple[torch.Tensor, Any]] = deque()
+        self._previous = 0
+
+    def send(self, x: torch.Tensor) -> None:
+        raw = x.contiguous().view(torch.uint8)
+        self._queued.append((raw, self._group.send([raw], 1, self._tag())))
+
+    def collect(self) -> None:
+        for _ in range(self._previous):
+            self._wait(self._queued.popleft()[1])
+        self._previous = len(self._queued)
+
+
+class GlooReceiver(_Edge):
+    """Receives into host memory."""
+
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing) -> None:
+        super().__init__(group, edge, deadline)
+        self._ring = ring
+
+    def recv(self, num_tokens: int) -> torch.Tensor:
+        x = self._ring.take(num_tokens)
+        self._wait(self._group.recv([x.view(torch.uint8)], 0, self._tag()))
+        return x
+
+
+class NcclSender(_Edge):
+    """Sends from device memory, ordered after the compute queued so far; the host does not wait."""
+
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
+        super().__init__(group, edge, deadline)
+        self._queued: deque[tuple[torch.Tensor, Any]] = deque()
+        self._previous = 0
+
+    def send(self, x: torch.Tensor) -> None:
+        x = x.contiguous()
+        self._queued.append((x, self._group.send([x], 1, 0)))
+
+    def collect(self) -> None:
+        # Device-side completion is bounded by the stage's own deadline at the end of each pass, so
+        # here it is enough to let go of tensors whose transfer is over.
+        for _ in range(self._previous):
+            _, work = self._queued.popleft()
+            work.wait()
+        self._previous = len(self._queued)
+
+
+class NcclReceiver(_Edge):
+    """Receives on a stream of its own, so that a transfer overlaps the compute before it."""
+
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing) -> None:
+        super().__init__(group, edge, deadline)
+        self._ring = ring
+        self._stream = torch.cuda.Stream()
+        self._used: deque[torch.cuda.Event] = deque()
+
+    def recv(self, num_tokens: int) -> torch.Tensor:
+        x = self._ring.take(num_tokens)
+        # A buffer returns after `depth` receives. What read it was queued on the compute stream
+        # before the event of the receive that followed it, which is therefore what to wait for.
+        event = torch.cuda.Event()
+        event.record()
+        self._used.append(event)
+        if len(self._used) == self._ring.depth:
+            self._stream.wait_event(self._used.popleft())
+        with torch.cuda.stream(self._stream):
+            work = self._group.recv([x], 0, 0)
+        work.wait()  # the compute stream waits, the host does not
+        return x
+
+
+class LocalEdge:
+    """Both ends of an edge inside one process, between threads."""
+
+    def __init__(self, edge: tuple[int, int], deadline: float) -> None:
+        self._edge, self._deadline = edge, deadline
+        self._queue: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+
+    def send(self, x: torch.Tensor) -> None:
+        self._queue.put(x)
+
+    def collect(self) -> None:
+        pass
+
+    def recv(self, num_tokens: int) -> torch.Tensor:
+        try:
+            x = self._queue.get(timeout=self._deadline)
+        except queue.Empty:
+            x = None
+        if x is None:
+            raise StageError(f"edge {self._edge[0]} -> {self._edge[1]} broke")
+        assert len(x) == num_tokens
+        return x
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+
+def connect(
+    stage: int,
+    edges: Sequence[tuple[int, int]],
+    rendezvous: Rendezvous,
+    *,
+    ring: ReceiveRing,
+    device: torch.device,
+    deadline: float,
+    interface: str = "",
+) -> tuple[dict[int, Sender], dict[int, Receiver]]:
+    """Open this stage's ends of `edges`, in one order on all stages so that none waits in a circle.
+
+    `ring` lends the receive buffers; `interface` names the network interface for Gloo, or "" for
+    its default. Returns senders and receivers by peer stage.
+    """
+    senders: dict[int, Sender] = {}
+    receivers: dict[int, Receiver] = {}
+    on_device: AbstractContextManager[Any] = (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    )
+    with on_device:
+        for edge in edges:
+            source, target = edge
+            if stage not in edge:
+                continue
+            group = _group(rendezvous, edge, int(stage == target), device, interface)
+            cuda = device.type == "cuda"
+            if stage == source:
+                senders[target] = (NcclSender if cuda else GlooSender)(group, edge, deadline)
+            else:
+                receivers[source] = (NcclReceiver if cuda else GlooReceiver)(
+                    group, edge, deadline, ring
+                )
+    return senders, receivers
+
+
+def wait_event(event: torch.cuda.Event, deadline: float, what: str) -> None:
+    """Block until `event` has happened; StageError when it has not within `deadline` seconds."""
+    end = time.monotonic() + deadline
+    while not event.query():
+        if time.monotonic() > end:
+            raise StageError(f"{what} did not finish within {deadline:.0f} s")
+        time.sleep(1e-4)

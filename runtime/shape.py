@@ -1,0 +1,42 @@
+"""A store's sizes, as the planner wants them."""
+
+import torch
+
+from headrace.runtime.kv_store import KVStore
+from headrace.runtime.model import scratch_elements
+from headrace.runtime.skeleton import parse_config
+from headrace.runtime.store import Store
+from headrace.scheduler.inputs import ModelShape
+
+
+def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
+    """What running `store` with compute and KV type `dtype` takes."""
+    config = parse_config(store.config, str(store.path / "config.json"))
+    specs = [spec for block in store.blocks for spec in block.weights.values()]
+    largest = scratch_elements(specs, dtype)
+    head = store.head.nbytes + (store.embed.nbytes if store.tied else 0)
+    return ModelShape(
+        layer_bytes=tuple(block.nbytes for block in store.layers),
+        layer_kv_bytes=tuple(KVStore.page_nbytes(shape, dtype) for shape in store.layer_shapes),
+        layer_parameters=tuple(shape.parameters for shape in store.layer_shapes),
+        layer_active_parameters=tuple(shape.active_parameters for shape in store.layer_shapes),
+        largest_matrix=largest,
+        embed_bytes=store.embed.nbytes,
+        head_bytes=head,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        intermediate_size=_intermediate_size(config),
+        max_context=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        compute_bytes=dtype.itemsize,
+        needs_scratch=largest > 0,
+    )
+
+
+def _intermediate_size(config: object) -> int:
+    """MLP columns of one token: its experts' together where there are any, under each name in use."""
+    dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # type: ignore[attr-defined]
+    expert = getattr(config, "moe_intermediate_size", None)
+    top_k = getattr(config, "num_experts_per_tok", None) or 1
+    if not isinstance(dense, int):
+        dense = max(dense)
+    return max(dense, expert * top_k) if isinstance(expert, int) else dense * top_k

@@ -1,0 +1,239 @@
+"""One stage: executes its part of each pass. It decides nothing; pass and placement decide."""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.runtime.attention import Batch
+from headrace.runtime.kv_store import KVStore
+from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
+from headrace.runtime.model import Prepared, StageModel
+from headrace.runtime.sampler import sample
+from headrace.runtime.storage import choose_storage
+from headrace.runtime.store import Store
+from headrace.runtime.streamer import Streamer, wait_clock
+from headrace.scheduler.errors import StageError
+from headrace.scheduler.placement import Plan
+from headrace.scheduler.plan import MicroBatch, Pass, PassResult, Sample, StageTimes
+
+LOGIT_ROWS = 256
+"""Rows of logits computed at a time: [256, vocabulary] in float32 is what the head needs at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """What a stage process needs to build itself.
+
+    `dtype` is the compute and KV type, `storage` "auto", "direct", "buffered" or "kvikio".
+    `deadline` bounds every wait for another stage or for the device, in seconds.
+    """
+
+    store: str
+    stage: int
+    plan: Plan
+    device: str
+    dtype: str
+    storage: str
+    deadline: float
+    threads: int
+
+
+@dataclass(slots=True)
+class _Travel:
+    """One micro-batch on its way through this stage's part of a pass."""
+
+    micro_batch: MicroBatch
+    prepared: Prepared
+    x: torch.Tensor | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+
+class Stage:
+    """Owns the weights, KV pages and links of one device.
+
+    `connect` gives it its neighbours; a stage without neighbours needs none. Errors: StoreError for
+    damaged weights, StageError for a peer that is gone or late.
+    """
+
+    def __init__(self, config: StageConfig) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        self._plan, self._placement = config.plan, config.plan.placement
+        self._visits = self._placement.visits_of(config.stage)
+        self._senders: Mapping[int, Sender] = {}
+        self._receivers: Mapping[int, Receiver] = {}
+        self._closed = threading.Event()
+        self._link_clock = wait_clock(self.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.threads)
+        with self._on_device():
+            self._build(Store.open(Path(config.store)))
+
+    def _build(self, store: Store) -> None:
+        config, layers = self.config, self._placement.layers_of(self.config.stage)
+        dtype = getattr(torch, config.dtype)
+        blocks = {layer: store.layers[layer] for layer in layers}
+        sample_block = max(blocks.values(), key=lambda block: block.nbytes)
+        self._storage = choose_storage(
+            self.device,
+            sample_block.file,
+            sample_block.data_offset,
+            sample_block.nbytes,
+            config.storage,
+            streamed_bytes=sum(self._plan.nvme_bytes_a_pass),
+        )
+        self._model = StageModel(
+            store,
+            layers,
+            device=self.device,
+            dtype=dtype,
+            with_embedding=config.stage == self._placement.first_stage,
+            with_head=config.stage == self._placement.last_stage,
+        )
+        shapes = {layer: store.layer_shapes[layer] for layer in layers}
+        self._kv = KVStore(shapes, self._plan.num_pages, dtype, self.device)
+        self._streamer = Streamer(
+            visits=[self._placement.visits[v].layers for v in self._visits],
+            blocks=blocks,
+            tiers={layer: self._placement.tiers[layer] for layer in layers},
+            storage=self._storage,
+            device=self.device,
+            ring_slots=self._plan.ring_slots[config.stage],
+            slot_bytes=self._plan.slot_bytes,
+        )
+
+    @property
+    def storage_name(self) -> str:
+        return self._storage.name
+
+    def receive_ring(self) -> ReceiveRing:
+        """Buffers for incoming hidden states: one more than the micro-batches of a pass."""
+        plan = self._plan
+        return ReceiveRing(
+            plan.micro_batches + 1,
+            plan.micro_batch_tokens,
+            self._model.hidden_size,
+            self._model.dtype,
+            self.device,
+        )
+
+    def connect(self, senders: Mapping[int, Sender], receivers: Mapping[int, Receiver]) -> None:
+        """Take over the ends of the edges to other stages, by peer."""
+        self._senders, self._receivers = senders, receivers
+
+    def run(self, a_pass: Pass) -> PassResult:
+        """Execute this stage's visits of `a_pass`; blocks until the device has finished them."""
+        with torch.inference_mode(), self._on_device():
+            started = time.perf_counter()
+            travels = [self._prepare(micro_batch) for micro_batch in a_pass.micro_batches]
+            for position, visit in enumerate(self._visits):
+                self._visit(position, visit, travels)
+            self._finish()
+            return self._result(a_pass, travels, time.perf_counter() - started)
+
+    def _prepare(self, micro_batch: MicroBatch) -> _Travel:
+        return _Travel(
+            micro_batch, self._model.prepare(Batch.build(micro_batch, self.device))
+        )
+
+    def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
+        with self._streamer.hold(position) as layers:
+            for layer, data in layers:
+                self._model.bind(layer, data)
+            for travel in travels:
+                x = self._arrive(visit, travel)
+                for layer, _ in layers:
+                    x = self._model.run_layer(layer, x, travel.prepared, self._kv)
+                self._depart(visit, travel, x)
+
+    def _arrive(self, visit: int, travel: _Travel) -> torch.Tensor:
+        """Hidden states [tokens, hidden] before the visit: embedded, still here, or received."""
+        if visit == 0:
+            tokens = [token for piece in travel.micro_batch.slices for token in piece.tokens]
+            return self._model.embed(torch.tensor(tokens))
+        source = self._placement.visits[visit - 1].stage
+        if source == self.config.stage:
+            assert travel.x is not None
+            return travel.x
+        with self._link_clock.measure():
+            return self._receivers[source].recv(travel.micro_batch.num_tokens)
+
+    def _depart(self, visit: int, travel: _Travel, x: torch.Tensor) -> None:
+        travel.x = None
+        if visit == len(self._placement.visits) - 1:
+            travel.samples = self._sample(travel, x)
+            return
+        target = self._placement.visits[visit + 1].stage
+        if target == self.config.stage:
+            travel.x = x
+        else:
+            self._senders[target].send(x)
+
+    def _sample(self, travel: _Travel, x: torch.Tensor) -> list[Sample]:
+        pieces = [piece for piece in travel.micro_batch.slices if piece.sampling is not None]
+        rows = [(p.request, p.end, p.sampling) for p in pieces if p.sampling is not None]
+        samples = []
+        for start in range(0, len(rows), LOGIT_ROWS):
+            chosen = travel.prepared.batch.sample_rows[start : start + LOGIT_ROWS]
+            logits = self._model.logits(x.index_select(0, chosen))
+            samples += sample(logits, rows[start : start + LOGIT_ROWS])
+        return samples
+
+    def _finish(self) -> None:
+        for sender in self._senders.values():
+            sender.collect()
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            wait_event(event, self.config.deadline, f"stage {self.config.stage}'s part of a pass")
+
+    def _result(self, a_pass: Pass, travels: Sequence[_Travel], seconds: float) -> PassResult:
+        counters = self._streamer.take_counters()
+        stage, plan = self.config.stage, self._plan
+        planned = plan.nvme_bytes_a_pass[stage], plan.host_bytes_a_pass[stage]
+        if (counters.nvme_bytes, counters.host_bytes) != planned:
+            raise StageError(
+                f"stage {stage} streamed {counters.nvme_bytes} bytes from NVMe and "
+                f"{counters.host_bytes} from host RAM in pass {a_pass.step}; the plan says "
+                f"{planned[0]} and {planned[1]}"
+            )
+        times = StageTimes(
+            stage=stage,
+            total=seconds,
+            weights_wait=counters.wait_seconds,
+            link_wait=self._link_clock.take(),
+            nvme_bytes=counters.nvme_bytes,
+            host_bytes=counters.host_bytes,
+        )
+        samples = tuple(sample for travel in travels for sample in travel.samples)
+        return PassResult(a_pass.step, samples, times)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Compute runs on a stream of its own: the default stream would serialize with copies."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self, "_compute"):
+            self._compute = torch.cuda.Stream(self.device)
+        return torch.cuda.stream(self._compute)
+
+    def close(self) -> None:
+        """Drop the edges and free the device. Safe to call twice."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        for end in (*self._senders.values(), *self._receivers.values()):
+            end.close()
+        self._streamer.close()
+        self._storage.close()
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,225 @@
+"""Memory that weights rest in: aligned and pinned host buffers, the device's ring, the host tier."""
+
+import mmap
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+from typing_extensions import Self
+
+from headrace.runtime.loads import CopyStream, Load, Storage, queued_work
+from headrace.runtime.store import ALIGN_BLOCK, Block
+from headrace.scheduler.errors import DoesNotFitError, HeadraceError, StoreError
+
+_T = TypeVar("_T")
+
+
+class AlignedBuffer:
+    """Page-aligned host memory of exactly `nbytes`, seen as the uint8 vector `tensor`.
+
+    `pinned` registers it with CUDA, so that copies from it run beside the host; that costs about
+    0.6 s per GB. torch's own pinned memory is rounded up to a power of two and not page-aligned.
+    The memory goes back when the buffer and every view of `tensor` are gone; close() unpins it.
+    Raises DoesNotFitError when the host has no such memory or may not lock it.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+        assert nbytes > 0
+        try:
+            pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise DoesNotFitError(
+                f"the host has no {nbytes} bytes of memory to give ({error}); lower --host-memory"
+            ) from error
+        with suppress(OSError):  # a kernel without huge pages: slower page faults, nothing else
+            pages.madvise(mmap.MADV_HUGEPAGE)
+        # A child process would copy pinned pages on fork: none of ours needs them.
+        pages.madvise(mmap.MADV_DONTFORK)
+        self.tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        self._pinned = False
+        if pinned:
+            register(self.tensor)
+            self._pinned = True
+
+    def close(self) -> None:
+        if self._pinned:
+            self._pinned = False
+            unregister(self.tensor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def register(memory: torch.Tensor) -> None:
+    """Pin host memory for CUDA, under any device's context."""
+    result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if result:
+        raise DoesNotFitError(
+            f"CUDA could not pin {memory.nbytes} bytes of host memory (cudaError {result}); lower "
+            "--host-memory, or raise the locked-memory limit (ulimit -l)"
+        )
+
+
+def unregister(memory: torch.Tensor) -> None:
+    result = int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+    assert not result, f"cudaHostUnregister: cudaError {result}"
+
+
+def device_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
+    """A uint8 vector on the device; page-aligned on a CPU, so that O_DIRECT reads land in it."""
+    if device.type == "cpu":
+        return AlignedBuffer(nbytes).tensor
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.cuda.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise DoesNotFitError(
+            f"{device} has {free} of {total} bytes free, weights need {nbytes} more; lower "
+            "--device-memory"
+        ) from error
+
+
+class DeviceRing:
+    """`slots` equal slots in one allocation; streamed layers pass through them in turn."""
+
+    def __init__(self, slots: int, slot_bytes: int, device: torch.device) -> None:
+        assert slots > 0
+        assert slot_bytes > 0
+        assert slot_bytes % ALIGN_BLOCK == 0, slot_bytes
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self._bytes = device_bytes(slots * slot_bytes, device).view(slots, slot_bytes)
+
+    def slot(self, index: int, nbytes: int) -> torch.Tensor:
+        """The first `nbytes` bytes of a slot."""
+        assert nbytes <= self.slot_bytes, (nbytes, self.slot_bytes)
+        return self._bytes[index, :nbytes]
+
+
+class HostTier:
+    """Copies of layers in host RAM, pinned where the device is CUDA, filled by a background thread.
+
+    A layer may be asked for before it is there; its load then waits for it. Reading and pinning
+    overlap: while one layer is read, the next one's memory is registered.
+    """
+
+    def __init__(self, blocks: Mapping[int, Block], storage: Storage, device: torch.device) -> None:
+        self._blocks = dict(blocks)
+        self._storage = storage
+        self._pinned = device.type == "cuda"
+        self._copies = CopyStream(device) if self._pinned else None
+        self._copier = ThreadPoolExecutor(1, "headrace-host-tier")
+        self._buffers: list[AlignedBuffer] = []
+        self._layers: dict[int, Future[torch.Tensor]] = {layer: Future() for layer in blocks}
+        self._stopping = threading.Event()
+        self._filler = threading.Thread(target=self._fill, name="headrace-fill", daemon=True)
+        self._filler.start()
+
+    def load(self, layer: int, dest: torch.Tensor) -> Load:
+        """Copy a layer into `dest` of its exact size; on CUDA behind the current stream's work."""
+        source = self._layers[layer]
+        assert dest.nbytes == self._blocks[layer].nbytes
+        if self._copies is not None:
+            return _DeviceCopy(source, dest, self._copies)
+        return _HostCopy(self._copier.submit(_copy, dest, source))
+
+    def wait(self) -> None:
+        """Return when every layer is in host RAM. Raises StoreError or DoesNotFitError."""
+        for layer in self._layers.values():
+            layer.result()
+
+    def _fill(self) -> None:
+        waiting = dict(self._layers)
+        try:
+            for layer, buffer, load in self._read_ahead():
+                load.wait()
+                waiting.pop(layer).set_result(buffer)
+        except Exception as error:  # noqa: BLE001 - raised again by each load
+            for future in waiting.values():
+                future.set_exception(error)
+
+    def _read_ahead(self) -> Iterator[tuple[int, torch.Tensor, Load]]:
+        """Each layer's buffer and load, one layer behind the one that is being read."""
+        reading: tuple[int, torch.Tensor, Load] | None = None
+        for layer, block in self._blocks.items():
+            if self._stopping.is_set():
+                raise StoreError(f"{block.file}: not read, the host tier is closed")
+            buffer = AlignedBuffer(block.nbytes, pinned=self._pinned)
+            self._buffers.append(buffer)
+            following = self._storage.load(block.file, block.data_offset, buffer.tensor)
+            if reading is not None:
+                yield reading
+            reading = layer, buffer.tensor, following
+        if reading is not None:
+            yield reading
+
+    def close(self) -> None:
+        """Stop filling, let queued copies end and unpin. Loads that have not started fail."""
+        self._stopping.set()
+        self._filler.join()
+        self._copier.shutdown()
+        if self._copies is not None:
+            self._copies.synchronize()
+        while self._buffers:
+            self._buffers.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _result(future: "Future[_T]") -> _T:
+    """The future's value; what is not an error of ours is the store's, and named so."""
+    try:
+        return future.result()
+    except HeadraceError:
+        raise
+    except Exception as error:
+        raise StoreError(f"loading a layer into host RAM failed: {error!r}") from error
+
+
+def _copy(dest: torch.Tensor, source: "Future[torch.Tensor]") -> None:
+    with torch.inference_mode():
+        dest.copy_(source.result())
+
+
+class _HostCopy:
+    """A memcpy in a thread."""
+
+    def __init__(self, copying: "Future[None]") -> None:
+        self._copying = copying
+
+    def wait(self) -> None:
+        _result(self._copying)
+
+
+class _DeviceCopy:
+    """A copy over PCIe, queued at once when its source is in RAM already, else by wait()."""
+
+    def __init__(
+        self, source: "Future[torch.Tensor]", dest: torch.Tensor, copies: CopyStream
+    ) -> None:
+        self._source = source
+        self._dest = dest
+        self._copies = copies
+        after = queued_work(dest.device)
+        assert after is not None
+        self._after = after
+        filled = source.done() and source.exception() is None
+        self._ready = self._queue() if filled else None
+
+    def _queue(self) -> torch.cuda.Event:
+        return self._copies.copy(self._dest, _result(self._source), self._after)
+
+    def wait(self) -> None:
+        if self._ready is None:
+            self._ready = self._queue()
+        torch.cuda.current_stream(self._dest.device).wait_event(self._ready)

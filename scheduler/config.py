@@ -1,0 +1,32 @@
+"""What bounds a pass and the requests in it."""
+
+from dataclasses import dataclass, fields
+
+from headrace.scheduler.errors import HeadraceError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits that the scheduler keeps, taken from the plan.
+
+    `num_pages` KV pages; `max_context` tokens a request, prompt and output together; at most
+    `token_budget` tokens and `max_sequences` slices a pass, in at most `micro_batches`
+    micro-batches of at most `micro_batch_tokens` tokens each. Raises HeadraceError when one cannot be met.
+    """
+
+    num_pages: int
+    max_context: int
+    token_budget: int
+    max_sequences: int
+    micro_batches: int
+    micro_batch_tokens: int
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            # The shortest request is one token of prompt and one of output.
+            least = 2 if limit.name == "max_context" else 1
+            value = getattr(self, limit.name)
+            if value < least:
+                raise HeadraceError(
+                    f"scheduler: {limit.name} must be at least {least}, not {value}"
+                )

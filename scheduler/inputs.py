@@ -1,0 +1,111 @@
+"""What a plan is made from: the model's sizes, the machines' speeds, the budgets and the wishes."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+DEFAULT_CONTEXT = 1024
+
+PLACEMENTS = ("auto", "cyclic", "contiguous")
+
+Kind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a model as stored, in bytes unless said otherwise. Tuples have one entry a layer.
+
+    `layer_bytes`: the layer's aligned block in the store, which is what is loaded and kept.
+    `layer_kv_bytes`: one page (64 tokens) of the layer in the KV dtype.
+    `layer_parameters`, `layer_active_parameters`: matrix elements, and those that one token uses.
+    `largest_matrix`: elements of the largest matrix that is dequantized at once.
+    `head_bytes`: final norm and LM head as they lie on the device.
+    `intermediate_size`: columns that one token takes in the MLP (top-k experts together).
+    `compute_bytes`: bytes of one element of the compute dtype.
+    `needs_scratch`: whether matrices have to be dequantized before a matmul.
+    """
+
+    layer_bytes: tuple[int, ...]
+    layer_kv_bytes: tuple[int, ...]
+    layer_parameters: tuple[int, ...]
+    layer_active_parameters: tuple[int, ...]
+    largest_matrix: int
+    embed_bytes: int
+    head_bytes: int
+    hidden_size: int
+    vocab_size: int
+    intermediate_size: int
+    max_context: int
+    compute_bytes: int
+    needs_scratch: bool
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """Measured speeds of one stage's machine; GB/s are 1e9 bytes a second.
+
+    `host_gbps` is pinned host RAM to device, on a CPU a memcpy. `hbm_gbps` counts bytes read and
+    bytes written. `hop_seconds` is the latency of handing hidden states to the next stage,
+    `link_gbps` the rate after that.
+    """
+
+    kind: Kind
+    nvme_gbps: float
+    host_gbps: float
+    tflops: float
+    hbm_gbps: float
+    hop_seconds: float
+    link_gbps: float
+
+    def shared_by(self, stages: int) -> "DeviceProfile":
+        """One stage's share when `stages` of them run on one host.
+
+        They share its drive; stages on CPUs share its cores and memory, too; each GPU is its own.
+        """
+        if self.kind == "cuda":
+            return replace(self, nvme_gbps=self.nvme_gbps / stages)
+        return replace(
+            self,
+            nvme_gbps=self.nvme_gbps / stages,
+            host_gbps=self.host_gbps / stages,
+            tflops=self.tflops / stages,
+            hbm_gbps=self.hbm_gbps / stages,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that one stage may use. `process_bytes` is reported, not planned with."""
+
+    device_memory: int
+    host_memory: int
+    process_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the run will look like: tokens that a sequence reaches, and how many sequences at once.
+
+    `context` None: DEFAULT_CONTEXT, or what the model allows. `max_sequences` None: as many as
+    still raise the throughput.
+    """
+
+    context: int | None = None
+    max_sequences: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the user settles rather than the planner; None leaves it to the planner.
+
+    `placement` is one of PLACEMENTS. `token_budget` and `max_sequences` are per pass.
+    """
+
+    placement: str = "auto"
+    token_budget: int | None = None
+    max_sequences: int | None = None
+    micro_batches: int | None = None
+    layers_a_visit: int | None = None

@@ -1,0 +1,86 @@
+"""The few layouts that a plan is chosen from, simplest first."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+from headrace.scheduler.inputs import Choices, Kind
+from headrace.scheduler.memory import Layout
+from headrace.scheduler.placement import Visit, contiguous_visits, cyclic_visits
+
+TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
+"""Tokens a pass: enough to keep the matmuls of a pass busy while weights stream."""
+
+LEAST_TOKEN_BUDGET = 64
+
+
+def resident_layouts(
+    num_layers: int, num_stages: int, kind: Kind, choices: Choices
+) -> Iterator[Layout]:
+    """Blocks of layers with one pass in flight a stage (or a ring of visits, where asked for)."""
+    if choices.placement == "cyclic":
+        visits = cyclic_visits(num_layers, num_stages, choices.layers_a_visit or 1)
+        return _cut(visits, num_stages, 0, 1, num_stages, kind, choices)
+    visits = contiguous_visits(num_layers, num_stages, choices.layers_a_visit or num_layers)
+    return _cut(visits, num_stages, 0, num_stages, 1, kind, choices)
+
+
+def streaming_layouts(
+    num_layers: int, num_stages: int, kind: Kind, choices: Choices
+) -> Iterator[Iterator[Layout]]:
+    """Families of layouts that differ only in their token budget, largest first."""
+    cyclic = num_stages > 1 and choices.placement != "contiguous"
+    convoys = num_stages if cyclic else 1
+    # More micro-batches take less memory and hide the hops of the first, but each has the weights
+    # dequantized again.
+    counts = (
+        (choices.micro_batches,) if choices.micro_batches else (convoys, 2 * convoys, 4 * convoys)
+    )
+    cut = partial(_cut, num_stages=num_stages, kind=kind, choices=choices)
+    for layers_a_visit in _visit_sizes(num_layers, num_stages, cyclic, choices):
+        make_visits = cyclic_visits if cyclic else contiguous_visits
+        visits = make_visits(num_layers, num_stages, layers_a_visit)
+        for held, micro_batches in product((2, 3), counts):  # the ring holds two or three visits
+            yield cut(
+                visits,
+                ring_slots=held * layers_a_visit,
+                passes=1 if cyclic else num_stages,
+                micro_batches=micro_batches,
+            )
+
+
+def _visit_sizes(
+    num_layers: int, num_stages: int, cyclic: bool, choices: Choices
+) -> tuple[int, ...]:
+    if choices.layers_a_visit:
+        sizes: tuple[int, ...] = (choices.layers_a_visit,)
+    else:
+        sizes = (1, 2, 4) if cyclic else (1,)
+    # Every stage has at least one visit.
+    return tuple(n for n in sizes if not cyclic or -(-num_layers // n) >= num_stages)
+
+
+def _cut(
+    visits: tuple[Visit, ...],
+    num_stages: int,
+    ring_slots: int,
+    passes: int,
+    micro_batches: int,
+    kind: Kind,
+    choices: Choices,
+) -> Iterator[Layout]:
+    layers = tuple(
+        tuple(i for visit in visits if visit.stage == stage for i in visit.layers)
+        for stage in range(num_stages)
+    )
+    for token_budget in _token_budgets(kind, micro_batches, choices):
+        batches = choices.micro_batches or min(micro_batches, token_budget)
+        yield Layout(visits, layers, ring_slots, token_budget, batches, passes)
+
+
+def _token_budgets(kind: Kind, micro_batches: int, choices: Choices) -> Iterator[int]:
+    tokens = choices.token_budget or max(TOKEN_BUDGET[kind], micro_batches)
+    yield tokens
+    while not choices.token_budget and tokens // 2 >= max(LEAST_TOKEN_BUDGET, micro_batches):
+        tokens //= 2
+        yield tokens

@@ -1,0 +1,166 @@
+"""How many bytes a stage needs, and what lies where once the KV pages have been counted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from headrace.scheduler.inputs import Budget, ModelShape
+from headrace.scheduler.placement import Placement, StageMemory, Tier, Visit, spread
+
+LOGIT_ROWS = 256
+"""The head turns at most this many rows into logits at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How layers are cut into visits and passes into micro-batches; which tier is not yet said.
+
+    `ring_slots` is for a stage that cannot keep all its layers; `layers[stage]` in ring order.
+    """
+
+    visits: tuple[Visit, ...]
+    layers: tuple[tuple[int, ...], ...]
+    ring_slots: int
+    token_budget: int
+    micro_batches: int
+    passes_in_flight: int
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.layers)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        return -(-self.token_budget // self.micro_batches)
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """Tiers of all layers and the memory that results."""
+
+    placement: Placement
+    slot_bytes: int
+    ring_slots: tuple[int, ...]
+    memory: tuple[StageMemory, ...]
+
+
+def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
+    """Peak of one stage's activations, an estimate from what is alive at once.
+
+    A layer holds per token of its micro-batch about six rows of the hidden size (residual, normed
+    input, query, key and value, attention output, projection) and three of the MLP (gate, up and
+    their product). Hidden states of the other micro-batches wait between visits, once in a buffer
+    to receive and once in one to send. Logits are float32, LOGIT_ROWS rows at a time; attention
+    works tile by tile.
+    """
+    columns = 6 * shape.hidden_size + 3 * shape.intermediate_size
+    layer = layout.micro_batch_tokens * columns * shape.compute_bytes
+    waiting = 2 * layout.token_budget * shape.hidden_size * shape.compute_bytes
+    logits = min(layout.micro_batch_tokens, LOGIT_ROWS) * shape.vocab_size * 4 if has_head else 0
+    return layer + waiting + logits
+
+
+def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """One KV page over all of the stage's layers."""
+    return sum(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
+
+
+def _without_weights(shape: ModelShape, layout: Layout, stage: int, pages: int) -> StageMemory:
+    has_head = stage == layout.visits[-1].stage
+    return StageMemory(
+        resident=0,
+        ring=0,
+        head=shape.head_bytes if has_head else 0,
+        kv=pages * page_bytes(shape, layout, stage),
+        scratch=shape.largest_matrix * shape.compute_bytes if shape.needs_scratch else 0,
+        activations=activation_bytes(shape, layout, has_head),
+        host_layers=0,
+        embed=shape.embed_bytes if stage == layout.visits[0].stage else 0,
+        process=0,
+    )
+
+
+def least_memory(shape: ModelShape, layout: Layout, stage: int, pages: int) -> StageMemory:
+    """The least that the stage can run in with `pages` pages: a ring, or its few layers if smaller.
+
+    A layout without a ring keeps all layers.
+    """
+    memory = _without_weights(shape, layout, stage, pages)
+    resident = sum(shape.layer_bytes[layer] for layer in layout.layers[stage])
+    ring = layout.ring_slots * max(shape.layer_bytes)
+    if not layout.ring_slots or resident <= ring:
+        return replace(memory, resident=resident)
+    return replace(memory, ring=ring)
+
+
+def fill(
+    shape: ModelShape, layout: Layout, budgets: Sequence[Budget], num_pages: int
+) -> Filling | None:
+    """Fill what the pages leave with resident layers, then host RAM; None if it does not fit.
+
+    Resident layers are spread evenly among a stage's layers and host layers among the rest, so that
+    fast layers hide the loads of slow ones.
+    """
+    tiers = [Tier.NVME] * shape.num_layers
+    for stage, budget in enumerate(budgets):
+        layers = layout.layers[stage]
+        memory = _without_weights(shape, layout, stage, num_pages)
+        ring = layout.ring_slots * max(shape.layer_bytes)
+        resident = _take(shape, layers, budget.device_memory - memory.device, ring)
+        if resident is None:
+            return None
+        rest = tuple(layer for layer in layers if layer not in resident)
+        pinned = _take(shape, rest, budget.host_memory, 0) or frozenset()
+        for layer in layers:
+            if layer in resident:
+                tiers[layer] = Tier.DEVICE
+            elif layer in pinned:
+                tiers[layer] = Tier.HOST
+    return _filled(shape, layout, budgets, num_pages, tuple(tiers))
+
+
+def _take(
+    shape: ModelShape, layers: tuple[int, ...], room: int, ring: int
+) -> frozenset[int] | None:
+    """As many evenly spread layers as `room` bytes hold: all of them, or fewer and a ring."""
+    sizes = [shape.layer_bytes[layer] for layer in layers]
+    if sum(sizes) <= room:
+        return frozenset(layers)
+    if room < ring:
+        return None
+    for count in range(min((room - ring) // min(sizes), len(layers) - 1), -1, -1):
+        chosen = frozenset(
+            layer for layer, yes in zip(layers, spread(len(layers), count), strict=True) if yes
+        )
+        if sum(shape.layer_bytes[layer] for layer in chosen) + ring <= room:
+            return chosen
+    return None
+
+
+def _filled(
+    shape: ModelShape,
+    layout: Layout,
+    budgets: Sequence[Budget],
+    num_pages: int,
+    tiers: tuple[Tier, ...],
+) -> Filling:
+    placement = Placement(layout.num_stages, layout.visits, tiers)
+    streamed = [placement.streamed(stage) for stage in range(layout.num_stages)]
+    slot_bytes = max((shape.layer_bytes[i] for layers in streamed for i in layers), default=0)
+    ring_slots = tuple(layout.ring_slots if layers else 0 for layers in streamed)
+    memory = tuple(
+        replace(
+            _without_weights(shape, layout, stage, num_pages),
+            resident=_bytes_in(shape, layout, stage, tiers, Tier.DEVICE),
+            ring=ring_slots[stage] * slot_bytes,
+            host_layers=_bytes_in(shape, layout, stage, tiers, Tier.HOST),
+            process=budget.process_bytes,
+        )
+        for stage, budget in enumerate(budgets)
+    )
+    return Filling(placement, slot_bytes, ring_slots, memory)
+
+
+def _bytes_in(
+    shape: ModelShape, layout: Layout, stage: int, tiers: tuple[Tier, ...], tier: Tier
+) -> int:
+    return sum(shape.layer_bytes[i] for i in layout.layers[stage] if tiers[i] is tier)

@@ -1,0 +1,270 @@
+"""From sizes, speeds and budgets to a Plan, or to a refusal that says what would fit.
+
+Memory goes first to what a run cannot do without (head, ring, scratch, activations), then to KV
+pages, then to resident layers; host RAM goes to pinned layers. How far pages go before layers is
+searched: a few page counts for each of a few layouts are filled and predicted by the formula, and
+the best of each layout is simulated. What goes in is described in headrace.scheduler.inputs.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from headrace.scheduler.errors import DoesNotFitError
+from headrace.scheduler.inputs import (
+    DEFAULT_CONTEXT,
+    PLACEMENTS,
+    Budget,
+    Choices,
+    DeviceProfile,
+    ModelShape,
+    Workload,
+)
+from headrace.scheduler.layouts import resident_layouts, streaming_layouts
+from headrace.scheduler.memory import (
+    Filling,
+    Layout,
+    fill,
+    least_memory,
+    page_bytes,
+)
+from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
+from headrace.scheduler.plan import PAGE_TOKENS
+from headrace.scheduler.predict import Decode, predict, timing
+from headrace.scheduler.refusal import refusal
+from headrace.scheduler.simulate import simulate
+
+__all__ = ["Budget", "Choices", "DeviceProfile", "ModelShape", "Workload", "make_plan"]
+
+PAGE_STEPS = 16
+"""Page counts that are tried for a layout, evenly spaced up to the most that fit or are wanted."""
+
+WORTH_IT = 1.02
+"""A larger or less simple candidate has to be this much faster."""
+
+ENOUGH_SEQUENCES = 16
+"""With KV for this many sequences beside the whole model, nothing is streamed."""
+
+ACTIVATIONS_SHARE = 16
+"""Passes are cut until activations take at most one part in so many of the device budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    shape: ModelShape
+    profiles: tuple[DeviceProfile, ...]
+    budgets: tuple[Budget, ...]
+    context: int
+    max_sequences: int | None
+    choices: Choices
+
+    @property
+    def pages(self) -> int:
+        """KV pages of one sequence."""
+        return -(-self.context // PAGE_TOKENS)
+
+    def wanted(self, layout: Layout) -> int:
+        """Sequences at once, over all passes in flight, beyond which none can be scheduled."""
+        a_pass = self.choices.max_sequences or layout.token_budget
+        total = min(a_pass, layout.token_budget) * layout.passes_in_flight
+        return min(total, self.max_sequences or total)
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether every stage has room for one sequence beside the least of the weights."""
+        memory = (
+            least_memory(self.shape, layout, stage, self.pages)
+            for stage in range(layout.num_stages)
+        )
+        return all(m.device <= b.device_memory for m, b in zip(memory, self.budgets, strict=True))
+
+    def is_roomy(self, layout: Layout) -> bool:
+        """Whether activations leave most of every budget to pages and layers."""
+        memory = (least_memory(self.shape, layout, stage, 0) for stage in range(layout.num_stages))
+        return all(
+            m.activations * ACTIVATIONS_SHARE <= b.device_memory
+            for m, b in zip(memory, self.budgets, strict=True)
+        )
+
+    def most_pages(self, layout: Layout) -> int:
+        """Pages that every stage can hold beside the least of the weights."""
+        return min(
+            (budget.device_memory - least_memory(self.shape, layout, stage, 0).device)
+            // page_bytes(self.shape, layout, stage)
+            for stage, budget in enumerate(self.budgets)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    layout: Layout
+    filling: Filling
+    num_pages: int
+    prediction: Prediction
+
+
+def make_plan(
+    shape: ModelShape,
+    profiles: Sequence[DeviceProfile],
+    budgets: Sequence[Budget],
+    workload: Workload,
+    choices: Choices | None = None,
+) -> Plan:
+    """The fastest plan found that keeps every budget. One profile and one budget for each stage.
+
+    Raises DoesNotFitError with a table of who needs how much on the tightest stage and what would
+    make it fit, or when a choice is impossible (more stages than visits).
+    """
+    assert len(profiles) == len(budgets) > 0
+    problem = _Problem(
+        shape,
+        tuple(profiles),
+        tuple(budgets),
+        min(workload.context or DEFAULT_CONTEXT, shape.max_context),
+        workload.max_sequences,
+        choices or Choices(),
+    )
+    _check(problem, workload)
+    best = _resident(problem, ENOUGH_SEQUENCES) or _best(problem)
+    if best is None:
+        raise DoesNotFitError(
+            refusal(shape, problem.profiles[0].kind, budgets, problem.context, problem.choices)
+        )
+    return _plan(problem, best)
+
+
+def _check(problem: _Problem, workload: Workload) -> None:
+    choices = problem.choices
+    if choices.placement not in PLACEMENTS:
+        raise DoesNotFitError(f"--placement {choices.placement} is none of {', '.join(PLACEMENTS)}")
+    for name, value in (
+        ("--token-budget", choices.token_budget),
+        ("--max-sequences", choices.max_sequences),
+        ("--micro-batches", choices.micro_batches),
+        ("--layers-a-visit", choices.layers_a_visit),
+        ("--context", workload.context),
+        ("the number of sequences", workload.max_sequences),
+    ):
+        if value is not None and value < 1:
+            raise DoesNotFitError(f"{name} must be at least 1, not {value}")
+    if choices.token_budget and (choices.micro_batches or 1) > choices.token_budget:
+        raise DoesNotFitError(
+            f"--micro-batches {choices.micro_batches} cannot share --token-budget"
+            f" {choices.token_budget}: give at least one token to each"
+        )
+    stages, layers = len(problem.budgets), problem.shape.num_layers
+    most = -(-layers // (choices.layers_a_visit or 1)) if choices.placement == "cyclic" else layers
+    if stages > most:
+        raise DoesNotFitError(
+            f"--stages {stages} cannot share {layers} layers in {most} visits:"
+            f" use --stages {most} or fewer"
+        )
+
+
+def _roomiest(problem: _Problem, layouts: Iterator[Layout]) -> Layout | None:
+    """Of layouts with ever fewer tokens a pass, the first comfortable one or the last that fits."""
+    fitting = [layout for layout in layouts if problem.fits(layout)]
+    roomy = (layout for layout in fitting if problem.is_roomy(layout))
+    return next(roomy, fitting[-1] if fitting else None)
+
+
+def _resident(problem: _Problem, enough: int) -> _Candidate | None:
+    """Everything resident, if that leaves KV for `enough` sequences (or all that are wanted)."""
+    kind = problem.profiles[0].kind
+    layouts = resident_layouts(
+        problem.shape.num_layers, len(problem.budgets), kind, problem.choices
+    )
+    layout = _roomiest(problem, layouts)
+    if layout is None:
+        return None
+    pages = problem.most_pages(layout)
+    if pages < min(enough, problem.wanted(layout)) * problem.pages:
+        return None
+    return _search_pages(problem, layout)
+
+
+def _best(problem: _Problem) -> _Candidate | None:
+    """By simulation the fastest; of those as good as it, the one with the most tokens a pass.
+
+    Tokens beyond the decoding sequences are prefill that rides along.
+    """
+    kind = problem.profiles[0].kind
+    families = streaming_layouts(
+        problem.shape.num_layers, len(problem.budgets), kind, problem.choices
+    )
+    layouts = (_roomiest(problem, family) for family in families)
+    candidates = [_search_pages(problem, layout) for layout in layouts if layout]
+    resident = _resident(problem, 1)
+    if resident:
+        candidates.insert(0, resident)
+    rates = [_simulated_rate(problem, candidate) for candidate in candidates]
+    good = [
+        candidate
+        for candidate, rate in zip(candidates, rates, strict=True)
+        if rate * WORTH_IT >= max(rates)
+    ]
+    return max(good, key=lambda candidate: candidate.layout.token_budget, default=None)
+
+
+def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
+    """More pages serve more sequences a pass, fewer pages leave more layers resident."""
+    pages = problem.pages
+    most = min(problem.most_pages(layout) // pages, problem.wanted(layout))
+    best: _Candidate | None = None
+    for sequences in sorted({max(1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)}):
+        filling = fill(problem.shape, layout, problem.budgets, sequences * pages)
+        assert filling is not None, "the least memory was checked to fit"
+        decode = Decode.of(layout, sequences, problem.context)
+        prediction = predict(problem.shape, problem.profiles, filling.placement, decode)
+        rate = prediction.tokens_per_second
+        if best is None or rate > best.prediction.tokens_per_second * WORTH_IT:
+            best = _Candidate(layout, filling, sequences * pages, prediction)
+    assert best is not None
+    return best
+
+
+def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
+    layout, placement = candidate.layout, candidate.filling.placement
+    decode = Decode.of(layout, candidate.prediction.sequences, problem.context)
+    seconds = simulate(
+        placement,
+        timing(problem.shape, problem.profiles, placement, decode),
+        ring_slots=candidate.filling.ring_slots,
+        micro_batches=decode.micro_batches,
+        passes_in_flight=layout.passes_in_flight,
+    )
+    return decode.sequences / seconds
+
+
+def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
+    layout, filling = candidate.layout, candidate.filling
+    sequences = -(-candidate.prediction.sequences // layout.passes_in_flight)
+    nvme, host = (
+        tuple(
+            sum(problem.shape.layer_bytes[i] for i in layers if filling.placement.tiers[i] is tier)
+            for layers in layout.layers
+        )
+        for tier in (Tier.NVME, Tier.HOST)
+    )
+    assert all(
+        _keeps(memory, budget)
+        for memory, budget in zip(filling.memory, problem.budgets, strict=True)
+    )
+    return Plan(
+        placement=filling.placement,
+        slot_bytes=filling.slot_bytes,
+        ring_slots=filling.ring_slots,
+        num_pages=candidate.num_pages,
+        max_context=min(problem.shape.max_context, candidate.num_pages * PAGE_TOKENS),
+        token_budget=layout.token_budget,
+        max_sequences=problem.choices.max_sequences or sequences,
+        micro_batches=layout.micro_batches,
+        micro_batch_tokens=layout.micro_batch_tokens,
+        passes_in_flight=layout.passes_in_flight,
+        memory=filling.memory,
+        nvme_bytes_a_pass=nvme,
+        host_bytes_a_pass=host,
+        prediction=candidate.prediction,
+    )
+
+
+def _keeps(memory: StageMemory, budget: Budget) -> bool:
+    return memory.device <= budget.device_memory and memory.host_layers <= budget.host_memory

@@ -1,0 +1,107 @@
+"""The scheduler's choices as pure functions: who goes first, who gives way, who travels together.
+
+A request's age is its id: lower ids came earlier and have precedence everywhere.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from heapq import heapify, heappop, heappush
+
+from headrace.scheduler.plan import MicroBatch, Slice
+from headrace.scheduler.request import Request
+
+
+def by_age(requests: Iterable[Request]) -> list[Request]:
+    return sorted(requests, key=lambda request: request.request_id)
+
+
+def service_order(requests: Iterable[Request]) -> list[Request]:
+    """Decodes before prefill chunks, each oldest first.
+
+    A decode costs one token and gives one to a user, so that a long prompt never holds it up.
+    """
+    return sorted(requests, key=lambda request: (request.num_pending > 1, request.request_id))
+
+
+def choose_victim(ready: Sequence[Request], needy: Request) -> Request | None:
+    """Who gives its pages to `needy`: the youngest, or nobody when that is `needy` itself.
+
+    `ready` is ordered by age and holds no request in flight. That only the younger give way to the
+    older keeps the oldest request moving, whatever the others do.
+    """
+    youngest = ready[-1]
+    return None if youngest is needy else youngest
+
+
+def watermark(num_pages: int, num_running: int) -> int:
+    """Pages that an admission leaves free, so that running requests can grow before one must go.
+
+    One for every eight running requests lasts them eight decodes on average; leaving more costs
+    concurrency and with it more than the preemptions that it saves.
+    """
+    if not num_running:
+        return 0
+    return max(-(-num_pages // 100), num_running // 8)
+
+
+def attention_work(piece: Slice) -> int:
+    """Keys that the slice's tokens look at, summed: the token at position p sees p + 1 of them."""
+    count = len(piece.tokens)
+    return count * (piece.start + piece.end + 1) // 2
+
+
+def pack(
+    slices: Sequence[Slice], micro_batches: int, micro_batch_tokens: int
+) -> tuple[MicroBatch, ...]:
+    """Share `slices` among micro-batches of like token counts and like attention work.
+
+    Returns min(micro_batches, len(slices)) non-empty micro-batches of at most `micro_batch_tokens`
+    tokens, each in the order of `slices`. Longest-processing-time greedy, where a load is the
+    larger of its share of all tokens and its share of all attention work. The slices must fit when
+    each in turn goes to the emptiest micro-batch (Draft sees to that): where balancing overflows a
+    micro-batch, this is the packing that is used.
+    """
+    count = min(micro_batches, len(slices))
+    all_tokens = sum(len(piece.tokens) for piece in slices)
+    all_work = sum(map(attention_work, slices))
+
+    def share(tokens: int, work: int) -> int:  # times all_tokens * all_work, to stay in integers
+        return max(tokens * all_work, work * all_tokens)
+
+    largest_first = sorted(
+        range(len(slices)),
+        key=lambda i: -share(len(slices[i].tokens), attention_work(slices[i])),
+    )
+    bins = _fill(slices, largest_first, count, micro_batch_tokens, share)
+    if bins is None:
+        in_turn = range(len(slices))
+        bins = _fill(slices, in_turn, count, micro_batch_tokens, lambda tokens, _: tokens)
+    assert bins is not None, "slices that Draft let in do not fit"
+    return tuple(MicroBatch(tuple(slices[i] for i in sorted(members))) for members in bins)
+
+
+def _fill(
+    slices: Sequence[Slice],
+    order: Iterable[int],
+    count: int,
+    capacity: int,
+    load: Callable[[int, int], int],
+) -> list[list[int]] | None:
+    """Put each slice into the least loaded of `count` bins that has room; None when none has."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    tokens, work = [0] * count, [0] * count
+    heap = [(0, b) for b in range(count)]
+    heapify(heap)
+    for i in order:
+        size = len(slices[i].tokens)
+        full = []
+        while heap and tokens[heap[0][1]] + size > capacity:
+            full.append(heappop(heap))
+        if not heap:
+            return None
+        _, b = heappop(heap)
+        bins[b].append(i)
+        tokens[b] += size
+        work[b] += attention_work(slices[i])
+        for entry in (*full, (load(tokens[b], work[b]), b)):
+            heappush(heap, entry)
+    return bins

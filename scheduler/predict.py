@@ -1,0 +1,154 @@
+"""How long a decode pass takes, by the formula of the design:
+
+    T = max( nvme bytes / drive GB/s, (nvme + host bytes) / link GB/s, compute, HBM, hops )
+
+The slowest stage decides every term. With one convoy (one pass in flight) each stage loads its
+layers once for all sequences. With a group in flight per stage, each group has the layers loaded
+again, so a round of `passes_in_flight` passes costs that many times one pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from headrace.scheduler.inputs import DeviceProfile, ModelShape
+from headrace.scheduler.memory import Layout
+from headrace.scheduler.placement import Placement, Prediction, Tier
+from headrace.scheduler.plan import PAGE_TOKENS
+from headrace.scheduler.simulate import Timing
+
+GIGA = 1e9
+TERA = 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """A steady decode: `sequences` over all passes, `rows` tokens in each micro-batch of a pass."""
+
+    sequences: int
+    context: int
+    micro_batches: int
+    passes_in_flight: int
+
+    @classmethod
+    def of(cls, layout: Layout, sequences: int, context: int) -> "Decode":
+        a_pass = -(-sequences // layout.passes_in_flight)
+        return cls(sequences, context, min(layout.micro_batches, a_pass), layout.passes_in_flight)
+
+    @property
+    def rows(self) -> float:
+        return self.sequences / self.passes_in_flight / self.micro_batches
+
+
+def _flops(shape: ModelShape, layer: int, rows: float) -> float:
+    return 2.0 * shape.layer_active_parameters[layer] * rows
+
+
+def _traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
+    """Bytes that one micro-batch moves in device memory for one layer.
+
+    Stored weights are read; what has to be dequantized is written and read again. Of a mixture's
+    experts, at most those that the rows can hit count. Then the keys and values of every row.
+    """
+    parameters = shape.layer_parameters[layer]
+    hit = min(float(parameters), shape.layer_active_parameters[layer] * decode.rows)
+    share = hit / parameters if parameters else 1.0
+    dequantized = 2.0 * hit * shape.compute_bytes if shape.needs_scratch else 0.0
+    kv = decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
+    return shape.layer_bytes[layer] * share + dequantized + kv
+
+
+def _load_seconds(shape: ModelShape, profile: DeviceProfile, tier: Tier, layer: int) -> float:
+    size = shape.layer_bytes[layer] / GIGA
+    if tier is Tier.DEVICE:
+        return 0.0
+    if tier is Tier.HOST:
+        return size / profile.host_gbps
+    # A drive writes straight into a CPU's ring; on its way to a GPU it crosses the link as it goes.
+    crossing = size / profile.host_gbps if profile.kind == "cuda" else 0.0
+    return max(size / profile.nvme_gbps, crossing)
+
+
+def _hop_seconds(
+    shape: ModelShape, profiles: Sequence[DeviceProfile], rows: float
+) -> tuple[float, float]:
+    """Latency and transfer time of one micro-batch's hidden states over the slowest edge."""
+    size = rows * shape.hidden_size * shape.compute_bytes / GIGA
+    return max(p.hop_seconds for p in profiles), size / min(p.link_gbps for p in profiles)
+
+
+def timing(
+    shape: ModelShape, profiles: Sequence[DeviceProfile], placement: Placement, decode: Decode
+) -> Timing:
+    """What `simulate` needs. Dequantizing and matmuls alternate, so their times add up."""
+    load = [0.0] * shape.num_layers
+    compute = [0.0] * shape.num_layers
+    for visit in placement.visits:
+        profile = profiles[visit.stage]
+        for layer in visit.layers:
+            load[layer] = _load_seconds(shape, profile, placement.tiers[layer], layer)
+            compute[layer] = _flops(shape, layer, decode.rows) / (profile.tflops * TERA)
+            compute[layer] += _traffic(shape, layer, decode) / (profile.hbm_gbps * GIGA)
+    last = profiles[placement.last_stage]
+    compute[-1] += _head_flops(shape, decode.rows) / (last.tflops * TERA)
+    compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)
+    return Timing(tuple(load), tuple(compute), sum(_hop_seconds(shape, profiles, decode.rows)))
+
+
+def _head_flops(shape: ModelShape, rows: float) -> float:
+    return 2.0 * shape.hidden_size * shape.vocab_size * rows
+
+
+def predict(
+    shape: ModelShape, profiles: Sequence[DeviceProfile], placement: Placement, decode: Decode
+) -> Prediction:
+    """Seconds in which all `decode.sequences` sequences advance by one token, and why."""
+    rounds = decode.passes_in_flight
+    # Fewer micro-batches under way than stages leave stages without work.
+    under_way = decode.micro_batches * rounds
+    idle = max(1.0, placement.num_stages / under_way)
+    terms = dict.fromkeys(("nvme", "pcie", "compute", "hbm"), 0.0)
+    for stage, profile in enumerate(profiles):
+        for name, seconds in _stage_terms(shape, profile, placement, decode, stage).items():
+            waits = rounds * (idle if name in ("compute", "hbm") else 1.0)
+            terms[name] = max(terms[name], seconds * waits)
+    terms["hops"] = _hops(shape, profiles, placement, decode)
+    bound_by = max(terms, key=lambda name: terms[name])
+    seconds = terms[bound_by]
+    return Prediction(decode.sequences, seconds, decode.sequences / seconds, bound_by, terms)
+
+
+def _stage_terms(
+    shape: ModelShape, profile: DeviceProfile, placement: Placement, decode: Decode, stage: int
+) -> dict[str, float]:
+    """Seconds of one pass on one stage, for each resource on its own."""
+    layers = placement.layers_of(stage)
+    nvme, host = (
+        sum(shape.layer_bytes[i] for i in layers if placement.tiers[i] is tier)
+        for tier in (Tier.NVME, Tier.HOST)
+    )
+    flops = sum(_flops(shape, layer, decode.rows) for layer in layers)
+    traffic = sum(_traffic(shape, layer, decode) for layer in layers)
+    if stage == placement.last_stage:
+        flops += _head_flops(shape, decode.rows)
+        traffic += shape.head_bytes
+    crossing = nvme + host if profile.kind == "cuda" else host
+    return {
+        "nvme": nvme / (profile.nvme_gbps * GIGA),
+        "pcie": crossing / (profile.host_gbps * GIGA),
+        "compute": decode.micro_batches * flops / (profile.tflops * TERA),
+        "hbm": decode.micro_batches * traffic / (profile.hbm_gbps * GIGA),
+    }
+
+
+def _hops(
+    shape: ModelShape, profiles: Sequence[DeviceProfile], placement: Placement, decode: Decode
+) -> float:
+    """The way of one micro-batch round the ring, or all that one stage sends, if that is longer."""
+    pairs = zip(placement.visits, placement.visits[1:], strict=False)
+    leaving = [a.stage for a, b in pairs if a.stage != b.stage]
+    if not leaving:
+        return 0.0
+    latency, transfer = _hop_seconds(shape, profiles, decode.rows)
+    busiest = max(leaving.count(stage) for stage in range(placement.num_stages))
+    sending = busiest * decode.micro_batches * decode.passes_in_flight * transfer
+    return max(len(leaving) * (latency + transfer), sending)

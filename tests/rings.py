@@ -1,0 +1,122 @@
+"""Rings of real stages inside this process, over local links: every placement from one function."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from headrace.cluster.pipeline import LocalPipeline
+from headrace.runtime.link import LocalEdge
+from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.store import Store
+from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.placement import (
+    Placement,
+    Plan,
+    Prediction,
+    StageMemory,
+    Tier,
+    contiguous_visits,
+    cyclic_visits,
+)
+from headrace.scheduler.request import Request
+from headrace.scheduler.scheduler import Scheduler
+
+NO_PREDICTION = Prediction(
+    sequences=1, pass_seconds=1.0, tokens_per_second=1.0, bound_by="nvme", terms={"nvme": 1.0}
+)
+
+
+def manual_plan(
+    store: Store,
+    *,
+    stages: int = 1,
+    cyclic: bool = False,
+    tier: Tier | Sequence[Tier] = Tier.NVME,
+    token_budget: int = 4096,
+    num_pages: int = 64,
+    max_sequences: int = 64,
+    layers_a_visit: int = 1,
+) -> Plan:
+    """A plan that tests dictate: the planner's judgement is not what they are about."""
+    num_layers = len(store.layers)
+    tiers = (tier,) * num_layers if isinstance(tier, Tier) else tuple(tier)
+    make = cyclic_visits if cyclic else contiguous_visits
+    placement = Placement(stages, make(num_layers, stages, layers_a_visit), tiers)
+    streamed = [placement.streamed(stage) for stage in range(stages)]
+
+    def passing(stage: int, which: Tier) -> int:
+        return sum(store.layers[i].nbytes for i in streamed[stage] if tiers[i] is which)
+
+    micro_batches = stages
+    return Plan(
+        placement=placement,
+        slot_bytes=max(block.nbytes for block in store.layers),
+        ring_slots=tuple(2 * layers_a_visit if layers else 0 for layers in streamed),
+        num_pages=num_pages,
+        max_context=num_pages * 64,
+        token_budget=token_budget,
+        max_sequences=max_sequences,
+        micro_batches=micro_batches,
+        micro_batch_tokens=-(-token_budget // micro_batches),
+        passes_in_flight=1,
+        memory=(StageMemory(0, 0, 0, 0, 0, 0, 0, 0, 0),) * stages,
+        nvme_bytes_a_pass=tuple(passing(stage, Tier.NVME) for stage in range(stages)),
+        host_bytes_a_pass=tuple(passing(stage, Tier.HOST) for stage in range(stages)),
+        prediction=NO_PREDICTION,
+    )
+
+
+@contextmanager
+def local_ring(path: Path, plan: Plan, device: str = "cpu") -> Iterator[LocalPipeline]:
+    stages = [
+        Stage(
+            StageConfig(
+                store=str(path),
+                stage=stage,
+                plan=plan,
+                device=device,
+                dtype="float32",
+                storage="auto",
+                deadline=60.0,
+                threads=torch.get_num_threads(),
+            )
+        )
+        for stage in range(plan.placement.num_stages)
+    ]
+    edges = {edge: LocalEdge(edge, 60.0) for edge in plan.placement.edges}
+    for i, stage in enumerate(stages):
+        senders = {b: edge for (a, b), edge in edges.items() if a == i}
+        receivers = {a: edge for (a, b), edge in edges.items() if b == i}
+        stage.connect(senders, receivers)
+    pipeline = LocalPipeline(stages)
+    try:
+        yield pipeline
+    finally:
+        pipeline.close()
+
+
+def run_all(plan: Plan, pipeline: LocalPipeline, requests: Sequence[Request]) -> dict[int, list[int]]:
+    """Serve `requests` to their end; their outputs by id."""
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_pages=plan.num_pages,
+            max_context=plan.max_context,
+            token_budget=plan.token_budget,
+            max_sequences=plan.max_sequences,
+            micro_batches=plan.micro_batches,
+            micro_batch_tokens=plan.micro_batch_tokens,
+        )
+    )
+    for request in requests:
+        scheduler.add(request)
+    outputs: dict[int, list[int]] = {}
+    while scheduler.has_work:
+        a_pass = scheduler.schedule()
+        assert a_pass is not None
+        results = pipeline.submit(a_pass).result()
+        samples = [sample for result in results for sample in result.samples]
+        for request in scheduler.update(a_pass, samples).finished:
+            outputs[request.request_id] = request.output
+    return outputs

@@ -1,0 +1,260 @@
+"""Whatever comes, every request ends with exactly its tokens and every page returns."""
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.pages import pages_for
+from headrace.scheduler.plan import PAGE_TOKENS, Pass, Sample, Slice
+from headrace.scheduler.request import FinishReason, Request, SamplingParams
+from headrace.scheduler.scheduler import Scheduler
+
+VOCABULARY = 50
+
+
+def next_token(context: Sequence[int]) -> int:
+    """The model: the next token depends on every token before it."""
+    value = 0
+    for token in context:
+        value = (31 * value + token + 1) % 1009
+    return value % VOCABULARY
+
+
+@dataclass
+class FakePipeline:
+    """Keeps KV pages as stages do, and reads a request's context from nowhere else."""
+
+    config: SchedulerConfig
+    pages: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    in_flight: deque[tuple[Pass, list[Sample]]] = field(default_factory=deque)
+    steps: int = 0
+
+    def submit(self, a_pass: Pass) -> None:
+        assert a_pass.step == self.steps + 1
+        self.steps += 1
+        self.check(a_pass)
+        samples = [s for b in a_pass.micro_batches for p in b.slices for s in self.compute(p)]
+        self.in_flight.append((a_pass, samples))
+
+    def check(self, a_pass: Pass) -> None:
+        config, batches = self.config, a_pass.micro_batches
+        pieces = [piece for batch in batches for piece in batch.slices]
+        flying = [p for a, _ in self.in_flight for b in a.micro_batches for p in b.slices]
+        requests = [piece.request for piece in pieces + flying]
+        assert len(requests) == len(set(requests)), "a request twice in flight"
+        pages = [page for piece in pieces + flying for page in piece.pages]
+        assert len(pages) == len(set(pages)), "a page shared by two requests"
+        assert 0 < a_pass.num_tokens <= config.token_budget
+        assert len(pieces) <= config.max_sequences
+        assert len(batches) == min(len(pieces), config.micro_batches)
+        assert all(0 < batch.num_tokens <= config.micro_batch_tokens for batch in batches)
+
+    def compute(self, piece: Slice) -> list[Sample]:
+        assert piece.tokens
+        assert len(piece.pages) == pages_for(piece.end)
+        for position, token in enumerate(piece.tokens, piece.start):
+            page = self.pages.setdefault(piece.pages[position // PAGE_TOKENS], {})
+            page[position % PAGE_TOKENS] = (piece.request, token)
+        if piece.sampling is None:
+            return []
+        return [Sample(piece.request, next_token(self.context(piece)), None, ())]
+
+    def context(self, piece: Slice) -> list[int]:
+        context = []
+        for position in range(piece.end):
+            owner, token = self.pages[piece.pages[position // PAGE_TOKENS]][position % PAGE_TOKENS]
+            assert owner == piece.request, f"position {position} was overwritten"
+            context.append(token)
+        return context
+
+
+def alone(request: Request, max_context: int) -> tuple[list[int], FinishReason]:
+    """The output of a request that has the pipeline to itself."""
+    tokens = list(request.tokens)
+    limit = min(len(tokens) + request.params.max_tokens, max_context)
+    while len(tokens) < limit:
+        tokens.append(next_token(tokens))
+        if tokens[-1] in request.stop_ids:
+            return tokens[request.num_prompt :], FinishReason.STOP
+    return tokens[request.num_prompt :], FinishReason.LENGTH
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> SchedulerConfig:
+    num_pages = draw(st.sampled_from([6, 5, 4, 3, 2, 1]))
+    full = num_pages * PAGE_TOKENS + 1
+    return SchedulerConfig(
+        num_pages=num_pages,
+        max_context=draw(st.sampled_from([full, full, full - 20, min(50, full), 2])),
+        token_budget=draw(st.sampled_from([300, 100, 64, 20, 5, 1])),
+        max_sequences=draw(st.sampled_from([8, 6, 4, 2, 1])),
+        micro_batches=draw(st.integers(1, 4)),
+        micro_batch_tokens=draw(st.sampled_from([100, 64, 30, 7, 1])),
+    )
+
+
+def make_requests(count: int, max_context: int, rng: random.Random) -> list[Request]:
+    """Sizes come from `rng`: hypothesis likes them small and alike, which hardly ever preempts."""
+    requests = []
+    for i in range(count):
+        # Prompts that end shortly before a page does ask for another page soon.
+        prompt = rng.choice([rng.randint(1, 200), 40, 60, 63, 64, 65, 127])
+        tokens = [rng.randrange(VOCABULARY) for _ in range(min(prompt, max_context - 1))]
+        params = SamplingParams(max_tokens=rng.randint(1, 130))
+        stop_ids = frozenset({3}) if rng.random() < 0.2 else frozenset[int]()
+        requests.append(Request(i, tokens, params, seed=i, stop_ids=stop_ids))
+    return requests
+
+
+class Driver:
+    """An engine loop that adds, finishes and aborts at random; remembers what was promised."""
+
+    def __init__(self, config: SchedulerConfig, depth: int, rng: random.Random) -> None:
+        self.scheduler = Scheduler(config)
+        self.pipeline = FakePipeline(config)
+        self.depth, self.rng = depth, rng
+        self.live: dict[int, Request] = {}
+        self.cut: dict[int, tuple[list[int], FinishReason]] = {}
+        self.ended: list[Request] = []
+        self.outputs: dict[int, list[int]] = {}
+
+    def run(self, requests: list[Request], interference: float) -> None:
+        queue = deque(requests)
+        while queue or self.scheduler.has_work:
+            while queue and self.rng.random() < 0.5:
+                self.add(queue.popleft())
+            if self.live and self.rng.random() < interference:
+                self.interfere(self.rng.choice(list(self.live.values())))
+            self.fill()
+            if self.pipeline.in_flight:
+                self.collect()
+            self.check()
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.live[request.request_id] = request
+        self.outputs[request.request_id] = []
+
+    def interfere(self, request: Request) -> None:
+        if self.rng.random() < 0.5:
+            count, reason = self.rng.randint(0, request.num_output), FinishReason.STOP
+            ended = self.scheduler.finish(request.request_id, reason, count)
+        else:
+            count, reason = request.num_output, FinishReason.ABORT
+            ended = self.scheduler.abort(request.request_id)
+        assert ended is request
+        self.cut[request.request_id] = (self.outputs[request.request_id][:count], reason)
+        del self.live[request.request_id]
+        self.ended.append(request)
+
+    def fill(self) -> None:
+        while len(self.pipeline.in_flight) < self.depth:
+            a_pass = self.scheduler.schedule()
+            if a_pass is None:
+                assert self.pipeline.in_flight or not self.live
+                return
+            self.pipeline.submit(a_pass)
+
+    def collect(self) -> None:
+        update = self.scheduler.update(*self.pipeline.in_flight.popleft())
+        for request, sample in update.committed:
+            assert request.request_id in self.live, "a token after the end"
+            self.outputs[request.request_id].append(sample.token)
+        for request in update.finished:
+            del self.live[request.request_id]
+            self.ended.append(request)
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        scheduler.pool.check_integrity()
+        assert scheduler.num_waiting + scheduler.num_running == len(self.live)
+        pages = [page for request in self.live.values() for page in request.pages]
+        assert len(pages) == len(set(pages)), "a page with two owners"
+        for request in self.live.values():
+            assert request.output == self.outputs[request.request_id]
+            assert request.num_pending > 0
+
+
+def check_promises(driver: Driver, requests: list[Request], interference: float) -> None:
+    config = driver.scheduler.config
+    expected = {request.request_id: alone(request, config.max_context) for request in requests}
+    driver.run(requests, interference)
+    assert sorted(request.request_id for request in driver.ended) == sorted(expected)
+    for request in driver.ended:
+        promised = driver.cut.get(request.request_id, expected[request.request_id])
+        assert (request.output, request.finish_reason) == promised
+        assert request.pages == []
+    driver.scheduler.pool.check_integrity()
+    assert driver.scheduler.pool.num_free == config.num_pages
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(
+    config=configs(),
+    count=st.sampled_from([12, 10, 8, 6, 3, 1, 0]),
+    depth=st.integers(1, 3),
+    interference=st.sampled_from([0.0, 0.01, 0.1]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_request_ends_with_exactly_its_tokens(
+    config: SchedulerConfig, count: int, depth: int, interference: float, seed: int
+) -> None:
+    rng = random.Random(seed)
+    requests = make_requests(count, config.max_context, rng)
+    check_promises(Driver(config, depth, rng), requests, interference)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("interference", [0.0, 0.02])
+def test_scarce_pages_cost_preemptions_but_no_tokens(depth: int, interference: float) -> None:
+    config = SchedulerConfig(
+        num_pages=6,
+        max_context=6 * PAGE_TOKENS,
+        token_budget=128,
+        max_sequences=4,
+        micro_batches=2,
+        micro_batch_tokens=64,
+    )
+    preemptions = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        driver = Driver(config, depth, rng)
+        check_promises(driver, make_requests(10, config.max_context, rng), interference)
+        preemptions += driver.scheduler.num_preemptions
+    assert preemptions > 0
+
+
+def test_a_pass_costs_what_runs_not_what_waits() -> None:
+    """5,000 requests, 256 of them running: the decision stays far below a pass's own time."""
+    config = SchedulerConfig(
+        num_pages=4096,
+        max_context=2048,
+        token_budget=4096,
+        max_sequences=256,
+        micro_batches=8,
+        micro_batch_tokens=1024,
+    )
+    scheduler, rng = Scheduler(config), random.Random(0)
+    for i in range(5000):
+        params = SamplingParams(max_tokens=rng.randint(1, 24))
+        scheduler.add(Request(i, [1] * rng.randint(1, 400), params, seed=i))
+    passes, finished, started = 0, 0, time.perf_counter()
+    while scheduler.has_work:
+        a_pass = scheduler.schedule()
+        assert a_pass is not None
+        pieces = [p for b in a_pass.micro_batches for p in b.slices if p.sampling is not None]
+        update = scheduler.update(a_pass, [Sample(p.request, 2, None, ()) for p in pieces])
+        finished += len(update.finished)
+        passes += 1
+    cost = (time.perf_counter() - started) / passes
+    logging.getLogger(__name__).info("%d passes, %.2f ms each", passes, cost * 1e3)
+    assert finished == 5000
+    assert scheduler.pool.num_free == config.num_pages
