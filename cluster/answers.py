@@ -1,4 +1,4 @@
-"""Rows of a batch job's output: answers and quarantined rows, native or as OpenAI Batch writes them.
+"""Rows of a job's output: answers and quarantined rows, native or as OpenAI Batch writes them.
 
 Nothing here depends on when or in which run a row was answered, so that a resumed job writes what
 an uninterrupted one would have written; `created` is the job's, not the row's.
@@ -16,7 +16,7 @@ from headrace.scheduler.plan import Sample
 def answer(
     row: Row, completions: Sequence[Completion], tokenizer: Tokenizer, model: str, created: int
 ) -> dict[str, Any]:
-    """The output row. `completions` are the row's n samples in order; `created` is in Unix seconds."""
+    """The output row. `completions` are the row's n samples in order; `created` is Unix seconds."""
     choices = [_choice(row.kind, i, done, tokenizer) for i, done in enumerate(completions)]
     usage = _usage(completions)
     if row.kind is Kind.NATIVE:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgpack
+import msgspec
 
 from headrace.scheduler.errors import JobError
 
@@ -91,7 +91,7 @@ class AppendFile:
                 if len(body) < length or zlib.crc32(body) != crc:
                     return
                 end += _FRAME.size + length
-                yield msgpack.unpackb(body), end
+                yield msgspec.msgpack.decode(body), end
 
     def sync(self) -> None:
         if self._fd is not None:
@@ -106,7 +106,7 @@ class AppendFile:
 
 def frame(payload: Any) -> bytes:
     """The bytes of one frame around a msgpack payload."""
-    body: bytes = msgpack.packb(payload)
+    body = msgspec.msgpack.encode(payload)
     return _FRAME.pack(len(body), zlib.crc32(body)) + body
 
 

@@ -110,7 +110,7 @@ class Engine:
         results = pending.result()
         completions = self._apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
-        self.stats.bound_seconds += self.plan.prediction.bound_seconds
+        self.stats.bound_seconds += least_seconds(self.plan, a_pass.num_tokens)
         return completions
 
     def close(self) -> None:
@@ -170,6 +170,16 @@ class Engine:
     def _forget(self, request_id: int) -> None:
         self._watchers.pop(request_id, None)
         self._logprobs.pop(request_id, None)
+
+
+def least_seconds(plan: Plan, num_tokens: int) -> float:
+    """What the binding resource needs for one pass of `num_tokens` tokens, by the plan's terms.
+
+    Weights are moved once a pass whatever it computes; arithmetic grows with its tokens.
+    """
+    prediction, rounds = plan.prediction, plan.passes_in_flight
+    moving = max(prediction.terms[name] for name in ("nvme", "pcie", "hbm")) / rounds
+    return max(moving, prediction.terms["compute"] * num_tokens / prediction.sequences)
 
 
 def scheduler_config(plan: Plan) -> SchedulerConfig:

@@ -18,14 +18,14 @@ from headrace.cluster.id_set import IdSet
 from headrace.cluster.inputs import Input, open_input
 from headrace.cluster.job_report import JobReport, Stats, Work
 from headrace.cluster.journal import QUARANTINED, JobIdentity, Journal
-from headrace.cluster.rows import Draft, Row, Tokenizer, decode, digest64, is_batch, prepare
+from headrace.cluster.rows import Draft, Row, Tokenizer, decode, is_batch, prepare
+from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError
 from headrace.scheduler.request import FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 0.5
-SEED_MASK = 2**63 - 1
 
 
 class BatchEngine(Protocol):
@@ -71,10 +71,10 @@ class _Running:
 class Job:
     """One run of a batch job, from what earlier runs left to the end or to `request_stop`.
 
-    A row without a seed gets one from the model, its id and the sample's index (and from
-    `defaults.seed`, if there is one); sample i of a row with a seed uses seed + i. Rows are admitted
-    while fewer than `max_waiting` requests wait in the engine, so memory does not grow with the
-    input, except for some 30 bytes a row that remember ids and finished rows.
+    Each sample's seed is derived from the model, the sample's index and the row's seed or, without
+    one, the row's id (and `defaults.seed`, if there is one). Rows are admitted while fewer than
+    `max_waiting` requests wait in the engine, so memory does not grow with the input, except for
+    some 30 bytes a row that remember ids and finished rows.
     """
 
     def __init__(
@@ -232,8 +232,7 @@ class Job:
         journal.refuse(number, answers.encode(line))
 
     def _seed(self, row: Row, index: int) -> int:
-        """Non-negative, below 2^63."""
-        if row.params.seed is not None:
-            return (row.params.seed + index) & SEED_MASK
-        parts = (self._engine.model_digest, str(self._defaults.seed), str(row.id), str(index))
-        return digest64(*(part.encode("utf-8", "surrogatepass") for part in parts)) & SEED_MASK
+        own: str | int | None = row.params.seed
+        if own is None:
+            own = f"{self._defaults.seed} {row.id}"
+        return derive_seed(self._engine.model_digest, own, index)

@@ -223,7 +223,7 @@ class Journal:
     def _replay(
         self, frames: Iterator[tuple[Any, int]], log_end: int
     ) -> tuple[int, tuple[int, int]]:
-        """Note every finished row; return the ends of what is valid in the journal and the files."""
+        """Note every finished row; return where the journal and the files stop being valid."""
         ends = [0, 0]
         tail: list[tuple[Any, int]] = []
         for payload, end in frames:

@@ -71,7 +71,7 @@ def resolve_device(device: str) -> str:
 def resolve_dtype(dtype: str, device: str, store: Store) -> str:
     """ "auto" is float32 on CPU, where it is exact and never slow, and the model's own on CUDA."""
     if dtype == "auto":
-        own = store.dtype
+        own = {"BF16": "bfloat16", "F16": "float16"}.get(store.dtype, "float32")
         return "float32" if device == "cpu" else own
     if dtype not in ("float32", "bfloat16", "float16"):
         raise HeadraceError(f"--dtype must be auto, float32, bfloat16 or float16, not {dtype!r}")
@@ -96,7 +96,12 @@ def ray_cluster(options: EngineOptions, device: str) -> Iterator[None]:
         arguments = {"address": "local", "num_cpus": cores, "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
-    except ConnectionError as error:
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        if options.address is None:
+            raise HeadraceError(
+                f"Ray did not start on this machine: {error}. Is it out of memory, disk in /tmp or "
+                "processor time? Try again, or give the --address of a running cluster"
+            ) from error
         raise HeadraceError(
             f"cannot join the Ray cluster at {options.address}: {error}. Start it with `ray start "
             "--head`, check the address, or leave --address out to run on this machine alone"
@@ -164,17 +169,28 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
             Budget(
                 device_memory=free if options.device_memory is None else options.device_memory,
                 host_memory=spare if options.host_memory is None else options.host_memory,
+                process_bytes=discovery.process,
             )
         )
     return result
 
 
-def choices(options: EngineOptions) -> Choices:
-    return Choices(
-        placement=options.placement,
-        token_budget=options.token_budget,
-        max_sequences=options.max_sequences,
-        micro_batches=options.micro_batches,
+def plan_run(
+    options: EngineOptions, store: Store, device: str, dtype: str, found: Sequence[Discovery]
+) -> Plan:
+    """The plan of a run on what was found. DoesNotFitError when there is none."""
+    shared = Counter(discovery.node for discovery in found)
+    return make_plan(
+        model_shape(store, getattr(torch, dtype)),
+        [discovery.profile.shared_by(shared[discovery.node]) for discovery in found],
+        budgets(options, device, found),
+        Workload(context=options.context),
+        Choices(
+            placement=options.placement,  # type: ignore[arg-type]  # checked by the planner
+            token_budget=options.token_budget,
+            max_sequences=options.max_sequences,
+            micro_batches=options.micro_batches,
+        ),
     )
 
 
@@ -198,9 +214,18 @@ def _gather(refs: list[Any], method: str, timeout: float) -> list[Any]:
         raise StageError(f"stages did not {method} within {timeout:.0f} s") from error
 
 
-def _stage_devices(device: str) -> str:
-    # Ray shows each actor its own GPU as the first one.
+def stage_device(device: str) -> str:
+    """The device as a stage process sees it: Ray shows each actor its own GPU as the first one."""
     return "cuda:0" if device == "cuda" else "cpu"
+
+
+def _discover(actors: Sequence[Any], store: Store, device: str) -> list[Discovery]:
+    """One after the other: stages of one machine would measure each other."""
+    arguments = (stage_device(device), str(store.path.resolve()))
+    return [
+        decode(_call([actor], "discover", *arguments, timeout=START_SECONDS)[0], Discovery)
+        for actor in actors
+    ]
 
 
 def _load(
@@ -212,13 +237,15 @@ def _load(
     found: Sequence[Discovery],
 ) -> None:
     shared = Counter(discovery.node for discovery in found)
+    memory = [budget.device_memory for budget in budgets(options, device, found)]
     refs = []
     for i, (actor, discovery) in enumerate(zip(actors, found, strict=True)):
         config = StageConfig(
-            store=str(options.store),
+            store=str(options.store.resolve()),
             stage=i,
             plan=plan,
-            device=_stage_devices(device),
+            device=stage_device(device),
+            device_memory=memory[i],
             dtype=dtype,
             storage=options.storage,
             deadline=options.deadline,
@@ -254,21 +281,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         tokenizer = load_tokenizer(store.path)
         stack.enter_context(ray_cluster(options, device))
         actors = stack.enter_context(stage_actors(options, device, store.path.name))
-        raw = _call(
-            actors,
-            "discover",
-            _stage_devices(device),
-            str(store.path.resolve()),
-            timeout=START_SECONDS,
-        )
-        found = [decode(payload, Discovery) for payload in raw]
-        plan = make_plan(
-            model_shape(store, dtype),
-            [discovery.profile for discovery in found],
-            budgets(options, device, found),
-            Workload(context=options.context),
-            choices(options),
-        )
+        found = _discover(actors, store, device)
+        plan = plan_run(options, store, device, dtype, found)
         _load(actors, plan, options, device, dtype, found)
         _connect(actors, options, stack)
         yield stack.enter_context(

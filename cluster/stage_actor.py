@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -11,21 +12,35 @@ from headrace.cluster.wire import decode, encode
 from headrace.runtime.link import Rendezvous, connect
 from headrace.runtime.probe import probe_device
 from headrace.runtime.stage import Stage, StageConfig
-from headrace.runtime.store import Store
 from headrace.scheduler.plan import Pass
 from headrace.scheduler.inputs import DeviceProfile
 
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """What a stage process found where it was started; memory in bytes."""
+    """What a process finds where it runs. Memory in bytes; `process` is what it takes itself."""
 
     node: str
     device_free: int
     host_free: int
+    process: int
     cores: int
-    pid: int
     profile: DeviceProfile
+
+
+def discover(device: str, store: str) -> Discovery:
+    """Look at the device, the memory and the drive. Seconds the first time, then remembered."""
+    profile = probe_device(torch.device(device), Path(store))
+    host_free = psutil.virtual_memory().available
+    cuda = device.startswith("cuda")
+    return Discovery(
+        node=os.uname().nodename,
+        device_free=torch.cuda.mem_get_info(device)[0] if cuda else host_free,
+        host_free=host_free,
+        process=psutil.Process().memory_info().rss,
+        cores=len(os.sched_getaffinity(0)),
+        profile=profile,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +63,7 @@ class StageActor:
         return self._name
 
     def discover(self, device: str, store: str) -> bytes:
-        """Look at the device, the memory and the drive; takes seconds the first time."""
-        host_free = psutil.virtual_memory().available
-        cuda = device.startswith("cuda")
-        return encode(
-            Discovery(
-                node=os.uname().nodename,
-                device_free=torch.cuda.mem_get_info(device)[0] if cuda else host_free,
-                host_free=host_free,
-                cores=len(os.sched_getaffinity(0)),
-                pid=os.getpid(),
-                profile=probe_device(torch.device(device), Store.open(store).largest_file),
-            )
-        )
+        return encode(discover(device, store))
 
     def load(self, payload: bytes) -> str:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
@@ -104,5 +107,5 @@ class StageActor:
         """Make the plan's device memory a limit that the allocator enforces."""
         device = torch.device(config.device)
         total = torch.cuda.get_device_properties(device).total_memory
-        budget = config.plan.memory[config.stage].device_limit
+        budget = config.device_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)

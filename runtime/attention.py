@@ -64,7 +64,7 @@ class Batch:
         table = _page_table(micro_batch)
         page = table[sequence, positions // PAGE_TOKENS]
         sampled = [i for i, piece in enumerate(slices) if piece.sampling is not None]
-        tensors = _to_device(
+        positions_, slots, sample_rows, query_start, context, page_table = _to_device(
             (
                 positions,
                 page.astype(np.int64) * PAGE_TOKENS + positions % PAGE_TOKENS,
@@ -75,7 +75,16 @@ class Batch:
             ),
             device,
         )
-        return cls(*tensors, lengths=tuple(lengths.tolist()), contexts=tuple(ends.tolist()))
+        return cls(
+            positions=positions_,
+            token_slots=slots,
+            sample_rows=sample_rows,
+            query_start=query_start,
+            context=context,
+            page_table=page_table,
+            lengths=tuple(lengths.tolist()),
+            contexts=tuple(ends.tolist()),
+        )
 
 
 def _page_table(micro_batch: MicroBatch) -> np.ndarray:
@@ -252,7 +261,8 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rule: R
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=rule.scaling)
     else:
         out = _explicit_attention(packed, k, v, mask, rule)
-    return out.unflatten(2, (group, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    out = out.view(count, -1, group, rows, v.shape[-1])
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:

@@ -10,10 +10,8 @@ Which blocks exist follows from sizes the host knows; a program whose block is e
 nothing waits for the device. Runs on CPUs with TRITON_INTERPRET=1.
 """
 
-# Kernels are Triton's dialect of Python: their arguments are pointers and scalars of the launch.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-
-from dataclasses import dataclass
+# Kernels are Triton's dialect: their arguments are pointers and scalars of a launch.
+# mypy: disable-error-code="no-untyped-def"
 
 import torch
 import triton
@@ -21,12 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from headrace.runtime.attention import Batch, Rule
+from headrace.runtime.attention_tiles import (
+    MIN_ROWS,
+    DeviceLimits,
+    Tile,
+    choose_splits,
+    choose_tile,
+    power_of_two,
+)
 from headrace.runtime.kv_store import LayerKV
 from headrace.scheduler.plan import PAGE_TOKENS
 
 _LOG2_E = 1.4426950408889634
-_MIN_ROWS = 16  # the smallest side of tl.dot
-_SPLIT_TOKENS = 256  # a part of the keys that is worth a program
 
 
 @triton.jit
@@ -69,7 +73,9 @@ def _find(query_start, num_sequences, block, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _locate(query_start, num_sequences, BLOCK_Q: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr):
+def _locate(
+    query_start, num_sequences, BLOCK_Q: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr
+):
     """This program's sequence, its first token's row, its length, and the block's first query.
 
     ONE: block b is sequence b's only one; longer sequences are left out (length 0).
@@ -91,7 +97,7 @@ def _locate(query_start, num_sequences, BLOCK_Q: tl.constexpr, ONE: tl.constexpr
     return sequence, first, length, query
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "table_row"])
 def _attend_kernel(
     q, k_pages, v_pages, out, partial, stats, sinks, query_start, context, page_table,
     num_sequences, table_row, q_token, q_head, k_page, k_head, v_page, v_head,
@@ -189,7 +195,7 @@ def _attend_kernel(
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def _merge_kernel(
     out, partial, stats, sinks, query_start, num_sequences,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -223,71 +229,13 @@ def _merge_kernel(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=dv < DV)
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Block sizes of one launch, fitted to the device's shared memory."""
-
-    rows: int
-    keys: int
-    dim_k: int
-    dim_v: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceLimits:
-    """What tiles are fitted to: streaming multiprocessors, and shared memory of a block in bytes."""
-
-    processors: int
-    shared_memory: int
-
-    @classmethod
-    def of(cls, device: torch.device) -> "DeviceLimits":
-        if device.type != "cuda":
-            return cls(processors=8, shared_memory=96 * 1024)
-        found = torch.cuda.get_device_properties(device)
-        return cls(found.multi_processor_count, found.shared_memory_per_block_optin)
-
-
-def choose_tile(
-    max_query: int, group: int, k_dim: int, v_dim: int, itemsize: int, limits: DeviceLimits
-) -> Tile:
-    """Rows to cover the queries, keys and stages to fill most of the shared memory.
-
-    Decodes are bound by loads, which want more stages; prefill by the tensor cores, which want
-    more rows, as long as accumulators [rows, v_dim] stay in registers.
-    """
-    dim_k, dim_v = (max(16, triton.next_power_of_2(dim)) for dim in (k_dim, v_dim))
-    needed = triton.next_power_of_2(max(_MIN_ROWS, group * max_query))
-    most = 128 if max(dim_k, dim_v) <= 128 else 64
-    if itemsize == 4:
-        most = 32
-    rows = max(min(needed, most), triton.next_power_of_2(group))
-    budget = limits.shared_memory * 9 // 10 - rows * dim_k * itemsize
-    shapes = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2), (16, 1))
-    # Triton's pipeline keeps stages - 1 tiles in shared memory. Exact float32 products are made of
-    # registers, which 64 keys exhaust.
-    for keys, stages in shapes[2:] if itemsize == 4 else shapes:
-        if keys * (dim_k + dim_v) * itemsize * max(stages - 1, 1) <= budget:
-            break
-    warps = 8 if rows >= 128 or rows * dim_v > 64 * 128 else 4
-    return Tile(rows, keys, dim_k, dim_v, warps, stages)
-
-
-def choose_splits(programs: int, visible: int, limits: DeviceLimits) -> int:
-    """Parts of the keys (a power of two): enough programs for the device, each with enough keys."""
-    wanted = min(2 * limits.processors // max(programs, 1), -(-visible // _SPLIT_TOKENS), 64)
-    return 1 << max(wanted, 1).bit_length() - 1
-
-
 def write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:
     """Put k [T, heads, k_dim] and v [T, heads, v_dim] into their slots."""
     k, v = _rows(k), _rows(v)
     tokens, heads, k_dim = k.shape
     v_dim = v.shape[-1]
-    block_k, block_v = triton.next_power_of_2(k_dim), triton.next_power_of_2(v_dim)
-    block_h = max(1, min(triton.next_power_of_2(heads), 4096 // max(block_k, block_v)))
+    block_k, block_v = power_of_two(k_dim), power_of_two(v_dim)
+    block_h = max(1, min(power_of_two(heads), 4096 // max(block_k, block_v)))
     _write_kernel[(tokens, triton.cdiv(heads, block_h))](
         k, v, kv.k, kv.v, batch.token_slots,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -307,7 +255,7 @@ def attend(q: Tensor, kv: LayerKV, batch: Batch, rule: Rule, splits: int | None 
     out = q.new_empty(*q.shape[:2], kv.v.shape[-1])
     group = q.shape[1] // kv.k.shape[1]
     limits = DeviceLimits.of(q.device)
-    short = max(1, _MIN_ROWS // group)  # queries that one block of the smallest tile holds
+    short = max(1, MIN_ROWS // group)  # queries that one block of the smallest tile holds
     if batch.min_query <= short:
         _launch(q, kv, batch, rule, out, limits, short, one=True, splits=splits)
     if batch.max_query > short:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import xxhash
+from typing_extensions import Self
 
 from headrace.runtime.store import ALIGN_BLOCK, ALIGN_TENSOR, TensorSpec
 from headrace.scheduler.errors import StoreError
@@ -115,7 +116,7 @@ class BlockWriter:
         self._position = 0
         self._out: IO[bytes] | None = self._partial.open("wb")
 
-    def __enter__(self) -> "BlockWriter":
+    def __enter__(self) -> Self:
         self._stream.write(self._layout.header)
         return self
 

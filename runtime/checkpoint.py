@@ -16,7 +16,7 @@ from headrace.runtime.block_file import Entry, read_header
 from headrace.runtime.quantize import PART_SUFFIXES, TORCH_DTYPES, Part
 from headrace.scheduler.errors import StoreError
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 SAMPLES = 16
 SAMPLE_BYTES = 4096
 
@@ -116,7 +116,9 @@ class Checkpoint:
 
     def _read_config(self) -> dict[str, Any]:
         if not self.path.is_dir():
-            raise StoreError(f"{self.path} is no directory; download the model first and give its path")
+            raise StoreError(
+                f"{self.path} is no directory; download the model first and give its path"
+            )
         if (self.path / "headrace.json").exists():
             raise StoreError(f"{self.path} is a store already; convert the original checkpoint")
         file = self.path / "config.json"

@@ -99,7 +99,9 @@ def plan_conversion(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
 
 
 def _refuse_other_quantization(checkpoint: Checkpoint) -> None:
-    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    method = (checkpoint.config.get("quantization_config") or {}).get(
+        "quant_method", "bitsandbytes"
+    )
     if method != "bitsandbytes":
         raise StoreError(
             f"{checkpoint.path} is quantized with {method!r}, which cannot be converted; "
@@ -146,7 +148,8 @@ def _refuse_missing(checkpoint: Checkpoint, skeleton: Skeleton, roles: Mapping[s
 
 
 def _path_of(skeleton: Skeleton, module: nn.Module) -> str:
-    return next(name for name, other in skeleton.model.named_modules() if other is module)
+    modules: dict[str, nn.Module] = dict(skeleton.model.named_modules())
+    return next(name for name, other in modules.items() if other is module)
 
 
 def _head_name(skeleton: Skeleton) -> str:
@@ -197,7 +200,9 @@ class _Chooser:
         fmt = asked or self._default(weight, role)
         if weight.format != "raw":
             if not self._is_kept(fmt):
-                raise StoreError(f"{weight.name} is {weight.format} already and cannot become {fmt}")
+                raise StoreError(
+                    f"{weight.name} is {weight.format} already and cannot become {fmt}"
+                )
             return _kept(weight)
         if fmt in QUANTIZED:
             self._refuse_unquantizable(weight, role, fmt)
@@ -241,9 +246,7 @@ def _main_format(plans: Iterable[WeightPlan]) -> str:
     return max(counts, key=lambda fmt: counts[fmt], default="")
 
 
-def _block(
-    key: BlockKey, roles: Mapping[str, Role], plans: Mapping[str, WeightPlan]
-) -> BlockPlan:
+def _block(key: BlockKey, roles: Mapping[str, Role], plans: Mapping[str, WeightPlan]) -> BlockPlan:
     names = sorted(
         (name for name, role in roles.items() if role.block == key),
         key=lambda name: (roles[name].order, name),

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from typing_extensions import Self
 
 from headrace.runtime.block_file import BlockWriter, write_durably
 from headrace.runtime.checkpoint import Checkpoint
@@ -147,7 +148,7 @@ class _Journal:
             write_durably(self._file, _line(identity))
         self._out = self._file.open("ab", buffering=0)
 
-    def __enter__(self) -> "_Journal":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,8 +162,10 @@ class _Journal:
             os.truncate(self._file, len(whole))
         found, *entries = (json.loads(line) for line in whole.splitlines())
         if found != identity:
-            what = "from another checkpoint" if found["options"] == identity["options"] else (
-                f"with other options ({found['options']})"
+            what = (
+                "from another checkpoint"
+                if found["options"] == identity["options"]
+                else (f"with other options ({found['options']})")
             )
             raise StoreError(
                 f"{dest} holds an unfinished conversion {what}; finish that one, delete it, or "
@@ -267,7 +270,9 @@ class _Conversion:
         )
         return block_to_json(whole, written.header_hash)
 
-    def _write_weight(self, block: BlockPlan, weight: WeightPlan, writer: BlockWriter) -> WeightSpec:
+    def _write_weight(
+        self, block: BlockPlan, weight: WeightPlan, writer: BlockWriter
+    ) -> WeightSpec:
         source = weight.source
         state = source.state
         state_name = next((p.entry.name for p in weight.parts if p.role == "state"), None)
@@ -324,8 +329,8 @@ def _stream(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
                 yield part.entry.name, chunk
         return
     runs, dtype = source.data.rows(), source.data.dtype
-    for name, tensor in encode_rows(runs, weight.parts, dtype, source.shape, weight.format):
-        yield name, _bytes_of(tensor)
+    for name, piece in encode_rows(runs, weight.parts, dtype, source.shape, weight.format):
+        yield name, _bytes_of(piece)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

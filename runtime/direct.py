@@ -135,8 +135,7 @@ class ThreadedStorage:
         self._files = files
         self._alignment = alignment
         self._chunk_bytes = chunk_bytes
-        self._pinned = device.type == "cuda"
-        self._copies = CopyStream(device) if self._pinned else None
+        self._copies = CopyStream(device) if device.type == "cuda" else None
         self._parts: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads = [
@@ -161,7 +160,9 @@ class ThreadedStorage:
         return load
 
     def _work(self) -> None:
-        staging = _Staging(self._chunk_bytes, pinned=self._pinned)
+        if self._copies is not None:
+            self._copies.enter_thread()
+        staging = _Staging(self._chunk_bytes, pinned=self._copies is not None)
         try:
             while (part := self._parts.get()) is not None:
                 self._finish(part, staging)

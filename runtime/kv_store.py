@@ -6,6 +6,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -63,7 +64,7 @@ class KVStore:
         self._layers.clear()
         self._buffers.clear()
 
-    def __enter__(self) -> "KVStore":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -77,7 +78,8 @@ class KVStore:
 
 def _views(buffer: Tensor, shape: LayerShape) -> LayerKV:
     keys = PAGE_TOKENS * shape.k_dim
+    size = (*buffer.shape[:2], PAGE_TOKENS)
     return LayerKV(
-        k=buffer[:, :, :keys].unflatten(-1, (PAGE_TOKENS, shape.k_dim)),
-        v=buffer[:, :, keys:].unflatten(-1, (PAGE_TOKENS, shape.v_dim)),
+        k=buffer[:, :, :keys].view(*size, shape.k_dim),
+        v=buffer[:, :, keys:].view(*size, shape.v_dim),
     )

@@ -56,6 +56,10 @@ class CopyStream:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
+    def enter_thread(self) -> None:
+        """Once in a thread of ours: else its first CUDA call would open a context on device 0."""
+        torch.cuda.set_device(self._stream.device)
+
     def copy(
         self, dest: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event
     ) -> torch.cuda.Event:

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from headrace.runtime import plugs
+from headrace.runtime import plugs, rope
 from headrace.runtime.attention import Batch, paged_attention
-from headrace.runtime.binding import Binder, Binding
+from headrace.runtime.binding import Binder
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.quantize import TORCH_DTYPES
@@ -59,7 +59,7 @@ class StageModel:
     def __init__(
         self,
         store: Source,
-        layers: Iterable[int],
+        layers: Sequence[int],
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -74,10 +74,11 @@ class StageModel:
         self._modules = self._skeleton.layers
         _move_buffers(self._skeleton.model, device)
         weights = _weights(store, layers)
-        specs = [spec for block in weights.values() for spec in block.values()]
-        self._scratch = Scratch(scratch_elements(specs, dtype), dtype, device)
+        blocks = [store.layers[layer] for layer in layers]
+        self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device)
         binder = Binder(self._skeleton, weights, self._scratch)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
+        self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
         self._bound: dict[int, Tensor] = {}
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
         self._table: Tensor | None = None
@@ -88,6 +89,11 @@ class StageModel:
             data = _read(store, store.head).to(device)
             for binding in binder.bindings("head"):
                 binding.bind(data)
+
+    @property
+    def context_limit(self) -> int | None:
+        """Longest context that gives the reference's results, where the rotation sets a limit."""
+        return rope.context_limit(self.config)
 
     @property
     def scratch_bytes(self) -> int:
@@ -148,7 +154,8 @@ class StageModel:
         """x [T, hidden] -> [T, hidden]; writes the batch's keys and values to the layer's pages."""
         args, kwargs = prepared.calls[layer]
         attend = partial(paged_attention, kv=kv.layer(layer), batch=prepared.batch)
-        out = self._modules[layer](x[None], *args, **kwargs, **{plugs.ATTEND: attend})
+        with plugs.attending(self._attentions[layer], attend):
+            out = self._modules[layer](x[None], *args, **kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden[0]
 
@@ -159,21 +166,23 @@ class StageModel:
 
 
 def scratch_elements(
-    weights: Iterable[WeightSpec], dtype: torch.dtype, cap_bytes: int = SCRATCH_BYTES
+    layers: Iterable[Block], dtype: torch.dtype, cap_bytes: int = SCRATCH_BYTES
 ) -> int:
-    """Elements of the largest matrix that has to be dequantized (an expert counts alone), capped."""
+    """Elements of the largest matrix that has to be dequantized (an expert counts alone), capped.
+
+    Only layers count: the head, which may be far larger, is multiplied in slices of as much.
+    """
     sizes = [
         prod(spec.shape[-2:])
-        for spec in weights
+        for block in layers
+        for spec in block.weights.values()
         if len(spec.shape) >= 2
         and (spec.format != "raw" or TORCH_DTYPES[spec.parts["data"].dtype] != dtype)
     ]
     return min(max(sizes, default=0), cap_bytes // dtype.itemsize)
 
 
-def _weights(
-    store: Source, layers: Iterable[int]
-) -> dict[BlockKey, Mapping[str, WeightSpec]]:
+def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str, WeightSpec]]:
     weights: dict[BlockKey, Mapping[str, WeightSpec]] = {
         layer: store.layers[layer].weights for layer in layers
     }

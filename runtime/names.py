@@ -85,7 +85,13 @@ def _piece(name: str, renamed: str, pattern: str, converter: WeightConverter) ->
 
 def experts_per_token(config: PretrainedConfig) -> int:
     """How many routed experts one token visits; the name of the setting differs between models."""
-    for name in ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"):
+    for name in (
+        "num_experts_per_tok",
+        "moe_topk",
+        "moe_k",
+        "num_experts_per_token",
+        "top_k_experts",
+    ):
         value = getattr(config, name, None)
         if isinstance(value, list):
             value = max(value)

@@ -4,9 +4,10 @@ Both are found by name through transformers' registries and told what to do per 
 so they keep no state. The third plug, QuantLinear, replaces modules and lives in linear.py.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -16,7 +17,7 @@ from headrace.scheduler.errors import UnsupportedModelError
 ATTENTION = "headrace_paged"
 EXPERTS = "headrace"
 ATTEND = "headrace_attend"
-"""Name of the keyword argument that carries an `Attend` through a decoder layer to its attention."""
+"""Name of the attribute of an attention module that holds its `Attend` while its layer runs."""
 EXPERT_WEIGHTS = "headrace_experts"
 """Name of the attribute of an experts module that holds its `Experts`."""
 
@@ -58,14 +59,12 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **kwargs: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, heads, T, dim] in, [1, T, heads, v_dim] out."""
-    attend: Attend | None = kwargs.get(ATTEND)
+    attend: Attend | None = getattr(module, ATTEND, None)
     if attend is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} does not hand keyword arguments on to its attention function"
-        )
+        raise UnsupportedModelError(f"{type(module).__name__} does not know its layer's index")
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} builds an attention mask of its own")
     out = attend(
@@ -88,6 +87,26 @@ def _experts(module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Ten
     return experts(module, x.reshape(-1, x.shape[-1]), index, weight).view_as(x)
 
 
+def attention_modules(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of a decoder layer that may call the attention function."""
+    return tuple(module for module in layer.modules() if "layer_idx" in vars(module))
+
+
+@contextmanager
+def attending(modules: Iterable[nn.Module], attend: Attend) -> Iterator[None]:
+    """Has the modules attend through `attend`.
+
+    Keyword arguments would do for most architectures, but some layers do not hand them on.
+    """
+    try:
+        for module in modules:
+            setattr(module, ATTEND, attend)
+        yield
+    finally:
+        for module in modules:
+            setattr(module, ATTEND, None)
+
+
 def register() -> None:
     """Makes both names known to transformers. Calling it again changes nothing."""
     AttentionInterface.register(ATTENTION, _attention)
@@ -101,7 +120,3 @@ def is_experts(module: nn.Module) -> bool:
 
 def no_grad_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def meta_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")

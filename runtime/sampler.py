@@ -92,9 +92,9 @@ def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     if not seen:
         return logits
     row, token = _to(torch.tensor(seen).T.contiguous(), logits.device)
-    repetition, subtracted_ = _to(torch.tensor(terms).T.contiguous(), logits.device)
+    repetition, penalty = _to(torch.tensor(terms).T.contiguous(), logits.device)
     old = logits[row, token]
-    new = torch.where(old > 0, old / repetition, old * repetition) - subtracted_
+    new = torch.where(old > 0, old / repetition, old * repetition) - penalty
     return logits.index_put((row, token), new)
 
 
@@ -161,7 +161,7 @@ def _threshold(largest: Tensor, parameters: Tensor) -> Tensor:
     A row without top-k and top-p has a single largest logit to look at, and keeps everything that
     min-p does.
     """
-    _, top_k, top_p, log_min_p, _ = parameters.split(1, dim=1)
+    top_k, top_p, log_min_p = (parameters[:, i : i + 1] for i in (1, 2, 3))
     rank = torch.arange(largest.shape[1], device=largest.device)
     inside = rank < top_k
     weights = torch.exp(largest - largest[:, :1]).masked_fill_(~inside, 0.0)
@@ -175,7 +175,7 @@ def _threshold(largest: Tensor, parameters: Tensor) -> Tensor:
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[Row], wanted: list[int]) -> Tensor:
-    """[R, 1 + 2k] float64: the token's log-probability, k likeliest ids, their log-probabilities."""
+    """[R, 1 + 2k] float64: the token's logprob, the k likeliest ids, their logprobs."""
     most = min(max(rows[i][2].logprobs or 0 for i in wanted), logits.shape[1])
     index = _to(torch.tensor(wanted), logits.device)
     raw = logits[index]

@@ -12,8 +12,7 @@ from headrace.scheduler.inputs import ModelShape
 def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
     """What running `store` with compute and KV type `dtype` takes."""
     config = parse_config(store.config, str(store.path / "config.json"))
-    specs = [spec for block in store.blocks for spec in block.weights.values()]
-    largest = scratch_elements(specs, dtype)
+    largest = scratch_elements(store.layers, dtype)
     head = store.head.nbytes + (store.embed.nbytes if store.tied else 0)
     return ModelShape(
         layer_bytes=tuple(block.nbytes for block in store.layers),

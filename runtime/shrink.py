@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from headrace.runtime.skeleton import Skeleton, signature
+from headrace.runtime.layer_facts import signature
+from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.errors import UnsupportedModelError
 
 VOCABULARY = 256
 _HIDDEN = 64
 _HEAD = 16
+_ROTATED = 8
 _WINDOW = 8
 _MAX_LAYERS = 12
 
@@ -23,8 +25,6 @@ def _at_most(limit: int) -> Callable[[int], int]:
 
 # By name of the setting. Values that are absent, None or 0 stay as they are.
 _SMALLER: Mapping[str, Callable[[int], int]] = {
-    "hidden_size": lambda _: _HIDDEN,
-    "vocab_size": lambda _: VOCABULARY,
     "pad_token_id": _at_most(0),
     "bos_token_id": _at_most(1),
     "eos_token_id": lambda _: 2,
@@ -44,10 +44,9 @@ _SMALLER: Mapping[str, Callable[[int], int]] = {
     "topk_group": _at_most(1),
     "q_lora_rank": _at_most(32),
     "kv_lora_rank": _at_most(32),
-    "qk_rope_head_dim": _at_most(8),
+    "qk_rope_head_dim": _at_most(_ROTATED),
     "qk_nope_head_dim": _at_most(16),
     "v_head_dim": _at_most(12),
-    "head_dim": _at_most(_HEAD),
 }
 
 
@@ -70,6 +69,8 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     for key, value in described.items():
         if isinstance(value, list) and len(value) == layers:
             described[key] = value[:kept]
+        elif isinstance(value, dict) and value and all(str(k).isdigit() for k in value):
+            described[key] = {k: v for k, v in value.items() if int(k) < kept}
     described["num_hidden_layers"] = kept
     return _build(config, described)
 
@@ -77,6 +78,8 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
 def _smaller(key: str, value: int) -> int:
     if key in _SMALLER:
         return _SMALLER[key](value)
+    if "vocab_size" in key:
+        return VOCABULARY
     return min(value, 48) if "intermediate_size" in key or key == "ffn_hidden_size" else value
 
 
@@ -92,14 +95,25 @@ def _shrink_heads(described: dict[str, Any]) -> None:
         raise UnsupportedModelError("config.json has no single num_attention_heads")
     kv_heads = described.get("num_key_value_heads")
     kv = kv_heads if isinstance(kv_heads, int) and kv_heads > 0 else heads
-    ratio = max(heads // kv, 1)
     small_kv = min(kv, 2)
-    small = small_kv * min(ratio, 4)
+    small = small_kv * min(max(heads // kv, 1), 4)
+    head = described.get("head_dim")
+    if "qk_rope_head_dim" in described:
+        # Latent attention: head_dim, where there is one, is the rotated part.
+        described["hidden_size"] = _HIDDEN
+        if head is not None:
+            described["head_dim"] = min(described["qk_rope_head_dim"], _ROTATED)
+    elif head is None or head * heads == described.get("hidden_size"):
+        # Heads make up the hidden size, and some models rely on that.
+        size = max(_HEAD, _HIDDEN // small // _HEAD * _HEAD)
+        described["hidden_size"] = small * size
+        if head is not None:
+            described["head_dim"] = size
+    else:
+        described["hidden_size"], described["head_dim"] = _HIDDEN, min(head, _HEAD)
     described["num_attention_heads"] = small
     if isinstance(kv_heads, int):
         described["num_key_value_heads"] = small_kv
-    if described.get("head_dim") is None and "head_dim" in described:
-        described.pop("head_dim")
 
 
 def _shrink_rope(described: dict[str, Any]) -> None:
@@ -109,7 +123,8 @@ def _shrink_rope(described: dict[str, Any]) -> None:
         return
     for parameters in (rope, *rope.values()):
         if isinstance(parameters, dict) and "short_factor" in parameters:
-            head = described.get("head_dim") or _HIDDEN // described["num_attention_heads"]
+            hidden, heads = described["hidden_size"], described["num_attention_heads"]
+            head = described.get("head_dim") or hidden // heads
             pairs = int(head * parameters.get("partial_rotary_factor", 1.0)) // 2
             for key in ("short_factor", "long_factor"):
                 parameters[key] = parameters[key][:pairs]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from headrace.runtime import names, plugs
+from headrace.runtime import layer_facts, names, plugs
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
 
@@ -223,41 +223,12 @@ class Skeleton:
         learnt: dict[tuple[object, ...], LayerShape] = {}
         shapes = []
         for layer, (args, kwargs) in zip(self.layers, calls, strict=True):
-            key = signature(layer)
+            key = layer_facts.signature(layer)
             if key not in learnt:
-                kv_heads, k_dim, v_dim = _kv_shape(layer, x, args, kwargs)
-                learnt[key] = LayerShape(kv_heads, k_dim, v_dim, *self._sizes(layer))
+                kv = layer_facts.kv_shape(layer, x, args, kwargs)
+                learnt[key] = LayerShape(*kv, *layer_facts.sizes(layer, self.config))
             shapes.append(learnt[key])
         return tuple(shapes)
-
-    def _sizes(self, layer: nn.Module) -> tuple[int, int, int]:
-        """(parameters, active parameters, largest matrix) of a layer's matrices, in elements."""
-        total = active = largest = 0
-        for module in layer.modules():
-            experts = module.num_experts if plugs.is_experts(module) else 1
-            chosen = min(experts, names.experts_per_token(self.config)) if experts > 1 else 1
-            for parameter in module.parameters(recurse=False):
-                if parameter.dim() >= 2:
-                    size = parameter.numel() // experts
-                    total += parameter.numel()
-                    active += size * chosen
-                    largest = max(largest, size)
-        return total, active, largest
-
-
-def signature(layer: nn.Module) -> tuple[object, ...]:
-    """Equal for layers that differ in nothing but their index and their weights."""
-    plain = (bool, int, float, str, type(None))
-    facts: list[object] = []
-    for name, module in layer.named_modules():
-        attributes = sorted(
-            (key, value)
-            for key, value in vars(module).items()
-            if isinstance(value, plain) and key not in ("layer_idx", "_layer_idx", "layer_id")
-        )
-        facts.append((name, type(module), *((k, repr(v)) for k, v in attributes)))
-        facts.extend((key, p.shape) for key, p in module.named_parameters(recurse=False))
-    return tuple(facts)
 
 
 class _StandIn(nn.Module):
@@ -348,43 +319,3 @@ def _is_router(model: nn.Module, path: str) -> bool:
         if counts:
             return weight.shape[0] in (1, counts[0])
     return False
-
-
-class _Reached(Exception):
-    """Carries the KV shape out of a layer that need not run any further."""
-
-    def __init__(self, kv_heads: int, k_dim: int, v_dim: int) -> None:
-        super().__init__()
-        self.shape = kv_heads, k_dim, v_dim
-
-
-def _kv_shape(
-    layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, int, int]:
-    def attend(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
-        raise _Reached(k.shape[1], k.shape[2], v.shape[2])
-
-    name = type(layer).__name__
-    try:
-        layer(to_meta(x[None]), *to_meta(args), **to_meta(kwargs), **{plugs.ATTEND: attend})
-    except _Reached as reached:
-        return reached.shape
-    except UnsupportedModelError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(f"{name} cannot be run on its own: {error}") from error
-    raise UnsupportedModelError(
-        f"{name} has no attention that transformers' attention interface reaches "
-        "(a linear-attention or state-space layer needs state that Headrace does not keep)"
-    )
-
-
-def to_meta(value: Any) -> Any:
-    """The value with every tensor in it on the meta device."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, tuple | list):
-        return type(value)(to_meta(item) for item in value)
-    if isinstance(value, dict):
-        return {key: to_meta(item) for key, item in value.items()}
-    return value

@@ -30,7 +30,7 @@ LOGIT_ROWS = 256
 class StageConfig:
     """What a stage process needs to build itself.
 
-    `dtype` is the compute and KV type, `storage` "auto", "direct", "buffered" or "kvikio".
+    `device_memory` is the budget in bytes, which CUDA's allocator enforces. `dtype` is the compute and KV type, `storage` "auto", "direct", "buffered" or "kvikio".
     `deadline` bounds every wait for another stage or for the device, in seconds.
     """
 
@@ -38,6 +38,7 @@ class StageConfig:
     stage: int
     plan: Plan
     device: str
+    device_memory: int
     dtype: str
     storage: str
     deadline: float

@@ -94,6 +94,8 @@ def choose_storage(
     for trial in trials:
         if trial is not best:
             trial.storage.close()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the probe's memory belongs to the plan
     _report(best, trials, requested, extent, before, keep_cache)
     return best.storage
 

@@ -145,7 +145,9 @@ class Store:
         """Identifies the model: its configuration and every byte of its weights."""
         hasher = xxhash.xxh3_128(json.dumps(self.config, sort_keys=True).encode())
         for block in self.blocks:
-            hasher.update(f"{block.name} {block.xxh3_64} {self._header_hashes[block.name]}".encode())
+            hasher.update(
+                f"{block.name} {block.xxh3_64} {self._header_hashes[block.name]}".encode()
+            )
         return hasher.hexdigest()
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:

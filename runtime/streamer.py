@@ -260,7 +260,7 @@ class Streamer:
     def restart(self) -> None:
         """Go back to the first visit with empty counters, after a pass that broke off."""
         assert not self._closed
-        if self._ring is not None and self._position:
+        if self._ring is not None:
             self._ring.restart()
         self._position = 0
         self.take_counters()

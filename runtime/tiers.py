@@ -57,7 +57,7 @@ class AlignedBuffer:
 
 
 def register(memory: torch.Tensor) -> None:
-    """Pin host memory for CUDA, under any device's context."""
+    """Pin host memory for CUDA. Flags 0: with unified addressing it is pinned for every device."""
     result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if result:
         raise DoesNotFitError(
@@ -112,8 +112,7 @@ class HostTier:
     def __init__(self, blocks: Mapping[int, Block], storage: Storage, device: torch.device) -> None:
         self._blocks = dict(blocks)
         self._storage = storage
-        self._pinned = device.type == "cuda"
-        self._copies = CopyStream(device) if self._pinned else None
+        self._copies = CopyStream(device) if device.type == "cuda" else None
         self._copier = ThreadPoolExecutor(1, "headrace-host-tier")
         self._buffers: list[AlignedBuffer] = []
         self._layers: dict[int, Future[torch.Tensor]] = {layer: Future() for layer in blocks}
@@ -137,6 +136,8 @@ class HostTier:
     def _fill(self) -> None:
         waiting = dict(self._layers)
         try:
+            if self._copies is not None:
+                self._copies.enter_thread()
             for layer, buffer, load in self._read_ahead():
                 load.wait()
                 waiting.pop(layer).set_result(buffer)
@@ -150,7 +151,7 @@ class HostTier:
         for layer, block in self._blocks.items():
             if self._stopping.is_set():
                 raise StoreError(f"{block.file}: not read, the host tier is closed")
-            buffer = AlignedBuffer(block.nbytes, pinned=self._pinned)
+            buffer = AlignedBuffer(block.nbytes, pinned=self._copies is not None)
             self._buffers.append(buffer)
             following = self._storage.load(block.file, block.data_offset, buffer.tensor)
             if reading is not None:

@@ -11,7 +11,9 @@ class SchedulerConfig:
 
     `num_pages` KV pages; `max_context` tokens a request, prompt and output together; at most
     `token_budget` tokens and `max_sequences` slices a pass, in at most `micro_batches`
-    micro-batches of at most `micro_batch_tokens` tokens each. Raises HeadraceError when one cannot be met.
+    micro-batches of at most `micro_batch_tokens` tokens each.
+
+    Raises HeadraceError for a limit that no request could meet.
     """
 
     num_pages: int

@@ -13,6 +13,9 @@ TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 
 LEAST_TOKEN_BUDGET = 64
 
+RING_VISITS = (2, 3)
+"""Visits that a ring holds: one computes while others load. More even out loads of unlike tiers."""
+
 
 def resident_layouts(
     num_layers: int, num_stages: int, kind: Kind, choices: Choices
@@ -40,7 +43,7 @@ def streaming_layouts(
     for layers_a_visit in _visit_sizes(num_layers, num_stages, cyclic, choices):
         make_visits = cyclic_visits if cyclic else contiguous_visits
         visits = make_visits(num_layers, num_stages, layers_a_visit)
-        for held, micro_batches in product((2, 3), counts):  # the ring holds two or three visits
+        for held, micro_batches in product(RING_VISITS, counts):
             yield cut(
                 visits,
                 ring_slots=held * layers_a_visit,

@@ -104,7 +104,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
     },
-    "falcon_h1": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
 }
 

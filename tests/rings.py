@@ -77,6 +77,7 @@ def local_ring(path: Path, plan: Plan, device: str = "cpu") -> Iterator[LocalPip
                 stage=stage,
                 plan=plan,
                 device=device,
+                device_memory=0,
                 dtype="float32",
                 storage="auto",
                 deadline=60.0,

@@ -24,12 +24,14 @@ from headrace.scheduler.errors import HeadraceError
 
 
 def parse_policy(rules: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """"*.down_proj.weight=int8" -> ("*.down_proj.weight", "int8"). Raises HeadraceError."""
+    """ "*.down_proj.weight=int8" -> ("*.down_proj.weight", "int8"). Raises HeadraceError."""
     pairs = []
     for rule in rules:
         glob, found, fmt = rule.rpartition("=")
         if not (glob and found and fmt):
-            raise HeadraceError(f"a policy rule is PATTERN=FORMAT, such as '*.down_proj.weight=int8', not {rule!r}")
+            raise HeadraceError(
+                f"a policy rule is PATTERN=FORMAT, such as '*.down_proj.weight=int8', not {rule!r}"
+            )
         pairs.append((glob, fmt))
     return tuple(pairs)
 
@@ -159,9 +161,12 @@ def layer_table(store: Store) -> Table:
 def _runs(blocks: Sequence[Block]) -> list[tuple[str, str, Block]]:
     runs: list[tuple[str, str, Block]] = []
     for block in blocks:
-        if runs and (same := runs[-1])[2].nbytes == block.nbytes:
-            if format_bytes([same[2]]) == format_bytes([block]):
-                runs[-1] = (same[0], block.name, same[2])
-                continue
-        runs.append((block.name, block.name, block))
+        if runs and _alike(runs[-1][2], block):
+            runs[-1] = (runs[-1][0], block.name, block)
+        else:
+            runs.append((block.name, block.name, block))
     return runs
+
+
+def _alike(one: Block, other: Block) -> bool:
+    return one.nbytes == other.nbytes and format_bytes([one]) == format_bytes([other])

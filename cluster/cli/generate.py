@@ -1,4 +1,4 @@
-"""What `headrace generate` shows: progress while a job runs, how to resume it, and what bound it."""
+"""What `headrace generate` shows: progress while it runs, how to resume it, and what bound it."""
 
 import logging
 import os
@@ -103,7 +103,7 @@ def final_table(report: JobReport, prediction: Prediction) -> Group:
     """What the run achieved, what bound it, and where each stage waited."""
     work = report.work
     rates = _rates(work, report.seconds, None)
-    summary = Table(title=str(report.output), show_header=False)
+    summary = Table(title=Text(str(report.output)), show_header=False)
     summary.add_row("rows", _rows(report))
     summary.add_row("tokens", f"{work.output_tokens} generated, {work.prompt_tokens} prompt")
     summary.add_row("time", f"{duration(report.seconds)}, {work.passes} passes")
@@ -117,7 +117,7 @@ def final_table(report: JobReport, prediction: Prediction) -> Group:
 
 
 def duration(seconds: float) -> str:
-    """ "42s", "3m 05s" or "2h 07m"."""
+    """As "42s", "3m 05s" or "2h 07m"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -190,8 +190,10 @@ def _display(console: Console) -> Iterator[Callable[[JobReport], None]]:
     with Live(console=console, refresh_per_second=4, transient=True) as live:
 
         def redraw(report: JobReport) -> None:
-            bar = ProgressBar(total=max(report.total, 1), completed=report.finished)
-            live.update(Group(bar, Text(status_line(report, meter.update(report)))))
+            line = Table.grid(padding=(0, 1))
+            bar = ProgressBar(total=max(report.total, 1), completed=report.finished, width=20)
+            line.add_row(bar, Text(status_line(report, meter.update(report))))
+            live.update(line)
 
         yield redraw
 
@@ -211,7 +213,7 @@ def _line_logger(meter: Meter) -> Callable[[JobReport], None]:
 
 @contextmanager
 def _stopping(job: Job, hint: str) -> Iterator[None]:
-    """First signal: start no further rows. Second: give up the running ones. Third: as by default."""
+    """First signal: start no further rows. Second: give up those that run. Third: the default."""
     told = [
         f"Stopping: the rows that run will be finished. Again to give them up. {hint}",
         f"Stopping now. {hint}",

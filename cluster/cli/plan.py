@@ -36,7 +36,7 @@ def make_plan_for(
     concurrent_sequences: int | None = None,
     choices: Choices | None = None,
 ) -> Plan:
-    """The plan of `stages` equal stages on `hosts` equal hosts. Sizes as people write them, per stage.
+    """The plan of `stages` equal stages on `hosts` equal hosts; sizes are per stage ("600MB").
 
     Raises HeadraceError for a malformed size and DoesNotFitError as make_plan does.
     """
@@ -73,14 +73,11 @@ def _stages(plan: Plan) -> Table:
 
 
 def layer_ranges(layers: Sequence[int]) -> str:
-    """Layers in words: "0-19", "0, 4, ..., 76" or, when neither holds, the first and the last."""
-    if len(layers) == 1:
-        return str(layers[0])
-    steps = {b - a for a, b in zip(layers, layers[1:], strict=False)}
-    if steps == {1}:
-        return f"{layers[0]}-{layers[-1]}"
+    """Consecutive layers as "0-19", others as "0, 4, ..., 76"."""
     if len(layers) <= 3:
         return ", ".join(map(str, layers))
+    if layers[-1] - layers[0] == len(layers) - 1:
+        return f"{layers[0]}-{layers[-1]}"
     return f"{layers[0]}, {layers[1]}, ..., {layers[-1]}"
 
 

@@ -19,7 +19,7 @@ PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes. MB is 1000 x 1000 and MiB 1024 x 1024; a bare number is bytes. Raises HeadraceError."""
+    """Bytes. MB is 1000 x 1000, MiB 1024 x 1024, a bare number bytes. Raises HeadraceError."""
     match = PATTERN.fullmatch(text)
     unit = match[2].lower() if match else None
     if match is None or unit not in UNITS:

@@ -88,7 +88,7 @@ def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """The last len(q) queries of one sequence. q [n, H, Dk], k [L, h, Dk], v [L, h, Dv], float64."""
+    """The last n queries of one sequence: q [n, H, Dk], k [L, h, Dk], v [L, h, Dv] to [n, H, Dv]."""
     group = q.shape[1] // k.shape[1]
     queries = q.double().transpose(0, 1)
     keys = k.double().repeat_interleave(group, dim=1).transpose(0, 1)

@@ -12,7 +12,7 @@ from headrace.runtime.attention import Batch, paged_attention
 from headrace.scheduler.plan import MicroBatch, Sampling, Slice
 
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode finds no siblings
-from attention_cases import CASES, Case, Tensors, make, micro_batch  # noqa: E402
+from attention_cases import CASES, Case, Tensors, make, micro_batch
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, None, 0, ())
@@ -102,8 +102,8 @@ def test_chunks_give_what_one_slice_gives() -> None:
 
 def test_strided_inputs_are_read_as_they_are() -> None:
     case = make(CASES["mixed"], torch.float32, CPU)
-    head_major = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (case.q, case.k, case.v)]
-    out = paged_attention(*head_major, case.kv, case.batch, scaling=case.rule.scaling)
+    q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (case.q, case.k, case.v))
+    out = paged_attention(q, k, v, case.kv, case.batch, scaling=case.rule.scaling)
     torch.testing.assert_close(out.double(), case.expected, atol=2e-6, rtol=2e-6)
 
 
@@ -125,8 +125,10 @@ def test_build_packs_positions_slots_and_sampled_rows() -> None:
     assert batch.context.tolist() == [66, 2, 129]
     assert batch.page_table.tolist() == [[9, 5, 0], [2, 0, 0], [0, 1, 3]]
     assert (batch.min_query, batch.max_query, batch.max_context) == (1, 3, 129)
-    assert batch.positions.dtype == batch.token_slots.dtype == batch.sample_rows.dtype == torch.int64
-    assert batch.query_start.dtype == batch.context.dtype == batch.page_table.dtype == torch.int32
+    for wide in (batch.positions, batch.token_slots, batch.sample_rows):
+        assert wide.dtype == torch.int64
+    for narrow in (batch.query_start, batch.context, batch.page_table):
+        assert narrow.dtype == torch.int32
 
 
 def test_build_without_sampled_rows() -> None:

@@ -5,6 +5,7 @@ process of its own.
 """
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.runtime.attention_tiles import DeviceLimits, choose_splits, choose_tile
+
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode finds no siblings
-from attention_cases import CASES, Case, make  # noqa: E402
+from attention_cases import CASES, Case, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -31,6 +34,8 @@ DEVICES = [
         ],
     ),
 ]
+HOPPER = DeviceLimits(processors=132, shared_memory=232448)
+ADA = DeviceLimits(processors=128, shared_memory=101376)
 SMALL = ((0, 3), (62, 4), (64, 1), (130, 1), (0, 1), (40, 19))
 DECODES = ((300, 1), (0, 1), (63, 1), (64, 1))
 
@@ -118,19 +123,20 @@ def test_long_slices_on_every_tile(dim: int, device: str) -> None:
         check(Case(spans, heads=8, kv_heads=2, k_dim=dim, v_dim=min(dim, 128)), device, dtype, None)
 
 
-@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs Triton, says nothing twice")
-def test_tiles_fit_and_splits_fill_the_device() -> None:
-    from headrace.runtime.attention_triton import DeviceLimits, choose_splits, choose_tile
+def test_tiles_fit_the_shared_memory() -> None:
+    for limits in (HOPPER, ADA):
+        for dim, queries, itemsize in itertools.product(
+            (16, 64, 96, 128, 192, 256), (1, 16, 4096), (2, 4)
+        ):
+            tile = choose_tile(queries, 8, dim, dim, itemsize, limits)
+            step = tile.keys * (tile.dim_k + tile.dim_v) * itemsize
+            loads = step * max(tile.stages - 1, 1)
+            assert loads + tile.rows * tile.dim_k * itemsize <= limits.shared_memory
+            assert tile.rows >= 16 and 64 % tile.keys == 0
 
-    for limits in (DeviceLimits(132, 232448), DeviceLimits(128, 101376)):
-        for dim in (16, 64, 96, 128, 192, 256):
-            for queries in (1, 16, 4096):
-                for itemsize in (2, 4):
-                    tile = choose_tile(queries, 8, dim, dim, itemsize, limits)
-                    loads = tile.keys * (tile.dim_k + tile.dim_v) * itemsize * max(tile.stages - 1, 1)
-                    assert loads + tile.rows * tile.dim_k * itemsize <= limits.shared_memory
-                    assert tile.rows >= 16 and 64 % tile.keys == 0
-    limits = DeviceLimits(132, 232448)
-    assert choose_splits(256 * 8, 4096, limits) == 1
-    assert choose_splits(8, 32768, limits) == 32
-    assert choose_splits(8, 300, limits) == 2
+
+def test_splits_fill_the_device_with_parts_worth_a_program() -> None:
+    assert choose_splits(256 * 8, 4096, HOPPER) == 1
+    assert choose_splits(8, 32768, HOPPER) == 32
+    assert choose_splits(8, 300, HOPPER) == 2
+    assert choose_splits(1, 1, HOPPER) == 1

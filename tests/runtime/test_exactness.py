@@ -2,10 +2,11 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny_config
+from architectures import SUPPORTED, tiny_config
 from rings import local_ring, manual_plan, run_all
 from transformers import AutoModelForCausalLM
 
@@ -69,16 +70,33 @@ def make_store(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+FEW_RINGS = [
+    dict(stages=1, cyclic=False, tier=Tier.DEVICE, token_budget=4096),
+    dict(stages=3, cyclic=True, tier=Tier.NVME, token_budget=16),
+]
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_matches_transformers(name: str, make_store) -> None:
+    check(make_store(name), FEW_RINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", SUPPORTED)
 def test_every_ring_matches_transformers(name: str, make_store) -> None:
-    path, model, vocab = make_store(name)
+    check(make_store(name), RINGS)
+
+
+def check(made: tuple[Path, torch.nn.Module, int], rings: list[dict[str, Any]]) -> None:
+    path, model, vocab = made
     store = Store.open(path)
     with torch.inference_mode():
         want = {i: reference(model, prompt) for i, prompt in enumerate(prompts(vocab))}
     greedy = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
     drawn = SamplingParams(temperature=0.8, max_tokens=NEW_TOKENS)
     first: dict[int, list[int]] | None = None
-    for ring in RINGS:
+    for ring in rings:
         plan = manual_plan(store, num_pages=24, **ring)
         with local_ring(path, plan) as pipeline:
             assert run_all(plan, pipeline, requests(vocab, greedy)) == want, ring

@@ -8,9 +8,9 @@ from headrace.runtime.store import LayerShape
 
 CPU = torch.device("cpu")
 SHAPES = {
-    3: LayerShape(kv_heads=2, k_dim=16, v_dim=8, parameters=0, active_parameters=0, largest_matrix=0),
-    7: LayerShape(kv_heads=1, k_dim=32, v_dim=32, parameters=0, active_parameters=0, largest_matrix=0),
-}  # fmt: skip
+    3: LayerShape(2, 16, 8, 0, 0, 0),
+    7: LayerShape(1, 32, 32, 0, 0, 0),
+}
 
 
 def test_views_have_the_layers_shapes_and_start_at_zero() -> None:

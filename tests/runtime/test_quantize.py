@@ -3,6 +3,7 @@ import json
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+
 from headrace.runtime.block_file import lay_out
 from headrace.runtime.quantize import (
     STORE_DTYPES,

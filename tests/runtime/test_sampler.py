@@ -83,7 +83,7 @@ def test_seeds_and_positions_give_even_numbers() -> None:
     by_position = torch.tensor([uniform(5, p) for p in range(20000)], dtype=torch.float64)
     by_seed = torch.tensor([uniform(s, 5) for s in range(20000)], dtype=torch.float64)
     for numbers in (by_position, by_seed):
-        assert 0 <= numbers.min() and numbers.max() < 1
+        assert numbers.min() >= 0 and numbers.max() < 1
         counts = torch.histc(numbers, 50, 0, 1)
         assert chi_square(counts, torch.full((50,), 1 / 50)) < 85.4  # 49 degrees, 1 in 1000
         assert abs(torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1]) < 0.03

@@ -3,11 +3,21 @@ import os
 
 import pytest
 import torch
-from headrace.runtime.block_file import BlockWriter, Entry, lay_out, read_header, write_durably
-from headrace.runtime.store import ALIGN_BLOCK, ALIGN_TENSOR, Block, LayerShape, Store
-from headrace.runtime.store import TensorSpec, WeightSpec, block_from_json, block_to_json
-from headrace.scheduler.errors import StoreError
 from safetensors import safe_open
+
+from headrace.runtime.block_file import BlockWriter, Entry, lay_out, read_header, write_durably
+from headrace.runtime.store import (
+    ALIGN_BLOCK,
+    ALIGN_TENSOR,
+    Block,
+    LayerShape,
+    Store,
+    TensorSpec,
+    WeightSpec,
+    block_from_json,
+    block_to_json,
+)
+from headrace.scheduler.errors import StoreError
 
 ENTRIES = (
     Entry("a", "BF16", (3, 5)),
@@ -165,10 +175,12 @@ def test_open_says_what_the_directory_is_instead(tmp_path):
     with pytest.raises(StoreError, match=r"not a store: it has no headrace\.json"):
         Store.open(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(StoreError, match="is a Hugging Face checkpoint.*run headrace convert"):
+    with pytest.raises(StoreError, match=r"is a Hugging Face checkpoint.*run headrace convert"):
         Store.open(tmp_path)
     (tmp_path / "headrace-convert.jsonl").write_text("{}\n{}\n")
-    with pytest.raises(StoreError, match=r"unfinished conversion \(1 blocks.*same headrace convert"):
+    with pytest.raises(
+        StoreError, match=r"unfinished conversion \(1 blocks.*same headrace convert"
+    ):
         Store.open(tmp_path)
 
 

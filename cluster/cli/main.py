@@ -1,0 +1,273 @@
+"""`headrace`: convert, inspect, plan, generate."""
+
+import logging
+import os
+import shlex
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from headrace import __version__
+from headrace.cluster.cli.sizes import parse_size
+from headrace.scheduler.errors import HeadraceError
+
+# Before transformers is imported: nothing here may look for a model on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+app = typer.Typer(
+    help="Headrace runs language models that do not fit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(str, Enum):
+    KEEP = "keep"
+    BF16 = "bf16"
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+class Device(str, Enum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class PlacementChoice(str, Enum):
+    AUTO = "auto"
+    CYCLIC = "cyclic"
+    CONTIGUOUS = "contiguous"
+
+
+class StorageChoice(str, Enum):
+    AUTO = "auto"
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+    KVIKIO = "kvikio"
+
+
+class Dtype(str, Enum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def _size(text: str | None) -> int | None:
+    return None if text is None else parse_size(text)
+
+
+StoreArgument = Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")]
+Stages = Annotated[int, typer.Option(min=1, help="Stage processes; on CUDA one GPU each.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where stages compute.")]
+DeviceMemory = Annotated[
+    str | None, typer.Option(help="Per stage, such as 8GiB: weights, ring, KV, scratch. [default: 90% of what is free; CPU: half, shared]")
+]
+HostMemory = Annotated[
+    str | None, typer.Option(help="Per stage, pinned RAM for weights. [default: half of what is free, shared; CPU: 0]")
+]
+PlacementOption = Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")]
+Context = Annotated[
+    int | None, typer.Option(min=2, help="Tokens that a sequence reaches, prompt and output. [default: the planner's]")
+]
+TokenBudget = Annotated[int | None, typer.Option(min=1, help="Tokens a pass at most.")]
+MaxSequences = Annotated[int | None, typer.Option(min=1, help="Sequences a pass at most.")]
+MicroBatches = Annotated[int | None, typer.Option(min=1, help="Micro-batches a pass.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Compute and KV type. auto: the model's; CPU: float32.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is decided.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("headrace").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("headrace.cluster.cli").setLevel(logging.INFO)
+    # It recommends a package that would download kernels while it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if verbose:
+        os.environ["HEADRACE_LOG"] = "INFO"
+    if version:
+        typer.echo(f"headrace {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
+    store: Annotated[Path, typer.Argument(help="The directory to write.")],
+    format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=FORMAT for tensors by name; the first match wins. Repeatable."),
+    ] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="Quantize NF4's scales, too.")
+    ] = False,
+    allow_missing_tokenizer: Annotated[
+        bool, typer.Option("--allow-missing-tokenizer", help="Convert without a tokenizer.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time."""
+    from headrace.cluster.cli.convert import run_convert
+    from headrace.runtime.selfcheck import check
+
+    run_convert(
+        Console(),
+        checkpoint,
+        store,
+        format=format.value,
+        policy=policy or [],
+        double_quant=double_quant,
+        allow_missing_tokenizer=allow_missing_tokenizer,
+        self_check=check,
+    )
+
+
+@app.command()
+def inspect(
+    store: StoreArgument,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, check it.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Print a store's layers, bytes and formats."""
+    from headrace.cluster.cli.convert import run_inspect
+
+    run_inspect(Console(), store, verify=verify, as_json=json)
+
+
+@app.command()
+def plan(
+    store: StoreArgument,
+    stages: Stages = 1,
+    device: DeviceOption = Device.AUTO,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    placement: PlacementOption = PlacementChoice.AUTO,
+    context: Context = None,
+    token_budget: TokenBudget = None,
+    max_sequences: MaxSequences = None,
+    micro_batches: MicroBatches = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Print what a run on this machine would keep where, how fast it would be and what binds it."""
+    from headrace.cluster.cli.plan import plan_json, render_plan
+    from headrace.cluster.launch import (
+        EngineOptions,
+        plan_run,
+        resolve_device,
+        resolve_dtype,
+        stage_device,
+    )
+    from headrace.cluster.stage_actor import discover
+    from headrace.runtime.store import Store
+
+    options = EngineOptions(
+        store=store,
+        stages=stages,
+        device=device.value,
+        dtype=dtype.value,
+        device_memory=_size(device_memory),
+        host_memory=_size(host_memory),
+        placement=placement.value,
+        token_budget=token_budget,
+        max_sequences=max_sequences,
+        micro_batches=micro_batches,
+        context=context,
+    )
+    opened = Store.open(store)
+    where = resolve_device(options.device)
+    found = [discover(stage_device(where), str(opened.path))] * stages
+    made = plan_run(options, opened, where, resolve_dtype(options.dtype, where, opened), found)
+    console = Console()
+    if json:
+        console.print_json(data=plan_json(made))
+    else:
+        console.print(render_plan(made))
+
+
+@app.command()
+def generate(
+    store: StoreArgument,
+    input: Annotated[Path, typer.Option(help="Rows: JSON lines, OpenAI Batch or Parquet.")],
+    output: Annotated[Path, typer.Option(help="JSON lines; appended to as rows finish.")],
+    stages: Stages = 1,
+    device: DeviceOption = Device.AUTO,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    placement: PlacementOption = PlacementChoice.AUTO,
+    context: Context = None,
+    token_budget: TokenBudget = None,
+    max_sequences: MaxSequences = None,
+    micro_batches: MicroBatches = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    storage: Annotated[StorageChoice, typer.Option(help="How weights are read.")] = StorageChoice.AUTO,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Default for rows without it.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Default for rows without it.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Changes every row's random numbers.")] = None,
+) -> None:
+    """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
+    from headrace.cluster.cli.generate import run_job
+    from headrace.cluster.jobs import Job
+    from headrace.cluster.launch import EngineOptions, running_engine
+    from headrace.scheduler.request import SamplingParams
+
+    options = EngineOptions(
+        store=store,
+        stages=stages,
+        device=device.value,
+        dtype=dtype.value,
+        device_memory=_size(device_memory),
+        host_memory=_size(host_memory),
+        placement=placement.value,
+        token_budget=token_budget,
+        max_sequences=max_sequences,
+        micro_batches=micro_batches,
+        context=context,
+        storage=storage.value,
+        address=address,
+    )
+    defaults = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    with running_engine(options) as engine:
+        job = Job(engine, engine.tokenizer, input, output, defaults, model_name=store.name)
+        code = run_job(
+            job, engine.plan.prediction, Console(), resume_command=shlex.join(sys.argv)
+        )
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Run the command line; errors of the user's are one message and exit code 1."""
+    try:
+        app()
+    except HeadraceError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""What a machine can do, measured once in a few seconds and remembered in a cache file.
+
+The drive is measured on a real file of the store, read only: O_DIRECT reads by a few threads where
+the filesystem allows them, else buffered reads of pages dropped from the page cache. Hops are not
+measured, since that takes two processes: see HOPS.
+"""
+
+import hashlib
+import json
+import logging
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from headrace.scheduler.errors import StoreError
+from headrace.scheduler.inputs import DeviceProfile, Kind
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the cache file; profiles measured in another way are measured again."""
+
+DISK_SECONDS = 0.6
+SECONDS = 0.25
+"""How long each of the other measurements goes on."""
+
+CHUNK_BYTES = 4 << 20
+THREADS = 4
+
+HOPS: dict[Kind, float] = {"cuda": 2e-4, "cpu": 3e-4}
+"""Seconds until a small hop has arrived, one way: NCCL on two H200, Gloo on the loopback."""
+
+GLOO_GBPS = 4.8
+"""Gloo on the loopback, from what 3 MiB more take."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskReading:
+    gbps: float
+    method: str  # "O_DIRECT" or "buffered"
+
+
+def probe_device(device: torch.device, path: Path, *, refresh: bool = False) -> DeviceProfile:
+    """Speeds of `device` and of the drive that holds `path`, a block file or a store.
+
+    Cached in $XDG_CACHE_HOME/headrace/ by device and filesystem; `refresh` measures again. Raises
+    StoreError if there is no file to read.
+    """
+    file = _largest_file(path)
+    cache = _cache_file(device, file)
+    profile = None if refresh else _load(cache)
+    if profile is None:
+        profile = _measure(device, file)
+        _save(cache, profile)
+    return profile
+
+
+def _largest_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = [file for file in path.glob("*.safetensors") if file.stat().st_size]
+    if not files:
+        raise StoreError(f"{path}: no .safetensors file to measure the drive with; is it a store?")
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def _measure(device: torch.device, file: Path) -> DeviceProfile:
+    disk = measure_disk(file)
+    log.info("drive: %.2f GB/s by %s reads of %s", disk.gbps, disk.method, file)
+    profile = _measure_cuda(device, disk) if device.type == "cuda" else _measure_cpu(disk)
+    log.info("measured %s: %s", _device_name(device), profile)
+    return profile
+
+
+def measure_disk(file: Path, seconds: float = DISK_SECONDS) -> DiskReading:
+    """GB/s of reading `file` over and over in chunks by THREADS threads."""
+    try:
+        return DiskReading(_read_rate(file, os.O_DIRECT, seconds), "O_DIRECT")
+    except OSError as error:
+        log.info("%s: no O_DIRECT (%s), measuring buffered reads", file, error.strerror)
+    try:
+        return DiskReading(_read_rate(file, 0, seconds), "buffered")
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _read_rate(file: Path, flags: int, seconds: float) -> float:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        # Whole chunks only, unless there is just a part of one; an O_DIRECT read may end short.
+        chunks = max(1, os.fstat(descriptor).st_size // CHUNK_BYTES)
+        if not flags:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        turns = count()
+        started = time.perf_counter()
+
+        def read() -> int:
+            done = 0
+            with mmap.mmap(-1, CHUNK_BYTES) as memory:
+                while time.perf_counter() - started < seconds:
+                    offset = next(turns) % chunks * CHUNK_BYTES
+                    done += os.preadv(descriptor, [memory], offset)
+                    if not flags:
+                        os.posix_fadvise(descriptor, offset, CHUNK_BYTES, os.POSIX_FADV_DONTNEED)
+            return done
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            futures = [pool.submit(read) for _ in range(THREADS)]
+            done = sum(future.result() for future in futures)
+        return done / (time.perf_counter() - started) / 1e9
+    finally:
+        os.close(descriptor)
+
+
+def _rate(
+    work: float, repeat: Callable[[], object], wait: Callable[[], object] = lambda: None
+) -> float:
+    """Units of work a second, each `repeat` doing `work` of them and `wait` waiting for all."""
+    repeat()
+    wait()
+    started = time.perf_counter()
+    times = 0
+    while time.perf_counter() - started < SECONDS:
+        repeat()
+        wait()
+        times += 1
+    return work * times / (time.perf_counter() - started)
+
+
+def _measure_cpu(disk: DiskReading) -> DeviceProfile:
+    """float32, by the threads that torch is set to."""
+    size = 512
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    result = torch.empty(size, size)
+    flops = _rate(2.0 * size**3, lambda: torch.mm(a, b, out=result))
+    source = torch.ones(64 << 20, dtype=torch.uint8)  # larger than most caches
+    target = torch.empty_like(source)
+    copied = _rate(source.nbytes, lambda: target.copy_(source))
+    return DeviceProfile(
+        kind="cpu",
+        nvme_gbps=disk.gbps,
+        host_gbps=copied / 1e9,
+        tflops=flops / 1e12,
+        hbm_gbps=2 * copied / 1e9,  # a copy reads and writes
+        hop_seconds=HOPS["cpu"],
+        link_gbps=GLOO_GBPS,
+    )
+
+
+def _measure_cuda(device: torch.device, disk: DiskReading) -> DeviceProfile:
+    """bfloat16, on a stream of its own; a few hundred MiB of device memory for a second."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+    with torch.cuda.stream(stream):
+        size = 4096
+        a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+        result = torch.empty_like(a)
+        flops = _rate(2.0 * size**3, lambda: torch.mm(a, a, out=result), stream.synchronize)
+        target = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+        other = torch.ones_like(target)
+        moved = _rate(2.0 * target.nbytes, lambda: target.copy_(other), stream.synchronize)
+        pinned = torch.ones(target.nbytes, dtype=torch.uint8, pin_memory=True)
+        crossed = _rate(
+            target.nbytes, lambda: target.copy_(pinned, non_blocking=True), stream.synchronize
+        )
+    return DeviceProfile(
+        kind="cuda",
+        nvme_gbps=disk.gbps,
+        host_gbps=crossed / 1e9,
+        tflops=flops / 1e12,
+        hbm_gbps=moved / 1e9,
+        hop_seconds=HOPS["cuda"],
+        # Without NVLink a hop crosses PCIe; with it, hops are shorter still.
+        link_gbps=crossed / 1e9,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} x {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(names, os.uname().machine)
+
+
+def _cache_file(device: torch.device, file: Path) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    identity = f"{_device_name(device)} {os.uname().nodename} {os.stat(file).st_dev}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return Path(base) / "headrace" / f"probe-{digest}.json"
+
+
+def _load(cache: Path) -> DeviceProfile | None:
+    try:
+        record = json.loads(cache.read_text(encoding="utf-8"))
+        if record["version"] != VERSION:
+            return None
+        profile = DeviceProfile(**record["profile"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: not usable (%s), measuring again", cache, error)
+        return None
+    log.info("speeds from %s, measured %s", cache, record.get("measured"))
+    return profile
+
+
+def _save(cache: Path, profile: DeviceProfile) -> None:
+    """Written whole or not at all. Without a place for it, the next run measures again."""
+    measured = time.strftime("%Y-%m-%d %H:%M:%S")
+    record = {"version": VERSION, "measured": measured, "profile": asdict(profile)}
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(cache) as temporary:
+            temporary.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    except OSError as error:
+        log.warning("%s: cannot be written (%s), so the next run measures again", cache, error)
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """A file that takes the name of `file` when it is written; several processes may do so."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,102 @@
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from headrace.cluster.cli.plan import layer_ranges, make_plan_for, plan_json, render_plan
+from headrace.cluster.cli.sizes import format_size, parse_size
+from headrace.scheduler.errors import DoesNotFitError, HeadraceError
+from headrace.scheduler.inputs import DeviceProfile, ModelShape
+
+CPU = DeviceProfile("cpu", 1.5, 8.0, 0.05, 20.0, 3e-4, 4.8)
+SHAPE = ModelShape(
+    layer_bytes=(200704,) * 8,
+    layer_kv_bytes=(16384,) * 8,
+    layer_parameters=(49152,) * 8,
+    layer_active_parameters=(49152,) * 8,
+    largest_matrix=12288,
+    embed_bytes=131072,
+    head_bytes=131072,
+    hidden_size=64,
+    vocab_size=512,
+    intermediate_size=192,
+    max_context=512,
+    compute_bytes=4,
+    needs_scratch=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4MiB", 4 << 20),
+        ("600MB", 600_000_000),
+        ("10GiB", 10 << 30),
+        ("0", 0),
+        ("1.5 gib", 3 << 29),
+        ("5.21 MiB", int(5.21 * (1 << 20))),
+        ("900 KiB", 900 << 10),
+        ("123", 123),
+        ("2tb", 2 * 10**12),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "4 parsecs", "1e9", "4M", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(HeadraceError, match="is not a size: write 600MB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 10_239_999, 2**40 - 1, 3**30, 2**60])
+def test_a_size_shown_upwards_is_enough_when_typed_in(size: int) -> None:
+    assert parse_size(format_size(size, up=True)) >= size
+
+
+def test_layer_ranges() -> None:
+    assert layer_ranges((0,)) == "0"
+    assert layer_ranges((4, 5, 6, 7)) == "4-7"
+    assert layer_ranges((0, 4, 8, 12)) == "0, 4, ..., 12"
+
+
+@pytest.mark.parametrize("memory", ["1.2MB", "100MB"])
+def test_render(memory: str) -> None:
+    plan = make_plan_for(
+        SHAPE, CPU, stages=2, device_memory=memory, host_memory="300KB", context=64
+    )
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(render_plan(plan))
+    text = stream.getvalue()
+    for word in ("Stages", "Memory", "predicted", "tokens/s", "bound by", "activations", "process"):
+        assert word in text
+    assert f"{plan.prediction.tokens_per_second:.1f}" in text
+    assert format_size(sum(plan.nvme_bytes_a_pass)) in text
+
+
+def test_json_round_trip() -> None:
+    plan = make_plan_for(SHAPE, CPU, stages=2, device_memory="1.2MB", context=64)
+    data = json.loads(json.dumps(plan_json(plan)))
+    assert data["placement"]["tiers"] == [tier.value for tier in plan.placement.tiers]
+    assert data["placement"]["kind"] == "cyclic"
+    assert data["memory"][0]["device"] == plan.memory[0].device
+    assert data["prediction"]["tokens_per_second"] == plan.prediction.tokens_per_second
+    assert data["num_pages"] == plan.num_pages
+
+
+def test_stages_on_one_host_share_its_drive() -> None:
+    profile = replace(CPU, hop_seconds=0.0, link_gbps=1e6)
+    one, two = (
+        make_plan_for(SHAPE, profile, stages=2, hosts=hosts, device_memory="800KB", context=64)
+        for hosts in (1, 2)
+    )
+    ratio = one.prediction.terms["nvme"] / two.prediction.terms["nvme"]
+    assert ratio == pytest.approx(2 * sum(one.nvme_bytes_a_pass) / sum(two.nvme_bytes_a_pass))
+
+
+def test_refusals_pass_through() -> None:
+    with pytest.raises(DoesNotFitError, match="--device-memory at least"):
+        make_plan_for(SHAPE, CPU, stages=1, device_memory="300KB")
