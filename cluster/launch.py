@@ -82,7 +82,10 @@ def resolve_dtype(dtype: str, device: str, store: Store) -> str:
 
 @contextmanager
 def ray_cluster(options: EngineOptions, device: str) -> Iterator[None]:
-    """A Ray connection for the engine's life: its own cluster unless an address is given."""
+    """A Ray connection for the engine's life: its own cluster unless an address is given.
+
+    Ray (2.60 and later) turns token authentication on for a cluster that it starts itself.
+    """
     if ray.is_initialized():  # the caller's own connection: use it and leave it
         yield
         return
@@ -91,7 +94,6 @@ def ray_cluster(options: EngineOptions, device: str) -> Iterator[None]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     arguments: dict[str, Any] = {"address": options.address}
     if options.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         cores = max(options.stages, os.cpu_count() or 1)
         arguments = {"address": "local", "num_cpus": cores, "include_dashboard": False}
     try:

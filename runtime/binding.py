@@ -156,7 +156,7 @@ class Binder:
             else:
                 enter[role.expert or 0][role.part or 0] = spec
         specs = ExpertSpecs(
-            int(module.num_experts),
+            plugs.num_experts(module),
             tuple(tuple(enter[e][part] for part in sorted(enter[e])) for e in sorted(enter)),
             tuple(leave[e] for e in sorted(leave)),
         )

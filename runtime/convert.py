@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from typing_extensions import Self
 
 from headrace.runtime.block_file import BlockWriter, write_durably
 from headrace.runtime.checkpoint import Checkpoint
@@ -31,6 +30,7 @@ from headrace.runtime.conversion_plan import (
     WeightPlan,
     plan_conversion,
 )
+from headrace.runtime.convert_journal import Journal, journal_line
 from headrace.runtime.quantize import encode_rows, weight_spec
 from headrace.runtime.skeleton import load_config
 from headrace.runtime.store import (
@@ -98,7 +98,7 @@ def convert(
         if self_check:
             self_check(load_config(checkpoint.path))
         plan = plan_conversion(checkpoint, options)
-        with _Journal(dest, identity) as journal:
+        with Journal(dest, identity) as journal:
             _Conversion(checkpoint, dest, plan, journal, progress).run(identity)
         (dest / JOURNAL).unlink()
     return Store.open(dest)
@@ -132,74 +132,6 @@ def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:
     return store
 
 
-class _Journal:
-    """The blocks that are complete, as manifest entries by name, on disk and in memory.
-
-    Raises StoreError when the directory holds something else, or an other conversion's journal.
-    """
-
-    def __init__(self, dest: Path, identity: dict[str, Any]) -> None:
-        self._file = dest / JOURNAL
-        self.done: dict[str, dict[str, Any]] = {}
-        if self._file.exists():
-            self._resume(dest, identity)
-        else:
-            _refuse_occupied(dest)
-            write_durably(self._file, _line(identity))
-        self._out = self._file.open("ab", buffering=0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._out.close()
-
-    def _resume(self, dest: Path, identity: dict[str, Any]) -> None:
-        data = self._file.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            # The line that was being written when the process died; appending to it would lose two.
-            os.truncate(self._file, len(whole))
-        found, *entries = (json.loads(line) for line in whole.splitlines())
-        if found != identity:
-            what = (
-                "from another checkpoint"
-                if found["options"] == identity["options"]
-                else (f"with other options ({found['options']})")
-            )
-            raise StoreError(
-                f"{dest} holds an unfinished conversion {what}; finish that one, delete it, or "
-                "choose another directory"
-            )
-        for entry in entries:
-            file = dest / entry["file"]
-            size = entry["data_offset"] + entry["nbytes"]
-            if file.exists() and file.stat().st_size == size:
-                self.done[entry["name"]] = entry
-
-    def record(self, entry: dict[str, Any]) -> None:
-        _write_all(self._out.fileno(), _line(entry))
-        os.fsync(self._out.fileno())
-        self.done[entry["name"]] = entry
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
-
-
-def _refuse_occupied(dest: Path) -> None:
-    other = [file.name for file in dest.iterdir() if file.name != JOURNAL + ".tmp"]
-    if other:
-        raise StoreError(
-            f"{dest} is not empty (it holds {', '.join(sorted(other)[:3])}); choose another directory"
-        )
-
-
 class _Conversion:
     """Carries out a plan: writes the blocks that the journal lacks, then what surrounds them."""
 
@@ -208,7 +140,7 @@ class _Conversion:
         checkpoint: Checkpoint,
         dest: Path,
         plan: ConversionPlan,
-        journal: _Journal,
+        journal: Journal,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self._checkpoint = checkpoint
@@ -313,7 +245,7 @@ class _Conversion:
             "layer_shapes": [asdict(shape) for shape in plan.layer_shapes],
             "blocks": [self._journal.done[block.name] for block in plan.blocks],
         }
-        write_durably(self._dest / MANIFEST, _line(manifest))
+        write_durably(self._dest / MANIFEST, journal_line(manifest))
 
 
 def _pretty(value: dict[str, Any]) -> bytes:

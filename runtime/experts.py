@@ -1,6 +1,7 @@
 """A mixture's experts as separate weights: tokens are grouped by expert, each expert runs once."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class BoundExperts:
                 start += n
         return out
 
-    def _run(self, module: nn.Module, expert: int, x: Tensor) -> Tensor:
+    def _run(self, module: Any, expert: int, x: Tensor) -> Tensor:
         """One expert on its tokens [n, H]."""
         transposed = bool(module.is_transposed)
         enter, leave = self._weights(expert)
@@ -66,7 +67,7 @@ class BoundExperts:
             hidden = hidden + biases[expert]
         hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
         bias = module.down_proj_bias[expert] if module.has_bias else None
-        out = leave.linear(hidden, bias, self._scratch, transposed)
+        out: Tensor = leave.linear(hidden, bias, self._scratch, transposed)
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
         return out

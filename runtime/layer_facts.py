@@ -32,7 +32,7 @@ def sizes(layer: nn.Module, config: PretrainedConfig) -> tuple[int, int, int]:
     """(parameters, active parameters, largest matrix) of a layer's matrices, in elements."""
     total = active = largest = 0
     for module in layer.modules():
-        experts = module.num_experts if plugs.is_experts(module) else 1
+        experts = plugs.num_experts(module)
         chosen = min(experts, names.experts_per_token(config)) if experts > 1 else 1
         for parameter in module.parameters(recurse=False):
             if parameter.dim() >= 2:

@@ -266,6 +266,7 @@ class QuantLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.weight: Weight | None = None
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", linear.bias)
         self._scratch = scratch
 

@@ -118,5 +118,10 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
+def num_experts(module: Any) -> int:
+    """How many experts an experts module has; 1 for any other module."""
+    return int(module.num_experts) if is_experts(module) else 1
+
+
 def no_grad_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)

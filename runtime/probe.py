@@ -1,8 +1,8 @@
 """What a machine can do, measured once in a few seconds and remembered in a cache file.
 
-The drive is measured on a real file of the store, read only: O_DIRECT reads by a few threads where the
-filesystem allows them, else buffered reads of pages dropped from the page cache. Hops are not measured,
-since that takes two machines: see HOPS.
+The drive is measured on a real file of the store, read only: O_DIRECT reads by a few threads where
+the filesystem allows them, else buffered reads of pages dropped from the page cache. Hops are not
+measured, since that takes two processes: see HOPS.
 """
 
 import hashlib
@@ -158,7 +158,7 @@ def _measure_cpu(disk: DiskReading) -> DeviceProfile:
 
 def _measure_cuda(device: torch.device, disk: DiskReading) -> DeviceProfile:
     """bfloat16, on a stream of its own; a few hundred MiB of device memory for a second."""
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
     with torch.cuda.stream(stream):
         size = 4096
         a = torch.randn(size, size, dtype=torch.bfloat16, device=device)

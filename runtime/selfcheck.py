@@ -4,6 +4,7 @@ A shrunken model of the checkpoint's own configuration with random weights runs 
 alone through transformers' eager model, and packed together in slices through StageModel.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,4 +189,4 @@ def _difference(step: int, logits: Tensor, wanted: Tensor) -> _Error:
     if error < TOLERANCE and not torch.equal(logits.argmax(-1), wanted.argmax(-1)):
         error = float("inf")
     what = ("in a first slice of each prompt", "in later slices", "in the last slices")[step]
-    return _Error(error if error == error else float("inf"), what)
+    return _Error(float("inf") if math.isnan(error) else error, what)

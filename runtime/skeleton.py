@@ -312,7 +312,7 @@ def _is_router(model: nn.Module, path: str) -> bool:
         return False
     while path := path.rpartition(".")[0]:
         counts = [
-            int(child.num_experts)
+            plugs.num_experts(child)
             for child in model.get_submodule(path).children()
             if plugs.is_experts(child)
         ]

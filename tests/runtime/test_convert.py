@@ -187,6 +187,23 @@ def test_quantized_checkpoint_is_not_requantized(tmp_path, caplog, capfd, fmt):
         convert(four_bit / "nf4", tmp_path / "other", format="int8")
 
 
+def test_int8_checkpoint_is_kept(tmp_path, caplog, capfd):
+    source, int8, dest = tmp_path / "src", tmp_path / "int8", tmp_path / "store"
+    make_checkpoint(source, dtype=torch.float16)
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=quantization)
+    model.save_pretrained(int8)
+    (int8 / "tokenizer.json").write_text("{}")
+    store = convert(int8, dest, format="keep")
+    assert (store.format, store.dtype) == ("int8", "F16")
+    original, stored = load_tensors(int8), load_tensors(dest)
+    assert all(torch.equal(stored[name], original[name]) for name in original)
+    weight = "model.layers.0.mlp.up_proj.weight"
+    error = decoded(store)[weight] - load_tensors(source)[weight].float()
+    assert error.abs().max() < 1e-3
+    open_with_transformers(dest, caplog, capfd)
+
+
 def test_experts_lie_one_after_the_other(tmp_path):
     source, dest = tmp_path / "src", tmp_path / "store"
     make_checkpoint(source, "mixtral")

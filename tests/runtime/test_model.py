@@ -1,14 +1,27 @@
 """Layers run one at a time on packed, paged rows give transformers' own results, or are refused."""
 
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
+from headrace.runtime.attention import Batch
+from headrace.runtime.kv_store import KVStore
 from headrace.runtime.layer_facts import signature
+from headrace.runtime.model import StageModel
+from headrace.runtime.quantize import STORE_DTYPES
 from headrace.runtime.selfcheck import check
 from headrace.runtime.shrink import shrink
-from headrace.runtime.skeleton import Skeleton
+from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
+from headrace.runtime.store import Block, TensorSpec, WeightSpec
 from headrace.scheduler.errors import UnsupportedModelError
+from headrace.scheduler.plan import MicroBatch, Slice
 
 SUPPORTED = [
     "llama",
@@ -137,3 +150,101 @@ def test_full_size_mixture_is_checked_through_its_shrunken_self(architectures) -
 def test_signature_sees_layers_as_equal_but_for_their_index(architectures) -> None:
     layers: list[nn.Module] = Skeleton(architectures.tiny_config("llama"), torch.float32).layers
     assert len({signature(layer) for layer in layers}) == 1
+
+
+def test_quantized_stages_equal_their_dequantized_selves(architectures) -> None:
+    """Two stages over a 4-bit mixture, streamed through rebinding, against transformers."""
+    config = architectures.tiny_config("qwen3_moe", moe_intermediate_size=64)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    source = packed_source(model, Skeleton(config, torch.float32))
+    tokens = tuple(range(5, 75))
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0]
+        logits = run_stages(source, [(0, 2), (1,)], tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+class PackedSource:
+    """Blocks in memory with every linear and expert in NF4."""
+
+    def __init__(self, config: Any, blocks: dict[BlockKey, tuple[Block, bytearray]]) -> None:
+        self.config = config.to_dict()
+        self.blocks = blocks
+        self.embed, self.head = blocks["embed"][0], blocks["head"][0]
+        self.layers = [blocks[i][0] for i in range(config.num_hidden_layers)]
+        self._data = {block.name: data for block, data in blocks.values()}
+
+    def read_block(self, block: Block) -> bytearray:
+        return self._data[block.name]
+
+
+def packed_source(model: Any, skeleton: Skeleton) -> PackedSource:
+    """Quantizes the model's matrices, leaving their rounded values in the model."""
+    on_disk = revert_weight_conversion(model, model.state_dict())
+    roles = skeleton.classify(on_disk)
+    data: dict[BlockKey, bytearray] = defaultdict(bytearray)
+    weights: dict[BlockKey, dict[str, WeightSpec]] = defaultdict(dict)
+
+    def place(block: BlockKey, tensor: Tensor) -> TensorSpec:
+        spec = TensorSpec(
+            STORE_DTYPES[tensor.dtype], tuple(tensor.shape), len(data[block]), tensor.nbytes
+        )
+        data[block] += tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        data[block] += bytes(-len(data[block]) % 256)
+        return spec
+
+    for name, tensor in sorted(on_disk.items(), key=lambda item: roles[item[0]].order):
+        role, shape = roles[name], tuple(tensor.shape)
+        if role.kind not in ("linear", "expert"):
+            spec = WeightSpec("raw", shape, {"data": place(role.block, tensor)})
+        else:
+            packed, state = bnb.quantize_4bit(tensor.contiguous(), blocksize=64, quant_type="nf4")
+            parts = {"data": packed, "absmax": state.absmax, "code": state.code}
+            placed = {part: place(role.block, value) for part, value in parts.items()}
+            spec = WeightSpec("nf4", shape, placed, blocksize=64)
+            tensor.copy_(bnb.dequantize_4bit(packed, state))
+            put_back(model, role, tensor)
+        weights[role.block][name] = spec
+    return PackedSource(
+        model.config,
+        {
+            key: (Block(str(key), Path(), 0, len(data[key]), "", specs), data[key])
+            for key, specs in weights.items()
+        },
+    )
+
+
+def put_back(model: Any, role: Role, tensor: Tensor) -> None:
+    place = getattr(model.get_submodule(role.module), role.attribute).data
+    if role.expert is not None:
+        place = place[role.expert]
+    if role.part is not None:
+        place = place.chunk(2)[role.part]
+    place.copy_(tensor)
+
+
+def run_stages(
+    source: PackedSource, shares: list[tuple[int, ...]], tokens: tuple[int, ...]
+) -> Tensor:
+    """The layers of each share on a model of their own, visited in layer order, one slot a stage."""
+    cpu = torch.device("cpu")
+    last = len(source.layers) - 1
+    shapes = Skeleton(parse_config(source.config, "test"), torch.float32).layer_shapes()
+    owner = {layer: i for i, share in enumerate(shares) for layer in share}
+    stages = [
+        StageModel(source, share, device=cpu, dtype=torch.float32, with_embedding=0 in share,
+                   with_head=True)
+        for share in shares
+    ]  # fmt: skip
+    batch = Batch.build(MicroBatch((Slice(0, 0, tokens, (1, 2), None),)), cpu)
+    x = stages[owner[0]].embed(torch.tensor(tokens))
+    with KVStore(dict(enumerate(shapes)), 3, torch.float32, cpu) as kv:
+        for layer, block in enumerate(source.layers):
+            stage = stages[owner[layer]]
+            slot = torch.frombuffer(source.read_block(block), dtype=torch.uint8).clone()
+            stage.bind(layer, slot)
+            x = stage.run_layer(layer, x, stage.prepare(batch), kv)
+            stage.unbind(layer)
+            stage.unbind(layer)
+    return stages[owner[last]].logits(x)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.runtime.device_probe import measure_disk, probe_device
+from headrace.runtime.probe import measure_disk, probe_device
 from headrace.scheduler.errors import StoreError
 
 CPU = torch.device("cpu")
