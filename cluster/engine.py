@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import Self
+
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
 from headrace.cluster.pipeline import Pending, Pipeline
@@ -51,7 +53,13 @@ class Engine:
     """Requests in, completions out. One thread calls it; stages work elsewhere."""
 
     def __init__(
-        self, plan: Plan, pipeline: Pipeline, tokenizer: Any, *, stop_ids: frozenset[int], digest: str
+        self,
+        plan: Plan,
+        pipeline: Pipeline,
+        tokenizer: Any,
+        *,
+        stop_ids: frozenset[int],
+        digest: str,
     ) -> None:
         self.plan = plan
         self.model_digest = digest
@@ -116,7 +124,7 @@ class Engine:
     def close(self) -> None:
         self._pipeline.close()
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -37,6 +37,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Self
+
 from headrace.cluster.append_file import AppendFile, frame
 from headrace.scheduler.errors import JobError
 
@@ -130,7 +132,7 @@ class Journal:
         for file in (*self._files, self._log):
             file.close()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

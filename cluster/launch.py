@@ -25,8 +25,8 @@ from headrace.runtime.shape import model_shape
 from headrace.runtime.stage import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError, StageError
-from headrace.scheduler.placement import Plan
 from headrace.scheduler.inputs import Budget, Choices, Workload
+from headrace.scheduler.placement import Plan
 from headrace.scheduler.planner import make_plan
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def plan_run(
         budgets(options, device, found),
         Workload(context=options.context),
         Choices(
-            placement=options.placement,  # type: ignore[arg-type]  # checked by the planner
+            placement=options.placement,
             token_budget=options.token_budget,
             max_sequences=options.max_sequences,
             micro_batches=options.micro_batches,

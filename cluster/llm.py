@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Self
+
 from headrace.cluster.completion import Completion
 from headrace.cluster.launch import EngineOptions, running_engine
 from headrace.cluster.rows import chat_tokens, prompt_tokens
@@ -77,13 +79,13 @@ class LLM:
 
         RequestError when a prompt cannot be served (empty, or longer than the context).
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]  # one prompt, not a list of them
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+        several: Any = [prompts] if single else prompts
         tokenizer = self._engine.tokenizer
-        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in several]
         tokens = [
-            prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[call-overload]
-            for prompt in prompts
+            prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in several
         ]
         return self._run(texts, tokens, sampling_params)
 
@@ -131,7 +133,7 @@ class LLM:
         """End the engine and its processes. Safe to call twice."""
         self._stack.close()
 
-    def __enter__(self) -> "LLM":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,8 +12,8 @@ from headrace.cluster.wire import decode, encode
 from headrace.runtime.link import Rendezvous, connect
 from headrace.runtime.probe import probe_device
 from headrace.runtime.stage import Stage, StageConfig
-from headrace.scheduler.plan import Pass
 from headrace.scheduler.inputs import DeviceProfile
+from headrace.scheduler.plan import Pass
 
 
 @dataclass(frozen=True, slots=True)

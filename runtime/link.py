@@ -114,7 +114,7 @@ def _group(
         group = dist.ProcessGroupNCCL(store, rank, 2, options)
         group.eager_connect_single_device(device)
         return group
-    gloo = dist.ProcessGroupGloo._Options()
+    gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     gloo._timeout = timedelta(seconds=120)
     gloo._devices = [
         dist.ProcessGroupGloo.create_device(interface=interface)
@@ -172,7 +172,9 @@ class GlooSender(_Edge):
 class GlooReceiver(_Edge):
     """Receives into host memory."""
 
-    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing) -> None:
+    def __init__(
+        self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing
+    ) -> None:
         super().__init__(group, edge, deadline)
         self._ring = ring
 
@@ -206,7 +208,9 @@ class NcclSender(_Edge):
 class NcclReceiver(_Edge):
     """Receives on a stream of its own, so that a transfer overlaps the compute before it."""
 
-    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing) -> None:
+    def __init__(
+        self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing
+    ) -> None:
         super().__init__(group, edge, deadline)
         self._ring = ring
         self._stream = torch.cuda.Stream()
@@ -228,25 +232,36 @@ class NcclReceiver(_Edge):
 
 
 class LocalEdge:
-    """Both ends of an edge inside one process, between threads."""
+    """Both ends of an edge inside one process, between threads; on CUDA between their streams."""
 
     def __init__(self, edge: tuple[int, int], deadline: float) -> None:
         self._edge, self._deadline = edge, deadline
-        self._queue: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None] | None] = (
+            queue.SimpleQueue()
+        )
 
     def send(self, x: torch.Tensor) -> None:
-        self._queue.put(x)
+        event = None
+        if x.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._queue.put((x, event))
 
     def collect(self) -> None:
         pass
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         try:
-            x = self._queue.get(timeout=self._deadline)
+            item = self._queue.get(timeout=self._deadline)
         except queue.Empty:
-            x = None
-        if x is None:
+            item = None
+        if item is None:
             raise StageError(f"edge {self._edge[0]} -> {self._edge[1]} broke")
+        x, event = item
+        if event is not None:
+            stream = torch.cuda.current_stream(x.device)
+            stream.wait_event(event)
+            x.record_stream(stream)  # its memory belongs to the sender's stream
         assert len(x) == num_tokens
         return x
 

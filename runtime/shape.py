@@ -1,6 +1,7 @@
 """A store's sizes, as the planner wants them."""
 
 import torch
+from transformers import PretrainedConfig
 
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import scratch_elements
@@ -31,11 +32,11 @@ def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
     )
 
 
-def _intermediate_size(config: object) -> int:
-    """MLP columns of one token: its experts' together where there are any, under each name in use."""
-    dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # type: ignore[attr-defined]
-    expert = getattr(config, "moe_intermediate_size", None)
+def _intermediate_size(config: PretrainedConfig) -> int:
+    """MLP columns of one token: its experts' together where there are any."""
     top_k = getattr(config, "num_experts_per_tok", None) or 1
-    if not isinstance(dense, int):
-        dense = max(dense)
-    return max(dense, expert * top_k) if isinstance(expert, int) else dense * top_k
+    dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    expert = getattr(config, "moe_intermediate_size", None)
+    if isinstance(expert, int):
+        return max(int(dense), expert * top_k)
+    return int(dense) * top_k

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Self
 
 from headrace.runtime.attention import Batch
 from headrace.runtime.kv_store import KVStore
@@ -139,9 +140,7 @@ class Stage:
             return self._result(a_pass, travels, time.perf_counter() - started)
 
     def _prepare(self, micro_batch: MicroBatch) -> _Travel:
-        return _Travel(
-            micro_batch, self._model.prepare(Batch.build(micro_batch, self.device))
-        )
+        return _Travel(micro_batch, self._model.prepare(Batch.build(micro_batch, self.device)))
 
     def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
         with self._streamer.hold(position) as layers:
@@ -228,12 +227,14 @@ class Stage:
         if self._closed.is_set():
             return
         self._closed.set()
-        for end in (*self._senders.values(), *self._receivers.values()):
-            end.close()
+        for sender in self._senders.values():
+            sender.close()
+        for receiver in self._receivers.values():
+            receiver.close()
         self._streamer.close()
         self._storage.close()
 
-    def __enter__(self) -> "Stage":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -70,12 +70,12 @@ class Placement:
 
 def contiguous_visits(num_layers: int, num_stages: int, layers_a_visit: int) -> tuple[Visit, ...]:
     """Stage s takes the s-th block of layers, cut into visits of at most `layers_a_visit` layers."""
-    visits = []
-    for stage in range(num_stages):
-        start, end = (num_layers * s // num_stages for s in (stage, stage + 1))
-        for first in range(start, end, layers_a_visit):
-            visits.append(Visit(stage, tuple(range(first, min(first + layers_a_visit, end)))))
-    return tuple(visits)
+    starts = [num_layers * stage // num_stages for stage in range(num_stages + 1)]
+    return tuple(
+        Visit(stage, tuple(range(first, min(first + layers_a_visit, starts[stage + 1]))))
+        for stage in range(num_stages)
+        for first in range(starts[stage], starts[stage + 1], layers_a_visit)
+    )
 
 
 def cyclic_visits(num_layers: int, num_stages: int, layers_a_visit: int) -> tuple[Visit, ...]:
@@ -117,9 +117,7 @@ class StageMemory:
 
     @property
     def device(self) -> int:
-        return (
-            self.resident + self.ring + self.head + self.kv + self.scratch + self.activations
-        )
+        return self.resident + self.ring + self.head + self.kv + self.scratch + self.activations
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,9 +84,11 @@ def refusal(
     ways = [f"--device-memory at least {least}: fits", *_ways(case)]
     return "\n".join(
         [
-            f"stage {need.stage} of {len(budgets)} needs at least"
-            f" {format_size(need.memory.device, up=True)} of device memory and has"
-            f" {format_size(need.budget)}:",
+            (
+                f"stage {need.stage} of {len(budgets)} needs at least"
+                f" {format_size(need.memory.device, up=True)} of device memory and has"
+                f" {format_size(need.budget)}:"
+            ),
             *_table(case, need),
             "What would change that:",
             *(f"  - {way}" for way in ways),

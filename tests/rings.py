@@ -98,7 +98,9 @@ def local_ring(path: Path, plan: Plan, device: str = "cpu") -> Iterator[LocalPip
         pipeline.close()
 
 
-def run_all(plan: Plan, pipeline: LocalPipeline, requests: Sequence[Request]) -> dict[int, list[int]]:
+def run_all(
+    plan: Plan, pipeline: LocalPipeline, requests: Sequence[Request]
+) -> dict[int, list[int]]:
     """Serve `requests` to their end; their outputs by id."""
     scheduler = Scheduler(
         SchedulerConfig(

@@ -68,19 +68,30 @@ StoreArgument = Annotated[Path, typer.Argument(help="A store made by `headrace c
 Stages = Annotated[int, typer.Option(min=1, help="Stage processes; on CUDA one GPU each.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where stages compute.")]
 DeviceMemory = Annotated[
-    str | None, typer.Option(help="Per stage, such as 8GiB: weights, ring, KV, scratch. [default: 90% of what is free; CPU: half, shared]")
+    str | None,
+    typer.Option(
+        help="Per stage, such as 8GiB: weights, ring, KV, scratch. [default: 90% of what is free; CPU: half, shared]"
+    ),
 ]
 HostMemory = Annotated[
-    str | None, typer.Option(help="Per stage, pinned RAM for weights. [default: half of what is free, shared; CPU: 0]")
+    str | None,
+    typer.Option(
+        help="Per stage, pinned RAM for weights. [default: half of what is free, shared; CPU: 0]"
+    ),
 ]
 PlacementOption = Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")]
 Context = Annotated[
-    int | None, typer.Option(min=2, help="Tokens that a sequence reaches, prompt and output. [default: the planner's]")
+    int | None,
+    typer.Option(
+        min=2, help="Tokens that a sequence reaches, prompt and output. [default: the planner's]"
+    ),
 ]
 TokenBudget = Annotated[int | None, typer.Option(min=1, help="Tokens a pass at most.")]
 MaxSequences = Annotated[int | None, typer.Option(min=1, help="Sequences a pass at most.")]
 MicroBatches = Annotated[int | None, typer.Option(min=1, help="Micro-batches a pass.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Compute and KV type. auto: the model's; CPU: float32.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Compute and KV type. auto: the model's; CPU: float32.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -210,7 +221,9 @@ def generate(
     max_sequences: MaxSequences = None,
     micro_batches: MicroBatches = None,
     dtype: DtypeOption = Dtype.AUTO,
-    storage: Annotated[StorageChoice, typer.Option(help="How weights are read.")] = StorageChoice.AUTO,
+    storage: Annotated[
+        StorageChoice, typer.Option(help="How weights are read.")
+    ] = StorageChoice.AUTO,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
     ] = None,
@@ -246,9 +259,7 @@ def generate(
     )
     with running_engine(options) as engine:
         job = Job(engine, engine.tokenizer, input, output, defaults, model_name=store.name)
-        code = run_job(
-            job, engine.plan.prediction, Console(), resume_command=shlex.join(sys.argv)
-        )
+        code = run_job(job, engine.plan.prediction, Console(), resume_command=shlex.join(sys.argv))
     raise typer.Exit(code)
 
 

@@ -20,7 +20,7 @@ LENGTHS = (1, 3, 9, 14, 20, 33, 65, 70)
 """Ragged: below, at and beyond a page of 64 tokens, and beyond the sliding windows of 8."""
 
 RINGS = [
-    dict(stages=stages, cyclic=cyclic, tier=tier, token_budget=budget)
+    {"stages": stages, "cyclic": cyclic, "tier": tier, "token_budget": budget}
     for stages, cyclic, tier, budget in itertools.product(
         (1, 2, 3), (False, True), (Tier.DEVICE, Tier.NVME), (16, 4096)
     )
@@ -64,15 +64,17 @@ def make_store(tmp_path_factory: pytest.TempPathFactory):
                     parameter.normal_(0.0, 0.15)
         model.generation_config.eos_token_id = None
         model.save_pretrained(folder / "checkpoint")
-        convert(folder / "checkpoint", folder / "store", format="keep", allow_missing_tokenizer=True)
+        convert(
+            folder / "checkpoint", folder / "store", format="keep", allow_missing_tokenizer=True
+        )
         return folder / "store", model, config.vocab_size
 
     return make
 
 
 FEW_RINGS = [
-    dict(stages=1, cyclic=False, tier=Tier.DEVICE, token_budget=4096),
-    dict(stages=3, cyclic=True, tier=Tier.NVME, token_budget=16),
+    {"stages": 1, "cyclic": False, "tier": Tier.DEVICE, "token_budget": 4096},
+    {"stages": 3, "cyclic": True, "tier": Tier.NVME, "token_budget": 16},
 ]
 
 
