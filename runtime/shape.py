@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import scratch_elements
+from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import Store
 from headrace.scheduler.inputs import ModelShape
@@ -26,10 +27,17 @@ def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         intermediate_size=_intermediate_size(config),
-        max_context=getattr(config, "max_position_embeddings", None) or 1 << 20,
+        max_context=_max_context(config),
         compute_bytes=dtype.itemsize,
         needs_scratch=largest > 0,
     )
+
+
+def _max_context(config: PretrainedConfig) -> int:
+    """What the model was made for, and no further than where its rotary embedding starts to depend
+    on the other sequences of a call."""
+    limits = (getattr(config, "max_position_embeddings", None), context_limit(config))
+    return min((limit for limit in limits if limit), default=1 << 20)
 
 
 def _intermediate_size(config: PretrainedConfig) -> int:
