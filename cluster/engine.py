@@ -72,6 +72,7 @@ class Engine:
         self._watchers: dict[int, StopStrings] = {}
         self._logprobs: dict[int, list[Sample]] = {}
         self._next_id = 0
+        self._newest_started = -1
         self._busy_since: float | None = None
 
     def add(self, token_ids: list[int], params: SamplingParams, seed: int) -> int:
@@ -104,6 +105,10 @@ class Engine:
     def num_running(self) -> int:
         return self._scheduler.num_running
 
+    def has_started(self, request_id: int) -> bool:
+        """Whether any token of the request was computed; requests start in the order of their ids."""
+        return request_id <= self._newest_started
+
     def step(self) -> list[Completion]:
         """Keep the ring full, then apply the oldest pass. Returns the requests that it finished."""
         started = time.monotonic()
@@ -112,6 +117,8 @@ class Engine:
             if a_pass is None:
                 break
             self._in_flight.append((a_pass, self._pipeline.submit(a_pass)))
+            newest = max(piece.request for batch in a_pass.micro_batches for piece in batch.slices)
+            self._newest_started = max(self._newest_started, newest)
         if not self._in_flight:
             return []
         a_pass, pending = self._in_flight.popleft()
@@ -198,4 +205,5 @@ def scheduler_config(plan: Plan) -> SchedulerConfig:
         max_sequences=plan.max_sequences,
         micro_batches=plan.micro_batches,
         micro_batch_tokens=plan.micro_batch_tokens,
+        passes_in_flight=plan.passes_in_flight,
     )

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from typing_extensions import Self
+
 from headrace.cluster import answers
 from headrace.cluster.completion import Completion
 from headrace.cluster.id_set import IdSet
@@ -52,6 +54,8 @@ class BatchEngine(Protocol):
 
     def abort(self, request_id: int) -> None: ...
 
+    def has_started(self, request_id: int) -> bool: ...
+
 
 @dataclass(slots=True)
 class _Running:
@@ -68,6 +72,32 @@ class _Running:
         return [self.done[request_id] for request_id in self.request_ids]
 
 
+class JobFiles:
+    """A job's input and journal, open and checked before anything expensive starts.
+
+    Raises JobError as open_input and Journal do: the input cannot be read, the output cannot be
+    written, another job writes it or it belongs to another job.
+    """
+
+    def __init__(
+        self, source: Path, output: Path, model_digest: str, defaults: SamplingParams
+    ) -> None:
+        self.path, self.model_digest, self.defaults = source, model_digest, defaults
+        self.source: Input = open_input(source)
+        identity = JobIdentity(model_digest, self.source.digest, asdict(defaults))
+        self.journal = Journal(output, identity)
+
+    def close(self) -> None:
+        """Unlock and close. Safe to call twice."""
+        self.journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Job:
     """One run of a batch job, from what earlier runs left to the end or to `request_stop`.
 
@@ -81,37 +111,34 @@ class Job:
         self,
         engine: BatchEngine,
         tokenizer: Tokenizer,
-        source: Path,
-        output: Path,
-        defaults: SamplingParams,
+        files: JobFiles,
         *,
         model_name: str,
         max_waiting: int = 256,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._tokenizer, self._defaults = engine, tokenizer, defaults
-        self._source, self._output, self._model_name = source, output, model_name
+        assert engine.model_digest == files.model_digest
+        self._engine, self._tokenizer, self._defaults = engine, tokenizer, files.defaults
+        self._files, self._model_name = files, model_name
         self._max_waiting, self._clock = max_waiting, clock
         self._running: dict[int, _Running] = {}
         self._stops = 0
 
     def request_stop(self) -> None:
-        """Start no further rows; a second call also gives up those that are running.
+        """Start no further rows and finish those that run; a second call gives those up, too.
 
         Safe in a signal handler and from other threads; takes effect between two passes.
         """
         self._stops += 1
 
     def run(self, on_progress: Callable[[JobReport], None]) -> JobReport:
-        """Work until every row is finished or a stop was requested. Call it once.
+        """Work until every row is finished or a stop was requested, then close the files.
 
-        `on_progress` is called after each pass. Raises JobError when the files fail or belong to
-        another job, and what the engine raises; finished rows are safe in either case.
+        `on_progress` is called after each pass. Raises JobError when the files fail, and what the
+        engine raises; finished rows are safe in either case.
         """
-        source = open_input(self._source)
-        parameters = asdict(self._defaults)
-        identity = JobIdentity(self._engine.model_digest, source.digest, parameters)
-        with Journal(self._output, identity) as journal:
+        with self._files as files:
+            source, journal = files.source, files.journal
             report = self._reporter(journal, source.total)
             rows = self._unfinished(journal, source)
             last_sync = self._clock()
@@ -128,7 +155,7 @@ class Job:
     def _reporter(self, journal: Journal, total: int) -> Callable[[], JobReport]:
         began, before = self._clock(), Work.of(self._engine.stats)
         resumed = journal.num_answered + journal.num_quarantined
-        logger.info("%s: %d of %d rows are finished already", self._output, resumed, total)
+        logger.info("%s: %d of %d rows are finished already", journal.output, resumed, total)
 
         def report() -> JobReport:
             return JobReport(
@@ -138,7 +165,7 @@ class Job:
                 answered=journal.num_answered,
                 quarantined=journal.num_quarantined,
                 resumed=resumed,
-                running=len({running.row.number for running in self._running.values()}),
+                running=len({running.row.number for running in self._started()}),
                 stopping=self._stops > 0,
                 seconds=self._clock() - began,
                 work=Work.of(self._engine.stats).since(before),
@@ -153,10 +180,20 @@ class Job:
             if row is None:
                 break
             self._start(journal, row)
-        if self._stops > 1:
-            self._abort(list(self._running))
+        if self._stops:
+            self._give_up(all_rows=self._stops > 1)
         assert self._engine.has_work or not self._running
         return bool(self._running)
+
+    def _started(self) -> Iterator[_Running]:
+        for request_id, running in self._running.items():
+            if self._engine.has_started(request_id):
+                yield running
+
+    def _give_up(self, *, all_rows: bool) -> None:
+        """Drop rows that wait in the engine, or those that are being generated as well."""
+        kept = set() if all_rows else {running.row.number for running in self._started()}
+        self._abort([i for i, running in self._running.items() if running.row.number not in kept])
 
     def _start(self, journal: Journal, row: Row) -> None:
         running = _Running(row, [], {})
@@ -212,8 +249,8 @@ class Job:
         if finished is not None:
             if finished not in (QUARANTINED, draft.key):
                 raise JobError(
-                    f"row {draft.number} (id {draft.id!r}) of {self._source} is not the one that "
-                    f"{self._output} answers: choose another --output"
+                    f"row {draft.number} (id {draft.id!r}) of {self._files.path} is not the one that "
+                    f"{journal.output} answers: choose another --output"
                 )
             return None
         try:

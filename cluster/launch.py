@@ -16,7 +16,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headrace.cluster.engine import Engine
-from headrace.cluster.pipeline import RayPipeline
+from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.stage_actor import Connection, Discovery, StageActor
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
@@ -24,7 +24,7 @@ from headrace.runtime.link import RendezvousServer
 from headrace.runtime.shape import model_shape
 from headrace.runtime.stage import StageConfig
 from headrace.runtime.store import Store
-from headrace.scheduler.errors import HeadraceError, StageError
+from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, Workload
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.planner import make_plan
@@ -53,18 +53,27 @@ class EngineOptions:
     token_budget: int | None = None
     max_sequences: int | None = None
     micro_batches: int | None = None
+    resident_layers: int | None = None
     context: int | None = None
     storage: str = "auto"
     address: str | None = None
     deadline: float = 600.0
 
 
-def resolve_device(device: str) -> str:
-    """ "auto" is CUDA where there is any. HeadraceError when CUDA is asked for and absent."""
+def resolve_device(device: str, address: str | None = None) -> str:
+    """ "auto" is CUDA where there is any. HeadraceError when CUDA is asked for and absent here.
+
+    With the `address` of a cluster, CUDA only has to be there.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise HeadraceError(f"--device must be auto, cpu or cuda, not {device!r}")
+    if device == "cuda" and address is None and not torch.cuda.is_available():
+        raise HeadraceError(
+            "--device cuda: PyTorch sees no CUDA device on this machine. Check nvidia-smi and that "
+            f"this PyTorch ({torch.__version__}) was built for CUDA, or use --device cpu"
+        )
     return device
 
 
@@ -192,28 +201,9 @@ def plan_run(
             token_budget=options.token_budget,
             max_sequences=options.max_sequences,
             micro_batches=options.micro_batches,
+            resident_layers=options.resident_layers,
         ),
     )
-
-
-def _call(actors: Sequence[Any], method: str, *arguments: Any, timeout: float) -> list[Any]:
-    """The same call on every actor at once; errors of ours come out as they went in."""
-    refs = [getattr(actor, method).remote(*arguments) for actor in actors]
-    return _gather(refs, method, timeout)
-
-
-def _gather(refs: list[Any], method: str, timeout: float) -> list[Any]:
-    try:
-        return list(ray.get(refs, timeout=timeout))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, HeadraceError):
-            raise error.cause from None
-        raise StageError(f"a stage failed to {method}: {error}") from error
-    except ray.exceptions.RayActorError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StageError(f"a stage died in {method}: {reason}") from error
-    except ray.exceptions.GetTimeoutError as error:
-        raise StageError(f"stages did not {method} within {timeout:.0f} s") from error
 
 
 def stage_device(device: str) -> str:
@@ -224,10 +214,12 @@ def stage_device(device: str) -> str:
 def _discover(actors: Sequence[Any], store: Store, device: str) -> list[Discovery]:
     """One after the other: stages of one machine would measure each other."""
     arguments = (stage_device(device), str(store.path.resolve()))
-    return [
-        decode(_call([actor], "discover", *arguments, timeout=START_SECONDS)[0], Discovery)
-        for actor in actors
-    ]
+    found = []
+    for i, actor in enumerate(actors):
+        ref = actor.discover.remote(*arguments)
+        payload = gather([ref], START_SECONDS, doing="measuring the machine", first=i)[0]
+        found.append(decode(payload, Discovery))
+    return found
 
 
 def _load(
@@ -254,7 +246,7 @@ def _load(
             threads=max(1, discovery.cores // shared[discovery.node]),
         )
         refs.append(actor.load.remote(encode(config)))
-    names = _gather(refs, "load", timeout=max(options.deadline, START_SECONDS))
+    names = gather(refs, max(options.deadline, START_SECONDS), doing="loading weights")
     log.info("storage: %s", names)
 
 
@@ -264,7 +256,8 @@ def _connect(actors: Sequence[Any], options: EngineOptions, stack: ExitStack) ->
     server = RendezvousServer(host)
     stack.callback(server.close)
     connection = Connection(server.rendezvous(epoch=0), _loopback() if local else "")
-    _call(actors, "connect", encode(connection), timeout=START_SECONDS)
+    refs = [actor.connect.remote(encode(connection)) for actor in actors]
+    gather(refs, START_SECONDS, doing="connecting the stages")
 
 
 def _loopback() -> str:
@@ -278,7 +271,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
     """An engine ready for requests. Everything it started is gone when the block ends."""
     with ExitStack() as stack:
         store = Store.open(options.store)
-        device = resolve_device(options.device)
+        device = resolve_device(options.device, options.address)
         dtype = resolve_dtype(options.dtype, device, store)
         tokenizer = load_tokenizer(store.path)
         stack.enter_context(ray_cluster(options, device))

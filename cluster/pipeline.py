@@ -28,47 +28,66 @@ class Pipeline(Protocol):
     def close(self) -> None: ...
 
 
-class _RayPending:
-    def __init__(self, refs: list[Any], deadline: float) -> None:
-        self._refs, self._deadline = refs, deadline
+def gather(refs: Sequence[Any], deadline: float, *, doing: str, first: int = 0) -> list[Any]:
+    """What one call on consecutive stages returned; `refs[0]` is stage `first`'s.
 
-    def result(self) -> list[PassResult]:
-        waiting = list(self._refs)
-        while waiting:
-            # One at a time, so that the first stage to fail is the one that is reported.
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=self._deadline)
-            if not done:
-                late = [self._refs.index(ref) for ref in waiting]
-                raise StageError(f"stages {late} did not answer within {self._deadline:.0f} s")
-            self._raise_failure(done[0])
-        return [decode(payload, PassResult) for payload in ray.get(self._refs)]
+    StageError, naming the stage, when one died, failed or took more than `deadline` seconds; a
+    HeadraceError that a stage raised comes out as it went in.
+    """
+    waiting = list(refs)
+    while waiting:
+        # One at a time, so that the first stage to fail is the one that is reported.
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=deadline)
+        if not done:
+            late = ", ".join(str(first + i) for i, ref in enumerate(refs) if ref in waiting)
+            raise StageError(f"{doing}: stage {late} did not answer within {deadline:.0f} s")
+        failure = _failure(done[0], first + refs.index(done[0]), doing)
+        if isinstance(failure, StageError):
+            raise _death(refs, first, doing) or failure
+        if failure is not None:
+            raise failure
+    return list(ray.get(list(refs)))
 
-    def _raise_failure(self, ref: Any) -> None:
+
+def _failure(ref: Any, stage: int, doing: str) -> HeadraceError | None:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayActorError as error:
+        return StageError(f"{doing}: stage {stage} died. {_reason(error)}")
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, HeadraceError):
+            return error.cause
+        return StageError(f"{doing}: stage {stage} failed: {error}")
+    return None
+
+
+def _death(refs: Sequence[Any], first: int, doing: str) -> HeadraceError | None:
+    """A broken edge is the echo of a peer's death: the death, when there is one."""
+    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=2.0)
+    for ref in done:
         try:
             ray.get(ref)
-        except ray.exceptions.RayActorError as error:
-            stage = self._refs.index(ref)
-            raise StageError(f"stage {stage} died: {str(error).splitlines()[0]}") from error
-        except ray.exceptions.RayTaskError as error:
-            stage = self._refs.index(ref)
-            if isinstance(error.cause, StageError):
-                self._raise_death(error.cause)
-            if isinstance(error.cause, HeadraceError):
-                raise error.cause from None
-            raise StageError(f"stage {stage} failed: {error}") from error
+        except ray.exceptions.RayActorError:
+            return _failure(ref, first + refs.index(ref), doing)
+        except ray.exceptions.RayTaskError:
+            continue
+    return None
 
-    def _raise_death(self, error: StageError) -> None:
-        """A broken edge is the echo of a peer's death: report the death when there is one."""
-        done, _ = ray.wait(self._refs, num_returns=len(self._refs), timeout=2.0)
-        for ref in done:
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayActorError as death:
-                stage = self._refs.index(ref)
-                raise StageError(f"stage {stage} died: {str(death).splitlines()[0]}") from death
-            except ray.exceptions.RayTaskError:
-                continue
-        raise error from None
+
+def _reason(error: Exception) -> str:
+    """The line of Ray's report that says how the process ended."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = [line for line in lines if "exit" in line.lower() or "memory" in line.lower()]
+    return (found or lines)[0]
+
+
+class _RayPending:
+    def __init__(self, refs: list[Any], deadline: float, step: int) -> None:
+        self._refs, self._deadline, self._step = refs, deadline, step
+
+    def result(self) -> list[PassResult]:
+        payloads = gather(self._refs, self._deadline, doing=f"pass {self._step}")
+        return [decode(payload, PassResult) for payload in payloads]
 
 
 class RayPipeline:
@@ -81,7 +100,7 @@ class RayPipeline:
         payload = encode(a_pass)
         name = f"pass {a_pass.step}"
         refs = [actor.run.options(name=name).remote(payload) for actor in self._actors]
-        return _RayPending(refs, self._deadline)
+        return _RayPending(refs, self._deadline, a_pass.step)
 
     def close(self) -> None:
         for actor in self._actors:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,8 @@ class StageActor:
 
     def __init__(self, name: str) -> None:
         logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "WARNING"))
+        # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._name = name
         self._stage: Stage | None = None
 

@@ -11,7 +11,8 @@ class SchedulerConfig:
 
     `num_pages` KV pages; `max_context` tokens a request, prompt and output together; at most
     `token_budget` tokens and `max_sequences` slices a pass, in at most `micro_batches`
-    micro-batches of at most `micro_batch_tokens` tokens each.
+    micro-batches of at most `micro_batch_tokens` tokens each. The engine keeps up to
+    `passes_in_flight` passes under way, over which requests are spread evenly.
 
     Raises HeadraceError for a limit that no request could meet.
     """
@@ -22,6 +23,7 @@ class SchedulerConfig:
     max_sequences: int
     micro_batches: int
     micro_batch_tokens: int
+    passes_in_flight: int = 1
 
     def __post_init__(self) -> None:
         for limit in fields(self):

@@ -14,8 +14,9 @@ class Draft:
     whatever is let in can therefore be packed, and the whole budget can be used.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, max_sequences: int) -> None:
         self._config = config
+        self._max_sequences = max_sequences
         self._tokens = 0
         self._loads = [0] * config.micro_batches  # a heap of token counts
         self.slices: list[Slice] = []
@@ -23,7 +24,7 @@ class Draft:
     @property
     def room(self) -> int:
         """Tokens that the next slice may have; 0 when the pass is full."""
-        if len(self.slices) == self._config.max_sequences:
+        if len(self.slices) == self._max_sequences:
             return 0
         return min(
             self._config.token_budget - self._tokens,

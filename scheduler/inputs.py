@@ -102,6 +102,8 @@ class Choices:
     """What the user settles rather than the planner; None leaves it to the planner.
 
     `placement` is one of PLACEMENTS. `token_budget` and `max_sequences` are per pass.
+    `resident_layers` of each stage stay on its device (all of them, if it has fewer) and the others
+    are streamed, whatever room there is; 0 streams everything.
     """
 
     placement: str = "auto"
@@ -109,3 +111,4 @@ class Choices:
     max_sequences: int | None = None
     micro_batches: int | None = None
     layers_a_visit: int | None = None
+    resident_layers: int | None = None

@@ -20,7 +20,12 @@ RING_VISITS = (2, 3)
 def resident_layouts(
     num_layers: int, num_stages: int, kind: Kind, choices: Choices
 ) -> Iterator[Layout]:
-    """Blocks of layers with one pass in flight a stage (or a ring of visits, where asked for)."""
+    """Blocks of layers with one pass in flight a stage (or a ring of visits, where asked for).
+
+    None when a stage shall keep fewer layers than it has.
+    """
+    if choices.resident_layers is not None and choices.resident_layers < -(-num_layers // num_stages):
+        return iter(())
     if choices.placement == "cyclic":
         visits = cyclic_visits(num_layers, num_stages, choices.layers_a_visit or 1)
         return _cut(visits, num_stages, 0, 1, num_stages, kind, choices)
@@ -78,7 +83,9 @@ def _cut(
     )
     for token_budget in _token_budgets(kind, micro_batches, choices):
         batches = choices.micro_batches or min(micro_batches, token_budget)
-        yield Layout(visits, layers, ring_slots, token_budget, batches, passes)
+        yield Layout(
+            visits, layers, ring_slots, token_budget, batches, passes, choices.resident_layers
+        )
 
 
 def _token_budgets(kind: Kind, micro_batches: int, choices: Choices) -> Iterator[int]:

@@ -15,6 +15,7 @@ class Layout:
     """How layers are cut into visits and passes into micro-batches; which tier is not yet said.
 
     `ring_slots` is for a stage that cannot keep all its layers; `layers[stage]` in ring order.
+    `resident` layers of each stage are kept if it is given, else as many as fit.
     """
 
     visits: tuple[Visit, ...]
@@ -23,6 +24,7 @@ class Layout:
     token_budget: int
     micro_batches: int
     passes_in_flight: int
+    resident: int | None = None
 
     @property
     def num_stages(self) -> int:
@@ -82,12 +84,16 @@ def _without_weights(shape: ModelShape, layout: Layout, stage: int, pages: int) 
 def least_memory(shape: ModelShape, layout: Layout, stage: int, pages: int) -> StageMemory:
     """The least that the stage can run in with `pages` pages: a ring, or its few layers if smaller.
 
-    A layout without a ring keeps all layers.
+    A layout without a ring keeps all layers, and one that says how many it keeps has room for them.
     """
     memory = _without_weights(shape, layout, stage, pages)
-    resident = sum(shape.layer_bytes[layer] for layer in layout.layers[stage])
+    layers = layout.layers[stage]
+    resident = sum(shape.layer_bytes[layer] for layer in layers)
     ring = layout.ring_slots * max(shape.layer_bytes)
-    if not layout.ring_slots or resident <= ring:
+    if layout.resident is not None and layout.resident < len(layers):
+        kept = _spread_out(layers, layout.resident)
+        return replace(memory, resident=sum(shape.layer_bytes[i] for i in kept), ring=ring)
+    if layout.resident is not None or not layout.ring_slots or resident <= ring:
         return replace(memory, resident=resident)
     return replace(memory, ring=ring)
 
@@ -105,7 +111,8 @@ def fill(
         layers = layout.layers[stage]
         memory = _without_weights(shape, layout, stage, num_pages)
         ring = layout.ring_slots * max(shape.layer_bytes)
-        resident = _take(shape, layers, budget.device_memory - memory.device, ring)
+        room = budget.device_memory - memory.device
+        resident = _take(shape, layers, room, ring, layout.resident)
         if resident is None:
             return None
         rest = tuple(layer for layer in layers if layer not in resident)
@@ -119,21 +126,29 @@ def fill(
 
 
 def _take(
-    shape: ModelShape, layers: tuple[int, ...], room: int, ring: int
+    shape: ModelShape, layers: tuple[int, ...], room: int, ring: int, wanted: int | None = None
 ) -> frozenset[int] | None:
-    """As many evenly spread layers as `room` bytes hold: all of them, or fewer and a ring."""
-    sizes = [shape.layer_bytes[layer] for layer in layers]
-    if sum(sizes) <= room:
-        return frozenset(layers)
-    if room < ring:
-        return None
-    for count in range(min((room - ring) // min(sizes), len(layers) - 1), -1, -1):
-        chosen = frozenset(
-            layer for layer, yes in zip(layers, spread(len(layers), count), strict=True) if yes
-        )
-        if sum(shape.layer_bytes[layer] for layer in chosen) + ring <= room:
+    """As many evenly spread layers as `room` bytes hold: all of them, or fewer and a ring.
+
+    Just `wanted` of them, if that is given. None when there is no room.
+    """
+    if wanted is not None:
+        most = least = min(wanted, len(layers))
+    else:
+        smallest = min(shape.layer_bytes[layer] for layer in layers) if layers else 1
+        most, least = min(max(room, 0) // smallest, len(layers)), 0
+    for count in range(most, least - 1, -1):
+        chosen = _spread_out(layers, count)
+        size = sum(shape.layer_bytes[layer] for layer in chosen)
+        if size + (ring if count < len(layers) else 0) <= room:
             return chosen
     return None
+
+
+def _spread_out(layers: tuple[int, ...], count: int) -> frozenset[int]:
+    """`count` of the layers, evenly spaced; all if there are no more."""
+    chosen = spread(len(layers), min(count, len(layers)))
+    return frozenset(layer for layer, yes in zip(layers, chosen, strict=True) if yes)
 
 
 def _filled(

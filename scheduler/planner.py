@@ -145,6 +145,10 @@ def _check(problem: _Problem, workload: Workload) -> None:
     ):
         if value is not None and value < 1:
             raise DoesNotFitError(f"{name} must be at least 1, not {value}")
+    if choices.resident_layers is not None and choices.resident_layers < 0:
+        raise DoesNotFitError(
+            f"--resident-layers must be at least 0, not {choices.resident_layers}"
+        )
     if choices.token_budget and (choices.micro_batches or 1) > choices.token_budget:
         raise DoesNotFitError(
             f"--micro-batches {choices.micro_batches} cannot share --token-budget"

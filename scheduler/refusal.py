@@ -121,6 +121,7 @@ def _ways(case: _Case) -> Iterator[str]:
         ("--token-budget", choices.token_budget, replace(choices, token_budget=None)),
         ("--layers-a-visit", choices.layers_a_visit, replace(choices, layers_a_visit=None)),
         ("--micro-batches", choices.micro_batches, replace(choices, micro_batches=None)),
+        ("--resident-layers", choices.resident_layers, replace(choices, resident_layers=None)),
     ):
         if value is not None:
             need = _need(replace(case, choices=freed))

@@ -95,7 +95,9 @@ class Scheduler:
 
     def schedule(self) -> Pass | None:
         """The next pass, or None when nothing can run until a pass in flight returns."""
-        draft = Draft(self.config)
+        # A pass that took every request would leave the others in flight without any.
+        share = -(-len(self._live) // self.config.passes_in_flight)
+        draft = Draft(self.config, min(self.config.max_sequences, share))
         self._continue_running(draft)
         self._admit_waiting(draft)
         if not draft.slices:

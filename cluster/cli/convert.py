@@ -102,6 +102,8 @@ def _bar(console: Console) -> Bar:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
 
 

@@ -15,16 +15,32 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.job_report import JobReport, Work
 from headrace.cluster.jobs import Job
 from headrace.scheduler.errors import HeadraceError, JobError
-from headrace.scheduler.placement import Prediction
+from headrace.scheduler.placement import Plan
+from headrace.scheduler.sizes import format_size
 
 logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 60.0
 LINE_SECONDS = 10.0
 GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the run had: the plan, the store's bytes, and device memory for each stage as it was
+    asked for (None: what was free)."""
+
+    plan: Plan
+    model_bytes: int
+    device_memory: int | None
+
+    @property
+    def streams(self) -> bool:
+        return any(self.plan.nvme_bytes_a_pass) or any(self.plan.host_bytes_a_pass)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,26 +71,28 @@ class Meter:
         return _rates(work, seconds, _eta(report))
 
 
-def run_job(job: Job, prediction: Prediction, console: Console, *, resume_command: str) -> int:
+def run_job(job: Job, setting: Setting, console: Console, *, resume_command: str) -> int:
     """Run a job with a progress display and signal handling; returns the exit code.
 
     0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
-    HeadraceErrors pass through; after a stage's one, a line says how to go on.
+    HeadraceErrors pass through; a stage's one says how to go on, too.
     """
     hint = f"Finished rows are safe; to go on: {resume_command}"
     try:
         with _stopping(job, hint), _display(console) as show:
             report = job.run(show)
     except HeadraceError as error:
-        if not isinstance(error, JobError):  # which says itself what to do
-            logger.error("%s", hint)
-        raise
-    console.print(final_table(report, prediction))
+        if isinstance(error, JobError):  # which says itself what to do
+            raise
+        raise type(error)(f"{error}\n{hint}") from error
+    console.print(final_table(report, setting))
     if not report.complete:
-        console.print(Text(f"{report.total - report.finished} rows are left. {hint}"))
+        left = f"{report.total - report.finished} rows are left. {hint}"
+        console.print(Text(left), soft_wrap=True)
         return 130
     if report.quarantined:
-        console.print(Text(f"{report.quarantined} rows could not run: see {report.quarantine}"))
+        told = f"{report.quarantined} rows could not run: see {report.quarantine}"
+        console.print(Text(told), soft_wrap=True)
         return 3
     return 0
 
@@ -90,8 +108,10 @@ def status_line(report: JobReport, rates: Rates) -> str:
         parts.insert(1, f"{report.quarantined} quarantined")
     if rates.share_of_bound is not None:
         parts.append(f"{rates.share_of_bound:.0%} of the bound")
-    parts.append(f"NVMe {rates.nvme_gb_per_second:.2f} GB/s")
-    parts.append(f"PCIe {rates.pcie_gb_per_second:.2f} GB/s")
+    if rates.nvme_gb_per_second:
+        parts.append(f"NVMe {rates.nvme_gb_per_second:.2f} GB/s")
+    if rates.pcie_gb_per_second:
+        parts.append(f"PCIe {rates.pcie_gb_per_second:.2f} GB/s")
     if report.stopping:
         parts.append("stopping: finishing the rows that run")
     elif rates.eta is not None:
@@ -99,21 +119,58 @@ def status_line(report: JobReport, rates: Rates) -> str:
     return ", ".join(parts)
 
 
-def final_table(report: JobReport, prediction: Prediction) -> Group:
-    """What the run achieved, what bound it, and where each stage waited."""
+def final_table(report: JobReport, setting: Setting) -> Group:
+    """What the run achieved, what bound it, where each stage waited, and the same in two sentences."""
     work = report.work
     rates = _rates(work, report.seconds, None)
-    summary = Table(title=Text(str(report.output)), show_header=False)
+    summary = Table(title=Text(str(report.output)), title_justify="left", show_header=False)
     summary.add_row("rows", _rows(report))
     summary.add_row("tokens", f"{work.output_tokens} generated, {work.prompt_tokens} prompt")
     summary.add_row("time", f"{duration(report.seconds)}, {work.passes} passes")
     summary.add_row("speed", f"{rates.tokens_per_second:.1f} tokens/s")
-    summary.add_row("bound by", _bound(prediction))
-    if rates.share_of_bound is not None:
-        summary.add_row("share of the bound", f"{rates.share_of_bound:.0%}")
-    summary.add_row("NVMe", f"{rates.nvme_gb_per_second:.2f} GB/s")
-    summary.add_row("PCIe", f"{rates.pcie_gb_per_second:.2f} GB/s")
-    return Group(summary, _stage_table(work))
+    if setting.streams:
+        summary.add_row("streamed", _streamed(work, rates))
+    if not work.passes:
+        return Group(summary)
+    return Group(summary, _stage_table(work), Text(f"{_fitted(setting)} {_bound(report, setting)}"))
+
+
+def _streamed(work: Work, rates: Rates) -> str:
+    text = f"{format_size(work.nvme_bytes)} from NVMe, {rates.nvme_gb_per_second:.2f} GB/s"
+    if rates.pcie_gb_per_second > rates.nvme_gb_per_second:
+        text += f"; {format_size(work.pcie_bytes)} over PCIe, {rates.pcie_gb_per_second:.2f} GB/s"
+    return text
+
+
+def _fitted(setting: Setting) -> str:
+    """How large the model is, what memory it had and what every pass streamed."""
+    plan, stages = setting.plan, setting.plan.placement.num_stages
+    who = "1 stage" if stages == 1 else f"{stages} stages"
+    given = sum(memory.device for memory in plan.memory)
+    had = f"planned {format_size(given)}"
+    if setting.device_memory is not None:
+        had = f"had {format_size(setting.device_memory)}" + (" each" if stages > 1 else "")
+    text = (
+        f"The model takes {format_size(setting.model_bytes)}; {who} {had} for weights, KV and work"
+    )
+    if not setting.streams:
+        return f"{text}, and all of it stayed there."
+    sources = ((sum(plan.nvme_bytes_a_pass), "NVMe"), (sum(plan.host_bytes_a_pass), "host memory"))
+    parts = " and ".join(f"{format_size(size)} from {name}" for size, name in sources if size)
+    return f"{text}, so every pass streamed {parts}."
+
+
+def _bound(report: JobReport, setting: Setting) -> str:
+    """What was done in what time, and which resource set the pace."""
+    work, prediction = report.work, setting.plan.prediction
+    rows = report.finished - report.resumed
+    text = (
+        f"{rows} rows and {work.output_tokens} tokens took {duration(report.seconds)}. By the plan "
+        f"{TERMS[prediction.bound_by]} sets the pace, at most {prediction.tokens_per_second:.1f} "
+        f"tokens/s with {prediction.sequences} sequences at a time"
+    )
+    share = work.share_of_bound
+    return f"{text}; passes reached {share:.0%} of that bound." if share else f"{text}."
 
 
 def duration(seconds: float) -> str:
@@ -152,31 +209,30 @@ def _rows(report: JobReport) -> str:
     return text
 
 
-def _bound(prediction: Prediction) -> str:
-    terms = sorted(prediction.terms.items(), key=lambda term: -term[1])
-    parts = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in terms)
-    return (
-        f"{prediction.bound_by} ({parts} a pass; at most {prediction.tokens_per_second:.1f} "
-        f"tokens/s with {prediction.sequences} sequences)"
-    )
-
-
 def _stage_table(work: Work) -> Table:
-    table = Table("stage", "busy", "computing", "waited for weights", "waited for hops")
-    table.add_column("NVMe GB/s")
-    table.add_column("PCIe GB/s")
+    """One row a stage; a column of bytes only where some were moved."""
+    links = any(times.host_bytes for times in work.stages)
+    names = ["stage", "busy", "computing", "weights", "hops"]
+    names += ["NVMe GB/s"] * (work.nvme_bytes > 0) + ["PCIe GB/s"] * links
+    table = Table(title="Stages: busy, and the shares spent computing and waiting")
+    table.title_justify = "left"
+    for name in names:
+        table.add_column(name, justify="right")
     for times in work.stages:
         total = times.total or 1.0
         waits = times.weights_wait + times.link_wait
-        table.add_row(
+        row = [
             str(times.stage),
             duration(times.total),
             f"{max(total - waits, 0.0) / total:.0%}" if times.total else "-",
             f"{times.weights_wait / total:.0%}",
             f"{times.link_wait / total:.0%}",
-            f"{times.nvme_bytes / GB / total:.2f}",
-            f"{(times.nvme_bytes + times.host_bytes) / GB / total:.2f}",
-        )
+        ]
+        if work.nvme_bytes:
+            row.append(f"{times.nvme_bytes / GB / total:.2f}")
+        if links:
+            row.append(f"{(times.nvme_bytes + times.host_bytes) / GB / total:.2f}")
+        table.add_row(*row)
     return table
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from headrace import __version__
-from headrace.cluster.cli.sizes import parse_size
+from headrace.cluster.cli.options import RunOptions, takes_run_options
 from headrace.scheduler.errors import HeadraceError
 
 # Before transformers is imported: nothing here may look for a model on the network.
@@ -34,18 +34,6 @@ class Format(str, Enum):
     NF4 = "nf4"
 
 
-class Device(str, Enum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class PlacementChoice(str, Enum):
-    AUTO = "auto"
-    CYCLIC = "cyclic"
-    CONTIGUOUS = "contiguous"
-
-
 class StorageChoice(str, Enum):
     AUTO = "auto"
     DIRECT = "direct"
@@ -53,45 +41,7 @@ class StorageChoice(str, Enum):
     KVIKIO = "kvikio"
 
 
-class Dtype(str, Enum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-def _size(text: str | None) -> int | None:
-    return None if text is None else parse_size(text)
-
-
 StoreArgument = Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")]
-Stages = Annotated[int, typer.Option(min=1, help="Stage processes; on CUDA one GPU each.")]
-DeviceOption = Annotated[Device, typer.Option(help="Where stages compute.")]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(
-        help="Per stage, such as 8GiB: weights, ring, KV, scratch. [default: 90% of what is free; CPU: half, shared]"
-    ),
-]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(
-        help="Per stage, pinned RAM for weights. [default: half of what is free, shared; CPU: 0]"
-    ),
-]
-PlacementOption = Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        min=2, help="Tokens that a sequence reaches, prompt and output. [default: the planner's]"
-    ),
-]
-TokenBudget = Annotated[int | None, typer.Option(min=1, help="Tokens a pass at most.")]
-MaxSequences = Annotated[int | None, typer.Option(min=1, help="Sequences a pass at most.")]
-MicroBatches = Annotated[int | None, typer.Option(min=1, help="Micro-batches a pass.")]
-DtypeOption = Annotated[
-    Dtype, typer.Option(help="Compute and KV type. auto: the model's; CPU: float32.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -156,48 +106,22 @@ def inspect(
 
 
 @app.command()
+@takes_run_options
 def plan(
+    run: RunOptions,
     store: StoreArgument,
-    stages: Stages = 1,
-    device: DeviceOption = Device.AUTO,
-    device_memory: DeviceMemory = None,
-    host_memory: HostMemory = None,
-    placement: PlacementOption = PlacementChoice.AUTO,
-    context: Context = None,
-    token_budget: TokenBudget = None,
-    max_sequences: MaxSequences = None,
-    micro_batches: MicroBatches = None,
-    dtype: DtypeOption = Dtype.AUTO,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Print what a run on this machine would keep where, how fast it would be and what binds it."""
     from headrace.cluster.cli.plan import plan_json, render_plan
-    from headrace.cluster.launch import (
-        EngineOptions,
-        plan_run,
-        resolve_device,
-        resolve_dtype,
-        stage_device,
-    )
+    from headrace.cluster.launch import plan_run, resolve_device, resolve_dtype, stage_device
     from headrace.cluster.stage_actor import discover
     from headrace.runtime.store import Store
 
-    options = EngineOptions(
-        store=store,
-        stages=stages,
-        device=device.value,
-        dtype=dtype.value,
-        device_memory=_size(device_memory),
-        host_memory=_size(host_memory),
-        placement=placement.value,
-        token_budget=token_budget,
-        max_sequences=max_sequences,
-        micro_batches=micro_batches,
-        context=context,
-    )
+    options = run.engine(store)
     opened = Store.open(store)
     where = resolve_device(options.device)
-    found = [discover(stage_device(where), str(opened.path))] * stages
+    found = [discover(stage_device(where), str(opened.path))] * options.stages
     made = plan_run(options, opened, where, resolve_dtype(options.dtype, where, opened), found)
     console = Console()
     if json:
@@ -207,60 +131,54 @@ def plan(
 
 
 @app.command()
+@takes_run_options
 def generate(
+    run: RunOptions,
     store: StoreArgument,
     input: Annotated[Path, typer.Option(help="Rows: JSON lines, OpenAI Batch or Parquet.")],
     output: Annotated[Path, typer.Option(help="JSON lines; appended to as rows finish.")],
-    stages: Stages = 1,
-    device: DeviceOption = Device.AUTO,
-    device_memory: DeviceMemory = None,
-    host_memory: HostMemory = None,
-    placement: PlacementOption = PlacementChoice.AUTO,
-    context: Context = None,
-    token_budget: TokenBudget = None,
-    max_sequences: MaxSequences = None,
-    micro_batches: MicroBatches = None,
-    dtype: DtypeOption = Dtype.AUTO,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Default for rows without it.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Default for rows without it.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Changes every row's random numbers.")] = None,
     storage: Annotated[
         StorageChoice, typer.Option(help="How weights are read.")
     ] = StorageChoice.AUTO,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Default for rows without it.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Default for rows without it.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Changes every row's random numbers.")] = None,
 ) -> None:
     """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
-    from headrace.cluster.cli.generate import run_job
-    from headrace.cluster.jobs import Job
-    from headrace.cluster.launch import EngineOptions, running_engine
+    from headrace.cluster.cli.generate import Setting, run_job
+    from headrace.cluster.jobs import Job, JobFiles
+    from headrace.cluster.launch import running_engine
+    from headrace.runtime.store import Store
     from headrace.scheduler.request import SamplingParams
 
-    options = EngineOptions(
-        store=store,
-        stages=stages,
-        device=device.value,
-        dtype=dtype.value,
-        device_memory=_size(device_memory),
-        host_memory=_size(host_memory),
-        placement=placement.value,
-        token_budget=token_budget,
-        max_sequences=max_sequences,
-        micro_batches=micro_batches,
-        context=context,
-        storage=storage.value,
-        address=address,
-    )
+    options = run.engine(store, storage=storage.value, address=address)
     defaults = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    with running_engine(options) as engine:
-        job = Job(engine, engine.tokenizer, input, output, defaults, model_name=store.name)
-        code = run_job(job, engine.plan.prediction, Console(), resume_command=shlex.join(sys.argv))
+    opened = Store.open(store)
+    # The files first: starting the engine takes long, and a mistake in a path should not.
+    with (
+        JobFiles(input, output, opened.digest, defaults) as files,
+        running_engine(options) as engine,
+    ):
+        job = Job(engine, engine.tokenizer, files, model_name=store.name)
+        setting = Setting(engine.plan, opened.nbytes, options.device_memory)
+        code = run_job(job, setting, Console(), resume_command=_command())
     raise typer.Exit(code)
+
+
+def _command() -> str:
+    """What to type to run the same command again."""
+    program = Path(sys.argv[0]).name
+    start = (
+        [program] if program == "headrace" else [sys.executable, "-m", "headrace.cluster.cli.main"]
+    )
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 def main() -> None:
@@ -268,7 +186,8 @@ def main() -> None:
     try:
         app()
     except HeadraceError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escape(str(error))}")
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {_escape(str(error))}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

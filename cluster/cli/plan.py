@@ -8,42 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headrace.cluster.cli.sizes import parse_size
-from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
+from headrace.cluster.cli.terms import TERMS
 from headrace.scheduler.placement import Placement, Plan, Tier
-from headrace.scheduler.planner import make_plan
 from headrace.scheduler.sizes import format_size
 
-TERMS = {
-    "nvme": "reading from NVMe",
-    "pcie": "copying from host memory",
-    "compute": "arithmetic",
-    "hbm": "device memory traffic",
-    "hops": "hops between stages",
-}
-
-
-def make_plan_for(
-    shape: ModelShape,
-    profile: DeviceProfile,
-    *,
-    stages: int,
-    device_memory: str,
-    host_memory: str = "0",
-    hosts: int = 1,
-    process_bytes: int = 0,
-    context: int | None = None,
-    concurrent_sequences: int | None = None,
-    choices: Choices | None = None,
-) -> Plan:
-    """The plan of `stages` equal stages on `hosts` equal hosts; sizes are per stage ("600MB").
-
-    Raises HeadraceError for a malformed size and DoesNotFitError as make_plan does.
-    """
-    budget = Budget(parse_size(device_memory), parse_size(host_memory), process_bytes)
-    share = profile.shared_by(-(-stages // hosts))
-    workload = Workload(context, concurrent_sequences)
-    return make_plan(shape, [share] * stages, [budget] * stages, workload, choices)
+FEW_STAGES = 6
+"""More columns than these do not fit a terminal; then the least and the most are shown."""
 
 
 def render_plan(plan: Plan) -> RenderableType:
@@ -53,8 +23,8 @@ def render_plan(plan: Plan) -> RenderableType:
 
 def _stages(plan: Plan) -> Table:
     table = Table(title="Stages", title_justify="left")
-    for name in ("stage", "layers", "visits", "device", "host", "nvme", "streams a pass", "ring"):
-        table.add_column(name, justify="left" if name == "layers" else "right")
+    for name in ("stage", "layers", "visits", "device", "host", "nvme", "streams", "ring"):
+        table.add_column(name, justify="left" if name == "layers" else "right", no_wrap=True)
     placement = plan.placement
     for stage in range(placement.num_stages):
         layers = placement.layers_of(stage)
@@ -66,7 +36,7 @@ def _stages(plan: Plan) -> Table:
             f"{len(layers)}: {layer_ranges(layers)}",
             str(len(placement.visits_of(stage))),
             *(str(tiers.count(tier)) for tier in Tier),
-            format_size(streamed),
+            format_size(streamed) if streamed else "-",
             f"{slots} x {format_size(plan.slot_bytes)}" if slots else "-",
         )
     return table
@@ -81,20 +51,34 @@ def layer_ranges(layers: Sequence[int]) -> str:
     return f"{layers[0]}, {layers[1]}, ..., {layers[-1]}"
 
 
+PARTS = (
+    ("resident", "layers that stay"),
+    ("ring", "ring for streamed layers"),
+    ("head", "final norm and LM head"),
+    ("kv", "KV pages"),
+    ("scratch", "one dequantized matrix"),
+    ("activations", "activations"),
+    ("device", "device memory in all"),
+    ("host_layers", "layers in host memory"),
+    ("embed", "embedding in host memory"),
+    ("process", "the process itself"),
+)
+
+
 def _memory(plan: Plan) -> Table:
+    """A row for each part that takes memory, a column a stage (or the least and the most)."""
+    few = len(plan.memory) <= FEW_STAGES
     table = Table(title="Memory", title_justify="left")
-    device = ("resident", "ring", "head", "kv", "scratch", "activations")
-    host = ("host_layers", "embed", "process")
-    for name in ("stage", *device, "device in all", *(name.replace("_", " ") for name in host)):
-        table.add_column(name, justify="right")
-    for stage, memory in enumerate(plan.memory):
-        parts = asdict(memory)
-        table.add_row(
-            str(stage),
-            *(format_size(parts[name]) for name in device),
-            format_size(memory.device),
-            *(format_size(parts[name]) for name in host),
-        )
+    table.add_column("part", no_wrap=True)
+    names = [f"stage {i}" for i in range(len(plan.memory))] if few else ["least", "most"]
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for part, what in PARTS:
+        sizes = [getattr(memory, part) for memory in plan.memory]
+        if any(sizes):
+            cells = sizes if few else [min(sizes), max(sizes)]
+            style = "bold" if part == "device" else None
+            table.add_row(what, *(format_size(n) if n else "-" for n in cells), style=style)
     return table
 
 

@@ -1,14 +1,15 @@
 import io
 import json
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from headrace.cluster.cli.plan import layer_ranges, make_plan_for, plan_json, render_plan
+from headrace.cluster.cli.plan import layer_ranges, plan_json, render_plan
 from headrace.cluster.cli.sizes import format_size, parse_size
-from headrace.scheduler.errors import DoesNotFitError, HeadraceError
-from headrace.scheduler.inputs import DeviceProfile, ModelShape
+from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.inputs import Budget, DeviceProfile, ModelShape, Workload
+from headrace.scheduler.placement import Plan
+from headrace.scheduler.planner import make_plan
 
 CPU = DeviceProfile("cpu", 1.5, 8.0, 0.05, 20.0, 3e-4, 4.8)
 SHAPE = ModelShape(
@@ -63,40 +64,37 @@ def test_layer_ranges() -> None:
     assert layer_ranges((0, 4, 8, 12)) == "0, 4, ..., 12"
 
 
-@pytest.mark.parametrize("memory", ["1.2MB", "100MB"])
-def test_render(memory: str) -> None:
-    plan = make_plan_for(
-        SHAPE, CPU, stages=2, device_memory=memory, host_memory="300KB", context=64
-    )
+def plan_of(stages: int, device_memory: int, host_memory: int = 0) -> Plan:
+    budgets = [Budget(device_memory, host_memory, 5 << 20)] * stages
+    return make_plan(SHAPE, [CPU] * stages, budgets, Workload(context=64))
+
+
+def printed(plan: Plan, width: int = 80) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=160).print(render_plan(plan))
-    text = stream.getvalue()
+    Console(file=stream, width=width).print(render_plan(plan))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("memory", [1_200_000, 100_000_000])
+@pytest.mark.parametrize("stages", [1, 2, 8])
+def test_render_in_80_columns(memory: int, stages: int) -> None:
+    plan = plan_of(stages, memory, 300_000)
+    text = printed(plan)
     for word in ("Stages", "Memory", "predicted", "tokens/s", "bound by", "activations", "process"):
         assert word in text
     assert f"{plan.prediction.tokens_per_second:.1f}" in text
     assert format_size(sum(plan.nvme_bytes_a_pass)) in text
+    assert "\u2026" not in text  # nothing is cut
+    assert ("most" in text) == (stages > 6)
+    for memory_of_stage in plan.memory[:6] if stages <= 6 else ():
+        assert format_size(memory_of_stage.device) in text
 
 
 def test_json_round_trip() -> None:
-    plan = make_plan_for(SHAPE, CPU, stages=2, device_memory="1.2MB", context=64)
+    plan = plan_of(2, 1_200_000)
     data = json.loads(json.dumps(plan_json(plan)))
     assert data["placement"]["tiers"] == [tier.value for tier in plan.placement.tiers]
     assert data["placement"]["kind"] == "cyclic"
     assert data["memory"][0]["device"] == plan.memory[0].device
     assert data["prediction"]["tokens_per_second"] == plan.prediction.tokens_per_second
     assert data["num_pages"] == plan.num_pages
-
-
-def test_stages_on_one_host_share_its_drive() -> None:
-    profile = replace(CPU, hop_seconds=0.0, link_gbps=1e6)
-    one, two = (
-        make_plan_for(SHAPE, profile, stages=2, hosts=hosts, device_memory="800KB", context=64)
-        for hosts in (1, 2)
-    )
-    ratio = one.prediction.terms["nvme"] / two.prediction.terms["nvme"]
-    assert ratio == pytest.approx(2 * sum(one.nvme_bytes_a_pass) / sum(two.nvme_bytes_a_pass))
-
-
-def test_refusals_pass_through() -> None:
-    with pytest.raises(DoesNotFitError, match="--device-memory at least"):
-        make_plan_for(SHAPE, CPU, stages=1, device_memory="300KB")

@@ -17,18 +17,41 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from headrace.cluster.cli.generate import Meter, duration, final_table, run_job, status_line
+from headrace.cluster.cli.generate import Meter, Setting, duration, final_table, run_job, status_line
 from headrace.cluster.completion import Completion
 from headrace.cluster.job_report import JobReport, Work
-from headrace.cluster.jobs import Job
+from headrace.cluster.jobs import Job, JobFiles
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError, StageError
-from headrace.scheduler.placement import Prediction
+from headrace.scheduler.placement import (
+    Placement,
+    Plan,
+    Prediction,
+    StageMemory,
+    Tier,
+    contiguous_visits,
+)
 from headrace.scheduler.plan import StageTimes
 from headrace.scheduler.request import SamplingParams
 
 DEFAULTS = SamplingParams(max_tokens=6)
-PREDICTION = Prediction(4, 0.5, 8.0, "nvme", {"nvme": 0.5, "pcie": 0.1})
+PLAN = Plan(
+    placement=Placement(2, contiguous_visits(4, 2, 1), (Tier.NVME,) * 4),
+    slot_bytes=1 << 20,
+    ring_slots=(2, 2),
+    num_pages=8,
+    max_context=512,
+    token_budget=64,
+    max_sequences=4,
+    micro_batches=2,
+    micro_batch_tokens=32,
+    passes_in_flight=1,
+    memory=(StageMemory(0, 2 << 20, 0, 0, 0, 0, 0, 0, 0),) * 2,
+    nvme_bytes_a_pass=(2 << 20, 2 << 20),
+    host_bytes_a_pass=(0, 1 << 20),
+    prediction=Prediction(4, 0.5, 8.0, "nvme", {"nvme": 0.5, "pcie": 0.1}),
+)
+SETTING = Setting(PLAN, 9 << 20, 4 << 20)
 
 
 class LetterTokenizer:
@@ -106,6 +129,9 @@ class FakeEngine:
     def abort(self, request_id: int) -> None:
         self._requests.pop(request_id, None)
 
+    def has_started(self, request_id: int) -> bool:
+        return request_id in list(self._requests)[: self._batch]
+
     def step(self) -> list[Completion]:
         self.stats.passes += 1
         self.on_step(self.stats.passes)
@@ -149,8 +175,9 @@ def write_input(path: Path, count: int = 40) -> Path:
 
 
 def make_job(engine: FakeEngine, source: Path, output: Path, **changes: Any) -> Job:
-    options: dict[str, Any] = {"defaults": DEFAULTS, "model_name": "fake", **changes}
-    return Job(engine, LetterTokenizer(), source, output, **options)
+    defaults = changes.pop("defaults", DEFAULTS)
+    files = JobFiles(source, output, engine.model_digest, defaults)
+    return Job(engine, LetterTokenizer(), files, model_name="fake", **changes)
 
 
 def run(engine: FakeEngine, source: Path, output: Path, **changes: Any) -> JobReport:
@@ -388,7 +415,7 @@ def test_the_status_line() -> None:
 
 def test_the_final_table() -> None:
     console = Console(file=StringIO(), width=120)
-    console.print(final_table(make_report(), PREDICTION))
+    console.print(final_table(make_report(), SETTING))
     assert isinstance(console.file, StringIO)
     text = console.file.getvalue()
     assert "39 of 100 answered, 1 quarantined, 20 of them by earlier runs" in text
@@ -402,7 +429,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, source: Path) -> None:
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=150)
     job = make_job(FakeEngine(pass_seconds=0.02), source, tmp_path / "out.jsonl")
-    assert run_job(job, PREDICTION, console, resume_command="again") == 3
+    assert run_job(job, SETTING, console, resume_command="again") == 3
     assert "/40 rows" in screen.getvalue()
     assert "12 rows could not run" in screen.getvalue()
 
@@ -414,7 +441,7 @@ def test_durations() -> None:
 def main() -> int:
     folder = Path(sys.argv[1])
     job = make_job(FakeEngine(pass_seconds=0.002), folder / "in.jsonl", folder / "out.jsonl")
-    return run_job(job, PREDICTION, Console(), resume_command="run it again")
+    return run_job(job, SETTING, Console(), resume_command="run it again")
 
 
 if __name__ == "__main__":

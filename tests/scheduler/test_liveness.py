@@ -98,6 +98,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         max_sequences=draw(st.sampled_from([8, 6, 4, 2, 1])),
         micro_batches=draw(st.integers(1, 4)),
         micro_batch_tokens=draw(st.sampled_from([100, 64, 30, 7, 1])),
+        passes_in_flight=draw(st.integers(1, 3)),
     )
 
 

@@ -216,6 +216,27 @@ def test_choices_are_kept() -> None:
     assert [visit.stage for visit in resident.placement.visits] == [0, 1, 0, 1]
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("placement", ["auto", "contiguous"])
+def test_as_many_layers_stay_as_were_asked_for(stages: int, placement: str) -> None:
+    layers = 80 // stages
+    for wanted, kept in ((0, 0), (3, 3), (layers, layers), (1000, layers)):
+        plan = plan_of(
+            LLAMA_70B, stages, 140 * GB, 100 * GB, placement=placement, resident_layers=wanted
+        )
+        for stage in range(stages):
+            tiers = [plan.placement.tiers[i] for i in plan.placement.layers_of(stage)]
+            assert tiers.count(Tier.DEVICE) == kept
+            assert tiers.count(Tier.HOST) == layers - kept  # there is room for them in host memory
+
+
+def test_asking_for_more_resident_layers_than_fit_is_refused() -> None:
+    plan_of(LLAMA_70B, 1, 24 * GB, resident_layers=20)
+    message = refused(LLAMA_70B, 1, 24 * GB, resident_layers=60)
+    assert "no --resident-layers 60" in message
+    assert "at least 0" in refused(LLAMA_70B, 1, 24 * GB, resident_layers=-1)
+
+
 def test_context_is_what_the_model_allows_and_the_pages_hold() -> None:
     assert plan_of(TINY, 1, 100e6, profile=CPU, context=4096).max_context == 512
     plan = plan_of(LLAMA_70B, 1, 24 * GB, context=1024, max_sequences=2)

@@ -51,9 +51,9 @@ def run(scheduler: Scheduler, a_pass: Pass | None, token: int = 2) -> Update:
     return scheduler.update(a_pass, [Sample(piece.request, token, None, ()) for piece in asked])
 
 
-@pytest.mark.parametrize("limit", range(6))
+@pytest.mark.parametrize("limit", range(7))
 def test_config_refuses_limits_that_cannot_be_met(limit: int) -> None:
-    values = [2] * 6
+    values = [2] * 7
     values[limit] = 0
     with pytest.raises(HeadraceError, match="must be at least"):
         SchedulerConfig(*values)
@@ -121,6 +121,17 @@ def test_a_pass_holds_at_most_max_sequences_and_passes_share_no_request() -> Non
     assert [requests_of(a_pass) for a_pass in passes[:3]] == [[0, 1], [2, 3], [4]]
     assert passes[3] is None
     assert [a_pass.step for a_pass in passes if a_pass is not None] == [1, 2, 3]
+
+
+def test_requests_are_spread_over_the_passes_in_flight() -> None:
+    scheduler = Scheduler(SchedulerConfig(100, 1000, 256, 16, 1, 256, passes_in_flight=3))
+    for i in range(7):
+        scheduler.add(make_request(i))
+    passes = [scheduler.schedule() for _ in range(3)]
+    assert [len(requests_of(a_pass)) for a_pass in passes] == [3, 3, 1]
+    for a_pass in passes:
+        run(scheduler, a_pass)
+    assert len(requests_of(scheduler.schedule())) == 3
 
 
 def test_lower_ids_are_admitted_first() -> None:

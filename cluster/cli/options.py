@@ -1,0 +1,118 @@
+"""Options that `headrace plan` and `headrace generate` share."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from headrace.cluster.cli.sizes import parse_size
+
+if TYPE_CHECKING:
+    from headrace.cluster.launch import EngineOptions
+
+
+class Device(str, Enum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class PlacementChoice(str, Enum):
+    AUTO = "auto"
+    CYCLIC = "cyclic"
+    CONTIGUOUS = "contiguous"
+
+
+class Dtype(str, Enum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The machine that a run may use and how it is to be used. Sizes are texts such as "8GiB"."""
+
+    stages: Annotated[int, typer.Option(min=1, help="Stage processes; on CUDA one GPU each.")] = 1
+    device: Annotated[Device, typer.Option(help="Where stages compute.")] = Device.AUTO
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Per stage, such as 8GiB: weights, ring, KV, scratch. "
+            "[default: 90% of what is free; CPU: half, shared]"
+        ),
+    ] = None
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Per stage, pinned RAM for weights. "
+            "[default: half of what is free, shared; CPU: 0]"
+        ),
+    ] = None
+    placement: Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")] = (
+        PlacementChoice.AUTO
+    )
+    resident_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Layers a stage keeps on its device. [default: as many as is fastest]"
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens that a sequence reaches, prompt and output. [default: the planner's]",
+        ),
+    ] = None
+    token_budget: Annotated[int | None, typer.Option(min=1, help="Tokens a pass at most.")] = None
+    max_sequences: Annotated[int | None, typer.Option(min=1, help="Sequences a pass at most.")] = (
+        None
+    )
+    micro_batches: Annotated[int | None, typer.Option(min=1, help="Micro-batches a pass.")] = None
+    dtype: Annotated[
+        Dtype, typer.Option(help="Compute and KV type. auto: the model's; CPU: float32.")
+    ] = Dtype.AUTO
+
+    def engine(self, store: Path, **more: Any) -> "EngineOptions":
+        """What the engine takes, with sizes in bytes. HeadraceError for a malformed size."""
+        from headrace.cluster.launch import EngineOptions  # imports torch and Ray
+
+        given = asdict(self)
+        for name, value in given.items():
+            if isinstance(value, Enum):
+                given[name] = value.value
+        for name in ("device_memory", "host_memory"):
+            if given[name] is not None:
+                given[name] = parse_size(given[name])
+        return EngineOptions(store=store, **given, **more)
+
+
+def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command whose first parameter is `run: RunOptions` an option for each of its fields."""
+    hints = get_type_hints(RunOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(RunOptions)
+    ]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *shared]
+
+    def call(**given: Any) -> None:
+        run = RunOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        command(run, **given)
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,9 @@
+"""What the terms of a prediction are called in front of people."""
+
+TERMS = {
+    "nvme": "reading from NVMe",
+    "pcie": "copying from host memory",
+    "compute": "arithmetic",
+    "hbm": "device memory traffic",
+    "hops": "hops between stages",
+}

@@ -1,0 +1,42 @@
+"""A whole model in this process, slice by slice: what a ring computes, with its logits in reach."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headrace.runtime.attention import Batch
+from headrace.runtime.kv_store import KVStore
+from headrace.runtime.model import StageModel
+from headrace.runtime.store import Store
+from headrace.scheduler.plan import MicroBatch, Slice
+
+CPU = torch.device("cpu")
+
+
+class WholeModel:
+    """Every layer of a store, bound for good."""
+
+    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32, pages: int = 64) -> None:
+        store = Store.open(path)
+        layers = range(len(store.layers))
+        self._layers = layers
+        self._model = StageModel(
+            store, layers, device=CPU, dtype=dtype, with_embedding=True, with_head=True
+        )
+        for layer in layers:
+            data = torch.frombuffer(store.read_block(store.layers[layer]), dtype=torch.uint8)
+            self._model.bind(layer, data)
+        self._kv = KVStore(dict(enumerate(store.layer_shapes)), pages, dtype, CPU)
+
+    @torch.inference_mode()
+    def logits(self, slices: Sequence[Slice]) -> Tensor:
+        """One micro-batch; the logits of all its tokens [T, vocabulary]."""
+        batch = Batch.build(MicroBatch(tuple(slices)), CPU)
+        prepared = self._model.prepare(batch)
+        tokens = torch.tensor([token for piece in slices for token in piece.tokens])
+        x = self._model.embed(tokens)
+        for layer in self._layers:
+            x = self._model.run_layer(layer, x, prepared, self._kv)
+        return self._model.logits(x)
