@@ -133,7 +133,8 @@ def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
     Raises HeadraceError when there are none, because prompts took longer than outputs.
     """
     width = passes_in_flight
-    # The first round that gives every sequence a token may have had prompts in it.
+    # A request is in one pass of a round at most. The first round that gives every sequence a token
+    # may have had prompts in it, the next one has not.
     first = next(
         (
             end
@@ -142,9 +143,8 @@ def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
         ),
         len(steps),
     )
-    start = first + width - 1 if width > 1 else first
     end = next((i for i, step in enumerate(steps) if step.ended), len(steps))
-    rounds = [steps[i : i + width] for i in range(start, end - width + 1, width)]
+    rounds = [steps[i : i + width] for i in range(first, end - width + 1, width)]
     if not rounds:
         raise HeadraceError(
             f"no pass decoded all {batch} sequences and nothing else; give more new tokens or fewer "

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.runtime.dequantize import dequantize_4bit
 from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.scheduler.errors import StoreError
@@ -31,13 +32,12 @@ bits change with the number of rows. Measured with MKL 2024.2, in one thread, fo
 
 
 class Scratch:
-    """One buffer that holds a dequantized piece of a matrix, on CUDA; CPUs allocate as they go."""
+    """One buffer that holds a dequantized piece of a matrix."""
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self.elements = elements
         self.dtype = dtype
-        on_cuda = device.type == "cuda"
-        self._buffer = torch.empty(elements if on_cuda else 0, dtype=dtype, device=device)
+        self._buffer = torch.empty(elements, dtype=dtype, device=device)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A tensor to write into, valid until the next `take`; None when the buffer cannot serve."""
@@ -225,13 +225,11 @@ class FourBitWeight(Weight):
         # The CPU kernel counts scales from each row's start, which holds for whole blocks only.
         flat = self.shape[-1] % spec.blocksize != 0
         shape = (1, self.shape.numel()) if flat else tuple(self.shape)
-        packed, scales = self._packed.view(-1, 1), self._scales()
-        out = scratch.take(shape, dtype) if scratch and packed.is_cuda else None
-        dequantize = torch.ops.bitsandbytes.dequantize_4bit
+        out = scratch.take(shape, dtype) if scratch else None
         if out is None:
-            out = dequantize(packed, scales, spec.blocksize, spec.format, shape, dtype)
-        else:
-            dequantize.out(packed, scales, spec.blocksize, spec.format, shape, dtype, out=out)
+            out = torch.empty(shape, dtype=dtype, device=self._packed.device)
+        packed = self._packed.view(-1, 1)
+        dequantize_4bit(packed, self._scales(), spec.blocksize, spec.format, shape, out)
         return out.view(self.shape)
 
     def linear(

@@ -10,6 +10,7 @@ of one pass are collected while the next one runs, which bounds the buffers held
 Each operation has a deadline; a peer that does not answer in time is a StageError, never a hang.
 """
 
+import os
 import queue
 import socket
 import time
@@ -109,6 +110,9 @@ def _group(
     """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist."""
     store = rendezvous.store(edge, timedelta(seconds=120))
     if device.type == "cuda":
+        # A dead peer must be an error of ours, not torch's watchdog ending this process.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", "120")
         options = dist.ProcessGroupNCCL.Options()
         options.config.blocking = 0
         group = dist.ProcessGroupNCCL(store, rank, 2, options)

@@ -23,10 +23,6 @@ from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, Sample, StageTimes
 
-LOGIT_ROWS = 256
-"""Rows of logits computed at a time: [256, vocabulary] in float32 is what the head needs at most."""
-
-
 @dataclass(frozen=True, slots=True)
 class StageConfig:
     """What a stage process needs to build itself.
@@ -131,13 +127,22 @@ class Stage:
 
     def run(self, a_pass: Pass) -> PassResult:
         """Execute this stage's visits of `a_pass`; blocks until the device has finished them."""
-        with torch.inference_mode(), self._on_device():
-            started = time.perf_counter()
-            travels = [self._prepare(micro_batch) for micro_batch in a_pass.micro_batches]
-            for position, visit in enumerate(self._visits):
-                self._visit(position, visit, travels)
-            self._finish()
-            return self._result(a_pass, travels, time.perf_counter() - started)
+        try:
+            with torch.inference_mode(), self._on_device():
+                return self._run(a_pass)
+        except torch.OutOfMemoryError as error:
+            raise StageError(
+                f"stage {self.config.stage} ran out of its device memory in pass {a_pass.step}: "
+                f"{str(error).splitlines()[0]} Lower --token-budget or raise --device-memory"
+            ) from error
+
+    def _run(self, a_pass: Pass) -> PassResult:
+        started = time.perf_counter()
+        travels = [self._prepare(micro_batch) for micro_batch in a_pass.micro_batches]
+        for position, visit in enumerate(self._visits):
+            self._visit(position, visit, travels)
+        self._finish()
+        return self._result(a_pass, travels, time.perf_counter() - started)
 
     def _prepare(self, micro_batch: MicroBatch) -> _Travel:
         return _Travel(micro_batch, self._model.prepare(Batch.build(micro_batch, self.device)))
@@ -178,11 +183,11 @@ class Stage:
     def _sample(self, travel: _Travel, x: torch.Tensor) -> list[Sample]:
         pieces = [piece for piece in travel.micro_batch.slices if piece.sampling is not None]
         rows = [(p.request, p.end, p.sampling) for p in pieces if p.sampling is not None]
-        samples = []
-        for start in range(0, len(rows), LOGIT_ROWS):
-            chosen = travel.prepared.batch.sample_rows[start : start + LOGIT_ROWS]
+        samples, step = [], self._plan.logit_rows
+        for start in range(0, len(rows), step):
+            chosen = travel.prepared.batch.sample_rows[start : start + step]
             logits = self._model.logits(x.index_select(0, chosen))
-            samples += sample(logits, rows[start : start + LOGIT_ROWS])
+            samples += sample(logits, rows[start : start + step])
         return samples
 
     def _finish(self) -> None:

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from headrace.scheduler.inputs import Budget, ModelShape
 from headrace.scheduler.placement import Placement, StageMemory, Tier, Visit, spread
 
-LOGIT_ROWS = 256
-"""The head turns at most this many rows into logits at a time."""
+LOGIT_ROWS = 64
+"""The head turns at most this many rows into logits at a time, and fewer in smaller passes."""
+
+LOGIT_BYTES = 72
+"""Per logit while a row is sampled: float32, and in float64 scaled, sorted, summed and masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,10 @@ class Layout:
     def micro_batch_tokens(self) -> int:
         return -(-self.token_budget // self.micro_batches)
 
+    @property
+    def logit_rows(self) -> int:
+        return max(1, min(LOGIT_ROWS, self.token_budget // 32))
+
 
 @dataclass(frozen=True, slots=True)
 class Filling:
@@ -51,13 +58,13 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
     A layer holds per token of its micro-batch about six rows of the hidden size (residual, normed
     input, query, key and value, attention output, projection) and three of the MLP (gate, up and
     their product). Hidden states of the other micro-batches wait between visits, once in a buffer
-    to receive and once in one to send. Logits are float32, LOGIT_ROWS rows at a time; attention
-    works tile by tile.
+    to receive and once in one to send. Logits are sampled a few rows at a time; attention works
+    tile by tile.
     """
     columns = 6 * shape.hidden_size + 3 * shape.intermediate_size
     layer = layout.micro_batch_tokens * columns * shape.compute_bytes
     waiting = 2 * layout.token_budget * shape.hidden_size * shape.compute_bytes
-    logits = min(layout.micro_batch_tokens, LOGIT_ROWS) * shape.vocab_size * 4 if has_head else 0
+    logits = layout.logit_rows * shape.vocab_size * LOGIT_BYTES if has_head else 0
     return layer + waiting + logits
 
 

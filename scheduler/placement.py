@@ -141,7 +141,8 @@ class Plan:
 
     `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages with the same ids on every
     stage; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
-    `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; `passes_in_flight` passes.
+    `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
+    at a time; `passes_in_flight` passes.
     """
 
     placement: Placement
@@ -153,6 +154,7 @@ class Plan:
     max_sequences: int
     micro_batches: int
     micro_batch_tokens: int
+    logit_rows: int
     passes_in_flight: int
     memory: tuple[StageMemory, ...]
     nvme_bytes_a_pass: tuple[int, ...]

@@ -262,6 +262,7 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         max_sequences=problem.choices.max_sequences or sequences,
         micro_batches=layout.micro_batches,
         micro_batch_tokens=layout.micro_batch_tokens,
+        logit_rows=layout.logit_rows,
         passes_in_flight=layout.passes_in_flight,
         memory=filling.memory,
         nvme_bytes_a_pass=nvme,

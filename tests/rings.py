@@ -60,6 +60,7 @@ def manual_plan(
         max_sequences=max_sequences,
         micro_batches=micro_batches,
         micro_batch_tokens=-(-token_budget // micro_batches),
+        logit_rows=3,
         passes_in_flight=1,
         memory=(StageMemory(0, 0, 0, 0, 0, 0, 0, 0, 0),) * stages,
         nvme_bytes_a_pass=tuple(passing(stage, Tier.NVME) for stage in range(stages)),

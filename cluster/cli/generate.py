@@ -110,7 +110,7 @@ def status_line(report: JobReport, rates: Rates) -> str:
         parts.append(f"{rates.share_of_bound:.0%} of the bound")
     if rates.nvme_gb_per_second:
         parts.append(f"NVMe {rates.nvme_gb_per_second:.2f} GB/s")
-    if rates.pcie_gb_per_second:
+    if rates.pcie_gb_per_second > rates.nvme_gb_per_second:  # else the same bytes, or no link
         parts.append(f"PCIe {rates.pcie_gb_per_second:.2f} GB/s")
     if report.stopping:
         parts.append("stopping: finishing the rows that run")

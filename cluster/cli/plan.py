@@ -23,13 +23,12 @@ def render_plan(plan: Plan) -> RenderableType:
 
 def _stages(plan: Plan) -> Table:
     table = Table(title="Stages", title_justify="left")
-    for name in ("stage", "layers", "visits", "device", "host", "nvme", "streams", "ring"):
+    for name in ("stage", "layers", "visits", "device", "host", "nvme", "streams a pass"):
         table.add_column(name, justify="left" if name == "layers" else "right", no_wrap=True)
     placement = plan.placement
     for stage in range(placement.num_stages):
         layers = placement.layers_of(stage)
         tiers = [placement.tiers[layer] for layer in layers]
-        slots = plan.ring_slots[stage]
         streamed = plan.nvme_bytes_a_pass[stage] + plan.host_bytes_a_pass[stage]
         table.add_row(
             str(stage),
@@ -37,7 +36,6 @@ def _stages(plan: Plan) -> Table:
             str(len(placement.visits_of(stage))),
             *(str(tiers.count(tier)) for tier in Tier),
             format_size(streamed) if streamed else "-",
-            f"{slots} x {format_size(plan.slot_bytes)}" if slots else "-",
         )
     return table
 
@@ -94,6 +92,9 @@ def _summary(plan: Plan) -> Table:
     )
     table.add_row("KV", f"{plan.num_pages} pages of 64 tokens; context up to {plan.max_context}")
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
+    if nvme + host:
+        slots = f"{max(plan.ring_slots)} slots of {format_size(plan.slot_bytes)}"
+        table.add_row("ring", f"{slots} on each stage that streams")
     table.add_row("predicted", Text(f"{prediction.tokens_per_second:.1f} tokens/s", style="bold"))
     table.add_row("", f"{prediction.sequences} sequences every {_seconds(prediction.pass_seconds)}")
     table.add_row("bound by", TERMS[prediction.bound_by])

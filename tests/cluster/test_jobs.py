@@ -291,6 +291,20 @@ def test_a_stop_drains_and_the_next_run_goes_on(
     assert rows_of(output) == whole
 
 
+def test_a_stop_drops_rows_that_only_wait(
+    tmp_path: Path, source: Path, whole: Counter[str]
+) -> None:
+    output, engine = tmp_path / "out.jsonl", FakeEngine(batch=2)
+    job = make_job(engine, source, output)
+    running: list[int] = []
+    engine.on_step = lambda step: job.request_stop() if step == 1 else None
+    report = job.run(lambda report: running.append(report.running))
+    assert max(running) <= 2
+    assert report.answered <= 2
+    run(FakeEngine(), source, output)
+    assert rows_of(output) == whole
+
+
 def test_a_second_stop_gives_up_what_runs(
     tmp_path: Path, source: Path, whole: Counter[str]
 ) -> None:
@@ -409,17 +423,22 @@ def test_the_status_line() -> None:
         seconds=12.0, work=Work(60, 30, 260, 12.0, 10.0, make_report().work.stages), stopping=True
     )
     line = status_line(later, meter.update(later))
-    assert "30.0 tokens/s, 50% of the bound, NVMe 0.00" in line
+    assert "30.0 tokens/s, 50% of the bound, stopping" in line
     assert line.endswith("stopping: finishing the rows that run")
 
 
 def test_the_final_table() -> None:
-    console = Console(file=StringIO(), width=120)
+    console = Console(file=StringIO(), width=80)
     console.print(final_table(make_report(), SETTING))
     assert isinstance(console.file, StringIO)
     text = console.file.getvalue()
     assert "39 of 100 answered, 1 quarantined, 20 of them by earlier runs" in text
-    assert "nvme (nvme 500.0 ms, pcie 100.0 ms a pass; at most 8.0 tokens/s with 4" in text
+    assert "…" not in text
+    told = " ".join(text.split("Stages:")[1].split("\n\n")[-1].split())
+    assert "The model takes 9.00 MiB; 2 stages had 4.00 MiB each for weights, KV and work" in told
+    assert "every pass streamed 4.00 MiB from NVMe and 1.00 MiB from host memory." in told
+    assert "20 rows and 200 tokens took 10s. By the plan reading from NVMe sets the pace" in told
+    assert "at most 8.0 tokens/s with 4 sequences at a time; passes reached 90%" in told
     assert "90%" in text
     for cell in ("30%", "60%", "10%", "2.00", "3.00"):
         assert cell in text
