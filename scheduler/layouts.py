@@ -13,8 +13,9 @@ TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 
 LEAST_TOKEN_BUDGET = 64
 
-RING_VISITS = (2, 3)
-"""Visits that a ring holds: one computes while others load. More even out loads of unlike tiers."""
+RING_VISITS = (2, 3, 4, 6)
+"""Visits that a ring holds: one computes while others load. More even out loads of unlike tiers, and
+keep the link busy while a pass is turned round."""
 
 
 def resident_layouts(
@@ -24,7 +25,8 @@ def resident_layouts(
 
     None when a stage shall keep fewer layers than it has.
     """
-    if choices.resident_layers is not None and choices.resident_layers < -(-num_layers // num_stages):
+    largest = -(-num_layers // num_stages)
+    if choices.resident_layers is not None and choices.resident_layers < largest:
         return iter(())
     if choices.placement == "cyclic":
         visits = cyclic_visits(num_layers, num_stages, choices.layers_a_visit or 1)

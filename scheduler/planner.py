@@ -155,7 +155,8 @@ def _check(problem: _Problem, workload: Workload) -> None:
             f" {choices.token_budget}: give at least one token to each"
         )
     stages, layers = len(problem.budgets), problem.shape.num_layers
-    most = -(-layers // (choices.layers_a_visit or 1)) if choices.placement == "cyclic" else layers
+    blocks = choices.placement == "contiguous"
+    most = layers if blocks else -(-layers // (choices.layers_a_visit or 1))
     if stages > most:
         raise DoesNotFitError(
             f"--stages {stages} cannot share {layers} layers in {most} visits:"

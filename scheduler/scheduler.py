@@ -157,16 +157,23 @@ class Scheduler:
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Admit in order of age, never past one that does not fit: it would wait for ever."""
+        growth = sum(self._growth(request) for request in self._running.values())
         while draft.room and (request := self._oldest_waiting()) is not None:
             tokens = min(len(request.tokens) + 1, self._limit(request) - 1)
             need = pages_for(tokens)
-            spare = watermark(self.config.num_pages, len(self._running))
+            # No more is left free than the running ones can still come to need.
+            spare = min(growth, watermark(self.config.num_pages, len(self._running)))
             if not self.pool.can_allocate(need + spare):
                 return
             heappop(self._waiting)
             request.pages = self.pool.allocate(need)
+            growth += self._growth(request)
             self._running[request.request_id] = request
             self._take(request, draft)
+
+    def _growth(self, request: Request) -> int:
+        """Pages that a running request still lacks if it goes on to its limit."""
+        return pages_for(self._limit(request) - 1) - len(request.pages)
 
     def _oldest_waiting(self) -> Request | None:
         while self._waiting:

@@ -12,12 +12,14 @@ ROUNDS = 6
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds of loading each layer (0 when resident), of computing each layer for one micro-batch,
-    and of one micro-batch's hop to another stage.
+    and of one micro-batch's hop to another stage. `turnaround` is what lies between the end of a
+    pass and the start of the one that needs its samples: sampling, committing, calling the stages.
     """
 
     load: tuple[float, ...]
     compute: tuple[float, ...]
     hop: float
+    turnaround: float = 0.0
 
 
 @dataclass(slots=True)
@@ -56,7 +58,8 @@ def simulate(
 ) -> float:
     """Steady seconds in which every sequence advances by one token: `passes_in_flight` passes.
 
-    A pass starts when the pass `passes_in_flight` before it has left the last visit. A stage
+    A pass starts when the pass `passes_in_flight` before it has left the last visit and been turned
+    round, while the loads for it go on as far as the ring has slots. A stage
     computes passes in order, visits in ring order and micro-batches one after the other; a visit's
     slots are released after its last micro-batch.
     """
@@ -64,7 +67,9 @@ def simulate(
     idle = [0.0] * placement.num_stages  # when each stage has finished what came before
     ends: list[float] = []
     for step in range(ROUNDS * passes_in_flight):
-        start = ends[step - passes_in_flight] if step >= passes_in_flight else 0.0
+        start = (
+            ends[step - passes_in_flight] + timing.turnaround if step >= passes_in_flight else 0.0
+        )
         ready = [start] * micro_batches
         stage_before = placement.first_stage
         for visit in placement.visits:
