@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from headrace.cluster.engine import Engine
@@ -118,13 +118,13 @@ def profile_passes(work: Callable[[], object], passes: int, trace: Path) -> Brea
             torch.cuda.synchronize()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    wanted = "CUDA" if on_gpu else "CPU"
     spans: dict[str, list[tuple[float, float]]] = {}
     everything: list[tuple[float, float]] = []
     for event in profiler.events() or ():
         span = event.time_range.start / 1e6, event.time_range.end / 1e6
         everything.append(span)
-        if event.device_type == wanted and not getattr(event, "is_user_annotation", False):
+        if event.device_type.name == wanted and not getattr(event, "is_user_annotation", False):
             spans.setdefault(event.name, []).append(span)
     copies = [span for name, found in spans.items() if "HtoD" in name for span in found]
     kernels = [span for name, found in spans.items() if "Memcpy" not in name for span in found]
@@ -157,3 +157,22 @@ def _union(spans: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def breakdown_table(name: str, found: Breakdown) -> Table:
+    passes = found.passes
+    rows = Table(
+        title=f"{name}, a pass: {found.wall / passes:.4f} s in all, {found.kernels_busy / passes:.4f}"
+        f" s kernels, {found.copies_busy / passes:.4f} s copies in",
+        title_justify="left",
+    )
+    for column in ("kernel", "calls a pass", "ms a pass", "share"):
+        rows.add_column(column, justify="left" if column == "kernel" else "right")
+    for kernel in found.top:
+        rows.add_row(
+            kernel.name[:90],
+            f"{kernel.calls / passes:.0f}",
+            f"{kernel.seconds / passes * 1e3:.3f}",
+            f"{kernel.seconds / found.wall:.1%}",
+        )
+    return rows

@@ -5,7 +5,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class DeviceMeter:
 class Driver:
     """Runs requests through an engine and notes every pass."""
 
-    def __init__(self, engine: Engine, meter: DeviceMeter) -> None:
+    def __init__(self, engine: Engine, meter: DeviceMeter | None = None) -> None:
         self._engine = engine
         self._meter = meter
         self.steps: list[Step] = []
@@ -94,7 +94,7 @@ class Driver:
         stages = tuple(map(_minus, stats.stages, before))
         step = Step(seconds, stats.output_tokens - tokens, ended, stages)
         self.steps.append(step)
-        if len(self.steps) % 4 == 1:
+        if self._meter is not None and len(self.steps) % 4 == 1:
             self._meter.sample()
         return step
 
@@ -160,7 +160,7 @@ def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
 def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
     def middle(name: str) -> float:
         totals = [sum(getattr(step.stages[stage], name) for step in one) for one in rounds]
-        return statistics.median(totals)
+        return float(statistics.median(totals))
 
     return StageTimes(
         stage,
@@ -189,7 +189,9 @@ def _read_rate(storage: Storage, blocks: Sequence[Block], seconds: float) -> flo
     done = 0
     try:
         started = time.perf_counter()
-        under_way = [storage.load(blocks[0].file, blocks[0].data_offset, dests[0][: blocks[0].nbytes])]
+        under_way = [
+            storage.load(blocks[0].file, blocks[0].data_offset, dests[0][: blocks[0].nbytes])
+        ]
         for i, block in enumerate(blocks):
             if i + 1 < len(blocks):
                 following = blocks[i + 1]
@@ -237,29 +239,43 @@ def _synchronize(places: Sequence[torch.device]) -> None:
         torch.cuda.synchronize(place)
 
 
+def memory_cgroup(own: str, root: Path) -> tuple[Path, str]:
+    """The memory cgroup that /proc/self/cgroup (`own`) names, and the file that holds its limit."""
+    places = [line.split(":", 2)[1:] for line in own.splitlines()]
+    for controllers, path in places:
+        if "memory" in controllers.split(","):
+            return root / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
+    unified = next(path for controllers, path in places if not controllers)
+    return root / unified.lstrip("/"), "memory.max"
+
+
 @contextmanager
-def host_memory_cap(nbytes: int | None) -> Iterator[None]:
+def host_memory_cap(
+    nbytes: int | None,
+    root: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),
+) -> Iterator[None]:
     """Hold this process and all that it starts to `nbytes` of host memory, page cache included.
 
-    Needs root and a writable cgroup v2 at /sys/fs/cgroup.
+    By a cgroup inside this process's own, which only root may make. Raises HeadraceError.
     """
     if nbytes is None:
         yield
         return
-    root = Path("/sys/fs/cgroup")
-    group = root / f"headrace-bench-{os.getpid()}"
+    parent, limit = memory_cgroup(own.read_text(), root)
+    group = parent / f"headrace-bench-{os.getpid()}"
     try:
-        if "memory" not in (root / "cgroup.subtree_control").read_text().split():
-            (root / "cgroup.subtree_control").write_text("+memory")
         group.mkdir()
-        (group / "memory.max").write_text(str(nbytes))
+        (group / limit).write_text(str(nbytes))
         (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError as error:
+        with suppress(OSError):
+            group.rmdir()
         raise HeadraceError(f"cannot cap host memory by {group}: {error}") from error
     try:
         yield
     finally:
-        (root / "cgroup.procs").write_text(str(os.getpid()))
+        (parent / "cgroup.procs").write_text(str(os.getpid()))
         try:
             group.rmdir()
         except OSError as error:

@@ -1,60 +1,69 @@
-"""What converting and running really take in memory, against what the plan says.
+"""What converting and running take in memory, against what the plan says.
 
-    python benchmarks/memory.py [--layers 27] [--format nf4] [--format keep] [--device-memory 600MB]
+    python benchmarks/memory.py [--layers 28] [--device-memory 600MB] [--directory /mnt/nvme]
 
-Writes a random bf16 Llama checkpoint (hidden 2048, 4 GB by default) under --directory, converts it
-in a process of its own, runs a few rows on CPU stages and deletes everything. Sampled every 20 ms:
-the resident memory of the converting process and of each stage; the plan's share is what it counts
-as device, host layers, embedding and process.
+Writes a random bf16 Llama checkpoint (hidden 2048, 4 GB by default), converts it in a process of
+its own to each format, runs a few rows on CPU stages and deletes everything. Resident memory is
+sampled every 20 ms. A stage should take what the plan counts as device, host layers, embedding and
+process.
 """
 
 import argparse
-import json
 import multiprocessing
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Self
 
 import psutil
-import torch
+from random_store import write_checkpoint
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
+from shapes import config_of
 
 from headrace.cluster.llm import LLM
 from headrace.runtime.convert import convert
 from headrace.scheduler.request import SamplingParams
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 8192, 32000
-HEADS, KV_HEADS = 32, 8
-MB = 1e6
-TOKENIZER = Path(__file__).parents[1] / "examples" / "stories-9m"
+SHAPE = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 32000,
+}
+PROMPT = list(range(5, 205))
+STAGE = "StageActor"
+"""In the title that Ray gives a stage's process."""
 
 
 class Peaks:
-    """The highest resident memory of each process that looks like `title`, below `root`."""
+    """The highest resident memory of the processes below this one whose title holds `title`."""
 
-    def __init__(self, root: psutil.Process, title: str) -> None:
-        self._root, self._title = root, title
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._highest: dict[int, int] = {}
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def _sample(self) -> None:
+    def _run(self) -> None:
         while not self._stopping.wait(0.02):
-            for process in [self._root, *self._root.children(recursive=True)]:
+            for process in psutil.Process().children(recursive=True):
                 try:
                     if self._title in " ".join(process.cmdline()):
-                        now = process.memory_info().rss
-                        self._highest[process.pid] = max(now, self._highest.get(process.pid, 0))
+                        self._note(process)
                 except psutil.Error:
                     continue
 
-    def __enter__(self) -> "Peaks":
+    def _note(self, process: psutil.Process) -> None:
+        now = process.memory_info().rss
+        self._highest[process.pid] = max(now, self._highest.get(process.pid, 0))
+
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -63,117 +72,91 @@ class Peaks:
         self._thread.join()
 
     @property
-    def bytes(self) -> list[int]:
-        """In the order in which the processes were first seen."""
-        return list(self._highest.values())
+    def highest(self) -> list[int]:
+        """By process, in the order of their ids, which is that of their start."""
+        return [self._highest[pid] for pid in sorted(self._highest)]
 
 
-def write_checkpoint(path: Path, layers: int) -> int:
-    """A random model, a file a layer; its bytes."""
-    path.mkdir(parents=True)
-    head_dim = HIDDEN // HEADS
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 4096,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, path / name)
-    key_rows = KV_HEADS * head_dim
-    matrices = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (key_rows, HIDDEN),
-        "self_attn.v_proj": (key_rows, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    }
-    places: dict[str, str] = {}
-
-    def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        tensors = {
-            name: torch.empty(shape, dtype=torch.bfloat16).normal_(1.0 if len(shape) == 1 else 0.0, 0.02)
-            for name, shape in shapes.items()
-        }
-        save_file(tensors, path / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(shapes, file))
-
-    for i in range(layers):
-        prefix = f"model.layers.{i}."
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{prefix}{name}.weight": shape for name, shape in matrices.items()
-        }
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (HIDDEN,)
-        save(f"model-{i:05}.safetensors", shapes)
-    save(
-        "model-outside.safetensors",
-        {
-            "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
-            "lm_head.weight": (VOCABULARY, HIDDEN),
-            "model.norm.weight": (HIDDEN,),
-        },
-    )
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
-def converting(source: Path, dest: Path, fmt: str) -> tuple[int, int, float]:
-    """Resident bytes of the process before and at most while it converts, and seconds."""
-    context = multiprocessing.get_context("spawn")
-    parent, child = context.Pipe()
-    process = context.Process(target=_convert, args=(source, dest, fmt, child))
-    process.start()
-    before, peak, seconds = parent.recv()
-    process.join()
-    return before, peak, seconds
-
-
-def _convert(source: Path, dest: Path, fmt: str, answer: "multiprocessing.connection.Connection") -> None:
+def _convert(source: Path, dest: Path, fmt: str, answer: Connection) -> None:
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
-    with Peaks(psutil.Process(), "") as peaks:
-        convert(source, dest, format=fmt)
-    answer.send((before, max(peaks.bytes), time.perf_counter() - start))
+    answer.send(before)
+    convert(source, dest, format=fmt)
+    answer.send(time.perf_counter() - start)
 
 
-def running(store: Path, arguments: argparse.Namespace, table: Table) -> None:
-    """A few rows on all stages; one line a stage."""
+def measure_conversion(source: Path, dest: Path, fmt: str, table: Table) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_convert, args=(source, dest, fmt, theirs))
+    with Peaks("spawn_main") as peaks:
+        process.start()
+        before, seconds = ours.recv(), ours.recv()
+    process.join()
+    size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
+    highest = max(peaks.highest)
+    table.add_row(dest.name, gb(size), gb(before), gb(highest), f"{seconds:.0f} s")
+
+
+def measure_run(store: Path, arguments: argparse.Namespace, table: Table) -> None:
+    """One line a stage."""
+    prompts = [[i, *PROMPT] for i in range(arguments.rows)]
+    params = SamplingParams(temperature=0.0, max_tokens=arguments.tokens, ignore_eos=True)
     with (
-        Peaks(psutil.Process(), "ray::") as peaks,
+        Peaks(STAGE) as peaks,
         LLM(
             store,
             stages=arguments.stages,
             device="cpu",
             device_memory=arguments.device_memory,
-            host_memory="0",
+            host_memory=arguments.host_memory,
             context=512,
         ) as llm,
     ):
-        workers = _stage_pids(arguments.stages)
-        prompts = [[5 + i] * 40 for i in range(arguments.rows)]
         start = time.perf_counter()
-        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=arguments.tokens, ignore_eos=True))
+        llm.generate(prompts, params)
         seconds = time.perf_counter() - start
-        memory, pages = llm.plan.memory, llm.plan.num_pages
-    peaks_of = [peaks.of(pid) for pid in workers]
-    for stage, (plan, real) in enumerate(zip(memory, peaks_of, strict=True)):
-        said = plan.device + plan.host_layers + plan.embed + plan.process
+        memory = llm.plan.memory
+    for stage, (plan, real) in enumerate(zip(memory, peaks.highest, strict=True)):
+        parts = (plan.device, plan.host_layers, plan.embed, plan.process)
+        said = sum(parts)
         table.add_row(
-            store.name,
-            str(stage),
-            *(f"{n / MB:.0f}" for n in (plan.device, plan.host_layers, plan.embed, plan.process)),
-            f"{said / MB:.0f}",
-            f"{real / MB:.0f}",
+            f"{store.name}, stage {stage}",
+            *map(gb, (*parts, said, real)),
             f"{real / said - 1:+.1%}",
-            f"{seconds:.0f} s, {pages} pages",
+            f"{seconds:.0f} s",
         )
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--formats", default="nf4,keep", help="with commas between")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--device-memory", default="600MB", help="per stage")
+    parser.add_argument("--host-memory", default="0", help="per stage")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4, help="to generate for each row")
+    parser.add_argument("--directory", type=Path, help="where the files go (default: $TMPDIR)")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="headrace-bench-", dir=arguments.directory))
+    conversions = Table("store", "bytes", "before", "peak", "time", title="Converting, GB resident")
+    runs = Table("stage", "device", "host layers", "embed", "process", title="Running, GB resident")
+    for name in ("plan", "peak", "off by", "time"):
+        runs.add_column(name)
+    try:
+        write_checkpoint(folder / "checkpoint", config_of("llama-8b", arguments.layers) | SHAPE)
+        for fmt in arguments.formats.split(","):
+            measure_conversion(folder / "checkpoint", folder / fmt, fmt, conversions)
+            measure_run(folder / fmt, arguments, runs)
+            shutil.rmtree(folder / fmt)
+    finally:
+        shutil.rmtree(folder)
+    Console().print(conversions, runs)
+
+
+if __name__ == "__main__":
+    main()

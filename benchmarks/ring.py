@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from local import Breakdown, InlinePipeline, local_engine, profile_passes
+from local import Breakdown, InlinePipeline, breakdown_table, local_engine, profile_passes
 from measure import (
     GIGA,
     DeviceMeter,
@@ -49,6 +49,7 @@ from headrace.cluster.engine import Engine
 from headrace.cluster.launch import EngineOptions, resolve_device, running_engine
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import PAGE_TOKENS
 
@@ -102,6 +103,11 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
             yield Case(stages, tier, placement)
 
 
+def context_of(arguments: argparse.Namespace) -> int:
+    """A page more than a sequence needs: admission leaves some free, so without any it admits fewer."""
+    return (pages_for(arguments.prompt + arguments.new) + 1) * PAGE_TOKENS
+
+
 def options_of(arguments: argparse.Namespace, case: Case, store: Store) -> EngineOptions:
     layers = sum(block.nbytes for block in store.layers)
     host = arguments.host_memory if arguments.host_memory is not None else layers
@@ -119,7 +125,7 @@ def options_of(arguments: argparse.Namespace, case: Case, store: Store) -> Engin
         max_sequences=-(-arguments.batch // groups),
         micro_batches=arguments.micro_batches,
         resident_layers=None if case.tier == "device" else arguments.resident_layers,
-        context=arguments.prompt + arguments.new,
+        context=context_of(arguments),
         storage=arguments.storage,
     )
 
@@ -149,8 +155,8 @@ def run_case(arguments: argparse.Namespace, case: Case, store: Store) -> dict[st
     disk = disk_gbps(store.layers)
     copy = copy_gbps(device, case.stages, max(block.nbytes for block in store.layers))
     options, meter = options_of(arguments, case, store), DeviceMeter()
-    if arguments.local:
-        torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+    if meter.base:
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     with open_engine(arguments, options) as engine:
         ready = time.perf_counter() - started
@@ -178,7 +184,7 @@ def run_case(arguments: argparse.Namespace, case: Case, store: Store) -> dict[st
 
 def check_room(plan: Plan, arguments: argparse.Namespace) -> None:
     """The planner keeps no KV for sequences that would not raise the throughput."""
-    room = plan.num_pages // -(-(arguments.prompt + arguments.new) // PAGE_TOKENS)
+    room = plan.num_pages * PAGE_TOKENS // context_of(arguments)
     if room < arguments.batch:
         raise HeadraceError(
             f"the plan has KV for {room} sequences at once: use --batch {room}, or more memory"
@@ -252,32 +258,13 @@ def table(results: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> T
 def run_profile(arguments: argparse.Namespace, case: Case, store: Store) -> Breakdown:
     """Two passes of decodes only, by one stage in this thread."""
     with local_engine(options_of(arguments, case, store), InlinePipeline) as engine:
-        driver = Driver(engine, DeviceMeter())
+        driver = Driver(engine)
         driver.add(random_prompts(arguments.batch, arguments.prompt), arguments.new)
         while driver.step().committed < arguments.batch:
             if not engine.has_work:
                 raise HeadraceError("no pass decodes all sequences; give more new tokens")
         driver.step()
         return profile_passes(driver.step, PROFILED, arguments.profile)
-
-
-def print_breakdown(console: Console, case: Case, found: Breakdown) -> None:
-    passes = found.passes
-    console.print(
-        f"{case.name}, per pass: {found.wall / passes:.4f} s in all, "
-        f"{found.kernels_busy / passes:.4f} s kernels, {found.copies_busy / passes:.4f} s copies in"
-    )
-    rows = Table()
-    for name in ("kernel", "calls a pass", "ms a pass", "share"):
-        rows.add_column(name, justify="left" if name == "kernel" else "right")
-    for kernel in found.top:
-        rows.add_row(
-            kernel.name[:90],
-            f"{kernel.calls / passes:.0f}",
-            f"{kernel.seconds / passes * 1e3:.3f}",
-            f"{kernel.seconds / found.wall:.1%}",
-        )
-    console.print(rows)
 
 
 def main() -> None:
@@ -294,7 +281,7 @@ def main() -> None:
         for case in cases(arguments):
             try:
                 if arguments.profile:
-                    print_breakdown(console, case, run_profile(arguments, case, store))
+                    console.print(breakdown_table(case.name, run_profile(arguments, case, store)))
                     continue
                 results.append(run_case(arguments, case, store))
             except HeadraceError as error:
@@ -307,4 +294,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HeadraceError as error:
+        raise SystemExit(str(error)) from None

@@ -119,6 +119,6 @@ def explained(path: Path, verb: str) -> Iterator[None]:
         message = f"cannot {verb} {path}: {error.strerror}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += ". Every finished row is safe: make room and repeat the command to go on"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOENT):
             message += ": choose an --output that you may write"
         raise JobError(message) from error

@@ -4,9 +4,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode

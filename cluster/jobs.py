@@ -10,9 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
-
-from typing_extensions import Self
+from typing import Protocol, Self
 
 from headrace.cluster import answers
 from headrace.cluster.completion import Completion
@@ -84,6 +82,8 @@ class JobFiles:
     ) -> None:
         self.path, self.model_digest, self.defaults = source, model_digest, defaults
         self.source: Input = open_input(source)
+        if output.exists() and output.samefile(source):
+            raise JobError(f"--output {output} is the --input: choose another --output")
         identity = JobIdentity(model_digest, self.source.digest, asdict(defaults))
         self.journal = Journal(output, identity)
 

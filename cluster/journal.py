@@ -35,9 +35,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 from headrace.cluster.append_file import AppendFile, frame
 from headrace.scheduler.errors import JobError

@@ -35,6 +35,10 @@ START_SECONDS = 180.0
 """How long stage processes may take to start; loading weights has its own, longer deadline."""
 
 
+OVERHEAD_BYTES = 64 << 20
+"""What a stage process takes besides what is counted: allocator arenas, buffers of Ray and links."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
@@ -102,7 +106,9 @@ def ray_cluster(options: EngineOptions, device: str) -> Iterator[None]:
     # Ray would point the workers of a driver started by `uv run` at a fresh environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     arguments: dict[str, Any] = {"address": options.address}
-    if options.address is None:
+    if options.address is not None:
+        _knock(options.address)
+    else:
         cores = max(options.stages, os.cpu_count() or 1)
         arguments = {"address": "local", "num_cpus": cores, "include_dashboard": False}
     try:
@@ -121,6 +127,20 @@ def ray_cluster(options: EngineOptions, device: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """HeadraceError when nothing listens at "host:port", for which Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10.0).close()
+    except OSError as error:
+        raise HeadraceError(
+            f"cannot reach --address {address}: {error.strerror or error}. Is the cluster up (ray "
+            "status), and is this its GCS port (6379 by default)?"
+        ) from error
 
 
 @contextmanager
@@ -146,7 +166,7 @@ def stage_actors(options: EngineOptions, device: str, model: str) -> Iterator[li
             )
         remote = ray.remote(StageActor)
         for i in range(options.stages):
-            name = f"stage {i + 1}/{options.stages} {model}"
+            name = f"stage {i} of {options.stages}, {model}"  # numbered as in every message
             actors.append(
                 remote.options(
                     num_cpus=1,
@@ -180,7 +200,7 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
             Budget(
                 device_memory=free if options.device_memory is None else options.device_memory,
                 host_memory=spare if options.host_memory is None else options.host_memory,
-                process_bytes=discovery.process,
+                process_bytes=discovery.process + OVERHEAD_BYTES,
             )
         )
     return result

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.launch import EngineOptions, running_engine

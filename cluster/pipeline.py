@@ -98,8 +98,11 @@ class RayPipeline:
 
     def submit(self, a_pass: Pass) -> Pending:
         payload = encode(a_pass)
-        name = f"pass {a_pass.step}"
-        refs = [actor.run.options(name=name).remote(payload) for actor in self._actors]
+        # Names show in ps and on the dashboard. Ray keeps statistics by name, so there are few.
+        refs = [
+            actor.run.options(name=f"stage {i}").remote(payload)
+            for i, actor in enumerate(self._actors)
+        ]
         return _RayPending(refs, self._deadline, a_pass.step)
 
     def close(self) -> None:

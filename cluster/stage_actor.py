@@ -12,6 +12,7 @@ import torch
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.link import Rendezvous, connect
 from headrace.runtime.probe import probe_device
+from headrace.runtime.skeleton import Skeleton, load_config
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.scheduler.inputs import DeviceProfile
 from headrace.scheduler.plan import Pass
@@ -32,6 +33,7 @@ class Discovery:
 def discover(device: str, store: str) -> Discovery:
     """Look at the device, the memory and the drive. Seconds the first time, then remembered."""
     profile = probe_device(torch.device(device), Path(store))
+    Skeleton(load_config(store), torch.float32)  # its code stays in memory, and so is counted
     host_free = psutil.virtual_memory().available
     cuda = device.startswith("cuda")
     return Discovery(

@@ -4,7 +4,8 @@ A query at position p sees the keys at positions (p - window, p] of its own sequ
 causal and sliding-window masks.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +39,22 @@ class Batch:
     page_table: Tensor
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
+    _decodes: "dict[tuple[int | None, int], list[_Decodes]]" = field(default_factory=dict)
+
+    @cached_property
+    def page_offsets(self) -> tuple[Tensor, Tensor]:
+        """`token_slots` as pages [T] and offsets in them [T]."""
+        return self.token_slots // PAGE_TOKENS, self.token_slots % PAGE_TOKENS
+
+    def decodes(self, window: int | None, width: int) -> "list[_Decodes]":
+        """The sequences with one query each in groups; alike for all layers of a kind.
+
+        `width` is the elements that one key takes over all query heads.
+        """
+        key = window, width
+        if key not in self._decodes:
+            self._decodes[key] = list(_group_decodes(self, window, width))
+        return self._decodes[key]
 
     @cached_property
     def min_query(self) -> int:
@@ -159,62 +176,83 @@ def paged_attention(
 
 
 def _write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:
-    page, offset = batch.token_slots // PAGE_TOKENS, batch.token_slots % PAGE_TOKENS
+    page, offset = batch.page_offsets
     kv.k[page, :, offset] = k.to(kv.k.dtype)
     kv.v[page, :, offset] = v.to(kv.v.dtype)
 
 
 def _attend(q: Tensor, kv: LayerKV, batch: Batch, rule: Rule) -> Tensor:
     out = q.new_empty(*q.shape[:2], kv.v.shape[-1])
-    starts = batch.query_start.tolist()
-    decodes: dict[int, list[int]] = {}
-    for sequence, (length, context) in enumerate(zip(batch.lengths, batch.contexts, strict=True)):
-        if length == 1:
-            pages = -(-context // PAGE_TOKENS) - _first_page(context - 1, rule)
-            decodes.setdefault(pages, []).append(sequence)
-        else:
-            rows = slice(starts[sequence], starts[sequence] + length)
+    start = 0
+    for sequence, length in enumerate(batch.lengths):
+        if length > 1:
+            rows = slice(start, start + length)
             out[rows] = _attend_slice(q[rows], kv, batch, sequence, rule)
-    # Sequences that see equally many pages go together, without padding: batching saves calls and
-    # changes no result.
-    for pages, members in decodes.items():
-        at_once = max(1, _SCORES // (pages * PAGE_TOKENS * q.shape[1] * kv.k.shape[-1]))
-        for i in range(0, len(members), at_once):
-            some = torch.tensor(members[i : i + at_once])
-            rows_ = batch.query_start[some].long()
-            out[rows_] = _attend_decodes(q[rows_], kv, batch, some, pages, rule)
+        start += length
+    for group in batch.decodes(rule.sliding_window, q.shape[1] * kv.k.shape[-1]):
+        out[group.rows] = _attend_decodes(q[group.rows], kv, group, rule)
     return out
 
 
-def _first_page(position: int, rule: Rule) -> int:
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """One query of each of G sequences that see equally many pages, n.
+
+    rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  stale
+    [G, 1, 64, 1]: keys of the last page past the context's end.  visible [G, 1, n * 64].
+    """
+
+    rows: Tensor
+    table: Tensor
+    stale: Tensor
+    visible: Tensor
+
+
+def _group_decodes(batch: Batch, window: int | None, width: int) -> Iterator[_Decodes]:
+    """Without padding: batching saves calls and changes no result."""
+    alike: dict[int, list[int]] = {}
+    for sequence, (length, context) in enumerate(zip(batch.lengths, batch.contexts, strict=True)):
+        if length == 1:
+            pages = -(-context // PAGE_TOKENS) - _first_page(context - 1, window)
+            alike.setdefault(pages, []).append(sequence)
+    for pages, members in alike.items():
+        at_once = max(1, _SCORES // (pages * PAGE_TOKENS * width))
+        for i in range(0, len(members), at_once):
+            yield _decode_group(batch, torch.tensor(members[i : i + at_once]), pages, window)
+
+
+def _decode_group(batch: Batch, members: Tensor, pages: int, window: int | None) -> _Decodes:
+    position = batch.context[members].long() - 1  # [G]
+    first = position // PAGE_TOKENS + 1 - pages
+    table = batch.page_table[members[:, None], first[:, None] + torch.arange(pages)].long()
+    keys = first[:, None] * PAGE_TOKENS + torch.arange(pages * PAGE_TOKENS)  # [G, n * 64]
+    return _Decodes(
+        rows=batch.query_start[members].long(),
+        table=table,
+        stale=(keys > position[:, None])[:, None, -PAGE_TOKENS:, None],
+        visible=_visible(position[:, None], keys, window),
+    )
+
+
+def _first_page(position: int, window: int | None) -> int:
     """The first page that a query at `position` sees."""
-    window = rule.sliding_window
     return 0 if window is None else max(0, position - window + 1) // PAGE_TOKENS
 
 
-def _attend_decodes(
-    q: Tensor, kv: LayerKV, batch: Batch, members: Tensor, pages: int, rule: Rule
-) -> Tensor:
-    """One query of each of G sequences that see `pages` pages each. [G, heads, v_dim]."""
-    position = batch.context[members].long() - 1  # [G]
-    first = position // PAGE_TOKENS + 1 - pages
-    columns = first[:, None] + torch.arange(pages)
-    table = batch.page_table[members[:, None], columns].long()  # [G, pages]
-    k, v = _gather(kv.k, table, q.dtype), _gather(kv.v, table, q.dtype)
-    keys = first[:, None] * PAGE_TOKENS + torch.arange(pages * PAGE_TOKENS)  # [G, L]
+def _attend_decodes(q: Tensor, kv: LayerKV, group: _Decodes, rule: Rule) -> Tensor:
+    """[G, heads, k_dim] to [G, heads, v_dim]."""
+    k, v = _gather(kv.k, group.table, q.dtype), _gather(kv.v, group.table, q.dtype)
     # What an earlier owner left behind a context's end may be anything, and 0 * nan is nan.
-    stale = (keys > position[:, None])[:, None, -PAGE_TOKENS:, None]
-    k[:, :, -PAGE_TOKENS:].masked_fill_(stale, 0)
-    v[:, :, -PAGE_TOKENS:].masked_fill_(stale, 0)
-    visible = _visible(position[:, None], keys, rule)  # [G, 1, L]
-    return _softmax_attention(q[:, None], k, v, visible, rule)[:, 0]
+    k[:, :, -PAGE_TOKENS:].masked_fill_(group.stale, 0)
+    v[:, :, -PAGE_TOKENS:].masked_fill_(group.stale, 0)
+    return _softmax_attention(q[:, None], k, v, group.visible, rule)[:, 0]
 
 
 def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rule) -> Tensor:
     """Several consecutive queries of one sequence, a block at a time. [n, heads, v_dim]."""
     context = batch.contexts[sequence]
     start = context - q.shape[0]
-    first = _first_page(start, rule)
+    first = _first_page(start, rule.sliding_window)
     table = batch.page_table[sequence : sequence + 1, first : -(-context // PAGE_TOKENS)].long()
     base = first * PAGE_TOKENS
     k, v = _gather(kv.k, table, q.dtype), _gather(kv.v, table, q.dtype)
@@ -223,10 +261,10 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
     for i in range(0, q.shape[0], step):
         block = q[i : i + step]
         positions = torch.arange(start + i, start + i + block.shape[0])
-        low = _first_page(start + i, rule) * PAGE_TOKENS
+        low = _first_page(start + i, rule.sliding_window) * PAGE_TOKENS
         high = start + i + block.shape[0]
         seen = slice(low - base, high - base)
-        visible = _visible(positions[None], torch.arange(low, high)[None], rule)
+        visible = _visible(positions[None], torch.arange(low, high)[None], rule.sliding_window)
         part = _softmax_attention(block[None], k[:, :, seen], v[:, :, seen], visible, rule)
         out[i : i + step] = part[0]
     return out
@@ -240,11 +278,11 @@ def _gather(pages: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     return picked.view(table.shape[0], heads, -1, pages.shape[-1]).to(dtype)
 
 
-def _visible(queries: Tensor, keys: Tensor, rule: Rule) -> Tensor:
+def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """Positions [G, n] and [G, L] to a mask [G, n, L], true where the query sees the key."""
     distance = queries[:, :, None] - keys[:, None, :]
     visible = distance >= 0
-    return visible if rule.sliding_window is None else visible & (distance < rule.sliding_window)
+    return visible if window is None else visible & (distance < window)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rule: Rule) -> Tensor:

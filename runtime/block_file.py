@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import xxhash
-from typing_extensions import Self
 
 from headrace.runtime.store import ALIGN_BLOCK, ALIGN_TENSOR, TensorSpec
 from headrace.scheduler.errors import StoreError

@@ -283,7 +283,14 @@ def _config(
 
 def _quantization(fmt: str, plans: Mapping[str, WeightPlan], dtype: str) -> dict[str, Any]:
     if fmt == "int8":
-        return {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            # Only weights are int8 here. bitsandbytes rounds activations, too, except in columns
+            # above the threshold: below every activation, it multiplies by the weights as they are.
+            "llm_int8_threshold": 1e-3,
+        }
     double_quant = any(
         part.role == "nested_absmax" for plan in plans.values() for part in plan.parts
     )

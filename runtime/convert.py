@@ -84,7 +84,7 @@ def convert(
     if not (checkpoint.has_tokenizer or allow_missing_tokenizer):
         raise StoreError(
             f"{source} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
-            "store cannot read or write text; copy it there, or allow a missing tokenizer to feed "
+            "store cannot read or write text; copy it there, or say --allow-missing-tokenizer to feed "
             "token ids"
         )
     identity = {

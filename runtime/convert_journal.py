@@ -3,9 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 from headrace.runtime.block_file import write_durably
 from headrace.runtime.store import JOURNAL

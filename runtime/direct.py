@@ -10,9 +10,9 @@ import queue
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
-from typing_extensions import Self
 
 from headrace.runtime.loads import CopyStream, Load, PendingLoad
 from headrace.runtime.store import ALIGN_BLOCK

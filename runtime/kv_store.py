@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS

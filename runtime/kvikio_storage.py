@@ -6,10 +6,9 @@ import tempfile
 import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from headrace.runtime.loads import Load, queued_work
 from headrace.runtime.store import ALIGN_BLOCK

@@ -5,7 +5,6 @@ output rows is dequantized into a reused scratch buffer and multiplied there.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from functools import cache
 from math import gcd, prod
 
@@ -107,24 +106,22 @@ class Weight(ABC):
         if transposed:
             out = _product(x, self.dense(x.dtype, scratch).mT)
             return out if bias is None else out + bias
-        runs = list(self._runs(x.dtype, scratch))
-        if len(runs) == 1:
+        count, step = self.shape[0], self._rows_at_once(x.dtype, scratch)
+        if step >= count:
             return _product(x, self.dense(x.dtype, scratch), bias)
-        out = x.new_empty(*x.shape[:-1], self.shape[0])
-        for start, stop in runs:
+        out = x.new_empty(*x.shape[:-1], count)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
             piece = self.rows(start, stop).dense(x.dtype, scratch)
             out[..., start:stop] = _product(x, piece, None if bias is None else bias[start:stop])
         return out
 
-    def _runs(self, dtype: torch.dtype, scratch: Scratch | None) -> Iterator[tuple[int, int]]:
-        """Runs of rows that fit the scratch; one run when they need none or all fit."""
-        count = self.shape[0]
-        step = count
-        if scratch is not None and scratch.elements and dtype == scratch.dtype != self.dtype:
-            fit = scratch.elements // prod(self.shape[1:])
-            step = max(fit // self.row_multiple, 1) * self.row_multiple
-        for start in range(0, count, step):
-            yield start, min(start + step, count)
+    def _rows_at_once(self, dtype: torch.dtype, scratch: Scratch | None) -> int:
+        """Rows that fit the scratch; all when they need none."""
+        if scratch is None or not scratch.elements or dtype != scratch.dtype or dtype == self.dtype:
+            return self.shape[0]
+        fit = scratch.elements // self.shape[1:].numel()
+        return max(fit // self.row_multiple, 1) * self.row_multiple
 
 
 class RawWeight(Weight):

@@ -137,7 +137,16 @@ def _rate(
 
 
 def _measure_cpu(disk: DiskReading) -> DeviceProfile:
-    """float32, by the threads that torch is set to."""
+    """float32, by all cores that this process may use, whatever torch is set to at the moment."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        return _measure_cores(disk)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure_cores(disk: DiskReading) -> DeviceProfile:
     size = 512
     a, b = torch.randn(size, size), torch.randn(size, size)
     result = torch.empty(size, size)

@@ -19,12 +19,13 @@ Row = tuple[int, int, Sampling]
 """(request, position of the token to draw, how)."""
 
 _GREEDY_BELOW = 1e-5  # vLLM's limit: a smaller temperature is greedy
-_ELEMENTS = 1 << 23  # float64 probabilities drawn from at once: 64 MiB a copy
 _MASK = (1 << 64) - 1
 
 
-def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
+def sample(logits: Tensor, rows: Sequence[Row], at_once: int = 64) -> list[Sample]:
     """Draw one token a row from `logits` [R, vocabulary] float32, which is left as it is.
+
+    Rows that are not greedy are drawn `at_once` at a time, in some 64 bytes per logit of them.
 
     -inf marks a token as impossible. Ties go to the lowest id when greedy; top-k and top-p keep
     all of equal logits at their edge. `top` holds the k most likely tokens by raw logits.
@@ -39,7 +40,6 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sample]:
     top_score, tokens = scores.max(dim=-1)  # nan wins; among equals the first does
     drawn = [i for i, (_, _, how) in enumerate(rows) if how.temperature >= _GREEDY_BELOW]
     for width, members in _by_width(rows, drawn).items():
-        at_once = max(1, _ELEMENTS // logits.shape[1])
         for i in range(0, len(members), at_once):
             some = members[i : i + at_once]
             index = _to(torch.tensor(some), logits.device)

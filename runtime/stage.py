@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from typing_extensions import Self
 
 from headrace.runtime.attention import Batch
 from headrace.runtime.kv_store import KVStore
@@ -22,6 +21,7 @@ from headrace.runtime.streamer import Streamer, wait_clock
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, Sample, StageTimes
+
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
@@ -183,11 +183,12 @@ class Stage:
     def _sample(self, travel: _Travel, x: torch.Tensor) -> list[Sample]:
         pieces = [piece for piece in travel.micro_batch.slices if piece.sampling is not None]
         rows = [(p.request, p.end, p.sampling) for p in pieces if p.sampling is not None]
-        samples, step = [], self._plan.logit_rows
-        for start in range(0, len(rows), step):
-            chosen = travel.prepared.batch.sample_rows[start : start + step]
+        samples, plan = [], self._plan
+        for start in range(0, len(rows), plan.logit_rows):
+            chosen = travel.prepared.batch.sample_rows[start : start + plan.logit_rows]
             logits = self._model.logits(x.index_select(0, chosen))
-            samples += sample(logits, rows[start : start + step])
+            some = rows[start : start + plan.logit_rows]
+            samples += sample(logits, some, plan.sample_rows)
         return samples
 
     def _finish(self) -> None:

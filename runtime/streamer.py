@@ -5,10 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
-from typing_extensions import Self
 
 from headrace.runtime.loads import Load, Storage
 from headrace.runtime.store import Block

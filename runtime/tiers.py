@@ -5,10 +5,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
-from typing_extensions import Self
 
 from headrace.runtime.loads import CopyStream, Load, Storage, queued_work
 from headrace.runtime.store import ALIGN_BLOCK, Block

@@ -6,11 +6,14 @@ from dataclasses import dataclass, replace
 from headrace.scheduler.inputs import Budget, ModelShape
 from headrace.scheduler.placement import Placement, StageMemory, Tier, Visit, spread
 
-LOGIT_ROWS = 64
+LOGIT_ROWS = 256
 """The head turns at most this many rows into logits at a time, and fewer in smaller passes."""
 
-LOGIT_BYTES = 72
-"""Per logit while a row is sampled: float32, and in float64 scaled, sorted, summed and masked."""
+LOGIT_BYTES = 6
+"""Per logit: the head's own type and float32."""
+
+SAMPLE_BYTES = 72
+"""Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,11 @@ class Layout:
 
     @property
     def logit_rows(self) -> int:
-        return max(1, min(LOGIT_ROWS, self.token_budget // 32))
+        return max(1, min(LOGIT_ROWS, self.token_budget // 16))
+
+    @property
+    def sample_rows(self) -> int:
+        return max(2, self.logit_rows // 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +65,14 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
     A layer holds per token of its micro-batch about six rows of the hidden size (residual, normed
     input, query, key and value, attention output, projection) and three of the MLP (gate, up and
     their product). Hidden states of the other micro-batches wait between visits, once in a buffer
-    to receive and once in one to send. Logits are sampled a few rows at a time; attention works
-    tile by tile.
+    to receive and once in one to send. Logits are made and sampled a few rows at a time; attention
+    works tile by tile.
     """
     columns = 6 * shape.hidden_size + 3 * shape.intermediate_size
     layer = layout.micro_batch_tokens * columns * shape.compute_bytes
     waiting = 2 * layout.token_budget * shape.hidden_size * shape.compute_bytes
-    logits = layout.logit_rows * shape.vocab_size * LOGIT_BYTES if has_head else 0
-    return layer + waiting + logits
+    a_logit = layout.logit_rows * LOGIT_BYTES + layout.sample_rows * SAMPLE_BYTES
+    return layer + waiting + (a_logit * shape.vocab_size if has_head else 0)
 
 
 def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:

@@ -142,7 +142,7 @@ class Plan:
     `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages with the same ids on every
     stage; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
-    at a time; `passes_in_flight` passes.
+    at a time, sampled `sample_rows` at a time; `passes_in_flight` passes.
     """
 
     placement: Placement
@@ -155,6 +155,7 @@ class Plan:
     micro_batches: int
     micro_batch_tokens: int
     logit_rows: int
+    sample_rows: int
     passes_in_flight: int
     memory: tuple[StageMemory, ...]
     nvme_bytes_a_pass: tuple[int, ...]

@@ -44,7 +44,7 @@ WORTH_IT = 1.02
 ENOUGH_SEQUENCES = 16
 """With KV for this many sequences beside the whole model, nothing is streamed."""
 
-ACTIVATIONS_SHARE = 16
+ACTIVATIONS_SHARE = 8
 """Passes are cut until activations take at most one part in so many of the device budget."""
 
 
@@ -264,6 +264,7 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         micro_batches=layout.micro_batches,
         micro_batch_tokens=layout.micro_batch_tokens,
         logit_rows=layout.logit_rows,
+        sample_rows=layout.sample_rows,
         passes_in_flight=layout.passes_in_flight,
         memory=filling.memory,
         nvme_bytes_a_pass=nvme,

@@ -150,7 +150,7 @@ def _smaller_format(case: _Case) -> Iterator[str]:
         -int(-parameters * NF4_BITS / 8 // ALIGNMENT) * ALIGNMENT
         for parameters in shape.layer_parameters
     )
-    if max(sizes) < max(shape.layer_bytes):
+    if max(sizes) < 0.9 * max(shape.layer_bytes):  # else it is in four bits already
         need = _need(replace(case, shape=replace(shape, layer_bytes=sizes, needs_scratch=True)))
         yield (
             f"a store in nf4 (about {format_size(max(sizes), up=True)} a layer instead of"

@@ -157,7 +157,7 @@ def _fitted(setting: Setting) -> str:
         return f"{text}, and all of it stayed there."
     sources = ((sum(plan.nvme_bytes_a_pass), "NVMe"), (sum(plan.host_bytes_a_pass), "host memory"))
     parts = " and ".join(f"{format_size(size)} from {name}" for size, name in sources if size)
-    return f"{text}, so every pass streamed {parts}."
+    return f"{text}, and every pass streamed {parts}."
 
 
 def _bound(report: JobReport, setting: Setting) -> str:

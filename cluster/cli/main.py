@@ -4,6 +4,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -52,8 +53,6 @@ def _root(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("headrace").setLevel(logging.INFO if verbose else logging.WARNING)
     logging.getLogger("headrace.cluster.cli").setLevel(logging.INFO)
-    # It recommends a package that would download kernels while it is imported.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if verbose:
         os.environ["HEADRACE_LOG"] = "INFO"
     if version:
@@ -181,10 +180,13 @@ def _command() -> str:
     return shlex.join([*start, *sys.argv[1:]])
 
 
-def main() -> None:
-    """Run the command line; errors of the user's are one message and exit code 1."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors of the user's are one message and exit code 1.
+
+    `arguments` are the process's own by default.
+    """
     try:
-        app()
+        app(arguments)
     except HeadraceError as error:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"[bold red]error:[/] {_escape(str(error))}")

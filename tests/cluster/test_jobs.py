@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from headrace.cluster.cli.generate import Meter, Setting, duration, final_table, run_job, status_line
+from headrace.cluster.cli.generate import (
+    Meter,
+    Setting,
+    duration,
+    final_table,
+    run_job,
+    status_line,
+)
 from headrace.cluster.completion import Completion
 from headrace.cluster.job_report import JobReport, Work
 from headrace.cluster.jobs import Job, JobFiles
@@ -45,6 +52,8 @@ PLAN = Plan(
     max_sequences=4,
     micro_batches=2,
     micro_batch_tokens=32,
+    logit_rows=32,
+    sample_rows=32,
     passes_in_flight=1,
     memory=(StageMemory(0, 2 << 20, 0, 0, 0, 0, 0, 0, 0),) * 2,
     nvme_bytes_a_pass=(2 << 20, 2 << 20),

@@ -1,5 +1,6 @@
 """A request's logits are its own: bit for bit the same, whatever else is in the batch (float32)."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def pieces(request: int) -> list[Slice]:
     tokens, prompt = tokens_of(request), LENGTHS[request]
     cuts = [*range(0, prompt, CHUNK), *range(prompt, prompt + STEPS), prompt + STEPS]
     pages = tuple(range(request * PAGES, request * PAGES + PAGES))
-    return [Slice(request, a, tokens[a:b], pages, None) for a, b in zip(cuts, cuts[1:])]  # noqa: B905
+    return [Slice(request, a, tokens[a:b], pages, None) for a, b in pairwise(cuts)]
 
 
 def run(model: WholeModel, requests: list[int]) -> dict[int, list[Tensor]]:

@@ -1,0 +1,221 @@
+"""The engine on real Ray actors, through the library's front door."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from architectures import tiny_config
+from commands import STORIES
+from transformers import AutoModelForCausalLM
+
+from headrace import LLM, SamplingParams
+from headrace.cluster.cli.main import main
+from headrace.runtime.convert import convert
+from headrace.scheduler.errors import DoesNotFitError, RequestError
+from headrace.scheduler.placement import Tier
+
+ROOM = {"device": "cpu", "host_memory": 0, "context": 256}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+ONCE = "Once upon a time, there was a"
+
+RINGS = list(itertools.product(("cyclic", "contiguous"), (None, 0)))
+"""Placement, and how many layers stay on each of two stages (None: all)."""
+
+NAMES = ("llama", "qwen3_moe", "gpt_oss", "gemma3_text")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_here() -> Iterator[None]:
+    """One Ray for all tests of this file: engines use a connection that is there already."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def llm(stories: Path) -> Iterator[LLM]:
+    """Two stages that stream half of the bundled model."""
+    with LLM(stories, stages=2, device_memory="8MiB", resident_layers=3, **ROOM) as engine:
+        assert any(engine.plan.nvme_bytes_a_pass)
+        yield engine
+
+
+def test_generate_in_the_order_of_the_prompts(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    ids = tokenizer("The sun was")["input_ids"]
+    outputs = llm.generate([ONCE, ids, "A dog"], [GREEDY, GREEDY, SamplingParams(max_tokens=3)])
+    assert [output.prompt for output in outputs] == [ONCE, None, "A dog"]
+    assert outputs[1].prompt_token_ids == ids
+    assert [len(output.outputs[0].token_ids) for output in outputs[:2]] == [24, 24]
+    first = outputs[0].outputs[0]
+    assert first.finish_reason == "length" and first.logprobs is None
+    assert first.text == tokenizer.decode(first.token_ids, skip_special_tokens=True)
+    assert llm.generate(ONCE, GREEDY)[0].outputs[0] == first
+
+
+def test_chat(llm: LLM) -> None:
+    asked = [{"role": "user", "content": "Tell me a story about a cat."}]
+    one, two = llm.chat([asked, asked], GREEDY)
+    assert one.outputs[0].text == two.outputs[0].text != ""
+    assert llm.chat(asked, GREEDY)[0].outputs[0] == one.outputs[0]
+
+
+def test_samples_of_one_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=2, temperature=1.0, max_tokens=12, seed=3, ignore_eos=True)
+    first, second = llm.generate(ONCE, params)[0].outputs
+    assert (first.index, second.index) == (0, 1)
+    assert first.token_ids != second.token_ids
+    assert [o.token_ids for o in llm.generate(ONCE, params)[0].outputs] == [
+        first.token_ids,
+        second.token_ids,
+    ]
+
+
+def test_stopping(llm: LLM) -> None:
+    whole = llm.generate(ONCE, GREEDY)[0].outputs[0]
+    word = whole.text.split()[3]
+    (cut,) = llm.generate(ONCE, SamplingParams(temperature=0.0, max_tokens=24, stop=(word,)))
+    assert cut.outputs[0].text == whole.text[: whole.text.index(word)]
+    assert cut.outputs[0].finish_reason == "stop"
+    token = whole.token_ids[5]
+    at = whole.token_ids.index(token)
+    params = SamplingParams(temperature=0.0, max_tokens=24, stop_token_ids=(token,))
+    (ended,) = llm.generate(ONCE, params)
+    assert ended.outputs[0].token_ids == whole.token_ids[: at + 1]
+    assert ended.outputs[0].finish_reason == "stop"
+
+
+def test_logprobs(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=3, ignore_eos=True)
+    (output,) = llm.generate(ONCE, params)[0].outputs
+    assert output.logprobs is not None
+    assert [sample.token for sample in output.logprobs] == output.token_ids
+    for sample in output.logprobs:
+        assert sample.logprob is not None and sample.logprob <= 0
+        assert len(sample.top) == 3
+        assert sample.top[0] == (sample.token, sample.logprob)  # greedy takes the likeliest
+
+
+def test_a_prompt_beyond_the_context_is_refused(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="holds at most"):
+        llm.generate([[5] * (llm.plan.max_context + 1)], GREEDY)
+    assert llm.generate(ONCE, GREEDY)[0].outputs[0].text
+
+
+def test_abort(llm: LLM) -> None:
+    engine = llm._engine
+    kept = engine.add([5, 6, 7], GREEDY, seed=1)
+    started, waiting = (engine.add([5, 6, last], GREEDY, seed=1) for last in (8, 9))
+    assert not engine.has_started(kept)
+    done = []
+    while not engine.has_started(started):
+        done += engine.step()
+    for request_id in (started, waiting, waiting):
+        engine.abort(request_id)
+    while engine.has_work:
+        done += engine.step()
+    assert [completion.request_id for completion in done] == [kept]
+
+
+def test_seeds_give_the_same_on_other_rings(llm: LLM, stories: Path) -> None:
+    params = SamplingParams(temperature=0.9, top_p=0.95, max_tokens=20, seed=11)
+    prompts = [ONCE, "A dog", "The old man"]
+    two = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    with LLM(stories, device_memory="60MiB", resident_layers=12, **ROOM) as alone:
+        assert set(alone.plan.placement.tiers) == {Tier.DEVICE}
+        one = [output.outputs[0].token_ids for output in alone.generate(prompts, params)]
+    assert one == two
+
+
+def test_a_job_with_bad_rows(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [json.dumps({"id": "good", "prompt": ONCE}), '{"id": "torn", "prom']
+    rows += [json.dumps({"id": "long", "prompt": "word " * 2000})]
+    rows += [json.dumps({"id": "odd", "prompt": ONCE, "speed": 9})]
+    source.write_text("\n".join(rows))
+    job = ["generate", str(stories), "--input", str(source), "--output", str(output)]
+    job += ["--device", "cpu", "--device-memory", "8MiB", "--host-memory", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main([*job, "--context", "256", "--max-tokens", "8"])
+    assert ended.value.code == 3
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["good"]
+    said = capsys.readouterr().out
+    assert "3 rows could not run: see" in said
+    assert "every pass streamed" in " ".join(said.split()) or "all of it stayed" in said
+    errors = (tmp_path / "out.errors.jsonl").read_text().splitlines()
+    reasons = {row["line"]: row["error"] for row in map(json.loads, errors)}
+    assert "not valid JSON" in reasons[2]
+    assert "shorten it or raise --context" in reasons[3]
+    assert "speed" in reasons[4]
+
+
+def test_a_model_that_does_not_fit_leaves_ray_usable(stories: Path) -> None:
+    with pytest.raises(DoesNotFitError, match="needs at least"):
+        LLM(stories, stages=1, device_memory="1MiB", **ROOM)
+
+
+def tiny_store(name: str, folder: Path) -> tuple[Path, Any]:
+    """A random float32 model that greedy decoding is well defined for, and its store."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.15)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder / "checkpoint")
+    for file in STORIES.glob("tokenizer*"):
+        shutil.copy(file, folder / "checkpoint")
+    convert(folder / "checkpoint", folder / "store", format="keep")
+    return folder / "store", model
+
+
+def check_ring(name: str, folder: Path, placement: str, resident: int | None) -> None:
+    store, model = tiny_store(name, folder)
+    prompts = [[3 + (7 * i + j) % 250 for j in range(n)] for i, n in enumerate((1, 9, 33, 70))]
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            answer = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=24,
+                min_new_tokens=24,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        wanted.append(answer[0, len(prompt) :].tolist())
+    room: dict[str, Any] = ROOM | {"device_memory": "64MiB", "resident_layers": resident}
+    with LLM(store, stages=2, placement=placement, **room) as llm:
+        where = llm.plan.placement
+        assert where.tiers.count(Tier.NVME) == (0 if resident is None else where.num_layers)
+        got = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+    assert got == wanted
+
+
+@pytest.mark.parametrize(("name", "ring"), zip(NAMES, RINGS, strict=True))
+def test_greedy_equals_transformers(
+    name: str, ring: tuple[str, int | None], tmp_path: Path
+) -> None:
+    check_ring(name, tmp_path, *ring)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ring", RINGS)
+def test_greedy_equals_transformers_on_every_ring(
+    name: str, ring: tuple[str, int | None], tmp_path: Path
+) -> None:
+    check_ring(name, tmp_path, *ring)
