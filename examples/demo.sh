@@ -7,11 +7,12 @@ input=.demo/prompts.jsonl
 output=.demo/stories.jsonl
 mkdir -p .demo
 rm -f "$output"*
-head -n 48 examples/prompts.jsonl >"$input"
+head -n 24 examples/prompts.jsonl >"$input"
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 say headrace convert examples/stories-9m "$store" --format nf4
-say headrace plan "$store" --stages 2 --device cpu --device-memory 6MiB --host-memory 0 --context 512
-say headrace generate "$store" --input "$input" --output "$output" --stages 2 --device cpu \
-    --device-memory 6MiB --host-memory 0 --context 512 --max-tokens 160 --temperature 0.6 --top-p 0.95
+memory=(--stages 2 --device cpu --device-memory 6MiB --host-memory 0 --context 128 --dtype bfloat16)
+say headrace plan "$store" "${memory[@]}"
+say headrace generate "$store" "${memory[@]}" --input "$input" --output "$output" \
+    --max-tokens 100 --temperature 0.6 --top-p 0.95
 say python examples/show.py "$output" --rows 3

@@ -13,9 +13,9 @@ TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 
 LEAST_TOKEN_BUDGET = 64
 
-RING_VISITS = (2, 3, 4, 6)
-"""Visits that a ring holds: one computes while others load. More even out loads of unlike tiers, and
-keep the link busy while a pass is turned round."""
+RING_VISITS = (2, 3, 4)
+"""Visits that a ring holds: one computes while others load. More even out loads of unlike tiers, keep
+the link busy while a pass is turned round, and ride out jitter, which no model knows."""
 
 
 def resident_layouts(

@@ -187,7 +187,8 @@ def _resident(problem: _Problem, enough: int) -> _Candidate | None:
 
 
 def _best(problem: _Problem) -> _Candidate | None:
-    """By simulation the fastest; of those as good as it, the one with the most tokens a pass.
+    """By simulation the fastest; of those as good as it, the one with the most tokens a pass, then
+    the one with the deepest ring.
 
     Tokens beyond the decoding sequences are prefill that rides along.
     """
@@ -206,7 +207,12 @@ def _best(problem: _Problem) -> _Candidate | None:
         for candidate, rate in zip(candidates, rates, strict=True)
         if rate * WORTH_IT >= max(rates)
     ]
-    return max(good, key=lambda candidate: candidate.layout.token_budget, default=None)
+    return max(good, key=_spare, default=None)
+
+
+def _spare(candidate: _Candidate) -> tuple[int, int]:
+    layout = candidate.layout
+    return layout.token_budget, layout.ring_slots // len(layout.visits[0].layers)
 
 
 def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
