@@ -38,8 +38,16 @@ def resident_layouts(
 def streaming_layouts(
     num_layers: int, num_stages: int, kind: Kind, choices: Choices
 ) -> Iterator[Iterator[Layout]]:
-    """Families of layouts that differ only in their token budget, largest first."""
-    cyclic = num_stages > 1 and choices.placement != "contiguous"
+    """Families of layouts that differ only in their token budget, largest first; cyclic ones first."""
+    if num_stages > 1 and choices.placement != "contiguous":
+        yield from _families(num_layers, num_stages, True, kind, choices)
+    if num_stages == 1 or choices.placement != "cyclic":
+        yield from _families(num_layers, num_stages, False, kind, choices)
+
+
+def _families(
+    num_layers: int, num_stages: int, cyclic: bool, kind: Kind, choices: Choices
+) -> Iterator[Iterator[Layout]]:
     convoys = num_stages if cyclic else 1
     # More micro-batches take less memory and hide the hops of the first, but each has the weights
     # dequantized again.
