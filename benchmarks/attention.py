@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from headrace.runtime import attention_triton
-from headrace.runtime.attention import Batch, Rule
+from headrace.runtime.attention import Rule
+from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice

@@ -91,23 +91,12 @@ class Driver:
         started = time.perf_counter()
         ended = len(self._engine.step())
         seconds = time.perf_counter() - started
-        stages = tuple(map(_minus, stats.stages, before))
+        stages = tuple(new.since(old) for new, old in zip(stats.stages, before, strict=True))
         step = Step(seconds, stats.output_tokens - tokens, ended, stages)
         self.steps.append(step)
         if self._meter is not None and len(self.steps) % 4 == 1:
             self._meter.sample()
         return step
-
-
-def _minus(new: StageTimes, old: StageTimes) -> StageTimes:
-    return StageTimes(
-        new.stage,
-        new.total - old.total,
-        new.weights_wait - old.weights_wait,
-        new.link_wait - old.link_wait,
-        new.nvme_bytes - old.nvme_bytes,
-        new.host_bytes - old.host_bytes,
-    )
 
 
 @dataclass(frozen=True, slots=True)

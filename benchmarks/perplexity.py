@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headrace.runtime.attention import Batch
+from headrace.runtime.batch import Batch
 from headrace.runtime.convert import convert
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel

@@ -25,7 +25,6 @@ class EngineStats:
     passes: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    preemptions: int = 0
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
     stages: list[StageTimes] = field(init=False)
@@ -36,15 +35,8 @@ class EngineStats:
     def add(self, results: Sequence[PassResult]) -> None:
         self.passes += 1
         for result in results:
-            new, old = result.times, self.stages[result.times.stage]
-            self.stages[new.stage] = StageTimes(
-                new.stage,
-                old.total + new.total,
-                old.weights_wait + new.weights_wait,
-                old.link_wait + new.link_wait,
-                old.nvme_bytes + new.nvme_bytes,
-                old.host_bytes + new.host_bytes,
-            )
+            stage = result.times.stage
+            self.stages[stage] = self.stages[stage].plus(result.times)
 
 
 class Engine:
@@ -99,10 +91,6 @@ class Engine:
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
 
-    @property
-    def num_running(self) -> int:
-        return self._scheduler.num_running
-
     def has_started(self, request_id: int) -> bool:
         """Whether any token of the request was computed; requests start in the order of their ids."""
         return request_id <= self._newest_started
@@ -142,7 +130,6 @@ class Engine:
         update = self._scheduler.update(a_pass, samples)
         self.stats.add(results)
         self.stats.output_tokens += len(update.committed)
-        self.stats.preemptions = self._scheduler.num_preemptions
         ended = {request.request_id: request for request in update.finished}
         texts: dict[int, str] = {}
         for request, sample in update.committed:

@@ -60,7 +60,7 @@ class Work:
             self.output_tokens - start.output_tokens,
             self.busy_seconds - start.busy_seconds,
             self.bound_seconds - start.bound_seconds,
-            tuple(_difference(*pair) for pair in zip(self.stages, start.stages, strict=True)),
+            tuple(a.since(b) for a, b in zip(self.stages, start.stages, strict=True)),
         )
 
     @property
@@ -104,14 +104,3 @@ class JobReport:
     @property
     def complete(self) -> bool:
         return self.finished == self.total
-
-
-def _difference(now: StageTimes, start: StageTimes) -> StageTimes:
-    return StageTimes(
-        now.stage,
-        now.total - start.total,
-        now.weights_wait - start.weights_wait,
-        now.link_wait - start.link_wait,
-        now.nvme_bytes - start.nvme_bytes,
-        now.host_bytes - start.host_bytes,
-    )

@@ -1,7 +1,6 @@
 """Starts an engine: processes first, then what they measure, then the plan, then the weights."""
 
 import logging
-import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,12 +11,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import RayPipeline, gather
-from headrace.cluster.stage_actor import Connection, Discovery, StageActor
+from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
+from headrace.cluster.stage_actor import Connection, Discovery
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.link import RendezvousServer
@@ -30,10 +28,6 @@ from headrace.scheduler.placement import Plan
 from headrace.scheduler.planner import make_plan
 
 log = logging.getLogger(__name__)
-
-START_SECONDS = 180.0
-"""How long stage processes may take to start; loading weights has its own, longer deadline."""
-
 
 OVERHEAD_BYTES = 64 << 20
 """What a stage process takes besides what is counted: allocator arenas, buffers of Ray and links."""
@@ -91,97 +85,6 @@ def resolve_dtype(dtype: str, device: str, store: Store) -> str:
     if dtype == "float16" and device == "cpu":
         raise HeadraceError("--dtype float16 is 8 times slower than bfloat16 on CPU: choose that")
     return dtype
-
-
-@contextmanager
-def ray_cluster(options: EngineOptions, device: str) -> Iterator[None]:
-    """A Ray connection for the engine's life: its own cluster unless an address is given.
-
-    Ray (2.60 and later) turns token authentication on for a cluster that it starts itself.
-    """
-    if ray.is_initialized():  # the caller's own connection: use it and leave it
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would point the workers of a driver started by `uv run` at a fresh environment.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    arguments: dict[str, Any] = {"address": options.address}
-    if options.address is not None:
-        _knock(options.address)
-    else:
-        cores = max(options.stages, os.cpu_count() or 1)
-        arguments = {"address": "local", "num_cpus": cores, "include_dashboard": False}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        if options.address is None:
-            raise HeadraceError(
-                f"Ray did not start on this machine: {error}. Is it out of memory, disk in /tmp or "
-                "processor time? Try again, or give the --address of a running cluster"
-            ) from error
-        raise HeadraceError(
-            f"cannot join the Ray cluster at {options.address}: {error}. Start it with `ray start "
-            "--head`, check the address, or leave --address out to run on this machine alone"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """HeadraceError when nothing listens at "host:port", for which Ray would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10.0).close()
-    except OSError as error:
-        raise HeadraceError(
-            f"cannot reach --address {address}: {error.strerror or error}. Is the cluster up (ray "
-            "status), and is this its GCS port (6379 by default)?"
-        ) from error
-
-
-@contextmanager
-def stage_actors(options: EngineOptions, device: str, model: str) -> Iterator[list[Any]]:
-    """One actor a stage in a placement group, one GPU each on CUDA; all gone at the end."""
-    bundle: dict[str, float] = {"CPU": 1.0}
-    if device == "cuda":
-        bundle["GPU"] = 1.0
-    total = ray.cluster_resources()
-    for resource, amount in bundle.items():
-        if total.get(resource, 0) < amount * options.stages:
-            raise HeadraceError(
-                f"{options.stages} stages need {options.stages} {resource}s and the Ray cluster "
-                f"has {total.get(resource, 0):.0f}: lower --stages or add machines"
-            )
-    group = placement_group([bundle] * options.stages, strategy="PACK")
-    actors: list[Any] = []
-    try:
-        if not group.wait(START_SECONDS):
-            raise HeadraceError(
-                f"Ray could not reserve {options.stages} x {bundle} within {START_SECONDS:.0f} s: "
-                "another job holds them; wait for it or lower --stages"
-            )
-        remote = ray.remote(StageActor)
-        for i in range(options.stages):
-            name = f"stage {i} of {options.stages}, {model}"  # numbered as in every message
-            actors.append(
-                remote.options(
-                    num_cpus=1,
-                    num_gpus=bundle.get("GPU", 0),
-                    max_restarts=0,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        group, placement_group_bundle_index=i
-                    ),
-                ).remote(name)
-            )
-        yield actors
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        remove_placement_group(group)
 
 
 def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> list[Budget]:
@@ -294,8 +197,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         device = resolve_device(options.device, options.address)
         dtype = resolve_dtype(options.dtype, device, store)
         tokenizer = load_tokenizer(store.path)
-        stack.enter_context(ray_cluster(options, device))
-        actors = stack.enter_context(stage_actors(options, device, store.path.name))
+        stack.enter_context(ray_cluster(options.stages, options.address))
+        actors = stack.enter_context(stage_actors(options.stages, device, store.path.name))
         found = _discover(actors, store, device)
         plan = plan_run(options, store, device, dtype, found)
         _load(actors, plan, options, device, dtype, found)

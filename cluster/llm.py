@@ -10,6 +10,7 @@ from headrace.cluster.completion import Completion
 from headrace.cluster.launch import EngineOptions, running_engine
 from headrace.cluster.rows import chat_tokens, prompt_tokens
 from headrace.cluster.seeds import derive_seed
+from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
 
@@ -61,7 +62,7 @@ class LLM:
         self._count = 0
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> Plan:
         """The Plan that this engine runs by."""
         return self._engine.plan
 

@@ -98,15 +98,6 @@ class StageActor:
         assert self._stage is not None
         return encode(self._stage.run(decode(payload, Pass)))
 
-    def peak_memory(self) -> tuple[int, int]:
-        """Bytes at their highest so far: resident process memory, and device memory of tensors."""
-        device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-        return psutil.Process().memory_info().rss, device
-
-    def close(self) -> None:
-        if self._stage is not None:
-            self._stage.close()
-
     @staticmethod
     def _cap_device_memory(config: StageConfig) -> None:
         """Make the plan's device memory a limit that the allocator enforces."""

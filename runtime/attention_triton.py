@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.runtime.attention import Batch, Rule
+from headrace.runtime.attention import Rule
 from headrace.runtime.attention_tiles import (
     MIN_ROWS,
     DeviceLimits,
@@ -27,6 +27,7 @@ from headrace.runtime.attention_tiles import (
     choose_tile,
     power_of_two,
 )
+from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import LayerKV
 from headrace.scheduler.plan import PAGE_TOKENS
 

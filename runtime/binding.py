@@ -19,11 +19,9 @@ from headrace.scheduler.errors import StoreError
 
 
 class Binding(Protocol):
-    """Puts one module's weights in place, as views of a block's bytes, and takes them out again."""
+    """Puts one module's weights in place, as views of a block's bytes."""
 
     def bind(self, block: Tensor) -> None: ...
-
-    def unbind(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +34,19 @@ class PackedLinear:
     def bind(self, block: Tensor) -> None:
         self.module.weight = Weight.view(self.spec, block)
 
-    def unbind(self) -> None:
-        self.module.weight = None
-
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A parameter or buffer that the model uses as it is, in `place`'s dtype; a view if possible."""
+    """A parameter or buffer that the model uses as it is, in its own type; a view if possible."""
 
     module: nn.Module
     attribute: str
     spec: WeightSpec
-    place: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
 
     def bind(self, block: Tensor) -> None:
-        self._put(Weight.view(self.spec, block).dense(self.place.dtype).view(self.place.shape))
-
-    def unbind(self) -> None:
-        self._put(self.place)
-
-    def _put(self, value: Tensor) -> None:
+        value = Weight.view(self.spec, block).dense(self.dtype).view(self.shape)
         if self.attribute in self.module._buffers:
             setattr(self.module, self.attribute, value)
         else:
@@ -72,9 +63,6 @@ class ExpertStack:
 
     def bind(self, block: Tensor) -> None:
         setattr(self.module, plugs.EXPERT_WEIGHTS, BoundExperts(self.specs, block, self.scratch))
-
-    def unbind(self) -> None:
-        setattr(self.module, plugs.EXPERT_WEIGHTS, None)
 
 
 class Binder:
@@ -136,8 +124,7 @@ class Binder:
             return self.packed(role.module, spec)
         dtype = torch.float32 if role.target in self._float32 else place.dtype
         module = self._skeleton.model.get_submodule(role.module)
-        meta = torch.empty(place.shape, dtype=dtype, device="meta")
-        return Dense(module, role.attribute, spec, meta)
+        return Dense(module, role.attribute, spec, place.shape, dtype)
 
     def packed(self, path: str, spec: WeightSpec) -> PackedLinear:
         """Replaces the linear at `path` and binds `spec` to the replacement."""

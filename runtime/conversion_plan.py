@@ -112,7 +112,7 @@ def _refuse_other_quantization(checkpoint: Checkpoint) -> None:
 def _used_roles(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Role]:
     roles = skeleton.classify(checkpoint.weights)
     copy = checkpoint.weights.get(_head_name(skeleton))
-    table = checkpoint.weights.get(f"{_path_of(skeleton, skeleton.embedding)}.weight")
+    table = checkpoint.weights.get(skeleton.embedding_name)
     if skeleton.tied and copy and table:
         if any(a != b for a, b in zip(copy.data.chunks(), table.data.chunks(), strict=False)):
             raise StoreError(
@@ -147,14 +147,10 @@ def _refuse_missing(checkpoint: Checkpoint, skeleton: Skeleton, roles: Mapping[s
         )
 
 
-def _path_of(skeleton: Skeleton, module: nn.Module) -> str:
-    modules: dict[str, nn.Module] = dict(skeleton.model.named_modules())
-    return next(name for name, other in modules.items() if other is module)
-
-
 def _head_name(skeleton: Skeleton) -> str:
-    head = skeleton.model.get_output_embeddings()
-    return f"{_path_of(skeleton, head)}.weight" if type(head) is nn.Linear else ""
+    """The LM head's weight; "" when the model has none that can be quantized."""
+    is_linear = type(skeleton.model.get_output_embeddings()) is nn.Linear
+    return skeleton.head_name if is_linear else ""
 
 
 class _Chooser:

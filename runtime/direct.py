@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from headrace.runtime.loads import CopyStream, Load, PendingLoad
+from headrace.runtime.loads import CopyStream, Load, PendingLoad, check_extent, too_short
 from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.tiers import AlignedBuffer
 from headrace.scheduler.errors import StoreError
@@ -51,11 +51,7 @@ class OpenFiles:
             # O_DIRECT reads an odd number of bytes only where the file ends.
             ended = count == 0 or (self._direct and done % ALIGN_BLOCK != 0)
             if ended and done < len(memory):
-                raise StoreError(
-                    f"{file}: ends at byte {offset + done}, expected at least "
-                    f"{offset + len(memory)}; the store is damaged or incomplete: convert the "
-                    "checkpoint again"
-                )
+                raise too_short(file, offset + done, offset + len(memory))
 
     def _descriptor(self, file: Path) -> int:
         with self._lock:
@@ -147,11 +143,7 @@ class ThreadedStorage:
 
     def load(self, file: Path, offset: int, dest: torch.Tensor) -> Load:
         assert not self._closed.is_set()
-        assert dest.dtype == torch.uint8
-        assert dest.dim() == 1
-        assert dest.is_contiguous()
-        assert dest.nbytes > 0
-        assert offset % ALIGN_BLOCK == 0 and dest.nbytes % ALIGN_BLOCK == 0, (offset, dest.nbytes)
+        check_extent(offset, dest)
         starts = range(0, dest.nbytes, self._chunk_bytes)
         load = PendingLoad(file, dest, len(starts), self._copies)
         for start in starts:

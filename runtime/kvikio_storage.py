@@ -10,8 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from headrace.runtime.loads import Load, queued_work
-from headrace.runtime.store import ALIGN_BLOCK
+from headrace.runtime.loads import Load, check_extent, queued_work, too_short
 from headrace.scheduler.errors import HeadraceError, StoreError
 
 THREADS = 8
@@ -84,10 +83,7 @@ class KvikioStorage:
         self._loads = ThreadPoolExecutor(2, "headrace-kvikio")
 
     def load(self, file: Path, offset: int, dest: torch.Tensor) -> Load:
-        assert dest.dtype == torch.uint8
-        assert dest.dim() == 1
-        assert dest.is_contiguous()
-        assert offset % ALIGN_BLOCK == 0 and dest.nbytes % ALIGN_BLOCK == 0, (offset, dest.nbytes)
+        check_extent(offset, dest)
         after = queued_work(dest.device)
         return _KvikioLoad(file, self._loads.submit(self._read, file, offset, dest, after))
 
@@ -106,11 +102,7 @@ class KvikioStorage:
                 f"{file}: reading {dest.nbytes} bytes from byte {offset} failed: {error}"
             ) from error
         if count != dest.nbytes:
-            raise StoreError(
-                f"{file}: ends at byte {offset + count}, expected at least "
-                f"{offset + dest.nbytes}; the store is damaged or incomplete: convert the "
-                "checkpoint again"
-            )
+            raise too_short(file, offset + count, offset + dest.nbytes)
 
     def _open(self, file: Path) -> Any:
         with self._lock:

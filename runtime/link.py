@@ -11,7 +11,6 @@ Each operation has a deadline; a peer that does not answer in time is a StageErr
 """
 
 import os
-import queue
 import socket
 import time
 from collections import deque
@@ -97,6 +96,19 @@ class ReceiveRing:
             torch.empty(max_tokens, hidden, dtype=dtype, device=device) for _ in range(depth)
         ]
         self._next = 0
+        self._receives: deque[torch.cuda.Event] = deque()
+
+    def await_free(self, stream: torch.cuda.Stream) -> None:
+        """Have `stream` wait until the buffer that is next has been read, by the current stream.
+
+        A buffer returns after `depth` receives. What read it was queued before the receive that
+        followed its own, whose event is therefore what to wait for.
+        """
+        event = torch.cuda.Event()
+        event.record()
+        self._receives.append(event)
+        if len(self._receives) == self.depth:
+            stream.wait_event(self._receives.popleft())
 
     def take(self, num_tokens: int) -> torch.Tensor:
         buffer = self._buffers[self._next]
@@ -155,22 +167,26 @@ class _Edge:
             group.abort()
 
 
-class GlooSender(_Edge):
-    """Sends from host memory."""
+class _Sender(_Edge):
+    """Keeps what is on its way until it has been collected."""
 
     def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
         super().__init__(group, edge, deadline)
         self._queued: deque[tuple[torch.Tensor, Any]] = deque()
         self._previous = 0
 
-    def send(self, x: torch.Tensor) -> None:
-        raw = x.contiguous().view(torch.uint8)
-        self._queued.append((raw, self._group.send([raw], 1, self._tag())))
-
     def collect(self) -> None:
         for _ in range(self._previous):
             self._wait(self._queued.popleft()[1])
         self._previous = len(self._queued)
+
+
+class GlooSender(_Sender):
+    """Sends from host memory."""
+
+    def send(self, x: torch.Tensor) -> None:
+        raw = x.contiguous().view(torch.uint8)
+        self._queued.append((raw, self._group.send([raw], 1, self._tag())))
 
 
 class GlooReceiver(_Edge):
@@ -188,25 +204,17 @@ class GlooReceiver(_Edge):
         return x
 
 
-class NcclSender(_Edge):
+class NcclSender(_Sender):
     """Sends from device memory, ordered after the compute queued so far; the host does not wait."""
-
-    def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
-        super().__init__(group, edge, deadline)
-        self._queued: deque[tuple[torch.Tensor, Any]] = deque()
-        self._previous = 0
 
     def send(self, x: torch.Tensor) -> None:
         x = x.contiguous()
         self._queued.append((x, self._group.send([x], 1, 0)))
 
-    def collect(self) -> None:
-        # Device-side completion is bounded by the stage's own deadline at the end of each pass, so
-        # here it is enough to let go of tensors whose transfer is over.
-        for _ in range(self._previous):
-            _, work = self._queued.popleft()
-            work.wait()
-        self._previous = len(self._queued)
+    def _wait(self, work: Any) -> None:
+        # The stage's own deadline at the end of each pass bounds the device. Here the compute stream
+        # waits, so that what was sent can be let go.
+        work.wait()
 
 
 class NcclReceiver(_Edge):
@@ -218,59 +226,14 @@ class NcclReceiver(_Edge):
         super().__init__(group, edge, deadline)
         self._ring = ring
         self._stream = torch.cuda.Stream()
-        self._used: deque[torch.cuda.Event] = deque()
 
     def recv(self, num_tokens: int) -> torch.Tensor:
+        self._ring.await_free(self._stream)
         x = self._ring.take(num_tokens)
-        # A buffer returns after `depth` receives. What read it was queued on the compute stream
-        # before the event of the receive that followed it, which is therefore what to wait for.
-        event = torch.cuda.Event()
-        event.record()
-        self._used.append(event)
-        if len(self._used) == self._ring.depth:
-            self._stream.wait_event(self._used.popleft())
         with torch.cuda.stream(self._stream):
             work = self._group.recv([x], 0, 0)
         work.wait()  # the compute stream waits, the host does not
         return x
-
-
-class LocalEdge:
-    """Both ends of an edge inside one process, between threads; on CUDA between their streams."""
-
-    def __init__(self, edge: tuple[int, int], deadline: float) -> None:
-        self._edge, self._deadline = edge, deadline
-        self._queue: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None] | None] = (
-            queue.SimpleQueue()
-        )
-
-    def send(self, x: torch.Tensor) -> None:
-        event = None
-        if x.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._queue.put((x, event))
-
-    def collect(self) -> None:
-        pass
-
-    def recv(self, num_tokens: int) -> torch.Tensor:
-        try:
-            item = self._queue.get(timeout=self._deadline)
-        except queue.Empty:
-            item = None
-        if item is None:
-            raise StageError(f"edge {self._edge[0]} -> {self._edge[1]} broke")
-        x, event = item
-        if event is not None:
-            stream = torch.cuda.current_stream(x.device)
-            stream.wait_event(event)
-            x.record_stream(stream)  # its memory belongs to the sender's stream
-        assert len(x) == num_tokens
-        return x
-
-    def close(self) -> None:
-        self._queue.put(None)
 
 
 def connect(

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from headrace.runtime.store import ALIGN_BLOCK
 from headrace.scheduler.errors import HeadraceError, StoreError
 
 
@@ -16,8 +17,8 @@ class Load(Protocol):
         """Return when the caller may use `dest`; may be called again.
 
         CPU: every byte is in `dest`. CUDA: every copy is queued, and torch.cuda.current_stream()
-        waits for the last one. Raises StoreError, naming the file, once nothing writes to `dest`
-        any more.
+        waits for the last one. Raises StoreError, naming the file, when nothing writes to `dest`
+        any more; on CUDA, when nothing does that the current stream does not wait for.
         """
 
 
@@ -38,6 +39,23 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Let running reads end, fail the waiting ones, free threads, files and buffers."""
+
+
+def check_extent(offset: int, dest: torch.Tensor) -> None:
+    """Assert what Storage.load asks of its caller."""
+    assert dest.dtype == torch.uint8
+    assert dest.dim() == 1
+    assert dest.is_contiguous()
+    assert dest.nbytes > 0
+    assert offset % ALIGN_BLOCK == 0 and dest.nbytes % ALIGN_BLOCK == 0, (offset, dest.nbytes)
+
+
+def too_short(file: Path, end: int, expected: int) -> StoreError:
+    """The error for a file that ends at byte `end` instead of `expected` or later."""
+    return StoreError(
+        f"{file}: ends at byte {end}, expected at least {expected}; the store is damaged or "
+        "incomplete: convert the checkpoint again"
+    )
 
 
 def queued_work(device: torch.device) -> torch.cuda.Event | None:
@@ -128,7 +146,8 @@ class PendingLoad:
 
     def wait(self) -> None:
         self._over.wait()
-        if self._error is not None:
-            raise self._error
+        # Also when a part failed: the copies of the others may still be under way.
         if self._ready is not None:
             torch.cuda.current_stream(self._device).wait_event(self._ready)
+        if self._error is not None:
+            raise self._error

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.runtime import plugs, rope
-from headrace.runtime.attention import Batch, paged_attention
+from headrace.runtime.attention import paged_attention
+from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
@@ -51,7 +52,7 @@ class Prepared:
 class StageModel:
     """The layers of one stage, and what lies before and after all layers where it is asked for.
 
-    Layer weights live in buffers that others own: `bind` points a layer at one, `unbind` lets go.
+    Layer weights live in buffers that others own, and `bind` points a layer at one.
     With `with_embedding` the embedding table is held in host memory; with `with_head` the final norm
     and the head are held on the device. Methods run on the current stream.
     """
@@ -95,10 +96,6 @@ class StageModel:
         """Longest context that gives the reference's results, where the rotation sets a limit."""
         return rope.context_limit(self.config)
 
-    @property
-    def scratch_bytes(self) -> int:
-        return self._scratch.elements * self.dtype.itemsize
-
     def _load_embedding(
         self, store: Source, binder: Binder, with_table: bool, with_head: bool
     ) -> None:
@@ -130,12 +127,6 @@ class StageModel:
         for binding in self._bindings[layer]:
             binding.bind(block)
         self._bound[layer] = block
-
-    def unbind(self, layer: int) -> None:
-        """Lets go of the layer's block. Safe to call twice."""
-        if self._bound.pop(layer, None) is not None:
-            for binding in self._bindings[layer]:
-                binding.unbind()
 
     def prepare(self, batch: Batch) -> Prepared:
         """What the layers need to run this micro-batch; the same for every layer and visit."""

@@ -76,7 +76,11 @@ def _largest_file(path: Path) -> Path:
 def _measure(device: torch.device, file: Path) -> DeviceProfile:
     disk = measure_disk(file)
     log.info("drive: %.2f GB/s by %s reads of %s", disk.gbps, disk.method, file)
-    profile = _measure_cuda(device, disk) if device.type == "cuda" else _measure_cpu(disk)
+    if device.type == "cuda":
+        profile = _measure_cuda(device, disk)
+        torch.cuda.empty_cache()  # what the measurement took is free, and counted as such
+    else:
+        profile = _measure_cpu(disk)
     log.info("measured %s: %s", _device_name(device), profile)
     return profile
 

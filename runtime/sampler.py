@@ -80,10 +80,8 @@ def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     seen: list[tuple[int, int]] = []  # (row, token)
     terms: list[tuple[float, float]] = []  # (repetition, subtracted)
     for i, (_, _, how) in enumerate(rows):
-        if not _has_penalty(how):
-            continue
         counts = Counter(how.history[how.num_prompt :])
-        for token in set(how.history):
+        for token in set(how.history):  # empty without penalties
             if token < logits.shape[1]:  # some vocabularies have ids without a logit
                 count = counts[token]
                 subtracted = how.frequency_penalty * count + how.presence_penalty * (count > 0)
@@ -96,10 +94,6 @@ def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     old = logits[row, token]
     new = torch.where(old > 0, old / repetition, old * repetition) - penalty
     return logits.index_put((row, token), new)
-
-
-def _has_penalty(how: Sampling) -> bool:
-    return bool(how.repetition_penalty != 1.0 or how.presence_penalty or how.frequency_penalty)
 
 
 def _by_width(rows: Sequence[Row], drawn: list[int]) -> dict[int, list[int]]:

@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import scratch_elements
+from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import Store
@@ -42,7 +43,7 @@ def _max_context(config: PretrainedConfig) -> int:
 
 def _intermediate_size(config: PretrainedConfig) -> int:
     """MLP columns of one token: its experts' together where there are any."""
-    top_k = getattr(config, "num_experts_per_tok", None) or 1
+    top_k = experts_per_token(config)
     dense = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     expert = getattr(config, "moe_intermediate_size", None)
     if isinstance(expert, int):

@@ -8,7 +8,6 @@ model's own forward with stand-ins for its layers. Nothing here knows an archite
 import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from headrace.runtime import layer_facts, names, plugs
+from headrace.runtime.stand_ins import Call, StandIn, swapped
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
 
@@ -180,12 +180,12 @@ class Skeleton:
         beside the hidden states (rotary embeddings among them). The table is replaced by its rows
         for the call, so that it can stay in host memory and scaling is still the reference's.
         """
-        calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-        stand_ins = nn.ModuleList(_StandIn(layer, calls.append) for layer in self.layers)
+        calls: list[Call] = []
+        stand_ins = nn.ModuleList(StandIn(layer, calls.append) for layer in self.layers)
         table = self.embedding.weight
         self.embedding.weight = plugs.no_grad_parameter(rows)
         try:
-            with _swapped(self.model, {self.layers_path: stand_ins} | self._no_tail()):
+            with swapped(self.model, {self.layers_path: stand_ins} | self._no_tail()):
                 self.model.base_model(
                     input_ids=torch.arange(len(rows), device=rows.device)[None],
                     position_ids=positions[None],
@@ -204,8 +204,8 @@ class Skeleton:
 
         Returns logits [R, vocabulary] in float32.
         """
-        stand_ins = nn.ModuleList(_StandIn(layer, None, x[None]) for layer in self.layers)
-        with _swapped(self.model, {self.layers_path: stand_ins}):
+        stand_ins = nn.ModuleList(StandIn(layer, None, x[None]) for layer in self.layers)
+        with swapped(self.model, {self.layers_path: stand_ins}):
             positions = torch.zeros(1, len(x), dtype=torch.int64, device=x.device)
             out = self.model(inputs_embeds=x[None], position_ids=positions, use_cache=False)
         logits: Tensor = out.logits[0]
@@ -229,40 +229,6 @@ class Skeleton:
                 learnt[key] = LayerShape(*kv, *layer_facts.sizes(layer, self.config))
             shapes.append(learnt[key])
         return tuple(shapes)
-
-
-class _StandIn(nn.Module):
-    """Takes a decoder layer's place: notes how it was called, or returns what it was told to."""
-
-    def __init__(self, layer: nn.Module, note: Any, result: Tensor | None = None) -> None:
-        super().__init__()
-        object.__setattr__(self, "_real", layer)
-        self._note = note
-        self._result = result
-
-    def __getattr__(self, name: str) -> Any:
-        # Models look at their layers (attention_type, is_sliding, ...) before calling them.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_real"], name)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._note is not None:
-            self._note((x, args, kwargs))
-        return x if self._result is None else self._result
-
-
-@contextmanager
-def _swapped(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
-    originals = {path: root.get_submodule(path) for path in replacements}
-    try:
-        for path, module in replacements.items():
-            root.set_submodule(path, module)
-        yield
-    finally:
-        for path, module in originals.items():
-            root.set_submodule(path, module)
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from headrace.runtime.attention import Batch
+from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.model import Prepared, StageModel
@@ -27,8 +27,9 @@ from headrace.scheduler.plan import MicroBatch, Pass, PassResult, Sample, StageT
 class StageConfig:
     """What a stage process needs to build itself.
 
-    `device_memory` is the budget in bytes, which CUDA's allocator enforces. `dtype` is the compute and KV type, `storage` "auto", "direct", "buffered" or "kvikio".
-    `deadline` bounds every wait for another stage or for the device, in seconds.
+    `device_memory` is the budget in bytes, which CUDA's allocator enforces. `dtype` is the compute
+    and KV type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
+    for another stage or for the device, in seconds. `threads` compute on a CPU.
     """
 
     store: str
@@ -68,6 +69,8 @@ class Stage:
         self._receivers: Mapping[int, Receiver] = {}
         self._closed = threading.Event()
         self._link_clock = wait_clock(self.device)
+        # The default stream would serialize compute with copies.
+        self._compute = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             torch.set_num_threads(config.threads)
         with self._on_device():
@@ -113,13 +116,14 @@ class Stage:
     def receive_ring(self) -> ReceiveRing:
         """Buffers for incoming hidden states: one more than the micro-batches of a pass."""
         plan = self._plan
-        return ReceiveRing(
-            plan.micro_batches + 1,
-            plan.micro_batch_tokens,
-            self._model.hidden_size,
-            self._model.dtype,
-            self.device,
-        )
+        with self._on_device():
+            return ReceiveRing(
+                plan.micro_batches + 1,
+                plan.micro_batch_tokens,
+                self._model.hidden_size,
+                self._model.dtype,
+                self.device,
+            )
 
     def connect(self, senders: Mapping[int, Sender], receivers: Mapping[int, Receiver]) -> None:
         """Take over the ends of the edges to other stages, by peer."""
@@ -221,12 +225,8 @@ class Stage:
         return PassResult(a_pass.step, samples, times)
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """Compute runs on a stream of its own: the default stream would serialize with copies."""
-        if self.device.type != "cuda":
-            return nullcontext()
-        if not hasattr(self, "_compute"):
-            self._compute = torch.cuda.Stream(self.device)
-        return torch.cuda.stream(self._compute)
+        """Compute, and memory that compute will use, belong to one stream."""
+        return nullcontext() if self._compute is None else torch.cuda.stream(self._compute)
 
     def close(self) -> None:
         """Drop the edges and free the device. Safe to call twice."""
@@ -237,7 +237,8 @@ class Stage:
             sender.close()
         for receiver in self._receivers.values():
             receiver.close()
-        self._streamer.close()
+        with self._on_device():
+            self._streamer.close()
         self._storage.close()
 
     def __enter__(self) -> Self:

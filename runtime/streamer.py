@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -108,10 +108,7 @@ class Prefetcher:
         self._begin = begin
         self._begun = 0
         self._loads: deque[tuple[int, torch.Tensor, Load]] = deque()
-        self._fill()
-
-    def _fill(self) -> None:
-        for _ in range(self._ring.slots):
+        for _ in range(ring.slots):
             self._load_next()
 
     def _load_next(self) -> None:
@@ -135,17 +132,16 @@ class Prefetcher:
             self._loads.popleft()
             self._load_next()
 
-    def restart(self) -> None:
-        """Go back to the first layer; the slots are loaded anew behind the current stream's work."""
-        self.drain()
-        self._begun = 0
-        self._fill()
-
     def drain(self) -> None:
         """Return when nothing writes to the ring any more, as seen by the current stream."""
-        while self._loads:
-            with suppress(HeadraceError):
-                self._loads.popleft()[2].wait()
+        _drain(load for _, _, load in self._loads)
+        self._loads.clear()
+
+
+def _drain(loads: Iterable[Load]) -> None:
+    for load in loads:
+        with suppress(HeadraceError):
+            load.wait()
 
 
 class Streamer:
@@ -177,6 +173,7 @@ class Streamer:
         self._storage = storage
         self._device = device
         self._resident: dict[int, torch.Tensor] = {}
+        self._resident_loads: list[Load] = []
         self._host: HostTier | None = None
         self._ring: Prefetcher | None = None
         self._position = 0
@@ -191,7 +188,9 @@ class Streamer:
 
     def _start(self, ring_slots: int, slot_bytes: int) -> None:
         layers = [layer for visit in self._visits for layer in visit]
-        loads = [self._load_resident(i) for i in layers if self._tiers[i] is Tier.DEVICE]
+        for layer in layers:
+            if self._tiers[layer] is Tier.DEVICE:
+                self._load_resident(layer)
         host = {i: self._blocks[i] for i in layers if self._tiers[i] is Tier.HOST}
         if host:
             self._host = HostTier(host, self._storage, self._device)
@@ -200,14 +199,15 @@ class Streamer:
             sizes = {i: self._blocks[i].nbytes for i in order}
             ring = DeviceRing(ring_slots, slot_bytes, self._device)
             self._ring = Prefetcher(order, sizes, ring, self._begin)
-        for load in loads:
+        for load in self._resident_loads:
             load.wait()
+        self._resident_loads.clear()
         self._synchronize()
 
-    def _load_resident(self, layer: int) -> Load:
+    def _load_resident(self, layer: int) -> None:
         block = self._blocks[layer]
-        self._resident[layer] = device_bytes(block.nbytes, self._device)
-        return self._storage.load(block.file, block.data_offset, self._resident[layer])
+        memory = self._resident[layer] = device_bytes(block.nbytes, self._device)
+        self._resident_loads.append(self._storage.load(block.file, block.data_offset, memory))
 
     def _begin(self, layer: int, dest: torch.Tensor) -> Load:
         if self._tiers[layer] is Tier.HOST:
@@ -256,14 +256,6 @@ class Streamer:
         self._bytes = dict.fromkeys(Tier, 0)
         return counters
 
-    def restart(self) -> None:
-        """Go back to the first visit with empty counters, after a pass that broke off."""
-        assert not self._closed
-        if self._ring is not None:
-            self._ring.restart()
-        self._position = 0
-        self.take_counters()
-
     def wait_host_tier(self) -> None:
         """Return when every host layer is in RAM: before measuring, or to fail early."""
         if self._host is not None:
@@ -282,6 +274,8 @@ class Streamer:
             self._host.close()
         if self._ring is not None:
             self._ring.drain()
+        _drain(self._resident_loads)  # those that a start which failed left behind
+        self._resident_loads.clear()
         self._synchronize()
         self._host = self._ring = None
         self._resident.clear()

@@ -110,5 +110,4 @@ class Choices:
     token_budget: int | None = None
     max_sequences: int | None = None
     micro_batches: int | None = None
-    layers_a_visit: int | None = None
     resident_layers: int | None = None

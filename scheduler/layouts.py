@@ -13,6 +13,9 @@ TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 
 LEAST_TOKEN_BUDGET = 64
 
+CYCLIC_VISITS = (1, 2, 4)
+"""Layers a visit, where visits alternate between stages; larger ones make fewer hops."""
+
 RING_VISITS = (2, 3, 4)
 """Visits that a ring holds: one computes while others load. More even out loads of unlike tiers, keep
 the link busy while a pass is turned round, and ride out jitter, which no model knows."""
@@ -29,9 +32,9 @@ def resident_layouts(
     if choices.resident_layers is not None and choices.resident_layers < largest:
         return iter(())
     if choices.placement == "cyclic":
-        visits = cyclic_visits(num_layers, num_stages, choices.layers_a_visit or 1)
+        visits = cyclic_visits(num_layers, num_stages, 1)
         return _cut(visits, num_stages, 0, 1, num_stages, kind, choices)
-    visits = contiguous_visits(num_layers, num_stages, choices.layers_a_visit or num_layers)
+    visits = contiguous_visits(num_layers, num_stages, num_layers)
     return _cut(visits, num_stages, 0, num_stages, 1, kind, choices)
 
 
@@ -55,7 +58,7 @@ def _families(
         (choices.micro_batches,) if choices.micro_batches else (convoys, 2 * convoys, 4 * convoys)
     )
     cut = partial(_cut, num_stages=num_stages, kind=kind, choices=choices)
-    for layers_a_visit in _visit_sizes(num_layers, num_stages, cyclic, choices):
+    for layers_a_visit in _visit_sizes(num_layers, num_stages, cyclic):
         make_visits = cyclic_visits if cyclic else contiguous_visits
         visits = make_visits(num_layers, num_stages, layers_a_visit)
         for held, micro_batches in product(RING_VISITS, counts):
@@ -67,15 +70,11 @@ def _families(
             )
 
 
-def _visit_sizes(
-    num_layers: int, num_stages: int, cyclic: bool, choices: Choices
-) -> tuple[int, ...]:
-    if choices.layers_a_visit:
-        sizes: tuple[int, ...] = (choices.layers_a_visit,)
-    else:
-        sizes = (1, 2, 4) if cyclic else (1,)
+def _visit_sizes(num_layers: int, num_stages: int, cyclic: bool) -> tuple[int, ...]:
+    if not cyclic:
+        return (1,)
     # Every stage has at least one visit.
-    return tuple(n for n in sizes if not cyclic or -(-num_layers // n) >= num_stages)
+    return tuple(n for n in CYCLIC_VISITS if -(-num_layers // n) >= num_stages)
 
 
 def _cut(

@@ -96,6 +96,28 @@ class StageTimes:
     nvme_bytes: int
     host_bytes: int
 
+    def plus(self, other: "StageTimes") -> "StageTimes":
+        """The two times of one stage together."""
+        return StageTimes(
+            self.stage,
+            self.total + other.total,
+            self.weights_wait + other.weights_wait,
+            self.link_wait + other.link_wait,
+            self.nvme_bytes + other.nvme_bytes,
+            self.host_bytes + other.host_bytes,
+        )
+
+    def since(self, start: "StageTimes") -> "StageTimes":
+        """What was added to `start`, an earlier sum of the same stage."""
+        return StageTimes(
+            self.stage,
+            self.total - start.total,
+            self.weights_wait - start.weights_wait,
+            self.link_wait - start.link_wait,
+            self.nvme_bytes - start.nvme_bytes,
+            self.host_bytes - start.host_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class PassResult:

@@ -111,7 +111,7 @@ def make_plan(
     """The fastest plan found that keeps every budget. One profile and one budget for each stage.
 
     Raises DoesNotFitError with a table of who needs how much on the tightest stage and what would
-    make it fit, or when a choice is impossible (more stages than visits).
+    make it fit, or when a choice is impossible (more stages than layers).
     """
     assert len(profiles) == len(budgets) > 0
     problem = _Problem(
@@ -139,7 +139,6 @@ def _check(problem: _Problem, workload: Workload) -> None:
         ("--token-budget", choices.token_budget),
         ("--max-sequences", choices.max_sequences),
         ("--micro-batches", choices.micro_batches),
-        ("--layers-a-visit", choices.layers_a_visit),
         ("--context", workload.context),
         ("the number of sequences", workload.max_sequences),
     ):
@@ -155,12 +154,9 @@ def _check(problem: _Problem, workload: Workload) -> None:
             f" {choices.token_budget}: give at least one token to each"
         )
     stages, layers = len(problem.budgets), problem.shape.num_layers
-    blocks = choices.placement == "contiguous"
-    most = layers if blocks else -(-layers // (choices.layers_a_visit or 1))
-    if stages > most:
+    if stages > layers:
         raise DoesNotFitError(
-            f"--stages {stages} cannot share {layers} layers in {most} visits:"
-            f" use --stages {most} or fewer"
+            f"--stages {stages} cannot share {layers} layers: use --stages {layers} or fewer"
         )
 
 

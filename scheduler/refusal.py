@@ -119,7 +119,6 @@ def _ways(case: _Case) -> Iterator[str]:
     choices = case.choices
     for option, value, freed in (
         ("--token-budget", choices.token_budget, replace(choices, token_budget=None)),
-        ("--layers-a-visit", choices.layers_a_visit, replace(choices, layers_a_visit=None)),
         ("--micro-batches", choices.micro_batches, replace(choices, micro_batches=None)),
         ("--resident-layers", choices.resident_layers, replace(choices, resident_layers=None)),
     ):
@@ -132,8 +131,6 @@ def _more_stages(case: _Case) -> Iterator[str]:
     """The fewest stages that fit, looking up to four times as many."""
     stages = len(case.budgets)
     most = min(case.shape.num_layers, 4 * stages)
-    if case.choices.layers_a_visit and case.choices.placement != "contiguous":
-        most = min(most, -(-case.shape.num_layers // case.choices.layers_a_visit))
     smallest = min(case.budgets, key=lambda budget: budget.device_memory)
     need = None
     for more in range(stages + 1, most + 1):

@@ -130,7 +130,7 @@ class Scheduler:
             raise RequestError(
                 f"the prompt has {request.num_prompt} tokens, but a context of "
                 f"{self.config.max_context} tokens holds at most {self.config.max_context - 1} and "
-                "one of output; shorten the prompt or raise max_context"
+                "one of output; shorten the prompt or raise --context"
             )
         need = pages_for(self._limit(request) - 1)
         if need > self.config.num_pages:
@@ -138,7 +138,7 @@ class Scheduler:
                 f"a prompt of {request.num_prompt} tokens and up to "
                 f"{self._limit(request) - request.num_prompt} of output need {need} KV pages of "
                 f"{PAGE_TOKENS} tokens, but there are {self.config.num_pages}; shorten the prompt, "
-                "lower max_tokens or give the KV cache more memory"
+                "lower max_tokens or raise --context"
             )
 
     def _limit(self, request: Request) -> int:

@@ -1,8 +1,9 @@
-"""Tiny configurations of the architectures that are known to run, and of some that must not."""
+"""Tiny models of the architectures that are known to run, and configurations that must not."""
 
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 _BASE: dict[str, Any] = {
     "hidden_size": 64,
@@ -113,3 +114,31 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """A tiny configuration of a SUPPORTED or REFUSED model type."""
     settings = SUPPORTED.get(model_type) or REFUSED.get(model_type) or {}
     return AutoConfig.for_model(model_type, **(_BASE | settings | changes))
+
+
+def tiny_model(model_type: str) -> Any:
+    """A random float32 model whose logits are far from uniform: greedy decoding is well defined."""
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.15)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """transformers' greedy continuation of one prompt alone."""
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    continuation: list[int] = output[0, len(prompt) :].tolist()
+    return continuation

@@ -1,16 +1,17 @@
 """Rings of real stages inside this process, over local links: every placement from one function."""
 
+import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline
-from headrace.runtime.link import LocalEdge
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.runtime.store import Store
-from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -23,8 +24,51 @@ from headrace.scheduler.placement import (
 from headrace.scheduler.request import Request
 from headrace.scheduler.scheduler import Scheduler
 
+
+class LocalEdge:
+    """Both ends of an edge inside one process, between threads; on CUDA between their streams."""
+
+    def __init__(self, edge: tuple[int, int], deadline: float) -> None:
+        self._edge, self._deadline = edge, deadline
+        self._queue: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event | None] | None] = (
+            queue.SimpleQueue()
+        )
+
+    def send(self, x: torch.Tensor) -> None:
+        event = None
+        if x.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._queue.put((x, event))
+
+    def collect(self) -> None:
+        pass
+
+    def recv(self, num_tokens: int) -> torch.Tensor:
+        try:
+            item = self._queue.get(timeout=self._deadline)
+        except queue.Empty:
+            item = None
+        if item is None:
+            raise StageError(f"edge {self._edge[0]} -> {self._edge[1]} broke")
+        x, event = item
+        if event is not None:
+            stream = torch.cuda.current_stream(x.device)
+            stream.wait_event(event)
+            x.record_stream(stream)  # its memory belongs to the sender's stream
+        assert len(x) == num_tokens
+        return x
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+
 NO_PREDICTION = Prediction(
-    sequences=1, pass_seconds=1.0, tokens_per_second=1.0, bound_by="nvme", terms={"nvme": 1.0}
+    sequences=1,
+    pass_seconds=1.0,
+    tokens_per_second=1.0,
+    bound_by="nvme",
+    terms=dict.fromkeys(("nvme", "pcie", "compute", "hbm", "hops"), 1.0),
 )
 
 
@@ -104,16 +148,7 @@ def run_all(
     plan: Plan, pipeline: LocalPipeline, requests: Sequence[Request]
 ) -> dict[int, list[int]]:
     """Serve `requests` to their end; their outputs by id."""
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_pages=plan.num_pages,
-            max_context=plan.max_context,
-            token_budget=plan.token_budget,
-            max_sequences=plan.max_sequences,
-            micro_batches=plan.micro_batches,
-            micro_batch_tokens=plan.micro_batch_tokens,
-        )
-    )
+    scheduler = Scheduler(scheduler_config(plan))
     for request in requests:
         scheduler.add(request)
     outputs: dict[int, list[int]] = {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headrace.runtime.attention import Batch
+from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
 from headrace.runtime.store import Store

@@ -1,18 +1,15 @@
 """Paged attention on the CPU against plain attention in float64."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import CASES, Case, Tensors, make, micro_batch
 from torch import Tensor
 
-from headrace.runtime.attention import Batch, paged_attention
+from headrace.runtime.attention import paged_attention
+from headrace.runtime.batch import Batch
 from headrace.scheduler.plan import MicroBatch, Sampling, Slice
-
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode finds no siblings
-from attention_cases import CASES, Case, Tensors, make, micro_batch
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, None, 0, ())

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from attention_cases import CASES, Case, make
 
 from headrace.runtime.attention_tiles import DeviceLimits, choose_splits, choose_tile
-
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode finds no siblings
-from attention_cases import CASES, Case, make
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None

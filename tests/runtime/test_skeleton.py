@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_config
 
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import Skeleton, load_config
@@ -26,14 +27,14 @@ def test_encoder_is_unsupported(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def test_configuration_survives_the_file(tmp_path: Path, architectures) -> None:
-    architectures.tiny_config("gemma2").save_pretrained(tmp_path)
+def test_configuration_survives_the_file(tmp_path: Path) -> None:
+    tiny_config("gemma2").save_pretrained(tmp_path)
     config = load_config(tmp_path)
     assert (config.model_type, config.hidden_size) == ("gemma2", 64)
 
 
-def test_skeleton_leaves_the_configuration_alone_and_holds_no_weights(architectures) -> None:
-    config = architectures.tiny_config("llama")
+def test_skeleton_leaves_the_configuration_alone_and_holds_no_weights() -> None:
+    config = tiny_config("llama")
     before = config.to_dict()
     skeleton = Skeleton(config, torch.bfloat16)
     assert config.to_dict() == before
@@ -41,8 +42,8 @@ def test_skeleton_leaves_the_configuration_alone_and_holds_no_weights(architectu
     assert len(skeleton.layers) == 3
 
 
-def test_roles_of_a_dense_model(architectures) -> None:
-    skeleton = Skeleton(architectures.tiny_config("llama"), torch.float32)
+def test_roles_of_a_dense_model() -> None:
+    skeleton = Skeleton(tiny_config("llama"), torch.float32)
     names = [
         "model.embed_tokens.weight",
         "model.layers.1.mlp.down_proj.weight",
@@ -62,8 +63,8 @@ def test_roles_of_a_dense_model(architectures) -> None:
     assert roles[names[1]].target == "model.layers.1.mlp.down_proj.weight"
 
 
-def test_experts_of_one_expert_are_adjacent(architectures) -> None:
-    skeleton = Skeleton(architectures.tiny_config("mixtral"), torch.float32)
+def test_experts_of_one_expert_are_adjacent() -> None:
+    skeleton = Skeleton(tiny_config("mixtral"), torch.float32)
     prefix = "model.layers.0.block_sparse_moe"
     names = [f"{prefix}.experts.{e}.w{w}.weight" for w in (1, 2, 3) for e in range(4)]
     roles = skeleton.classify([*names, f"{prefix}.gate.weight"])
@@ -75,8 +76,8 @@ def test_experts_of_one_expert_are_adjacent(architectures) -> None:
     assert roles[f"{prefix}.gate.weight"].kind == "router"
 
 
-def test_fused_experts_map_to_themselves(architectures) -> None:
-    skeleton = Skeleton(architectures.tiny_config("gpt_oss"), torch.float32)
+def test_fused_experts_map_to_themselves() -> None:
+    skeleton = Skeleton(tiny_config("gpt_oss"), torch.float32)
     prefix = "model.layers.0.mlp.experts"
     roles = skeleton.classify([f"{prefix}.gate_up_proj", f"{prefix}.gate_up_proj_bias"])
     stack, bias = roles.values()
@@ -84,14 +85,14 @@ def test_fused_experts_map_to_themselves(architectures) -> None:
     assert bias.kind == "other"
 
 
-def test_tied_head_is_unused(architectures) -> None:
-    skeleton = Skeleton(architectures.tiny_config("llama", tie_word_embeddings=True), torch.float32)
+def test_tied_head_is_unused() -> None:
+    skeleton = Skeleton(tiny_config("llama", tie_word_embeddings=True), torch.float32)
     assert skeleton.tied
     assert skeleton.classify(["lm_head.weight"])["lm_head.weight"].kind == "unused"
 
 
-def test_layer_shapes_tell_dense_from_sparse_and_keys_from_values(architectures) -> None:
-    shapes = Skeleton(architectures.tiny_config("deepseek_v3"), torch.float32).layer_shapes()
+def test_layer_shapes_tell_dense_from_sparse_and_keys_from_values() -> None:
+    shapes = Skeleton(tiny_config("deepseek_v3"), torch.float32).layer_shapes()
     assert [(s.kv_heads, s.k_dim, s.v_dim) for s in shapes] == [(4, 24, 12)] * 3
     dense, sparse, _ = shapes
     assert dense.parameters == dense.active_parameters
@@ -100,11 +101,11 @@ def test_layer_shapes_tell_dense_from_sparse_and_keys_from_values(architectures)
     assert dense.largest_matrix == 96 * 64
 
 
-def test_rotations_that_depend_on_the_call_limit_the_context(architectures) -> None:
+def test_rotations_that_depend_on_the_call_limit_the_context() -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128}
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    config = architectures.tiny_config(
+    config = tiny_config(
         "phi3", rope_parameters=rope | factors, original_max_position_embeddings=128
     )
     assert context_limit(config) == 128
-    assert context_limit(architectures.tiny_config("llama")) is None
+    assert context_limit(tiny_config("llama")) is None

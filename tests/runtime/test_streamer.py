@@ -191,21 +191,6 @@ def test_waiting_is_counted_and_counting_starts_over(tmp_path: Path) -> None:
         assert streamer.take_counters() == StreamCounters(0, 0, 0.0)
 
 
-@pytest.mark.parametrize("held", [0, 1, 3])
-def test_a_pass_that_broke_off_starts_over(tmp_path: Path, held: int) -> None:
-    blocks = make_blocks(tmp_path)
-    with (
-        BufferedStorage(CPU, threads=2) as storage,
-        make_streamer(blocks, MIXED, PAIRS, SlowStorage(storage, seed=held)) as streamer,
-    ):
-        for position in range(held):
-            with streamer.hold(position):
-                pass
-        streamer.restart()
-        assert streamer.take_counters() == StreamCounters(0, 0, 0.0)
-        run_pass(streamer, PAIRS, blocks)
-
-
 def test_visits_are_held_in_order(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path)
     with (

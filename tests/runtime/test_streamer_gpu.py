@@ -124,20 +124,6 @@ def test_closing_early_leaves_no_thread(blocks: dict[int, Block], device: torch.
     assert set(threading.enumerate()) == before
 
 
-def test_a_pass_that_broke_off_starts_over(blocks: dict[int, Block], device: torch.device) -> None:
-    visits = [[i] for i in range(6)]
-    with (
-        BufferedStorage(device) as storage,
-        open_streamer(blocks, TIERS["mixed"], visits, storage, device) as streamer,
-    ):
-        with streamer.hold(0):
-            torch.cuda._sleep(BUSY_CYCLES)
-        streamer.restart()
-        for position in range(6):
-            with streamer.hold(position) as weights:
-                assert torch.equal(weights[0][1].cpu(), expected(blocks[position]))
-
-
 def test_a_truncated_layer_fails_its_visit(blocks: dict[int, Block], device: torch.device) -> None:
     os.truncate(blocks[1].file, 100 * PAGE)
     visits = [[i] for i in range(6)]

@@ -207,13 +207,11 @@ def test_choices_are_kept() -> None:
         token_budget=1000,
         max_sequences=9,
         micro_batches=3,
-        layers_a_visit=5,
     )
     assert (plan.token_budget, plan.max_sequences, plan.micro_batches) == (1000, 9, 3)
-    assert {len(visit.layers) for visit in plan.placement.visits} == {5}
-    resident = plan_of(TINY, 2, 100e6, profile=CPU, placement="cyclic", layers_a_visit=2)
+    resident = plan_of(TINY, 2, 100e6, profile=CPU, placement="cyclic")
     assert set(resident.placement.tiers) == {Tier.DEVICE}
-    assert [visit.stage for visit in resident.placement.visits] == [0, 1, 0, 1]
+    assert [visit.stage for visit in resident.placement.visits] == [0, 1, 0, 1] * 2
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -311,7 +309,6 @@ def test_a_token_budget_that_is_too_large_is_one_of_the_ways_out() -> None:
         ({"token_budget": 0}, "--token-budget must be at least 1, not 0"),
         ({"placement": "round"}, "--placement round is none of auto, cyclic, contiguous"),
         ({"token_budget": 4, "micro_batches": 8}, "--micro-batches 8 cannot share"),
-        ({"placement": "cyclic", "layers_a_visit": 8}, "--stages 2 cannot share 8 layers in 1"),
     ],
 )
 def test_impossible_choices(choices: dict[str, int | str], message: str) -> None:
@@ -319,7 +316,7 @@ def test_impossible_choices(choices: dict[str, int | str], message: str) -> None
 
 
 def test_more_stages_than_layers() -> None:
-    assert "use --stages 8 or fewer" in refused(TINY, 9, 1e8)
+    assert "--stages 9 cannot share 8 layers: use --stages 8" in refused(TINY, 9, 1e8)
 
 
 @st.composite
@@ -347,7 +344,6 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     context=st.integers(1, 600),
     max_sequences=st.none() | st.integers(1, 40),
     placement=st.sampled_from(["auto", "cyclic", "contiguous"]),
-    layers_a_visit=st.none() | st.integers(1, 3),
     micro_batches=st.none() | st.integers(1, 5),
     token_budget=st.none() | st.integers(5, 600),
 )
@@ -358,11 +354,10 @@ def test_every_plan_keeps_every_budget(
     context: int,
     max_sequences: int | None,
     placement: str,
-    layers_a_visit: int | None,
     micro_batches: int | None,
     token_budget: int | None,
 ) -> None:
-    choices = Choices(placement, token_budget, None, micro_batches, layers_a_visit)
+    choices = Choices(placement, token_budget, None, micro_batches)
     workload = Workload(context, max_sequences)
     try:
         plan = make_plan(shape, [profile] * len(budgets), budgets, workload, choices)

@@ -1,0 +1,179 @@
+"""A micro-batch as attention sees it: packed tokens, their pages, and who may look at what."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch
+
+SCORES = 1 << 24
+"""Scores that the CPU path holds at once (64 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as attention sees it: T packed tokens of S sequences, R of them sampled.
+
+    positions [T] int64.  token_slots [T] int64: page * 64 + offset, where the token's key goes.
+    sample_rows [R] int64: the packed row of each sampling slice's last token.
+    query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
+    with this slice's.  page_table [S, P] int32, padded with 0.
+    `lengths` and `contexts` are host copies: tokens of each slice, and of each context.
+    """
+
+    positions: Tensor
+    token_slots: Tensor
+    sample_rows: Tensor
+    query_start: Tensor
+    context: Tensor
+    page_table: Tensor
+    lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    _decodes: "dict[tuple[int | None, int], list[Decodes]]" = field(default_factory=dict)
+
+    @cached_property
+    def page_offsets(self) -> tuple[Tensor, Tensor]:
+        """`token_slots` as pages [T] and offsets in them [T]."""
+        return self.token_slots // PAGE_TOKENS, self.token_slots % PAGE_TOKENS
+
+    def decodes(self, window: int | None, width: int) -> "list[Decodes]":
+        """The sequences with one query each in groups; alike for all layers of a kind.
+
+        `width` is the elements that one key takes over all query heads.
+        """
+        key = window, width
+        if key not in self._decodes:
+            self._decodes[key] = list(_group_decodes(self, window, width))
+        return self._decodes[key]
+
+    @cached_property
+    def min_query(self) -> int:
+        return min(self.lengths)
+
+    @cached_property
+    def max_query(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def max_context(self) -> int:
+        return max(self.contexts)
+
+    @classmethod
+    def build(cls, micro_batch: MicroBatch, device: torch.device) -> "Batch":
+        """One transfer to the device; the caller's stream orders it before its use."""
+        slices = micro_batch.slices
+        lengths = np.array([len(piece.tokens) for piece in slices])
+        ends = np.array([piece.end for piece in slices])
+        assert len(slices) and lengths.min() > 0, micro_batch
+        start = np.concatenate(([0], lengths.cumsum()))
+        sequence = np.repeat(np.arange(len(slices)), lengths)
+        positions = np.arange(start[-1]) + (ends - start[1:])[sequence]
+        table = _page_table(micro_batch)
+        page = table[sequence, positions // PAGE_TOKENS]
+        sampled = [i for i, piece in enumerate(slices) if piece.sampling is not None]
+        positions_, slots, sample_rows, query_start, context, page_table = _to_device(
+            (
+                positions,
+                page.astype(np.int64) * PAGE_TOKENS + positions % PAGE_TOKENS,
+                start[1:][sampled] - 1,
+                start.astype(np.int32),
+                ends.astype(np.int32),
+                table,
+            ),
+            device,
+        )
+        return cls(
+            positions=positions_,
+            token_slots=slots,
+            sample_rows=sample_rows,
+            query_start=query_start,
+            context=context,
+            page_table=page_table,
+            lengths=tuple(lengths.tolist()),
+            contexts=tuple(ends.tolist()),
+        )
+
+
+def _page_table(micro_batch: MicroBatch) -> np.ndarray:
+    used = [-(-piece.end // PAGE_TOKENS) for piece in micro_batch.slices]
+    table = np.zeros((len(used), max(used)), dtype=np.int32)
+    for row, piece, pages in zip(table, micro_batch.slices, used, strict=True):
+        assert len(piece.pages) >= pages, piece
+        row[:pages] = piece.pages[:pages]
+    return table
+
+
+def _to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:
+    """The arrays on `device`, as views of one buffer, each on a 16-byte boundary.
+
+    Aligned, because Triton compiles another kernel for a pointer that is not.
+    """
+    spans = [-(-array.nbytes // 16) * 16 for array in arrays]
+    ends = np.cumsum(spans)
+    host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for array, end, span in zip(arrays, ends, spans, strict=True):
+        raw = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        host[end - span : end - span + array.nbytes] = raw
+    # The host allocator keeps a pinned block until the copies recorded on it are done.
+    packed = host.to(device, non_blocking=True)
+    types = {8: torch.int64, 4: torch.int32}
+    return [
+        packed[end - span : end - span + array.nbytes].view(types[array.itemsize]).view(array.shape)
+        for array, end, span in zip(arrays, ends, spans, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """One query of each of G sequences that see equally many pages, n.
+
+    rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  stale
+    [G, 1, 64, 1]: keys of the last page past the context's end.  visible [G, 1, n * 64].
+    """
+
+    rows: Tensor
+    table: Tensor
+    stale: Tensor
+    visible: Tensor
+
+
+def _group_decodes(batch: Batch, window: int | None, width: int) -> Iterator[Decodes]:
+    """Without padding: batching saves calls and changes no result."""
+    alike: dict[int, list[int]] = {}
+    for sequence, (length, context) in enumerate(zip(batch.lengths, batch.contexts, strict=True)):
+        if length == 1:
+            pages = -(-context // PAGE_TOKENS) - first_page(context - 1, window)
+            alike.setdefault(pages, []).append(sequence)
+    for pages, members in alike.items():
+        at_once = max(1, SCORES // (pages * PAGE_TOKENS * width))
+        for i in range(0, len(members), at_once):
+            yield _decode_group(batch, torch.tensor(members[i : i + at_once]), pages, window)
+
+
+def _decode_group(batch: Batch, members: Tensor, pages: int, window: int | None) -> Decodes:
+    position = batch.context[members].long() - 1  # [G]
+    first = position // PAGE_TOKENS + 1 - pages
+    table = batch.page_table[members[:, None], first[:, None] + torch.arange(pages)].long()
+    keys = first[:, None] * PAGE_TOKENS + torch.arange(pages * PAGE_TOKENS)  # [G, n * 64]
+    return Decodes(
+        rows=batch.query_start[members].long(),
+        table=table,
+        stale=(keys > position[:, None])[:, None, -PAGE_TOKENS:, None],
+        visible=visible_keys(position[:, None], keys, window),
+    )
+
+
+def first_page(position: int, window: int | None) -> int:
+    """The first page that a query at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1) // PAGE_TOKENS
+
+
+def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Positions [G, n] and [G, L] to a mask [G, n, L], true where the query sees the key."""
+    distance = queries[:, :, None] - keys[:, None, :]
+    visible = distance >= 0
+    return visible if window is None else visible & (distance < window)
