@@ -14,8 +14,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -143,6 +143,8 @@ def _group(
 class _Edge:
     """What both ends share: the group, the message counter and the deadline."""
 
+    _needs_abort = False
+
     def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
         self._group, self._edge, self._deadline = group, edge, timedelta(seconds=deadline)
         self._count = 0
@@ -151,19 +153,25 @@ class _Edge:
         self._count += 1
         return self._count & 0x7FFFFFFF
 
-    def _wait(self, work: Any) -> None:
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """torch's errors, of a peer that is gone or late, as ours."""
         try:
-            work.wait(self._deadline)
+            yield
         except RuntimeError as error:
             raise StageError(
                 f"edge {self._edge[0]} -> {self._edge[1]} broke: {str(error).splitlines()[0]}"
             ) from error
 
+    def _wait(self, work: Any) -> None:
+        with self._breaking():
+            work.wait(self._deadline)
+
     def close(self) -> None:
         # Dropping the last reference closes Gloo's sockets, so that the peer fails at once instead
         # of at its deadline; NCCL has to be told.
         group, self._group = self._group, None
-        if isinstance(group, dist.ProcessGroupNCCL):
+        if group is not None and self._needs_abort:
             group.abort()
 
 
@@ -186,7 +194,8 @@ class GlooSender(_Sender):
 
     def send(self, x: torch.Tensor) -> None:
         raw = x.contiguous().view(torch.uint8)
-        self._queued.append((raw, self._group.send([raw], 1, self._tag())))
+        with self._breaking():
+            self._queued.append((raw, self._group.send([raw], 1, self._tag())))
 
 
 class GlooReceiver(_Edge):
@@ -200,25 +209,33 @@ class GlooReceiver(_Edge):
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         x = self._ring.take(num_tokens)
-        self._wait(self._group.recv([x.view(torch.uint8)], 0, self._tag()))
+        with self._breaking():
+            work = self._group.recv([x.view(torch.uint8)], 0, self._tag())
+        self._wait(work)
         return x
 
 
 class NcclSender(_Sender):
     """Sends from device memory, ordered after the compute queued so far; the host does not wait."""
 
+    _needs_abort = True
+
     def send(self, x: torch.Tensor) -> None:
         x = x.contiguous()
-        self._queued.append((x, self._group.send([x], 1, 0)))
+        with self._breaking():
+            self._queued.append((x, self._group.send([x], 1, 0)))
 
     def _wait(self, work: Any) -> None:
         # The stage's own deadline at the end of each pass bounds the device. Here the compute stream
         # waits, so that what was sent can be let go.
-        work.wait()
+        with self._breaking():
+            work.wait()
 
 
 class NcclReceiver(_Edge):
     """Receives on a stream of its own, so that a transfer overlaps the compute before it."""
+
+    _needs_abort = True
 
     def __init__(
         self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing
@@ -230,9 +247,10 @@ class NcclReceiver(_Edge):
     def recv(self, num_tokens: int) -> torch.Tensor:
         self._ring.await_free(self._stream)
         x = self._ring.take(num_tokens)
-        with torch.cuda.stream(self._stream):
-            work = self._group.recv([x], 0, 0)
-        work.wait()  # the compute stream waits, the host does not
+        with self._breaking():
+            with torch.cuda.stream(self._stream):
+                work = self._group.recv([x], 0, 0)
+            work.wait()  # the compute stream waits, the host does not
         return x
 
 
