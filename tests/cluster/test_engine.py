@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import ray
-import torch
-from architectures import tiny_config
+from architectures import greedy, tiny_model
 from commands import STORIES
-from transformers import AutoModelForCausalLM
 
 from headrace import LLM, SamplingParams
 from headrace.cluster.cli.main import main
@@ -164,39 +162,14 @@ def test_a_model_that_does_not_fit_leaves_ray_usable(stories: Path) -> None:
         LLM(stories, stages=1, device_memory="1MiB", **ROOM)
 
 
-def tiny_store(name: str, folder: Path) -> tuple[Path, Any]:
-    """A random float32 model that greedy decoding is well defined for, and its store."""
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.15)
-    model.generation_config.eos_token_id = None
+def check_ring(name: str, folder: Path, placement: str, resident: int | None) -> None:
+    model = tiny_model(name)
     model.save_pretrained(folder / "checkpoint")
     for file in STORIES.glob("tokenizer*"):
         shutil.copy(file, folder / "checkpoint")
-    convert(folder / "checkpoint", folder / "store", format="keep")
-    return folder / "store", model
-
-
-def check_ring(name: str, folder: Path, placement: str, resident: int | None) -> None:
-    store, model = tiny_store(name, folder)
+    store = convert(folder / "checkpoint", folder / "store", format="keep").path
     prompts = [[3 + (7 * i + j) % 250 for j in range(n)] for i, n in enumerate((1, 9, 33, 70))]
-    wanted = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            answer = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=24,
-                min_new_tokens=24,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        wanted.append(answer[0, len(prompt) :].tolist())
+    wanted = [greedy(model, prompt, 24) for prompt in prompts]
     room: dict[str, Any] = ROOM | {"device_memory": "64MiB", "resident_layers": resident}
     with LLM(store, stages=2, placement=placement, **room) as llm:
         where = llm.plan.placement
