@@ -156,10 +156,19 @@ class ThreadedStorage:
             self._copies.enter_thread()
         staging = _Staging(self._chunk_bytes, pinned=self._copies is not None)
         try:
-            while (part := self._parts.get()) is not None:
-                self._finish(part, staging)
+            while self._take(staging):
+                pass
         finally:
             staging.close()
+
+    def _take(self, staging: _Staging) -> bool:
+        """Finish the next part; False at the end. A thread that waits holds no part: its buffer may
+        be the probe's, whose memory belongs to the plan."""
+        part = self._parts.get()
+        if part is None:
+            return False
+        self._finish(part, staging)
+        return True
 
     def _finish(self, part: _Part, staging: _Staging) -> None:
         """Errors travel in the load: a part that is never finished would hang its reader."""

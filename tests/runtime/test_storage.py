@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -243,3 +244,15 @@ def test_available_memory_obeys_a_container_limit(tmp_path: Path) -> None:
     assert available_memory(meminfo, limit) == 20000
     limit.write_text("max\n")
     assert available_memory(meminfo, limit) == 50 * 1024
+
+
+def test_a_probe_leaves_no_memory_behind(tmp_path: Path) -> None:
+    file = tmp_path / "block"
+    file.write_bytes(os.urandom(64 << 20))
+    process = psutil.Process()
+    choose_storage(CPU, file, 0, 1 << 20).close()  # threads' stacks, modules, allocator pools
+    before = process.memory_info().rss
+    storage = choose_storage(CPU, file, 0, 64 << 20)
+    grown = process.memory_info().rss - before
+    storage.close()
+    assert grown < 32 << 20, "the threads that read still hold the probe's buffer"
