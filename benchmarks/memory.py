@@ -10,6 +10,7 @@ process.
 
 import argparse
 import multiprocessing
+import os
 import shutil
 import tempfile
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+import ray
 from random_store import write_checkpoint
 from rich.console import Console
 from rich.table import Table
@@ -72,9 +74,9 @@ class Peaks:
         self._thread.join()
 
     @property
-    def highest(self) -> list[int]:
-        """By process, in the order of their ids, which is that of their start."""
-        return [self._highest[pid] for pid in sorted(self._highest)]
+    def highest(self) -> dict[int, int]:
+        """Bytes by process id."""
+        return dict(self._highest)
 
 
 def _convert(source: Path, dest: Path, fmt: str, answer: Connection) -> None:
@@ -93,7 +95,7 @@ def measure_conversion(source: Path, dest: Path, fmt: str, table: Table) -> None
         before, seconds = ours.recv(), ours.recv()
     process.join()
     size = sum(file.stat().st_size for file in dest.glob("*.safetensors"))
-    highest = max(peaks.highest)
+    highest = max(peaks.highest.values())
     table.add_row(dest.name, gb(size), gb(before), gb(highest), f"{seconds:.0f} s")
 
 
@@ -115,8 +117,9 @@ def measure_run(store: Path, arguments: argparse.Namespace, table: Table) -> Non
         start = time.perf_counter()
         llm.generate(prompts, params)
         seconds = time.perf_counter() - start
-        memory = llm.plan.memory
-    for stage, (plan, real) in enumerate(zip(memory, peaks.highest, strict=True)):
+        memory, pids = llm.plan.memory, stage_pids(llm)
+    for stage, (plan, pid) in enumerate(zip(memory, pids, strict=True)):
+        real = peaks.highest[pid]
         parts = (plan.device, plan.host_layers, plan.embed, plan.process)
         said = sum(parts)
         table.add_row(
@@ -125,6 +128,12 @@ def measure_run(store: Path, arguments: argparse.Namespace, table: Table) -> Non
             f"{real / said - 1:+.1%}",
             f"{seconds:.0f} s",
         )
+
+
+def stage_pids(llm: LLM) -> list[int]:
+    """Process ids in the order of the stages; Ray starts workers in any order."""
+    actors = llm._engine._pipeline._actors  # type: ignore[attr-defined]
+    return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
 
 
 def gb(size: float) -> str:
