@@ -51,10 +51,14 @@ class Command:
         return found[0]
 
     def kill(self) -> None:
-        """SIGKILL to the driver alone, then wait until nothing that it started is left."""
+        """SIGKILL to the driver alone, then wait until nothing that it started is left.
+
+        Ray's agents look for their raylet from time to time, and that was seen to take over 30 s when
+        it died while they started.
+        """
         self.process.kill()
         self.process.wait()
-        wait_for(lambda: not self.processes(), 30.0, lambda: f"left behind: {self.processes()}")
+        wait_for(lambda: not self.processes(), 120.0, lambda: f"left behind: {self.processes()}")
 
     def interrupt(self) -> None:
         """Ctrl-C as a terminal does it: SIGINT to the whole process group, and to the stages."""

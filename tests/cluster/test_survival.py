@@ -135,7 +135,7 @@ class JobCase:
         assert before < self.written() < self.rows
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_job_that_is_killed_and_stopped_goes_on(stories: Path, tmp_path: Path) -> None:
     case = JobCase(tmp_path, stories, rows=100, max_tokens=16)
     chance = random.Random(1)
