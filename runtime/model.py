@@ -137,7 +137,11 @@ class StageModel:
     def embed(self, token_ids: Tensor) -> Tensor:
         """token_ids [T], on the host -> hidden states [T, hidden] on the device."""
         assert self._table is not None, "this stage does not embed"
-        rows = self._table.index_select(0, token_ids).to(self.device, self.dtype)
+        # A copy from pageable memory would wait for all compute queued before it.
+        shape, pinned = (len(token_ids), self._table.shape[1]), self.device.type == "cuda"
+        rows = torch.empty(shape, dtype=self._table.dtype, pin_memory=pinned)
+        torch.index_select(self._table, 0, token_ids, out=rows)
+        rows = rows.to(self.device, non_blocking=True).to(self.dtype)
         positions = torch.zeros(len(token_ids), dtype=torch.int64, device=self.device)
         return self._skeleton.enter(rows, positions)[0]
 

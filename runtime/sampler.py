@@ -8,6 +8,7 @@ are those of the raw logits.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,20 +23,47 @@ _GREEDY_BELOW = 1e-5  # vLLM's limit: a smaller temperature is greedy
 _MASK = (1 << 64) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Tokens that were drawn, on their way to the host."""
+
+    rows: Sequence[Row]
+    table: Tensor
+    """[R, columns] float64 on the host; written by a copy on the stream that drew them."""
+
+    def collect(self) -> list[Sample]:
+        """One sample a row. The caller has waited for the stream.
+
+        Raises:
+            StageError: a row has nan or +inf, or nothing but -inf; the message names the request.
+        """
+        return [
+            _to_sample(row, values)
+            for row, values in zip(self.rows, self.table.tolist(), strict=True)
+        ]
+
+
 def sample(logits: Tensor, rows: Sequence[Row], at_once: int = 64) -> list[Sample]:
+    """`draw`, waited for and collected."""
+    drawn = draw(logits, rows, at_once)
+    if logits.is_cuda:
+        torch.cuda.current_stream(logits.device).synchronize()
+    return drawn.collect()
+
+
+def draw(logits: Tensor, rows: Sequence[Row], at_once: int = 64) -> Drawn:
     """Draw one token a row from `logits` [R, vocabulary] float32, which is left as it is.
+
+    The host does not wait for the device.
 
     Rows that are not greedy are drawn `at_once` at a time, in some 64 bytes per logit of them.
 
     -inf marks a token as impossible. Ties go to the lowest id when greedy; top-k and top-p keep
-    all of equal logits at their edge. `top` holds the k most likely tokens by raw logits.
-
-    Raises:
-        StageError: a row has nan or +inf, or nothing but -inf; the message names the request.
+    all of equal logits at their edge. A sample's `top` holds the k most likely tokens by raw logits.
     """
     assert logits.dtype == torch.float32 and len(logits) == len(rows), (logits.shape, len(rows))
     if not rows:
-        return []
+        return Drawn(rows, torch.empty(0, 2))
     scores = _penalized(logits, rows)
     top_score, tokens = scores.max(dim=-1)  # nan wins; among equals the first does
     drawn = [i for i, (_, _, how) in enumerate(rows) if how.temperature >= _GREEDY_BELOW]
@@ -43,14 +71,17 @@ def sample(logits: Tensor, rows: Sequence[Row], at_once: int = 64) -> list[Sampl
         for i in range(0, len(members), at_once):
             some = members[i : i + at_once]
             index = _to(torch.tensor(some), logits.device)
-            tokens[index] = _draw(scores[index], [rows[j] for j in some], width)
+            tokens[index] = _draw_some(scores[index], [rows[j] for j in some], width)
     columns = [tokens.double()[:, None], top_score.double()[:, None]]
     wanted = [i for i, (_, _, how) in enumerate(rows) if how.logprobs is not None]
     if wanted:
         columns.append(_logprobs(logits, tokens, rows, wanted))
     # Ids are exact in float64, so everything crosses to the host together.
-    table: list[list[float]] = torch.cat(columns, dim=1).tolist()
-    return [_to_sample(row, values) for row, values in zip(rows, table, strict=True)]
+    table = torch.cat(columns, dim=1)
+    if not table.is_cuda:
+        return Drawn(rows, table)
+    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    return Drawn(rows, host.copy_(table, non_blocking=True))
 
 
 def uniform(seed: int, position: int) -> float:
@@ -114,7 +145,7 @@ def _by_width(rows: Sequence[Row], drawn: list[int]) -> dict[int, list[int]]:
     return groups
 
 
-def _draw(logits: Tensor, rows: Sequence[Row], width: int) -> Tensor:
+def _draw_some(logits: Tensor, rows: Sequence[Row], width: int) -> Tensor:
     """One token a row, by inverting the distribution function in the order of token ids. [n]."""
     parameters = _to(torch.tensor([_parameters(row) for row in rows]).double(), logits.device)
     temperature, u = parameters[:, 0:1], parameters[:, 4:5]

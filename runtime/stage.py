@@ -14,13 +14,13 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.model import Prepared, StageModel
-from headrace.runtime.sampler import sample
+from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Store
 from headrace.runtime.streamer import Streamer, wait_clock
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import Plan
-from headrace.scheduler.plan import MicroBatch, Pass, PassResult, Sample, StageTimes
+from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class _Travel:
     micro_batch: MicroBatch
     prepared: Prepared
     x: torch.Tensor | None = None
-    samples: list[Sample] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
 
 
 class Stage:
@@ -176,7 +176,7 @@ class Stage:
     def _depart(self, visit: int, travel: _Travel, x: torch.Tensor) -> None:
         travel.x = None
         if visit == len(self._placement.visits) - 1:
-            travel.samples = self._sample(travel, x)
+            travel.drawn = self._draw(travel, x)
             return
         target = self._placement.visits[visit + 1].stage
         if target == self.config.stage:
@@ -184,16 +184,16 @@ class Stage:
         else:
             self._senders[target].send(x)
 
-    def _sample(self, travel: _Travel, x: torch.Tensor) -> list[Sample]:
+    def _draw(self, travel: _Travel, x: torch.Tensor) -> list[Drawn]:
         pieces = [piece for piece in travel.micro_batch.slices if piece.sampling is not None]
         rows = [(p.request, p.end, p.sampling) for p in pieces if p.sampling is not None]
-        samples, plan = [], self._plan
+        drawn, plan = [], self._plan
         for start in range(0, len(rows), plan.logit_rows):
             chosen = travel.prepared.batch.sample_rows[start : start + plan.logit_rows]
             logits = self._model.logits(x.index_select(0, chosen))
             some = rows[start : start + plan.logit_rows]
-            samples += sample(logits, some, plan.sample_rows)
-        return samples
+            drawn.append(draw(logits, some, plan.sample_rows))
+        return drawn
 
     def _finish(self) -> None:
         for sender in self._senders.values():
@@ -221,7 +221,8 @@ class Stage:
             nvme_bytes=counters.nvme_bytes,
             host_bytes=counters.host_bytes,
         )
-        samples = tuple(sample for travel in travels for sample in travel.samples)
+        drawn = (some for travel in travels for some in travel.drawn)
+        samples = tuple(sample for some in drawn for sample in some.collect())
         return PassResult(a_pass.step, samples, times)
 
     def _on_device(self) -> AbstractContextManager[Any]:
