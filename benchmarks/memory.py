@@ -3,9 +3,9 @@
     python benchmarks/memory.py [--layers 28] [--device-memory 600MB] [--directory /mnt/nvme]
 
 Writes a random bf16 Llama checkpoint (hidden 2048, 4 GB by default), converts it in a process of
-its own to each format, runs a few rows on CPU stages and deletes everything. Resident memory is
-sampled every 20 ms. A stage should take what the plan counts as device, host layers, embedding and
-process.
+its own to each format, runs on CPU stages as many full contexts as the plan has room for, and deletes
+everything. Resident memory is sampled every 20 ms. A stage should take what the plan counts as
+device, host layers, embedding and process.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SHAPE = {
     "head_dim": 64,
     "vocab_size": 32000,
 }
-PROMPT = list(range(5, 205))
+CONTEXT = 512
 STAGE = "StageActor"
 """In the title that Ray gives a stage's process."""
 
@@ -101,7 +101,6 @@ def measure_conversion(source: Path, dest: Path, fmt: str, table: Table) -> None
 
 def measure_run(store: Path, arguments: argparse.Namespace, table: Table) -> None:
     """One line a stage."""
-    prompts = [[i, *PROMPT] for i in range(arguments.rows)]
     params = SamplingParams(temperature=0.0, max_tokens=arguments.tokens, ignore_eos=True)
     with (
         Peaks(STAGE) as peaks,
@@ -111,9 +110,12 @@ def measure_run(store: Path, arguments: argparse.Namespace, table: Table) -> Non
             device="cpu",
             device_memory=arguments.device_memory,
             host_memory=arguments.host_memory,
-            context=512,
+            context=CONTEXT,
         ) as llm,
     ):
+        # Pages that no token reaches are never touched.
+        rows = llm.plan.max_sequences * llm.plan.passes_in_flight
+        prompts = [[i, *range(5, CONTEXT - arguments.tokens + 4)] for i in range(rows)]
         start = time.perf_counter()
         llm.generate(prompts, params)
         seconds = time.perf_counter() - start
@@ -147,7 +149,6 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--device-memory", default="600MB", help="per stage")
     parser.add_argument("--host-memory", default="0", help="per stage")
-    parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4, help="to generate for each row")
     parser.add_argument("--directory", type=Path, help="where the files go (default: $TMPDIR)")
     arguments = parser.parse_args()

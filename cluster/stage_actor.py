@@ -1,5 +1,6 @@
 """The Ray shell around a Stage: messages in, messages out, no logic."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -16,6 +17,21 @@ from headrace.runtime.skeleton import Skeleton, load_config
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.scheduler.inputs import DeviceProfile
 from headrace.scheduler.plan import Pass
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_MMAP_BYTES = 1 << 20
+
+
+def _return_large_blocks() -> None:
+    """Have malloc give blocks of a MiB and more back to the system when they are freed.
+
+    By default glibc raises that limit to 32 MiB as it sees such blocks freed, and activations of
+    every size then leave holes in the heap: up to 0.26 GB beside a budget of 0.6 GB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,7 @@ class StageActor:
         logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "WARNING"))
         # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _return_large_blocks()
         self._name = name
         self._stage: Stage | None = None
 
