@@ -18,7 +18,6 @@ from headrace.runtime.stage import Stage, StageConfig
 from headrace.scheduler.inputs import DeviceProfile
 from headrace.scheduler.plan import Pass
 
-
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MMAP_BYTES = 1 << 20
 
