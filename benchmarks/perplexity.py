@@ -72,7 +72,7 @@ class Ours:
     def __call__(self, tokens: list[int]) -> Iterator[Tensor]:
         piece = Slice(0, 0, tuple(tokens), tuple(range(WINDOW // PAGE_TOKENS)), None)
         prepared = self._model.prepare(Batch.build(MicroBatch((piece,)), CPU))
-        x = self._model.embed(torch.tensor(tokens))
+        x = prepared.x
         for layer in self._layers:
             x = self._model.run_layer(layer, x, prepared, self._kv)
         for rows in x.split(LOGIT_ROWS):

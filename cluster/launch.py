@@ -54,6 +54,7 @@ class EngineOptions:
     resident_layers: int | None = None
     context: int | None = None
     storage: str = "auto"
+    graphs: bool = True
     address: str | None = None
     deadline: float = 600.0
 
@@ -125,6 +126,7 @@ def plan_run(
             max_sequences=options.max_sequences,
             micro_batches=options.micro_batches,
             resident_layers=options.resident_layers,
+            graphs=options.graphs,
         ),
     )
 

@@ -1,7 +1,7 @@
 """A micro-batch as attention sees it: packed tokens, their pages, and who may look at what."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,9 +22,12 @@ class Batch:
     sample_rows [R] int64: the packed row of each sampling slice's last token.
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
     with this slice's.  page_table [S, P] int32, padded with 0.
-    `lengths` and `contexts` are host copies: tokens of each slice, and of each context.
+    `tokens` [T] int64 are on the host; `lengths` and `contexts` are the tokens of each slice and context.
+    `max_context` is at least the longest context. `packed` is the memory of all tensors but
+    sample_rows.
     """
 
+    tokens: Tensor
     positions: Tensor
     token_slots: Tensor
     sample_rows: Tensor
@@ -33,6 +36,8 @@ class Batch:
     page_table: Tensor
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
+    max_context: int
+    packed: Tensor
     _decodes: "dict[tuple[int | None, int], list[Decodes]]" = field(default_factory=dict)
 
     @cached_property
@@ -58,13 +63,14 @@ class Batch:
     def max_query(self) -> int:
         return max(self.lengths)
 
-    @cached_property
-    def max_context(self) -> int:
-        return max(self.contexts)
-
     @classmethod
-    def build(cls, micro_batch: MicroBatch, device: torch.device) -> "Batch":
-        """One transfer to the device; the caller's stream orders it before its use."""
+    def build(
+        cls, micro_batch: MicroBatch, device: torch.device, pages: int | None = None
+    ) -> "Batch":
+        """One transfer to the device; the caller's stream orders it before its use.
+
+        With `pages`, every sequence is given room for so many.
+        """
         slices = micro_batch.slices
         lengths = np.array([len(piece.tokens) for piece in slices])
         ends = np.array([piece.end for piece in slices])
@@ -72,21 +78,22 @@ class Batch:
         start = np.concatenate(([0], lengths.cumsum()))
         sequence = np.repeat(np.arange(len(slices)), lengths)
         positions = np.arange(start[-1]) + (ends - start[1:])[sequence]
-        table = _page_table(micro_batch)
+        table = _page_table(micro_batch, pages)
         page = table[sequence, positions // PAGE_TOKENS]
         sampled = [i for i, piece in enumerate(slices) if piece.sampling is not None]
-        positions_, slots, sample_rows, query_start, context, page_table = _to_device(
+        packed, (positions_, slots, query_start, context, page_table, sample_rows) = _to_device(
             (
                 positions,
                 page.astype(np.int64) * PAGE_TOKENS + positions % PAGE_TOKENS,
-                start[1:][sampled] - 1,
                 start.astype(np.int32),
                 ends.astype(np.int32),
                 table,
+                start[1:][sampled] - 1,
             ),
             device,
         )
         return cls(
+            tokens=torch.tensor([token for piece in slices for token in piece.tokens]),
             positions=positions_,
             token_slots=slots,
             sample_rows=sample_rows,
@@ -95,24 +102,46 @@ class Batch:
             page_table=page_table,
             lengths=tuple(lengths.tolist()),
             contexts=tuple(ends.tolist()),
+            max_context=int(ends.max()) if pages is None else pages * PAGE_TOKENS,
+            packed=packed[: len(packed) - _span(sample_rows.nbytes)],
+        )
+
+    def onto(self, other: "Batch") -> "Batch":
+        """This batch in the memory of `other`, which has as many tokens, sequences and pages.
+
+        The copy is queued on the current stream. `sample_rows` stays where it is.
+        """
+        assert len(self.packed) == len(other.packed), "batches of unlike shapes"
+        other.packed.copy_(self.packed)
+        return replace(
+            self,
+            positions=other.positions,
+            token_slots=other.token_slots,
+            query_start=other.query_start,
+            context=other.context,
+            page_table=other.page_table,
+            packed=other.packed,
+            _decodes={},
         )
 
 
-def _page_table(micro_batch: MicroBatch) -> np.ndarray:
+def _page_table(micro_batch: MicroBatch, width: int | None) -> np.ndarray:
     used = [-(-piece.end // PAGE_TOKENS) for piece in micro_batch.slices]
-    table = np.zeros((len(used), max(used)), dtype=np.int32)
+    table = np.zeros((len(used), width or max(used)), dtype=np.int32)
     for row, piece, pages in zip(table, micro_batch.slices, used, strict=True):
         assert len(piece.pages) >= pages, piece
         row[:pages] = piece.pages[:pages]
     return table
 
 
-def _to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Tensor]:
-    """The arrays on `device`, as views of one buffer, each on a 16-byte boundary.
+def _span(nbytes: int) -> int:
+    """Triton compiles another kernel for a pointer that is not aligned."""
+    return -(-nbytes // 16) * 16
 
-    Aligned, because Triton compiles another kernel for a pointer that is not.
-    """
-    spans = [-(-array.nbytes // 16) * 16 for array in arrays]
+
+def _to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """One buffer on `device` (uint8), and the arrays as views of it, one after the other."""
+    spans = [_span(array.nbytes) for array in arrays]
     ends = np.cumsum(spans)
     host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
     for array, end, span in zip(arrays, ends, spans, strict=True):
@@ -121,7 +150,7 @@ def _to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[Ten
     # The host allocator keeps a pinned block until the copies recorded on it are done.
     packed = host.to(device, non_blocking=True)
     types = {8: torch.int64, 4: torch.int32}
-    return [
+    return packed, [
         packed[end - span : end - span + array.nbytes].view(types[array.itemsize]).view(array.shape)
         for array, end, span in zip(arrays, ends, spans, strict=True)
     ]

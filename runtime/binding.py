@@ -13,6 +13,7 @@ from transformers.core_model_loading import build_glob_alternation
 from headrace.runtime import plugs
 from headrace.runtime.experts import BoundExperts, ExpertSpecs
 from headrace.runtime.linear import QuantLinear, Scratch, Weight
+from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError
@@ -20,6 +21,10 @@ from headrace.scheduler.errors import StoreError
 
 class Binding(Protocol):
     """Puts one module's weights in place, as views of a block's bytes."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether what runs depends on nothing but the block's bytes, wherever they are."""
 
     def bind(self, block: Tensor) -> None: ...
 
@@ -30,6 +35,10 @@ class PackedLinear:
 
     module: QuantLinear
     spec: WeightSpec
+
+    @property
+    def is_static(self) -> bool:
+        return True
 
     def bind(self, block: Tensor) -> None:
         self.module.weight = Weight.view(self.spec, block)
@@ -44,6 +53,12 @@ class Dense:
     spec: WeightSpec
     shape: torch.Size
     dtype: torch.dtype
+
+    @property
+    def is_static(self) -> bool:
+        return (
+            self.spec.format == "raw" and TORCH_DTYPES[self.spec.parts["data"].dtype] == self.dtype
+        )
 
     def bind(self, block: Tensor) -> None:
         value = Weight.view(self.spec, block).dense(self.dtype).view(self.shape)
@@ -60,6 +75,10 @@ class ExpertStack:
     module: nn.Module
     specs: ExpertSpecs
     scratch: Scratch
+
+    @property
+    def is_static(self) -> bool:
+        return False  # the host learns which experts are hit
 
     def bind(self, block: Tensor) -> None:
         setattr(self.module, plugs.EXPERT_WEIGHTS, BoundExperts(self.specs, block, self.scratch))

@@ -43,9 +43,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A micro-batch ready to run: its metadata, and what each layer is given beside its input."""
+    """A micro-batch ready to run: its metadata, the first layer's input [T, hidden] on the stage that
+    embeds, and what each layer is given beside its input."""
 
     batch: Batch
+    x: Tensor
     calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
 
@@ -129,21 +131,39 @@ class StageModel:
         self._bound[layer] = block
 
     def prepare(self, batch: Batch) -> Prepared:
-        """What the layers need to run this micro-batch; the same for every layer and visit."""
-        rows = self._blank.expand(len(batch.positions), -1)
-        _, calls = self._skeleton.enter(rows, batch.positions)
-        return Prepared(batch, calls)
+        """What the layers need to run this micro-batch; the same for every visit."""
+        return self.enter(self.rows(batch), batch)
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids [T], on the host -> hidden states [T, hidden] on the device."""
-        assert self._table is not None, "this stage does not embed"
+    def enter(self, rows: Tensor, batch: Batch) -> Prepared:
+        """`prepare` with the tokens' `rows`."""
+        return Prepared(batch, *self._skeleton.enter(rows, batch.positions))
+
+    @property
+    def embeds(self) -> bool:
+        return self._table is not None
+
+    def rows(self, batch: Batch) -> Tensor:
+        """The tokens' rows of the embedding table [T, hidden], or blank ones where there is none."""
+        if self._table is None:
+            return self._blank.expand(len(batch.tokens), -1)
         # A copy from pageable memory would wait for all compute queued before it.
-        shape, pinned = (len(token_ids), self._table.shape[1]), self.device.type == "cuda"
+        shape, pinned = (len(batch.tokens), self._table.shape[1]), self.device.type == "cuda"
         rows = torch.empty(shape, dtype=self._table.dtype, pin_memory=pinned)
-        torch.index_select(self._table, 0, token_ids, out=rows)
-        rows = rows.to(self.device, non_blocking=True).to(self.dtype)
-        positions = torch.zeros(len(token_ids), dtype=torch.int64, device=self.device)
-        return self._skeleton.enter(rows, positions)[0]
+        torch.index_select(self._table, 0, batch.tokens, out=rows)
+        return rows.to(self.device, non_blocking=True).to(self.dtype)
+
+    def is_static(self, layer: int) -> bool:
+        """Whether the layer reads its weights where they are bound and never asks the host."""
+        return all(binding.is_static for binding in self._bindings[layer])
+
+    def run_layers(
+        self, layers: Iterable[tuple[int, Tensor]], x: Tensor, prepared: Prepared, kv: KVStore
+    ) -> Tensor:
+        """`run_layer` for consecutive layers, each bound to its bytes."""
+        for layer, block in layers:
+            self.bind(layer, block)
+            x = self.run_layer(layer, x, prepared, kv)
+        return x
 
     def run_layer(self, layer: int, x: Tensor, prepared: Prepared, kv: KVStore) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the batch's keys and values to the layer's pages."""

@@ -178,7 +178,7 @@ def _run(
     )
     micro_batch = MicroBatch(slices)
     prepared = model.prepare(Batch.build(micro_batch, model.device))
-    x = model.embed(torch.tensor([token for piece in slices for token in piece.tokens]))
+    x = prepared.x
     for layer in range(model.config.num_hidden_layers):
         x = model.run_layer(layer, x, prepared, kv)
     return model.logits(x)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.graphs import CudaRecorder, DecodeGraphs, Lane, Recorder
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.model import Prepared, StageModel
@@ -19,6 +20,7 @@ from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Store
 from headrace.runtime.streamer import Streamer, wait_clock
 from headrace.scheduler.errors import StageError
+from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
 
@@ -49,6 +51,7 @@ class _Travel:
 
     micro_batch: MicroBatch
     prepared: Prepared
+    lane: Lane | None
     x: torch.Tensor | None = None
     drawn: list[Drawn] = field(default_factory=list)
 
@@ -56,11 +59,12 @@ class _Travel:
 class Stage:
     """Owns the weights, KV pages and links of one device.
 
-    `connect` gives it its neighbours; a stage without neighbours needs none. Errors: StoreError for
-    damaged weights, StageError for a peer that is gone or late.
+    `connect` gives it its neighbours; a stage without neighbours needs none. `recorder` makes the
+    graphs of decodes, on CUDA by default. Errors: StoreError for damaged weights, StageError for a
+    peer that is gone or late.
     """
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, config: StageConfig, recorder: Recorder | None = None) -> None:
         self.config = config
         self.device = torch.device(config.device)
         self._plan, self._placement = config.plan, config.plan.placement
@@ -75,6 +79,9 @@ class Stage:
             torch.set_num_threads(config.threads)
         with self._on_device():
             self._build(Store.open(Path(config.store)))
+            if self._compute is not None:
+                recorder = recorder or CudaRecorder()
+        self._graphs = self._make_graphs(recorder)
 
     def _build(self, store: Store) -> None:
         config, layers = self.config, self._placement.layers_of(self.config.stage)
@@ -109,6 +116,13 @@ class Stage:
             slot_bytes=self._plan.slot_bytes,
         )
 
+    def _make_graphs(self, recorder: Recorder | None) -> DecodeGraphs | None:
+        plan = self._plan
+        if recorder is None or not plan.graph_rows:
+            return None
+        pages = pages_for(plan.max_context)
+        return DecodeGraphs(self._model, self._kv, recorder, plan.graph_rows, pages)
+
     @property
     def storage_name(self) -> str:
         return self._storage.name
@@ -142,30 +156,33 @@ class Stage:
 
     def _run(self, a_pass: Pass) -> PassResult:
         started = time.perf_counter()
-        travels = [self._prepare(micro_batch) for micro_batch in a_pass.micro_batches]
+        travels = [self._prepare(i, batch) for i, batch in enumerate(a_pass.micro_batches)]
         for position, visit in enumerate(self._visits):
             self._visit(position, visit, travels)
         self._finish()
         return self._result(a_pass, travels, time.perf_counter() - started)
 
-    def _prepare(self, micro_batch: MicroBatch) -> _Travel:
-        return _Travel(micro_batch, self._model.prepare(Batch.build(micro_batch, self.device)))
+    def _prepare(self, index: int, micro_batch: MicroBatch) -> _Travel:
+        lane = self._graphs.lane(index, micro_batch) if self._graphs else None
+        if lane is not None:
+            return _Travel(micro_batch, lane.prepared, lane)
+        batch = Batch.build(micro_batch, self.device)
+        return _Travel(micro_batch, self._model.prepare(batch), None)
 
     def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
         with self._streamer.hold(position) as layers:
-            for layer, data in layers:
-                self._model.bind(layer, data)
             for travel in travels:
                 x = self._arrive(visit, travel)
-                for layer, _ in layers:
-                    x = self._model.run_layer(layer, x, travel.prepared, self._kv)
+                if travel.lane is None:
+                    x = self._model.run_layers(layers, x, travel.prepared, self._kv)
+                else:
+                    x = travel.lane.run(layers, x)
                 self._depart(visit, travel, x)
 
     def _arrive(self, visit: int, travel: _Travel) -> torch.Tensor:
         """Hidden states [tokens, hidden] before the visit: embedded, still here, or received."""
         if visit == 0:
-            tokens = [token for piece in travel.micro_batch.slices for token in piece.tokens]
-            return self._model.embed(torch.tensor(tokens))
+            return travel.prepared.x
         source = self._placement.visits[visit - 1].stage
         if source == self.config.stage:
             assert travel.x is not None
@@ -182,7 +199,8 @@ class Stage:
         if target == self.config.stage:
             travel.x = x
         else:
-            self._senders[target].send(x)
+            # A lane writes its hidden states where they were.
+            self._senders[target].send(x if travel.lane is None else x.clone())
 
     def _draw(self, travel: _Travel, x: torch.Tensor) -> list[Drawn]:
         pieces = [piece for piece in travel.micro_batch.slices if piece.sampling is not None]

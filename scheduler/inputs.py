@@ -103,7 +103,7 @@ class Choices:
 
     `placement` is one of PLACEMENTS. `token_budget` and `max_sequences` are per pass.
     `resident_layers` of each stage stay on its device (all of them, if it has fewer) and the others
-    are streamed, whatever room there is; 0 streams everything.
+    are streamed, whatever room there is; 0 streams everything. `graphs`: decodes as CUDA graphs.
     """
 
     placement: str = "auto"
@@ -111,3 +111,4 @@ class Choices:
     max_sequences: int | None = None
     micro_batches: int | None = None
     resident_layers: int | None = None
+    graphs: bool = True

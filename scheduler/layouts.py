@@ -11,6 +11,9 @@ from headrace.scheduler.placement import Visit, contiguous_visits, cyclic_visits
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 """Tokens a pass: enough to keep the matmuls of a pass busy while weights stream."""
 
+GRAPH_ROWS = 256
+"""Micro-batches of more decodes keep a GPU busy for longer than launching their kernels takes."""
+
 LEAST_TOKEN_BUDGET = 64
 
 CYCLIC_VISITS = (1, 2, 4)
@@ -92,8 +95,16 @@ def _cut(
     )
     for token_budget in _token_budgets(kind, micro_batches, choices):
         batches = choices.micro_batches or min(micro_batches, token_budget)
+        graph_rows = GRAPH_ROWS if kind == "cuda" and choices.graphs else 0
         yield Layout(
-            visits, layers, ring_slots, token_budget, batches, passes, choices.resident_layers
+            visits,
+            layers,
+            ring_slots,
+            token_budget,
+            batches,
+            passes,
+            choices.resident_layers,
+            min(graph_rows, -(-token_budget // batches)),
         )
 
 

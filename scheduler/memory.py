@@ -21,7 +21,8 @@ class Layout:
     """How layers are cut into visits and passes into micro-batches; which tier is not yet said.
 
     `ring_slots` is for a stage that cannot keep all its layers; `layers[stage]` in ring order.
-    `resident` layers of each stage are kept if it is given, else as many as fit.
+    `resident` layers of each stage are kept if it is given, else as many as fit. CUDA graphs are made
+    for at most `graph_rows` decodes.
     """
 
     visits: tuple[Visit, ...]
@@ -31,6 +32,7 @@ class Layout:
     micro_batches: int
     passes_in_flight: int
     resident: int | None = None
+    graph_rows: int = 0
 
     @property
     def num_stages(self) -> int:
@@ -66,10 +68,10 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
     input, query, key and value, attention output, projection) and three of the MLP (gate, up and
     their product). Hidden states of the other micro-batches wait between visits, once in a buffer
     to receive and once in one to send. Logits are made and sampled a few rows at a time; attention
-    works tile by tile.
+    works tile by tile. CUDA graphs have their own memory for a layer's.
     """
     columns = 6 * shape.hidden_size + 3 * shape.intermediate_size
-    layer = layout.micro_batch_tokens * columns * shape.compute_bytes
+    layer = (layout.micro_batch_tokens + layout.graph_rows) * columns * shape.compute_bytes
     waiting = 2 * layout.token_budget * shape.hidden_size * shape.compute_bytes
     a_logit = layout.logit_rows * LOGIT_BYTES + layout.sample_rows * SAMPLE_BYTES
     return layer + waiting + (a_logit * shape.vocab_size if has_head else 0)

@@ -267,6 +267,7 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         micro_batch_tokens=layout.micro_batch_tokens,
         logit_rows=layout.logit_rows,
         sample_rows=layout.sample_rows,
+        graph_rows=layout.graph_rows,
         passes_in_flight=layout.passes_in_flight,
         memory=filling.memory,
         nvme_bytes_a_pass=nvme,

@@ -9,6 +9,7 @@ import torch
 
 from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline
+from headrace.runtime.graphs import Recorder
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StageError
@@ -82,6 +83,7 @@ def manual_plan(
     num_pages: int = 64,
     max_sequences: int = 64,
     layers_a_visit: int = 1,
+    graph_rows: int = 0,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about."""
     num_layers = len(store.layers)
@@ -106,6 +108,7 @@ def manual_plan(
         micro_batch_tokens=-(-token_budget // micro_batches),
         logit_rows=5,
         sample_rows=2,
+        graph_rows=graph_rows,
         passes_in_flight=1,
         memory=(StageMemory(0, 0, 0, 0, 0, 0, 0, 0, 0),) * stages,
         nvme_bytes_a_pass=tuple(passing(stage, Tier.NVME) for stage in range(stages)),
@@ -115,7 +118,9 @@ def manual_plan(
 
 
 @contextmanager
-def local_ring(path: Path, plan: Plan, device: str = "cpu") -> Iterator[LocalPipeline]:
+def local_ring(
+    path: Path, plan: Plan, device: str = "cpu", recorder: Recorder | None = None
+) -> Iterator[LocalPipeline]:
     stages = [
         Stage(
             StageConfig(
@@ -128,7 +133,8 @@ def local_ring(path: Path, plan: Plan, device: str = "cpu") -> Iterator[LocalPip
                 storage="auto",
                 deadline=60.0,
                 threads=torch.get_num_threads(),
-            )
+            ),
+            recorder,
         )
         for stage in range(plan.placement.num_stages)
     ]

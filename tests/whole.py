@@ -35,8 +35,7 @@ class WholeModel:
         """One micro-batch; the logits of all its tokens [T, vocabulary]."""
         batch = Batch.build(MicroBatch(tuple(slices)), CPU)
         prepared = self._model.prepare(batch)
-        tokens = torch.tensor([token for piece in slices for token in piece.tokens])
-        x = self._model.embed(tokens)
+        x = prepared.x
         for layer in self._layers:
             x = self._model.run_layer(layer, x, prepared, self._kv)
         return self._model.logits(x)

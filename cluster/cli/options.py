@@ -79,6 +79,10 @@ class RunOptions:
         Dtype, typer.Option(help="Compute and KV type. auto: the model's; CPU: float32.")
     ] = Dtype.AUTO
 
+    graphs: Annotated[
+        bool, typer.Option(help="Launch decodes as CUDA graphs, where there is CUDA.")
+    ] = True
+
     def engine(self, store: Path, **more: Any) -> "EngineOptions":
         """What the engine takes, with sizes in bytes. HeadraceError for a malformed size."""
         from headrace.cluster.launch import EngineOptions  # imports torch and Ray

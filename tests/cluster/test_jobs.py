@@ -54,6 +54,7 @@ PLAN = Plan(
     micro_batch_tokens=32,
     logit_rows=32,
     sample_rows=32,
+    graph_rows=0,
     passes_in_flight=1,
     memory=(StageMemory(0, 2 << 20, 0, 0, 0, 0, 0, 0, 0),) * 2,
     nvme_bytes_a_pass=(2 << 20, 2 << 20),

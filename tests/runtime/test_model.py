@@ -194,7 +194,7 @@ def run_stages(
         for share in shares
     ]  # fmt: skip
     batch = Batch.build(MicroBatch((Slice(0, 0, tokens, (1, 2), None),)), cpu)
-    x = stages[owner[0]].embed(torch.tensor(tokens))
+    x = stages[owner[0]].prepare(batch).x
     with KVStore(dict(enumerate(shapes)), 3, torch.float32, cpu) as kv:
         for layer, block in enumerate(source.layers):
             stage = stages[owner[layer]]

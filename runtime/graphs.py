@@ -1,0 +1,182 @@
+"""Decodes as CUDA graphs: a visit's kernels are recorded once and then launched together.
+
+A decoder layer is some sixty small kernels. Launching them from Python takes longer than a GPU takes
+to run them for a few hundred decodes, and a graph of them is one launch. A graph holds addresses, so
+what it reads and writes has to stay in place: a Lane owns the metadata and the hidden states of one
+micro-batch of a pass, padded to one of a few sizes, and records each visit once for each place that
+the visit's weights can lie in.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from headrace.runtime.batch import Batch
+from headrace.runtime.kv_store import KVStore
+from headrace.runtime.model import StageModel
+from headrace.scheduler.pages import pages_for
+from headrace.scheduler.plan import MicroBatch
+
+log = logging.getLogger(__name__)
+
+MAX_GRAPHS = 1024
+"""Graphs that a stage keeps; the driver takes some of the device's memory for each."""
+
+Layers = Sequence[tuple[int, Tensor]]
+
+
+class Recorder(Protocol):
+    """Makes one launch of many."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What does `work` again with what lies in the same memory then. `work` is not done now."""
+
+
+class CudaRecorder:
+    """CUDA graphs of what is queued on the current stream, all with one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on copying weights meanwhile.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+        return graph.replay
+
+
+Record = Callable[[Callable[[], None]], Callable[[], None] | None]
+"""Like Recorder.record, but None where nothing could be recorded."""
+
+
+class Lane:
+    """Where one micro-batch of decodes is from pass to pass. Loaded and run on one stream."""
+
+    def __init__(self, model: StageModel, kv: KVStore, record: Record, batch: Batch) -> None:
+        self._model, self._kv, self._record = model, kv, record
+        self._batch = batch
+        self._rows = model.rows(batch)
+        self.prepared = model.enter(self._rows, batch)
+        self._x = self.prepared.x.clone()
+        self._enter = record(self._do_enter)
+        self._warm: set[tuple[int, ...]] = set()
+        self._visits: dict[tuple[int, ...], Callable[[], None]] = {}
+
+    @property
+    def is_usable(self) -> bool:
+        return self._enter is not None
+
+    def load(self, batch: Batch, count: int) -> None:
+        """Take over a micro-batch of the same shape, of which the first `count` sequences count."""
+        assert self._enter is not None
+        if self._model.embeds:
+            self._rows.copy_(self._model.rows(batch))
+        here = batch.onto(self._batch)
+        self._enter()
+        self.prepared = replace(self.prepared, batch=here, x=self._x[:count])
+
+    def run(self, layers: Layers, x: Tensor) -> Tensor:
+        """Run a visit's layers on x [count, hidden]; returns the same, valid until the next run."""
+        self._take(x)
+        key = (layers[0][0], *(block.data_ptr() for _, block in layers))
+        again = self._visits.get(key) or self._recorded(key, layers)
+        if again is None:
+            # Kernels are compiled and tuned now, which a recording could not do.
+            self._warm.add(key)
+            self._run(layers)
+        else:
+            again()
+        return self._x[: len(x)]
+
+    def _recorded(self, key: tuple[int, ...], layers: Layers) -> Callable[[], None] | None:
+        if key not in self._warm or not all(self._model.is_static(layer) for layer, _ in layers):
+            return None
+        for layer, block in layers:
+            self._model.bind(layer, block)
+        again = self._record(lambda: self._run(layers))
+        if again is not None:
+            self._visits[key] = again
+        return again
+
+    def _do_enter(self) -> None:
+        entered = self._model.enter(self._rows, self._batch)
+        self._x.copy_(entered.x)
+        self.prepared = replace(self.prepared, calls=entered.calls)
+
+    def _run(self, layers: Layers) -> None:
+        self._x.copy_(self._model.run_layers(layers, self._x, self.prepared, self._kv))
+
+    def _take(self, x: Tensor) -> None:
+        if x.data_ptr() != self._x.data_ptr():
+            self._x[: len(x)].copy_(x)
+            self._x[len(x) :].copy_(x[-1:].expand(len(self._x) - len(x), -1))
+
+
+class DecodeGraphs:
+    """The lanes of a stage, for at most `max_rows` sequences of at most `max_pages` pages each."""
+
+    def __init__(
+        self, model: StageModel, kv: KVStore, recorder: Recorder, max_rows: int, max_pages: int
+    ) -> None:
+        self._model, self._kv, self._recorder = model, kv, recorder
+        self._max_rows, self._max_pages = max_rows, max_pages
+        self._lanes: dict[tuple[int, int, int], Lane] = {}
+        self.count = 0
+        self._failed = False
+
+    def lane(self, index: int, micro_batch: MicroBatch) -> Lane | None:
+        """A lane loaded with a pass's micro-batch `index`; None when there is none for it.
+
+        That is when it holds more than decodes, more of them than lanes have rows, or when a layer
+        cannot be recorded.
+        """
+        slices = micro_batch.slices
+        rows = min(padded_rows(len(slices)), self._max_rows)
+        if self._failed or len(slices) > rows or any(len(piece.tokens) > 1 for piece in slices):
+            return None
+        longest = max(piece.end for piece in slices)
+        pages = min(power_of_two(pages_for(longest)), self._max_pages)
+        # A row that is there twice writes the same key to the same place, and harms nobody.
+        again = replace(slices[-1], sampling=None)
+        padded = MicroBatch(slices + (again,) * (rows - len(slices)))
+        batch = Batch.build(padded, self._model.device, pages)
+        key = index, rows, pages
+        if key not in self._lanes:
+            self._lanes[key] = Lane(self._model, self._kv, self._record, batch)
+        lane = self._lanes[key]
+        if not lane.is_usable:
+            return None
+        lane.load(batch, len(slices))
+        return lane
+
+    def _record(self, work: Callable[[], None]) -> Callable[[], None] | None:
+        if self._failed or self.count >= MAX_GRAPHS:
+            return None
+        try:
+            recorded = self._recorder.record(work)
+        except RuntimeError as error:
+            self._failed = True
+            reason = str(error).splitlines()[0]
+            log.warning("decodes are launched kernel by kernel, not as CUDA graphs: %s", reason)
+            return None
+        self.count += 1
+        return recorded
+
+
+def padded_rows(count: int) -> int:
+    """Few sizes, so that few graphs are made, and little padding."""
+    step = 8 if count <= 64 else 32
+    return power_of_two(count) if count <= 8 else -(-count // step) * step
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
