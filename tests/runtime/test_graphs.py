@@ -94,3 +94,16 @@ def test_padding_is_little() -> None:
     assert len(sizes) <= 18
     assert all(n <= padded_rows(n) <= max(2 * n, n + 31) for n in range(1, 257))
     assert padded_rows(256) == 256
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ring", RINGS)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_cuda_graphs_give_the_same_tokens(
+    name: str, ring: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, requests, wanted = made(name, tmp_path)
+    plan = manual_plan(Store.open(store), graph_rows=16, **ring)
+    with local_ring(store, plan, "cuda") as pipeline:
+        assert run_all(plan, pipeline, requests) == wanted
+    assert not caplog.records
