@@ -8,19 +8,17 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
-from headrace.runtime.trace import ON_HOST, Kind, Span, Trace
+from headrace.runtime.trace import NO_SPAN, ON_HOST, Kind, Span, Trace
 
 KEPT_PASSES = 64
 KEPT_SPANS = 200_000
 """Per stage, of the newest passes: some 40 MB of host memory."""
-
-_NOTHING = nullcontext()
 
 
 class _DeviceMoment(NamedTuple):
@@ -153,7 +151,7 @@ class Recorder:
         self, kind: Kind, name: str = "", number: int = -1, nbytes: int = 0
     ) -> AbstractContextManager[None]:
         if not self.clock.can_time(kind):
-            return _NOTHING
+            return NO_SPAN
         thread = threading.current_thread().name if kind is Kind.READ else ""
         return _Timed(self, kind, thread, name, number, nbytes)
 
@@ -164,7 +162,7 @@ class Recorder:
                 self.clock.anchor()
                 yield
         finally:
-            self._settle()
+            self._keep(self._ended())
 
     def add(self, timed: _Timed) -> None:
         """Keep a span that has ended."""
@@ -176,15 +174,21 @@ class Recorder:
 
     def take(self) -> Trace:
         """All that was kept. Spans whose events are still to come are not in it."""
-        self._settle()
-        spans = tuple(span for some in self._kept for span in some)
+        spans = [span for some in (*self._kept, self._ended()) for span in some]
         self._kept.clear()
         self._num_kept = 0
         seconds = {kind: ns / 1e9 for kind, ns in self._nanoseconds.items()}
-        return Trace(os.uname().nodename, spans, seconds, self._complete)
+        return Trace(os.uname().nodename, tuple(spans), seconds, self._complete)
 
-    def _settle(self) -> None:
-        """Read the times of what has ended, and let go of the oldest passes."""
+    def _keep(self, spans: list[Span]) -> None:
+        """Keep a pass, and let go of the oldest ones."""
+        self._kept.append(spans)
+        self._num_kept += len(spans)
+        while len(self._kept) > self._max_passes or self._num_kept > self._max_spans:
+            self._num_kept -= len(self._kept.popleft())
+
+    def _ended(self) -> list[Span]:
+        """The spans that have ended since the last call; the others stay open."""
         spans = []
         self._complete &= len(self._open) < self._max_spans
         for _ in range(len(self._open)):
@@ -192,13 +196,10 @@ class Recorder:
             span = self._resolved(timed)
             if span is None:
                 self._open.append(timed)
-                continue
-            self._nanoseconds[span.kind] += span.end - span.start
-            spans.append(span)
-        self._kept.append(spans)
-        self._num_kept += len(spans)
-        while len(self._kept) > self._max_passes or self._num_kept > self._max_spans:
-            self._num_kept -= len(self._kept.popleft())
+            else:
+                self._nanoseconds[span.kind] += span.end - span.start
+                spans.append(span)
+        return spans
 
     def _resolved(self, timed: _Timed) -> Span | None:
         start, end = self.clock.resolve(timed.start), self.clock.resolve(timed.end)

@@ -82,7 +82,7 @@ class Tracer(Protocol):
         """A span around a pass. Its end finds the stream idle, and is when events are read."""
 
 
-_NOTHING = nullcontext()
+NO_SPAN = nullcontext()
 
 
 class NullTracer:
@@ -93,10 +93,10 @@ class NullTracer:
     def span(
         self, kind: Kind, name: str = "", number: int = -1, nbytes: int = 0
     ) -> AbstractContextManager[None]:
-        return _NOTHING
+        return NO_SPAN
 
     def one_pass(self, step: int) -> AbstractContextManager[None]:
-        return _NOTHING
+        return NO_SPAN
 
 
 NULL_TRACER = NullTracer()

@@ -115,7 +115,9 @@ def manual_plan(
 
 
 @contextmanager
-def local_ring(path: Path, plan: Plan, device: str = "cpu") -> Iterator[LocalPipeline]:
+def local_ring(
+    path: Path, plan: Plan, device: str = "cpu", *, trace: bool = False
+) -> Iterator[LocalPipeline]:
     stages = [
         Stage(
             StageConfig(
@@ -128,6 +130,7 @@ def local_ring(path: Path, plan: Plan, device: str = "cpu") -> Iterator[LocalPip
                 storage="auto",
                 deadline=60.0,
                 threads=torch.get_num_threads(),
+                trace=trace,
             )
         )
         for stage in range(plan.placement.num_stages)
