@@ -9,6 +9,8 @@ from typing import Any, Self
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
 from headrace.cluster.pipeline import Pending, Pipeline
+from headrace.cluster.trace_file import RunTrace
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import Plan
@@ -50,13 +52,15 @@ class Engine:
         *,
         stop_ids: frozenset[int],
         digest: str,
+        trace: RunTrace | None = None,
     ) -> None:
         self.plan = plan
         self.model_digest = digest
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
         self._scheduler = Scheduler(scheduler_config(plan))
-        self.tokenizer = tokenizer
+        self.tokenizer, self.trace = tokenizer, trace
+        self._tracer: Tracer = trace.driver if trace else NULL_TRACER
         self._pipeline, self._stop_ids = pipeline, stop_ids
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
         self._watchers: dict[int, StopStrings] = {}
@@ -99,7 +103,8 @@ class Engine:
         """Keep the ring full, then apply the oldest pass. Returns the requests that it finished."""
         started = time.monotonic()
         while len(self._in_flight) < self.plan.passes_in_flight:
-            a_pass = self._scheduler.schedule()
+            with self._tracer.span(Kind.SCHEDULE):
+                a_pass = self._scheduler.schedule()
             if a_pass is None:
                 break
             self._in_flight.append((a_pass, self._pipeline.submit(a_pass)))
@@ -109,13 +114,18 @@ class Engine:
             return []
         a_pass, pending = self._in_flight.popleft()
         results = pending.result()
-        completions = self._apply(a_pass, results)
+        with self._tracer.span(Kind.COMMIT, number=a_pass.step):
+            completions = self._apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
         self.stats.bound_seconds += least_seconds(self.plan, a_pass.num_tokens)
         return completions
 
     def close(self) -> None:
-        self._pipeline.close()
+        try:
+            if self.trace is not None:
+                self.trace.close()
+        finally:
+            self._pipeline.close()
 
     def __enter__(self) -> Self:
         return self

@@ -31,6 +31,34 @@ class Stats(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ComputeSplit:
+    """Seconds that one stage computed, by what; the rest of its computing is none of them."""
+
+    dequant: float
+    matmul: float
+    attention: float
+
+    @property
+    def known(self) -> float:
+        return self.dequant + self.matmul + self.attention
+
+
+class JobTrace(Protocol):
+    """What a run notes besides its totals, and writes to `file` when it is closed."""
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def written(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+    def splits(self) -> list[ComputeSplit | None]:
+        """Of each stage that answered, once closed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What the engine did over some time: passes, tokens, seconds and each stage's times."""
 

@@ -17,6 +17,7 @@ from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
 from headrace.cluster.stage_actor import Connection, Discovery
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
+from headrace.cluster.trace_file import RunTrace, TracedPipeline, check_writable
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.link import RendezvousServer
 from headrace.runtime.shape import model_shape
@@ -38,7 +39,8 @@ class EngineOptions:
     """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
 
     `context` is the longest sequence to be served (prompt and output), None the model's own;
-    `address` the Ray cluster to join, None to start one for this engine alone on this machine.
+    `address` the Ray cluster to join, None to start one for this engine alone on this machine;
+    `trace` a file to write, when the engine closes, for Perfetto.
     """
 
     store: Path
@@ -54,9 +56,10 @@ class EngineOptions:
     resident_layers: int | None = None
     context: int | None = None
     storage: str = "auto"
-    graphs: bool = True
+    graphs: bool = False
     address: str | None = None
     deadline: float = 600.0
+    trace: Path | None = None
 
 
 def resolve_device(device: str, address: str | None = None) -> str:
@@ -169,6 +172,7 @@ def _load(
             storage=options.storage,
             deadline=options.deadline,
             threads=max(1, discovery.cores // shared[discovery.node]),
+            trace=options.trace is not None,
         )
         refs.append(actor.load.remote(encode(config)))
     names = gather(refs, max(options.deadline, START_SECONDS), doing="loading weights")
@@ -196,6 +200,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
     """An engine ready for requests. Everything it started is gone when the block ends."""
     with ExitStack() as stack:
         store = Store.open(options.store)
+        if options.trace is not None:
+            check_writable(options.trace)
         device = resolve_device(options.device, options.address)
         dtype = resolve_dtype(options.dtype, device, store)
         tokenizer = load_tokenizer(store.path)
@@ -205,12 +211,15 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         plan = plan_run(options, store, device, dtype, found)
         _load(actors, plan, options, device, dtype, found)
         _connect(actors, options, stack)
+        pipeline = RayPipeline(actors, options.deadline)
+        trace = RunTrace(options.trace, pipeline) if options.trace is not None else None
         yield stack.enter_context(
             Engine(
                 plan,
-                RayPipeline(actors, options.deadline),
+                pipeline if trace is None else TracedPipeline(pipeline, trace.driver),
                 tokenizer,
                 stop_ids=stop_ids(store, tokenizer),
                 digest=store.digest,
+                trace=trace,
             )
         )

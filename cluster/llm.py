@@ -46,7 +46,8 @@ class LLM:
 
     `model` is a store made by `headrace convert`. Keywords are EngineOptions' (`device`, `dtype`,
     `placement`, `context`, ...); memory may be bytes or text such as "600MB" or "10GiB". Starting
-    takes seconds; `close()`, or leaving the `with` block, ends every process that was started.
+    takes seconds; `close()`, or leaving the `with` block, ends every process that was started and
+    writes `trace`, if there is one: a file for Perfetto of each stage's newest passes.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
@@ -55,6 +56,8 @@ class LLM:
         for name in ("device_memory", "host_memory"):
             if isinstance(options.get(name), str):
                 options[name] = parse_size(options[name])
+        if options.get("trace") is not None:
+            options["trace"] = Path(options["trace"])
         self._stack = ExitStack()
         self._engine = self._stack.enter_context(
             running_engine(EngineOptions(store=Path(model), **options))

@@ -3,17 +3,26 @@
 Every Ray call of a running ring is made here; the engine and the scheduler know only `Pipeline`.
 """
 
+import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import ray
 
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.stage import Stage
+from headrace.runtime.trace import Trace
 from headrace.scheduler.errors import HeadraceError, StageError
 from headrace.scheduler.plan import Pass, PassResult
+
+TRACE_SECONDS = 30.0
+"""How long stages may take to finish the passes under way and hand over their traces."""
+
+_PINGS = 8
 
 
 class Pending(Protocol):
@@ -105,10 +114,36 @@ class RayPipeline:
         ]
         return _RayPending(refs, self._deadline, a_pass.step)
 
+    def take_traces(self) -> list[Trace | None]:
+        """What each stage kept; None for one that is gone or too late."""
+        refs = [actor.take_trace.remote() for actor in self._actors]
+        ray.wait(refs, num_returns=len(refs), timeout=TRACE_SECONDS)
+        return [_trace(actor, ref) for actor, ref in zip(self._actors, refs, strict=True)]
+
     def close(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors.clear()
+
+
+def _trace(actor: Any, ref: Any) -> Trace | None:
+    try:
+        trace = decode(ray.get(ref, timeout=1.0), Trace)
+        if trace.node == os.uname().nodename:
+            return trace
+        uncertain, ahead = min(_ping(actor) for _ in range(_PINGS))
+        return replace(trace, ahead=ahead, uncertain=uncertain)
+    except ray.exceptions.RayError:
+        return None
+
+
+def _ping(actor: Any) -> tuple[int, int]:
+    """How far an actor's clock is ahead of this one, after the error of that (half the way there
+    and back); in nanoseconds."""
+    asked = time.time_ns()
+    there = ray.get(actor.clock.remote(), timeout=TRACE_SECONDS)
+    half = (time.time_ns() - asked) // 2
+    return half, there - asked - half
 
 
 class _LocalPending:
@@ -133,6 +168,9 @@ class LocalPipeline:
         with self._lock:  # all stages see passes in one order
             pairs = zip(self._threads, self._stages, strict=True)
             return _LocalPending([thread.submit(stage.run, a_pass) for thread, stage in pairs])
+
+    def take_traces(self) -> list[Trace | None]:
+        return [stage.recorder.take() if stage.recorder else None for stage in self._stages]
 
     def close(self) -> None:
         for stage in self._stages:

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,7 @@ class StageActor:
             device=stage.device,
             deadline=stage.config.deadline,
             interface=connection.interface,
+            tracer=stage.tracer,
         )
         stage.connect(*ends)
 
@@ -113,6 +115,15 @@ class StageActor:
         """One pass: a Pass in, a PassResult out."""
         assert self._stage is not None
         return encode(self._stage.run(decode(payload, Pass)))
+
+    def take_trace(self) -> bytes:
+        """The Trace of the newest passes, for a stage that was told to keep one."""
+        assert self._stage is not None and self._stage.recorder is not None
+        return encode(self._stage.recorder.take())
+
+    def clock(self) -> int:
+        """This node's wall clock, in nanoseconds."""
+        return time.time_ns()
 
     @staticmethod
     def _cap_device_memory(config: StageConfig) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace.runtime.batch import SCORES, Batch, Decodes, first_page, visible_keys
 from headrace.runtime.kv_store import LayerKV
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import PAGE_TOKENS
 
 
@@ -39,6 +40,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    tracer: Tracer = NULL_TRACER,
 ) -> Tensor:
     """Write k and v into their pages, then attend over the pages.
 
@@ -47,14 +49,15 @@ def paged_attention(
     A sequence's result does not depend on the other sequences of the batch.
     """
     rule = Rule(scaling, sliding_window, softcap, sinks)
-    if q.is_cuda:
-        # Imported where it is needed: installations without a GPU have no Triton.
-        from headrace.runtime import attention_triton
+    with tracer.span(Kind.ATTENTION):
+        if q.is_cuda:
+            # Imported where it is needed: installations without a GPU have no Triton.
+            from headrace.runtime import attention_triton
 
-        attention_triton.write(k, v, kv, batch)
-        return attention_triton.attend(q, kv, batch, rule)
-    _write(k, v, kv, batch)
-    return _attend(q, kv, batch, rule)
+            attention_triton.write(k, v, kv, batch)
+            return attention_triton.attend(q, kv, batch, rule)
+        _write(k, v, kv, batch)
+        return _attend(q, kv, batch, rule)
 
 
 def _write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:

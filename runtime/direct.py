@@ -17,6 +17,7 @@ import torch
 from headrace.runtime.loads import CopyStream, Load, PendingLoad, check_extent, too_short
 from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.tiers import AlignedBuffer
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StoreError
 
 THREADS = 8
@@ -125,13 +126,15 @@ class ThreadedStorage:
         alignment: int,
         threads: int,
         chunk_bytes: int,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         assert chunk_bytes % ALIGN_BLOCK == 0
         self.name = name
         self._files = files
         self._alignment = alignment
         self._chunk_bytes = chunk_bytes
-        self._copies = CopyStream(device) if device.type == "cuda" else None
+        self._tracer = tracer
+        self._copies = CopyStream(device, tracer) if device.type == "cuda" else None
         self._parts: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads = [
@@ -184,16 +187,20 @@ class ThreadedStorage:
 
     def _read(self, part: _Part, staging: _Staging) -> None:
         if not part.dest.is_cuda and part.dest.data_ptr() % self._alignment == 0:
-            self._files.read(part.file, part.offset, part.dest.numpy().data)
+            self._fill(part, part.dest)
             return
         chunk = staging.take(part.dest.nbytes)
-        self._files.read(part.file, part.offset, chunk.numpy().data)
+        self._fill(part, chunk)
         if part.load.after is None:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._tracer.span(Kind.COPY, nbytes=chunk.nbytes):
                 part.dest.copy_(chunk)
         else:
             assert self._copies is not None, "a storage for a CPU was given a CUDA tensor"
             staging.in_use_until(self._copies.copy(part.dest, chunk, part.load.after))
+
+    def _fill(self, part: _Part, memory: torch.Tensor) -> None:
+        with self._tracer.span(Kind.READ, part.file.stem, nbytes=memory.nbytes):
+            self._files.read(part.file, part.offset, memory.numpy().data)
 
     def close(self) -> None:
         if not self._closed.is_set():
@@ -215,7 +222,12 @@ class DirectStorage(ThreadedStorage):
     """O_DIRECT: no page cache, no second copy in RAM; what a model larger than RAM wants."""
 
     def __init__(
-        self, device: torch.device, threads: int = THREADS, chunk_bytes: int = CHUNK_BYTES
+        self,
+        device: torch.device,
+        threads: int = THREADS,
+        chunk_bytes: int = CHUNK_BYTES,
+        *,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         super().__init__(
             "direct",
@@ -224,6 +236,7 @@ class DirectStorage(ThreadedStorage):
             alignment=ALIGN_BLOCK,
             threads=threads,
             chunk_bytes=chunk_bytes,
+            tracer=tracer,
         )
 
 
@@ -241,6 +254,7 @@ class BufferedStorage(ThreadedStorage):
         chunk_bytes: int = CHUNK_BYTES,
         *,
         keep_cache: bool = False,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         super().__init__(
             "buffered",
@@ -249,4 +263,5 @@ class BufferedStorage(ThreadedStorage):
             alignment=1,
             threads=threads,
             chunk_bytes=chunk_bytes,
+            tracer=tracer,
         )

@@ -29,14 +29,14 @@ MAX_GRAPHS = 1024
 Layers = Sequence[tuple[int, Tensor]]
 
 
-class Recorder(Protocol):
+class Capture(Protocol):
     """Makes one launch of many."""
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """What does `work` again with what lies in the same memory then. `work` is not done now."""
 
 
-class CudaRecorder:
+class CudaCapture:
     """CUDA graphs of what is queued on the current stream, all with one pool of memory."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class CudaRecorder:
 
 
 Record = Callable[[Callable[[], None]], Callable[[], None] | None]
-"""Like Recorder.record, but None where nothing could be recorded."""
+"""Like Capture.record, but None where nothing could be recorded."""
 
 
 class Lane:
@@ -124,9 +124,9 @@ class DecodeGraphs:
     """The lanes of a stage, for at most `max_rows` sequences of at most `max_pages` pages each."""
 
     def __init__(
-        self, model: StageModel, kv: KVStore, recorder: Recorder, max_rows: int, max_pages: int
+        self, model: StageModel, kv: KVStore, capture: Capture, max_rows: int, max_pages: int
     ) -> None:
-        self._model, self._kv, self._recorder = model, kv, recorder
+        self._model, self._kv, self._capture = model, kv, capture
         self._max_rows, self._max_pages = max_rows, max_pages
         self._lanes: dict[tuple[int, int, int], Lane] = {}
         self.count = 0
@@ -161,7 +161,7 @@ class DecodeGraphs:
         if self._failed or self.count >= MAX_GRAPHS:
             return None
         try:
-            recorded = self._recorder.record(work)
+            recorded = self._capture.record(work)
         except RuntimeError as error:
             self._failed = True
             reason = str(error).splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from headrace.runtime.loads import Load, check_extent, queued_work, too_short
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
 
 THREADS = 8
@@ -61,7 +62,12 @@ class KvikioStorage:
     """
 
     def __init__(
-        self, device: torch.device, threads: int = THREADS, task_bytes: int = TASK_BYTES
+        self,
+        device: torch.device,
+        threads: int = THREADS,
+        task_bytes: int = TASK_BYTES,
+        *,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         if device.type != "cuda":
             raise HeadraceError(
@@ -77,6 +83,7 @@ class KvikioStorage:
         )
         self.name = "kvikio-gds" if self.gds else "kvikio-posix"
         self._task_bytes = task_bytes
+        self._tracer = tracer
         self._lock = threading.Lock()
         self._files: dict[Path, Any] = {}
         # Two at once: the next load's tasks queue behind the last ones of this load.
@@ -96,7 +103,8 @@ class KvikioStorage:
             # kvikio takes CUDA tensors as they are and host memory through the buffer protocol.
             target = dest if dest.is_cuda else dest.numpy()
             handle = self._open(file)
-            count = handle.pread(target, dest.nbytes, offset, self._task_bytes).get()
+            with self._tracer.span(Kind.READ, file.stem, nbytes=dest.nbytes):
+                count = handle.pread(target, dest.nbytes, offset, self._task_bytes).get()
         except Exception as error:
             raise StoreError(
                 f"{file}: reading {dest.nbytes} bytes from byte {offset} failed: {error}"

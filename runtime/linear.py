@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headrace.runtime.dequantize import dequantize_4bit
 from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.store import TensorSpec, WeightSpec
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StoreError
 
 FUSED_ROWS = 4
@@ -31,11 +32,18 @@ bits change with the number of rows. Measured with MKL 2024.2, in one thread, fo
 
 
 class Scratch:
-    """One buffer that holds a dequantized piece of a matrix."""
+    """One buffer that holds a dequantized piece of a matrix; `tracer` times its uses."""
 
-    def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        elements: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tracer: Tracer = NULL_TRACER,
+    ) -> None:
         self.elements = elements
         self.dtype = dtype
+        self.tracer = tracer
         self._buffer = torch.empty(elements, dtype=dtype, device=device)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -104,17 +112,30 @@ class Weight(ABC):
     ) -> Tensor:
         """x [..., K] times this weight [N, K], or [K, N] when `transposed`, plus bias: [..., N]."""
         if transposed:
-            out = _product(x, self.dense(x.dtype, scratch).mT)
+            out = self._times(x, None, scratch, transposed=True)
             return out if bias is None else out + bias
         count, step = self.shape[0], self._rows_at_once(x.dtype, scratch)
         if step >= count:
-            return _product(x, self.dense(x.dtype, scratch), bias)
+            return self._times(x, bias, scratch)
         out = x.new_empty(*x.shape[:-1], count)
         for start in range(0, count, step):
             stop = min(start + step, count)
-            piece = self.rows(start, stop).dense(x.dtype, scratch)
-            out[..., start:stop] = _product(x, piece, None if bias is None else bias[start:stop])
+            some = None if bias is None else bias[start:stop]
+            out[..., start:stop] = self.rows(start, stop)._times(x, some, scratch)
         return out
+
+    def _times(
+        self, x: Tensor, bias: Tensor | None, scratch: Scratch | None, *, transposed: bool = False
+    ) -> Tensor:
+        """`linear` with all of this weight dequantized at once."""
+        tracer = _tracer(scratch)
+        if x.dtype == self.dtype:
+            values = self.dense(x.dtype, scratch)
+        else:
+            with tracer.span(Kind.DEQUANT):
+                values = self.dense(x.dtype, scratch)
+        with tracer.span(Kind.MATMUL):
+            return _product(x, values.mT if transposed else values, bias)
 
     def _rows_at_once(self, dtype: torch.dtype, scratch: Scratch | None) -> int:
         """Rows that fit the scratch; all when they need none."""
@@ -241,16 +262,21 @@ class FourBitWeight(Weight):
         if not (few and aligned) or transposed or x.dtype == torch.float32:
             return super().linear(x, bias, scratch, transposed)
         # Never on CPUs, where the vector kernel wants another layout and is silently wrong.
-        out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-            x,
-            self._packed.view(-1, 1),
-            tuple(self.shape),
-            self._scales(),
-            self._spec.blocksize,
-            self._spec.format,
-            bias,
-        )
+        with _tracer(scratch).span(Kind.MATMUL, "fused"):
+            out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
+                x,
+                self._packed.view(-1, 1),
+                tuple(self.shape),
+                self._scales(),
+                self._spec.blocksize,
+                self._spec.format,
+                bias,
+            )
         return out
+
+
+def _tracer(scratch: Scratch | None) -> Tracer:
+    return NULL_TRACER if scratch is None else scratch.tracer
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

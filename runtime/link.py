@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 
 
@@ -145,13 +146,17 @@ class _Edge:
 
     _needs_abort = False
 
-    def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer) -> None:
         self._group, self._edge, self._deadline = group, edge, timedelta(seconds=deadline)
+        self._tracer, self._name = tracer, f"{edge[0]}->{edge[1]}"
         self._count = 0
 
     def _tag(self) -> int:
         self._count += 1
         return self._count & 0x7FFFFFFF
+
+    def _span(self, kind: Kind, tag: int, x: torch.Tensor) -> AbstractContextManager[None]:
+        return self._tracer.span(kind, self._name, tag, x.nbytes)
 
     @contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -178,8 +183,8 @@ class _Edge:
 class _Sender(_Edge):
     """Keeps what is on its way until it has been collected."""
 
-    def __init__(self, group: Any, edge: tuple[int, int], deadline: float) -> None:
-        super().__init__(group, edge, deadline)
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer) -> None:
+        super().__init__(group, edge, deadline, tracer)
         self._queued: deque[tuple[torch.Tensor, Any]] = deque()
         self._previous = 0
 
@@ -193,25 +198,31 @@ class GlooSender(_Sender):
     """Sends from host memory."""
 
     def send(self, x: torch.Tensor) -> None:
-        raw = x.contiguous().view(torch.uint8)
-        with self._breaking():
-            self._queued.append((raw, self._group.send([raw], 1, self._tag())))
+        raw, tag = x.contiguous().view(torch.uint8), self._tag()
+        with self._breaking(), self._span(Kind.SEND, tag, raw):
+            self._queued.append((raw, self._group.send([raw], 1, tag)))
 
 
 class GlooReceiver(_Edge):
     """Receives into host memory."""
 
     def __init__(
-        self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing
+        self,
+        group: Any,
+        edge: tuple[int, int],
+        deadline: float,
+        tracer: Tracer,
+        ring: ReceiveRing,
     ) -> None:
-        super().__init__(group, edge, deadline)
+        super().__init__(group, edge, deadline, tracer)
         self._ring = ring
 
     def recv(self, num_tokens: int) -> torch.Tensor:
-        x = self._ring.take(num_tokens)
-        with self._breaking():
-            work = self._group.recv([x.view(torch.uint8)], 0, self._tag())
-        self._wait(work)
+        x, tag = self._ring.take(num_tokens), self._tag()
+        with self._span(Kind.RECV, tag, x):
+            with self._breaking():
+                work = self._group.recv([x.view(torch.uint8)], 0, tag)
+            self._wait(work)
         return x
 
 
@@ -220,10 +231,23 @@ class NcclSender(_Sender):
 
     _needs_abort = True
 
+    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer) -> None:
+        super().__init__(group, edge, deadline, tracer)
+        self._watching = torch.cuda.Stream() if tracer.on else None
+
     def send(self, x: torch.Tensor) -> None:
         x = x.contiguous()
         with self._breaking():
-            self._queued.append((x, self._group.send([x], 1, 0)))
+            work = self._group.send([x], 1, 0)
+            self._queued.append((x, work))
+            if self._watching is not None:
+                self._watch(self._watching, work, x)
+
+    def _watch(self, stream: torch.cuda.Stream, work: Any, x: torch.Tensor) -> None:
+        """Time a transfer, from what was computed before it to its end, on a stream of its own."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), self._span(Kind.SEND, self._tag(), x):
+            work.wait()
 
     def _wait(self, work: Any) -> None:
         # The stage's own deadline at the end of each pass bounds the device. Here the compute stream
@@ -238,9 +262,14 @@ class NcclReceiver(_Edge):
     _needs_abort = True
 
     def __init__(
-        self, group: Any, edge: tuple[int, int], deadline: float, ring: ReceiveRing
+        self,
+        group: Any,
+        edge: tuple[int, int],
+        deadline: float,
+        tracer: Tracer,
+        ring: ReceiveRing,
     ) -> None:
-        super().__init__(group, edge, deadline)
+        super().__init__(group, edge, deadline, tracer)
         self._ring = ring
         self._stream = torch.cuda.Stream()
 
@@ -248,8 +277,10 @@ class NcclReceiver(_Edge):
         self._ring.await_free(self._stream)
         x = self._ring.take(num_tokens)
         with self._breaking():
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), self._span(Kind.RECV, self._tag(), x):
                 work = self._group.recv([x], 0, 0)
+                if self._tracer.on:
+                    work.wait()  # so that the span ends when the transfer does
             work.wait()  # the compute stream waits, the host does not
         return x
 
@@ -263,6 +294,7 @@ def connect(
     device: torch.device,
     deadline: float,
     interface: str = "",
+    tracer: Tracer = NULL_TRACER,
 ) -> tuple[dict[int, Sender], dict[int, Receiver]]:
     """Open this stage's ends of `edges`, in one order on all stages so that none waits in a circle.
 
@@ -282,10 +314,12 @@ def connect(
             group = _group(rendezvous, edge, int(stage == target), device, interface)
             cuda = device.type == "cuda"
             if stage == source:
-                senders[target] = (NcclSender if cuda else GlooSender)(group, edge, deadline)
+                senders[target] = (NcclSender if cuda else GlooSender)(
+                    group, edge, deadline, tracer
+                )
             else:
                 receivers[source] = (NcclReceiver if cuda else GlooReceiver)(
-                    group, edge, deadline, ring
+                    group, edge, deadline, tracer, ring
                 )
     return senders, receivers
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from headrace.runtime.store import ALIGN_BLOCK
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
 
 
@@ -71,8 +72,9 @@ def queued_work(device: torch.device) -> torch.cuda.Event | None:
 class CopyStream:
     """A CUDA stream of its own for copies into device memory; any thread may call any method."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, tracer: Tracer = NULL_TRACER) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._tracer = tracer
 
     def enter_thread(self) -> None:
         """Once in a thread of ours: else its first CUDA call would open a context on device 0."""
@@ -85,7 +87,8 @@ class CopyStream:
         # Inference mode: the only mode in which tensors made inside and outside of it may be written.
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             self._stream.wait_event(after)
-            dest.copy_(source, non_blocking=True)
+            with self._tracer.span(Kind.COPY, nbytes=dest.nbytes):
+                dest.copy_(source, non_blocking=True)
         return self.mark()
 
     def mark(self) -> torch.cuda.Event:

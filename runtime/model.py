@@ -18,6 +18,7 @@ from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
+from headrace.runtime.trace import NULL_TRACER, Tracer
 
 SCRATCH_BYTES = 512 << 20
 """Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
@@ -68,8 +69,10 @@ class StageModel:
         dtype: torch.dtype,
         with_embedding: bool,
         with_head: bool,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         self.device = device
+        self._tracer = tracer
         self.dtype = dtype
         self._skeleton = Skeleton(parse_config(store.config, "the store's config.json"), dtype)
         self.config = self._skeleton.config
@@ -78,7 +81,7 @@ class StageModel:
         _move_buffers(self._skeleton.model, device)
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
-        self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device)
+        self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
         binder = Binder(self._skeleton, weights, self._scratch)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
         self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
@@ -168,7 +171,9 @@ class StageModel:
     def run_layer(self, layer: int, x: Tensor, prepared: Prepared, kv: KVStore) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the batch's keys and values to the layer's pages."""
         args, kwargs = prepared.calls[layer]
-        attend = partial(paged_attention, kv=kv.layer(layer), batch=prepared.batch)
+        attend = partial(
+            paged_attention, kv=kv.layer(layer), batch=prepared.batch, tracer=self._tracer
+        )
         with plugs.attending(self._attentions[layer], attend):
             out = self._modules[layer](x[None], *args, **kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out

@@ -11,14 +11,16 @@ from typing import Any, Self
 import torch
 
 from headrace.runtime.batch import Batch
-from headrace.runtime.graphs import CudaRecorder, DecodeGraphs, Lane, Recorder
+from headrace.runtime.graphs import Capture, CudaCapture, DecodeGraphs, Lane
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.model import Prepared, StageModel
+from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Store
 from headrace.runtime.streamer import Streamer, wait_clock
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
@@ -31,7 +33,8 @@ class StageConfig:
 
     `device_memory` is the budget in bytes, which CUDA's allocator enforces. `dtype` is the compute
     and KV type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
-    for another stage or for the device, in seconds. `threads` compute on a CPU.
+    for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
+    stage keeps a Trace of its newest passes.
     """
 
     store: str
@@ -43,6 +46,7 @@ class StageConfig:
     storage: str
     deadline: float
     threads: int
+    trace: bool = False
 
 
 @dataclass(slots=True)
@@ -59,12 +63,12 @@ class _Travel:
 class Stage:
     """Owns the weights, KV pages and links of one device.
 
-    `connect` gives it its neighbours; a stage without neighbours needs none. `recorder` makes the
+    `connect` gives it its neighbours; a stage without neighbours needs none. `capture` makes the
     graphs of decodes, on CUDA by default. Errors: StoreError for damaged weights, StageError for a
     peer that is gone or late.
     """
 
-    def __init__(self, config: StageConfig, recorder: Recorder | None = None) -> None:
+    def __init__(self, config: StageConfig, capture: Capture | None = None) -> None:
         self.config = config
         self.device = torch.device(config.device)
         self._plan, self._placement = config.plan, config.plan.placement
@@ -78,10 +82,12 @@ class Stage:
         if self.device.type == "cpu":
             torch.set_num_threads(config.threads)
         with self._on_device():
+            self.recorder = make_recorder(self.device) if config.trace else None
+            self.tracer: Tracer = self.recorder or NULL_TRACER
             self._build(Store.open(Path(config.store)))
             if self._compute is not None:
-                recorder = recorder or CudaRecorder()
-        self._graphs = self._make_graphs(recorder)
+                capture = capture or CudaCapture()
+        self._graphs = self._make_graphs(capture)
 
     def _build(self, store: Store) -> None:
         config, layers = self.config, self._placement.layers_of(self.config.stage)
@@ -95,6 +101,7 @@ class Stage:
             sample_block.nbytes,
             config.storage,
             streamed_bytes=sum(self._plan.nvme_bytes_a_pass),
+            tracer=self.tracer,
         )
         self._model = StageModel(
             store,
@@ -103,6 +110,7 @@ class Stage:
             dtype=dtype,
             with_embedding=config.stage == self._placement.first_stage,
             with_head=config.stage == self._placement.last_stage,
+            tracer=self.tracer,
         )
         shapes = {layer: store.layer_shapes[layer] for layer in layers}
         self._kv = KVStore(shapes, self._plan.num_pages, dtype, self.device)
@@ -114,14 +122,15 @@ class Stage:
             device=self.device,
             ring_slots=self._plan.ring_slots[config.stage],
             slot_bytes=self._plan.slot_bytes,
+            tracer=self.tracer,
         )
 
-    def _make_graphs(self, recorder: Recorder | None) -> DecodeGraphs | None:
+    def _make_graphs(self, capture: Capture | None) -> DecodeGraphs | None:
         plan = self._plan
-        if recorder is None or not plan.graph_rows:
+        if capture is None or not plan.graph_rows:
             return None
         pages = pages_for(plan.max_context)
-        return DecodeGraphs(self._model, self._kv, recorder, plan.graph_rows, pages)
+        return DecodeGraphs(self._model, self._kv, capture, plan.graph_rows, pages)
 
     @property
     def storage_name(self) -> str:
@@ -146,7 +155,7 @@ class Stage:
     def run(self, a_pass: Pass) -> PassResult:
         """Execute this stage's visits of `a_pass`; blocks until the device has finished them."""
         try:
-            with torch.inference_mode(), self._on_device():
+            with torch.inference_mode(), self._on_device(), self.tracer.one_pass(a_pass.step):
                 return self._run(a_pass)
         except torch.OutOfMemoryError as error:
             raise StageError(
@@ -170,7 +179,10 @@ class Stage:
         return _Travel(micro_batch, self._model.prepare(batch), None)
 
     def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
-        with self._streamer.hold(position) as layers:
+        with (
+            self.tracer.span(Kind.VISIT, number=visit),
+            self._streamer.hold(position) as layers,
+        ):
             for travel in travels:
                 x = self._arrive(visit, travel)
                 if travel.lane is None:
@@ -187,13 +199,14 @@ class Stage:
         if source == self.config.stage:
             assert travel.x is not None
             return travel.x
-        with self._link_clock.measure():
+        with self._link_clock.measure(), self.tracer.span(Kind.LINK_WAIT, number=source):
             return self._receivers[source].recv(travel.micro_batch.num_tokens)
 
     def _depart(self, visit: int, travel: _Travel, x: torch.Tensor) -> None:
         travel.x = None
         if visit == len(self._placement.visits) - 1:
-            travel.drawn = self._draw(travel, x)
+            with self.tracer.span(Kind.SAMPLE):
+                travel.drawn = self._draw(travel, x)
             return
         target = self._placement.visits[visit + 1].stage
         if target == self.config.stage:

@@ -24,6 +24,7 @@ from headrace.runtime.kvikio_storage import KvikioStorage
 from headrace.runtime.loads import Load, Storage
 from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.tiers import device_bytes
+from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
 
 __all__ = [
@@ -68,6 +69,7 @@ def choose_storage(
     requested: str = "auto",
     *,
     streamed_bytes: int | None = None,
+    tracer: Tracer = NULL_TRACER,
 ) -> Storage:
     """The fastest storage that reads bytes of `sample_file` rightly, or the one requested.
 
@@ -78,9 +80,9 @@ def choose_storage(
     """
     keep_cache = streamed_bytes is not None and streamed_bytes <= available_memory()
     ways: dict[str, Callable[[], Storage]] = {
-        "direct": lambda: DirectStorage(device),
-        "buffered": lambda: BufferedStorage(device, keep_cache=keep_cache),
-        "kvikio": lambda: KvikioStorage(device),
+        "direct": lambda: DirectStorage(device, tracer=tracer),
+        "buffered": lambda: BufferedStorage(device, keep_cache=keep_cache, tracer=tracer),
+        "kvikio": lambda: KvikioStorage(device, tracer=tracer),
     }
     if requested != "auto" and requested not in ways:
         raise HeadraceError(f"storage {requested!r} is not known; use auto, {', '.join(ways)}")

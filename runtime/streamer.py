@@ -12,6 +12,7 @@ import torch
 from headrace.runtime.loads import Load, Storage
 from headrace.runtime.store import Block
 from headrace.runtime.tiers import DeviceRing, HostTier, device_bytes
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.placement import Tier
 
@@ -166,6 +167,7 @@ class Streamer:
         device: torch.device,
         ring_slots: int,
         slot_bytes: int,
+        tracer: Tracer = NULL_TRACER,
     ) -> None:
         self._visits = tuple(tuple(visit) for visit in visits)
         self._blocks = blocks
@@ -179,6 +181,7 @@ class Streamer:
         self._position = 0
         self._bytes = dict.fromkeys(Tier, 0)
         self._clock = wait_clock(device)
+        self._tracer = tracer
         self._closed = False
         try:
             self._start(ring_slots, slot_bytes)
@@ -193,7 +196,7 @@ class Streamer:
                 self._load_resident(layer)
         host = {i: self._blocks[i] for i in layers if self._tiers[i] is Tier.HOST}
         if host:
-            self._host = HostTier(host, self._storage, self._device)
+            self._host = HostTier(host, self._storage, self._device, self._tracer)
         order = [i for i in layers if self._tiers[i] is not Tier.DEVICE]
         if order:
             sizes = {i: self._blocks[i].nbytes for i in order}
@@ -240,7 +243,7 @@ class Streamer:
     def _wait(self, streamed: Sequence[int]) -> dict[int, torch.Tensor]:
         if self._ring is None or not streamed:
             return {}
-        with self._clock.measure():
+        with self._clock.measure(), self._tracer.span(Kind.WEIGHTS_WAIT, number=streamed[0]):
             return self._ring.wait(streamed)
 
     def _count(self, streamed: Sequence[int], weights: Mapping[int, torch.Tensor]) -> None:

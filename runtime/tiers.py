@@ -11,6 +11,7 @@ import torch
 
 from headrace.runtime.loads import CopyStream, Load, Storage, queued_work
 from headrace.runtime.store import ALIGN_BLOCK, Block
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError, StoreError
 
 _T = TypeVar("_T")
@@ -108,10 +109,17 @@ class HostTier:
     overlap: while one layer is read, the next one's memory is registered.
     """
 
-    def __init__(self, blocks: Mapping[int, Block], storage: Storage, device: torch.device) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[int, Block],
+        storage: Storage,
+        device: torch.device,
+        tracer: Tracer = NULL_TRACER,
+    ) -> None:
         self._blocks = dict(blocks)
         self._storage = storage
-        self._copies = CopyStream(device) if device.type == "cuda" else None
+        self._tracer = tracer
+        self._copies = CopyStream(device, tracer) if device.type == "cuda" else None
         self._copier = ThreadPoolExecutor(1, "headrace-host-tier")
         self._buffers: list[AlignedBuffer] = []
         self._layers: dict[int, Future[torch.Tensor]] = {layer: Future() for layer in blocks}
@@ -125,7 +133,7 @@ class HostTier:
         assert dest.nbytes == self._blocks[layer].nbytes
         if self._copies is not None:
             return _DeviceCopy(source, dest, self._copies)
-        return _HostCopy(self._copier.submit(_copy, dest, source))
+        return _HostCopy(self._copier.submit(_copy, dest, source, self._tracer))
 
     def wait(self) -> None:
         """Return when every layer is in host RAM. Raises StoreError or DoesNotFitError."""
@@ -186,9 +194,10 @@ def _result(future: "Future[_T]") -> _T:
         raise StoreError(f"loading a layer into host RAM failed: {error!r}") from error
 
 
-def _copy(dest: torch.Tensor, source: "Future[torch.Tensor]") -> None:
-    with torch.inference_mode():
-        dest.copy_(source.result())
+def _copy(dest: torch.Tensor, source: "Future[torch.Tensor]", tracer: Tracer) -> None:
+    filled = source.result()
+    with torch.inference_mode(), tracer.span(Kind.COPY, nbytes=dest.nbytes):
+        dest.copy_(filled)
 
 
 class _HostCopy:

@@ -111,4 +111,4 @@ class Choices:
     max_sequences: int | None = None
     micro_batches: int | None = None
     resident_layers: int | None = None
-    graphs: bool = True
+    graphs: bool = False

@@ -9,7 +9,7 @@ import torch
 
 from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline
-from headrace.runtime.graphs import Recorder
+from headrace.runtime.graphs import Capture
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StageError
@@ -119,7 +119,12 @@ def manual_plan(
 
 @contextmanager
 def local_ring(
-    path: Path, plan: Plan, device: str = "cpu", recorder: Recorder | None = None
+    path: Path,
+    plan: Plan,
+    device: str = "cpu",
+    *,
+    trace: bool = False,
+    capture: Capture | None = None,
 ) -> Iterator[LocalPipeline]:
     stages = [
         Stage(
@@ -133,8 +138,9 @@ def local_ring(
                 storage="auto",
                 deadline=60.0,
                 threads=torch.get_num_threads(),
+                trace=trace,
             ),
-            recorder,
+            capture,
         )
         for stage in range(plan.placement.num_stages)
     ]

@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -15,8 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cluster.cli.stage_table import GB, stage_table
 from headrace.cluster.cli.terms import TERMS
-from headrace.cluster.job_report import JobReport, Work
+from headrace.cluster.job_report import ComputeSplit, JobReport, JobTrace, Work
 from headrace.cluster.jobs import Job
 from headrace.scheduler.errors import HeadraceError, JobError
 from headrace.scheduler.placement import Plan
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 60.0
 LINE_SECONDS = 10.0
-GB = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,17 @@ class Meter:
         return _rates(work, seconds, _eta(report))
 
 
-def run_job(job: Job, setting: Setting, console: Console, *, resume_command: str) -> int:
+def run_job(
+    job: Job,
+    setting: Setting,
+    console: Console,
+    *,
+    resume_command: str,
+    trace: JobTrace | None = None,
+) -> int:
     """Run a job with a progress display and signal handling; returns the exit code.
 
-    0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
+    The trace is closed when the job ends. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
     HeadraceErrors pass through; a stage's one says how to go on, too.
     """
     hint = f"Finished rows are safe; to go on: {resume_command}"
@@ -85,7 +92,10 @@ def run_job(job: Job, setting: Setting, console: Console, *, resume_command: str
         if isinstance(error, JobError):  # which says itself what to do
             raise
         raise type(error)(f"{error}\n{hint}") from error
-    console.print(final_table(report, setting))
+    console.print(final_table(report, setting, _close(trace) if trace else ()))
+    if trace and trace.written:
+        told = f"The trace is in {trace.file}: open it at ui.perfetto.dev"
+        console.print(Text(told), soft_wrap=True)
     if not report.complete:
         left = f"{report.total - report.finished} rows are left. {hint}"
         console.print(Text(left), soft_wrap=True)
@@ -119,8 +129,15 @@ def status_line(report: JobReport, rates: Rates) -> str:
     return ", ".join(parts)
 
 
-def final_table(report: JobReport, setting: Setting) -> Group:
-    """What the run achieved, what bound it, where each stage waited, and the same in two sentences."""
+def _close(trace: JobTrace) -> list[ComputeSplit | None]:
+    trace.close()
+    return trace.splits()
+
+
+def final_table(
+    report: JobReport, setting: Setting, splits: Sequence[ComputeSplit | None] = ()
+) -> Group:
+    """What the run achieved, what bound it, where its time went, and the same in two sentences."""
     work = report.work
     rates = _rates(work, report.seconds, None)
     summary = Table(title=Text(str(report.output)), title_justify="left", show_header=False)
@@ -132,7 +149,8 @@ def final_table(report: JobReport, setting: Setting) -> Group:
         summary.add_row("streamed", _streamed(work, rates))
     if not work.passes:
         return Group(summary)
-    return Group(summary, _stage_table(work), Text(f"{_fitted(setting)} {_bound(report, setting)}"))
+    told = Text(f"{_fitted(setting)} {_bound(report, setting)}")
+    return Group(summary, stage_table(report, splits), told)
 
 
 def _streamed(work: Work, rates: Rates) -> str:
@@ -207,33 +225,6 @@ def _rows(report: JobReport) -> str:
     if report.resumed:
         text += f", {report.resumed} of them by earlier runs"
     return text
-
-
-def _stage_table(work: Work) -> Table:
-    """One row a stage; a column of bytes only where some were moved."""
-    links = any(times.host_bytes for times in work.stages)
-    names = ["stage", "busy", "computing", "weights", "hops"]
-    names += ["NVMe GB/s"] * (work.nvme_bytes > 0) + ["PCIe GB/s"] * links
-    table = Table(title="Stages: busy, and the shares spent computing and waiting")
-    table.title_justify = "left"
-    for name in names:
-        table.add_column(name, justify="right")
-    for times in work.stages:
-        total = times.total or 1.0
-        waits = times.weights_wait + times.link_wait
-        row = [
-            str(times.stage),
-            duration(times.total),
-            f"{max(total - waits, 0.0) / total:.0%}" if times.total else "-",
-            f"{times.weights_wait / total:.0%}",
-            f"{times.link_wait / total:.0%}",
-        ]
-        if work.nvme_bytes:
-            row.append(f"{times.nvme_bytes / GB / total:.2f}")
-        if links:
-            row.append(f"{(times.nvme_bytes + times.host_bytes) / GB / total:.2f}")
-        table.add_row(*row)
-    return table
 
 
 @contextmanager

@@ -147,6 +147,12 @@ def generate(
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what every stage did in its newest 64 passes, for ui.perfetto.dev."
+        ),
+    ] = None,
 ) -> None:
     """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
     from headrace.cluster.cli.generate import Setting, run_job
@@ -155,7 +161,9 @@ def generate(
     from headrace.runtime.store import Store
     from headrace.scheduler.request import SamplingParams
 
-    options = run.engine(store, storage=storage.value, address=address)
+    if trace is not None and trace.resolve() == output.resolve():
+        raise HeadraceError(f"--trace {trace} is the --output: choose another --trace")
+    options = run.engine(store, storage=storage.value, address=address, trace=trace)
     defaults = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
@@ -167,7 +175,7 @@ def generate(
     ):
         job = Job(engine, engine.tokenizer, files, model_name=store.name)
         setting = Setting(engine.plan, opened.nbytes, options.device_memory)
-        code = run_job(job, setting, Console(), resume_command=_command())
+        code = run_job(job, setting, Console(), resume_command=_command(), trace=engine.trace)
     raise typer.Exit(code)
 
 

@@ -80,8 +80,12 @@ class RunOptions:
     ] = Dtype.AUTO
 
     graphs: Annotated[
-        bool, typer.Option(help="Launch decodes as CUDA graphs, where there is CUDA.")
-    ] = True
+        bool,
+        typer.Option(
+            "--graphs/--no-graphs",
+            help="Launch decodes as CUDA graphs. Off until they have been measured.",
+        ),
+    ] = False
 
     def engine(self, store: Path, **more: Any) -> "EngineOptions":
         """What the engine takes, with sizes in bytes. HeadraceError for a malformed size."""

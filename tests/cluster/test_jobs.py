@@ -25,8 +25,9 @@ from headrace.cluster.cli.generate import (
     run_job,
     status_line,
 )
+from headrace.cluster.cli.stage_table import stage_table
 from headrace.cluster.completion import Completion
-from headrace.cluster.job_report import JobReport, Work
+from headrace.cluster.job_report import ComputeSplit, JobReport, Work
 from headrace.cluster.jobs import Job, JobFiles
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError, StageError
@@ -444,14 +445,48 @@ def test_the_final_table() -> None:
     text = console.file.getvalue()
     assert "39 of 100 answered, 1 quarantined, 20 of them by earlier runs" in text
     assert "…" not in text
-    told = " ".join(text.split("Stages:")[1].split("\n\n")[-1].split())
+    told = " ".join(text.split("Where the time went")[1].split("\n\n")[-1].split())
     assert "The model takes 9.00 MiB; 2 stages had 4.00 MiB each for weights, KV and work" in told
     assert "every pass streamed 4.00 MiB from NVMe and 1.00 MiB from host memory." in told
     assert "20 rows and 200 tokens took 10s. By the plan reading from NVMe sets the pace" in told
     assert "at most 8.0 tokens/s with 4 sequences at a time; passes reached 90%" in told
     assert "90%" in text
-    for cell in ("30%", "60%", "10%", "2.00", "3.00"):
-        assert cell in text
+    for row in (
+        "computing 3.0s 30% 0.0s 0%",
+        "wait for weights 6.0s 60% 0.0s 0%",
+        "wait for link 1.0s 10% 0.0s 0%",
+        "between passes 0.0s 0% 10.0s 100%",
+        "from NVMe 18.6 GiB 0 B GB/s 2.00 0.00",
+        "from host RAM 9.31 GiB 0 B GB/s 1.00 0.00",
+    ):
+        assert row in cells_of(text)
+    assert "matmul" not in text
+
+
+def test_a_trace_splits_what_was_computed() -> None:
+    console = Console(file=StringIO(), width=80)
+    console.print(final_table(make_report(), SETTING, [ComputeSplit(0.5, 1.5, 0.25), None]))
+    assert isinstance(console.file, StringIO)
+    assert (
+        "computing 3.0s 30% 0.0s 0% dequant 0.5s 5% - matmul 1.5s 15% - attention 0.2s 2% - "
+        "other 0.8s 8% -"
+    ) in cells_of(console.file.getvalue())
+
+
+def test_many_stages_stay_within_eighty_columns() -> None:
+    stages = tuple(StageTimes(i, 10.0, 6.0, 1.0, 10**9, 0) for i in range(9))
+    report = make_report(seconds=2e5, work=Work(50, 30, 200, 10.0, 9.0, stages))
+    console = Console(file=StringIO(), width=200)
+    console.print(stage_table(report))
+    assert isinstance(console.file, StringIO)
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("wait for weights") == 3
+    assert "stage 8" in cells_of(text)
+
+
+def cells_of(text: str) -> str:
+    return " ".join("".join(" " if letter in "│┃" else letter for letter in text).split())
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path, source: Path) -> None:

@@ -70,13 +70,13 @@ RINGS: list[dict[str, Any]] = [
 def test_same_tokens(name: str, ring: dict[str, Any], tmp_path: Path) -> None:
     store, requests, wanted = made(name, tmp_path)
     plan = manual_plan(Store.open(store), graph_rows=16, **ring)
-    recorder = CallAgain()
-    with local_ring(store, plan, recorder=recorder) as pipeline:
+    capture = CallAgain()
+    with local_ring(store, plan, capture=capture) as pipeline:
         assert run_all(plan, pipeline, requests) == wanted
     # What precedes the layers is always recorded, experts never are.
-    assert sum(recorder.replays) > 0
+    assert sum(capture.replays) > 0
     if name == "llama":
-        assert max(recorder.replays) > 3
+        assert max(capture.replays) > 3
 
 
 def test_without_recordings_nothing_changes(
@@ -84,7 +84,7 @@ def test_without_recordings_nothing_changes(
 ) -> None:
     store, requests, wanted = made("llama", tmp_path)
     plan = manual_plan(Store.open(store), graph_rows=16)
-    with local_ring(store, plan, recorder=Unable()) as pipeline:
+    with local_ring(store, plan, capture=Unable()) as pipeline:
         assert run_all(plan, pipeline, requests) == wanted
     assert len([r for r in caplog.records if "not as CUDA graphs" in r.message]) == 1
 

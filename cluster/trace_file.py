@@ -1,0 +1,269 @@
+"""A run's trace as a file that Perfetto and chrome://tracing open: one process a stage, one driver.
+
+Each resource is a track: the threads that read, the copy stream, the compute stream, the link. Spans
+that overlap without nesting, as those of two streams of one kind do, get tracks of their own. The
+format is Chrome's "Trace Event Format"; times are microseconds since the first span.
+"""
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from headrace.cluster.job_report import ComputeSplit
+from headrace.cluster.pipeline import Pending, Pipeline
+from headrace.runtime.recorder import KEPT_PASSES, HostTraceClock, Recorder
+from headrace.runtime.trace import Kind, Span, Trace
+from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.plan import Pass, PassResult
+
+log = logging.getLogger(__name__)
+
+_SPANS_A_PASS = 3
+"""The driver's: schedule, in flight, commit."""
+
+_TRACKS = {
+    Kind.COPY: "copy",
+    Kind.SEND: "link",
+    Kind.RECV: "link",
+    Kind.SCHEDULE: "schedule and commit",
+    Kind.COMMIT: "schedule and commit",
+    Kind.IN_FLIGHT: "in flight",
+}
+"""All other kinds happen on the compute stream, but for reads, which have their thread's name."""
+
+_BEGINNING = b'{"displayTimeUnit":"ms","otherData":{"headrace":'
+_DRIVER = 1  # Perfetto takes process 0 for the kernel's idle task
+
+
+class TraceSource(Protocol):
+    def take_traces(self) -> list[Trace | None]:
+        """What each stage kept; None for a stage that is gone or does not answer."""
+
+
+class _TracedPending:
+    def __init__(self, pending: Pending, tracer: Recorder, step: int) -> None:
+        self._pending, self._tracer, self._step = pending, tracer, step
+        self._submitted = time.time_ns()
+
+    def result(self) -> list[PassResult]:
+        results = self._pending.result()
+        self._tracer.add_since(self._submitted, Kind.IN_FLIGHT, self._step)
+        return results
+
+
+class TracedPipeline:
+    """A pipeline whose passes are noted from their submission until their results are taken."""
+
+    def __init__(self, pipeline: Pipeline, tracer: Recorder) -> None:
+        self._pipeline, self._tracer = pipeline, tracer
+
+    def submit(self, a_pass: Pass) -> Pending:
+        return _TracedPending(self._pipeline.submit(a_pass), self._tracer, a_pass.step)
+
+    def close(self) -> None:
+        self._pipeline.close()
+
+
+class RunTrace:
+    """Notes what the driver does, and writes that and what the stages kept to `file` at the end."""
+
+    def __init__(self, file: Path, stages: TraceSource) -> None:
+        self.file = file
+        self.driver = Recorder(HostTraceClock(), spans=_SPANS_A_PASS * KEPT_PASSES)
+        self._source = stages
+        self.written = False
+        self._stages: list[Trace | None] | None = None
+
+    def close(self) -> None:
+        """Write the file, whole or not at all. Safe to call twice.
+
+        What prevents it is logged: the run's results are there already, or its error is on its way.
+        """
+        if self._stages is not None:
+            return
+        self._stages = self._source.take_traces()
+        for stage, trace in enumerate(self._stages):
+            if trace is None:
+                log.warning("%s lacks stage %d, which did not answer", self.file, stage)
+            elif not trace.complete:
+                log.warning("stage %d had more spans a pass than %s can hold", stage, self.file)
+        try:
+            check_writable(self.file)  # by now it may be the job's output
+            write_trace(self.file, self.driver.take(), self._stages)
+            self.written = True
+        except (OSError, HeadraceError) as error:
+            log.error("the trace was not written to %s: %s", self.file, error)
+
+    def splits(self) -> list[ComputeSplit | None]:
+        """What each stage computed, from its first pass on. For a trace that is closed."""
+        assert self._stages is not None
+        return [_split(trace) for trace in self._stages]
+
+
+def check_writable(file: Path) -> None:
+    """HeadraceError when `file` cannot become a trace: to be asked before anything runs.
+
+    An earlier trace is replaced, no other file is.
+    """
+    if file.is_file() and not _is_trace(file):
+        raise HeadraceError(f"--trace {file} is there and is no trace: choose another file")
+    folder = file.absolute().parent
+    if file.is_dir():
+        raise HeadraceError(f"--trace {file} is a directory: name a file in it")
+    if not folder.is_dir():
+        raise HeadraceError(f"--trace {file}: there is no directory {folder}: create it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise HeadraceError(f"--trace {file}: {folder} may not be written to: choose another file")
+
+
+def _is_trace(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(_BEGINNING)) == _BEGINNING
+
+
+def _split(trace: Trace | None) -> ComputeSplit | None:
+    if trace is None or not trace.complete:
+        return None
+    seconds = trace.seconds
+    return ComputeSplit(
+        seconds.get(Kind.DEQUANT, 0.0),
+        seconds.get(Kind.MATMUL, 0.0),
+        seconds.get(Kind.ATTENTION, 0.0),
+    )
+
+
+def write_trace(file: Path, driver: Trace, stages: Sequence[Trace | None]) -> None:
+    """Write what `driver` and `stages` kept, replacing `file` when all of it is on disk."""
+    partial = file.with_name(f".{file.name}.partial")
+    processes = [_Process(_DRIVER, "driver", driver)]
+    for stage, trace in enumerate(stages):
+        if trace is not None:
+            processes.append(_Process(_DRIVER + 1 + stage, f"stage {stage}", trace))
+    try:
+        with partial.open("wb") as out:
+            encode = msgspec.json.Encoder().encode
+            out.write(_BEGINNING)
+            out.write(encode(_about(processes)))
+            out.write(b'},"traceEvents":[\n')
+            origin = min((p.origin for p in processes if p.trace.spans), default=0)
+            events = (event for process in processes for event in process.events(origin))
+            for i, event in enumerate(events):
+                out.write(b",\n" * (i > 0) + encode(event))
+            out.write(b"\n]}\n")
+        partial.replace(file)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """One row of the trace viewer, with a track for each of its resources."""
+
+    number: int
+    name: str
+    trace: Trace
+
+    @property
+    def origin(self) -> int:
+        """When its first span began, by the driver's clock."""
+        return min(span.start for span in self.trace.spans) - self.trace.ahead
+
+    def events(self, origin: int) -> Iterator[dict[str, Any]]:
+        """Trace events, in microseconds since `origin`."""
+        yield self._named("process_name", 0, f"{self.name} on {self.trace.node}")
+        yield {**self._named("process_sort_index", 0, ""), "args": {"sort_index": self.number}}
+        tracks: dict[str, list[Span]] = defaultdict(list)
+        for span in self.trace.spans:
+            tracks[_track(span)].append(span)
+        thread = 0
+        for track in sorted(tracks):
+            for i, lane in enumerate(lanes(tracks[track])):
+                thread += 1
+                yield self._named("thread_name", thread, f"{track} {i + 1}" if i else track)
+                for span in lane:
+                    yield from self._span(span, thread, origin + self.trace.ahead)
+
+    def _named(self, what: str, thread: int, name: str) -> dict[str, Any]:
+        return {"ph": "M", "name": what, "pid": self.number, "tid": thread, "args": {"name": name}}
+
+    def _span(self, span: Span, thread: int, origin: int) -> Iterator[dict[str, Any]]:
+        event: dict[str, Any] = {
+            "ph": "X",
+            "cat": span.kind.value,
+            "name": _label(span),
+            "pid": self.number,
+            "tid": thread,
+            "ts": (span.start - origin) / 1e3,
+            "dur": (span.end - span.start) / 1e3,
+        }
+        if span.nbytes:
+            event["args"] = {"bytes": span.nbytes}
+        yield event
+        if span.kind in (Kind.SEND, Kind.RECV):
+            yield _arrow(span, event)
+
+
+def _arrow(span: Span, event: dict[str, Any]) -> dict[str, Any]:
+    """An end of the arrow from a message's send to its receipt."""
+    sends = span.kind is Kind.SEND
+    return {
+        "ph": "s" if sends else "f",
+        "bp": "e",
+        "cat": "hop",
+        "name": "hop",
+        "id": f"{span.name} {span.number}",
+        "pid": event["pid"],
+        "tid": event["tid"],
+        "ts": event["ts"] if sends else event["ts"] + event["dur"],
+    }
+
+
+def lanes(spans: Iterable[Span]) -> list[list[Span]]:
+    """The spans in as few lists as this order finds, each of spans that follow or nest."""
+    found: list[list[Span]] = []
+    ends: list[list[int]] = []  # of the spans that are open, by lane, innermost last
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        for stack in ends:
+            while stack and stack[-1] <= span.start:
+                stack.pop()
+        fitting = (i for i, stack in enumerate(ends) if not stack or span.end <= stack[-1])
+        lane = next(fitting, len(found))
+        if lane == len(found):
+            found.append([])
+            ends.append([])
+        found[lane].append(span)
+        ends[lane].append(span.end)
+    return found
+
+
+def _track(span: Span) -> str:
+    return span.thread or _TRACKS.get(span.kind, "compute")
+
+
+def _label(span: Span) -> str:
+    number = str(span.number) if span.number >= 0 else ""
+    return " ".join(part for part in (span.kind.value, span.name, number) if part)
+
+
+def _about(processes: Iterable[_Process]) -> dict[str, Any]:
+    """How the clocks of the processes were put on one scale, and what is left out."""
+    return {
+        "passes": f"the newest {KEPT_PASSES} of each process",
+        "clocks": {
+            p.name: {
+                "node": p.trace.node,
+                "ahead_of_driver_us": p.trace.ahead / 1e3,
+                "uncertain_us": p.trace.uncertain / 1e3,
+            }
+            for p in processes
+        },
+    }
