@@ -14,13 +14,12 @@ from headrace.cluster.bench.hops import hop_actors, measure_call, measure_hop
 from headrace.cluster.bench.speeds import COPY_BYTES, CPU, copy_gbps, places, read_gbps
 from headrace.runtime.probe import all_cores, matmul_tflops, memory_gbps
 from headrace.runtime.storage import BufferedStorage, DirectStorage, KvikioStorage, Storage
-from headrace.runtime.store import Block
+from headrace.runtime.store import ALIGN_BLOCK, Block
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.sizes import format_size
 
 BLOCK_BYTES = 128 << 20
-OFFSET = 4096
-LATENCY_UNIT = 1e6
+MICRO = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Reading:
 
 
 @contextmanager
-def random_blocks(directory: Path, count: int, nbytes: int = BLOCK_BYTES) -> Iterator[list[Block]]:
+def random_blocks(directory: Path, count: int, nbytes: int) -> Iterator[list[Block]]:
     """`count` files of `nbytes` random bytes in `directory`, on the drive and gone at the end.
 
     Raises HeadraceError when there is no room.
@@ -51,12 +50,12 @@ def random_blocks(directory: Path, count: int, nbytes: int = BLOCK_BYTES) -> Ite
 
 
 def _random_block(file: Path, nbytes: int) -> Block:
-    words = torch.randint(-(2**31), 2**31, ((nbytes + OFFSET) // 4,), dtype=torch.int32)
+    words = torch.randint(-(2**31), 2**31, ((nbytes + ALIGN_BLOCK) // 4,), dtype=torch.int32)
     with file.open("wb") as opened:
         words.numpy().tofile(opened)
         os.fsync(opened.fileno())  # a dirty page cannot leave the page cache
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return Block(file.name, file, OFFSET, nbytes, "", {})
+    return Block(file.name, file, ALIGN_BLOCK, nbytes, "", {})
 
 
 def measure_drive(directory: Path, device: str, nbytes: int) -> Iterator[Reading]:
@@ -67,7 +66,10 @@ def measure_drive(directory: Path, device: str, nbytes: int) -> Iterator[Reading
         "kvikio": KvikioStorage,
     }
     best = places(device, 1)[0]
-    with random_blocks(directory, max(1, nbytes // BLOCK_BYTES)) as blocks:
+    size = min(BLOCK_BYTES, nbytes // ALIGN_BLOCK * ALIGN_BLOCK)
+    if not size:
+        raise HeadraceError(f"--size {nbytes} is too small to read: give 1MiB at least")
+    with random_blocks(directory, nbytes // size, size) as blocks:
         for name, opened in ways.items():
             for target in dict.fromkeys([best] if name == "kvikio" else [CPU, best]):
                 where = f"{name} to {'host' if target == CPU else 'GPU 0'}"
@@ -107,10 +109,10 @@ def measure_processes(device: str) -> Iterator[Reading]:
     for kind, name in kinds.items():
         with hop_actors(kind) as actors:
             if kind == "cpu":
-                call = measure_call(actors) * LATENCY_UNIT
+                call = measure_call(actors) * MICRO
                 yield Reading("Ray call", "actor on this machine", call, "us")
             hop = measure_hop(actors)
-        yield Reading("hop", name, hop.seconds * LATENCY_UNIT, "us", "16 KiB, one way")
+        yield Reading("hop", name, hop.seconds * MICRO, "us", "16 KiB, one way")
         yield Reading("hop", name, hop.gbps, "GB/s", "what 8 MiB add")
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import prod, sqrt
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from small_shapes import small_config
 
 from headrace.cluster.bench.random_store import (
     check_room,
@@ -15,43 +15,11 @@ from headrace.cluster.bench.random_store import (
     write_checkpoint,
     write_store,
 )
-from headrace.cluster.bench.shapes import SHAPES
 from headrace.runtime.checkpoint import Checkpoint
 from headrace.runtime.convert import convert
 from headrace.runtime.quantize import TORCH_DTYPES, decode
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.errors import HeadraceError
-
-SMALL: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 512,
-}
-LATENT: dict[str, Any] = {
-    "first_k_dense_replace": 1,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}
-
-
-def config_of(shape: str) -> dict[str, Any]:
-    """The shape with two layers and narrow ones; of DeepSeek's, one is dense and one has experts."""
-    small = SMALL | LATENT if shape == "deepseek-v3" else SMALL
-    return {**SHAPES[shape], **{key: small[key] for key in small if key in SHAPES[shape]}}
 
 
 def without_hash(block: Block) -> Block:
@@ -64,7 +32,7 @@ def without_hash(block: Block) -> Block:
     + [(shape, "nf4") for shape in ("qwen3-235b", "mixtral-8x7b", "deepseek-v3")],
 )
 def test_store_is_laid_out_as_a_converted_one(tmp_path: Path, shape: str, fmt: str) -> None:
-    config = config_of(shape)
+    config = small_config(shape)
     made = write_store(tmp_path / "made", config, fmt)
     write_checkpoint(tmp_path / "checkpoint", config)
     converted = convert(tmp_path / "checkpoint", tmp_path / "converted", format=fmt)
@@ -80,7 +48,7 @@ def test_store_is_laid_out_as_a_converted_one(tmp_path: Path, shape: str, fmt: s
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8", "bf16"])
 def test_weights_are_of_the_promised_size(tmp_path: Path, fmt: str) -> None:
-    store = write_store(tmp_path / "made", config_of("8b"), fmt)
+    store = write_store(tmp_path / "made", small_config("8b"), fmt)
     expected = 0.02 / sqrt(2)
     for block in store.blocks:
         for name, weight in weights_of(store, block).items():
@@ -106,7 +74,7 @@ def weights_of(store: Store, block: Block) -> dict[str, torch.Tensor]:
 
 
 def test_a_finished_store_is_opened_and_another_one_refused(tmp_path: Path) -> None:
-    config = config_of("8b")
+    config = small_config("8b")
     first = write_store(tmp_path / "made", config, "int8")
     before = first.blocks[1].file.stat().st_mtime_ns
     again = write_store(tmp_path / "made", config, "int8")
@@ -117,7 +85,7 @@ def test_a_finished_store_is_opened_and_another_one_refused(tmp_path: Path) -> N
 
 
 def test_checkpoint_comes_in_shards(tmp_path: Path) -> None:
-    config = config_of("8b")
+    config = small_config("8b")
     write_checkpoint(tmp_path, config, shard_bytes=60_000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     found = Checkpoint(tmp_path)
@@ -135,7 +103,7 @@ def test_layers_that_will_not_do_are_refused_before_anything_is_written(tmp_path
         raise HeadraceError(f"{len(layers)} layers")
 
     with pytest.raises(HeadraceError, match="2 layers"):
-        write_store(tmp_path / "made", config_of("8b"), "nf4", check=check)
+        write_store(tmp_path / "made", small_config("8b"), "nf4", check=check)
     assert not (tmp_path / "made").exists()
 
 
