@@ -1,6 +1,7 @@
 """`headrace bench`: what this machine can do, and what a model's shape reaches on it."""
 
 import json as json_module
+import os
 import tempfile
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from headrace.cluster.cli.options import Device, RunOptions, StorageChoice, takes_run_options
 from headrace.cluster.cli.sizes import parse_size
+from headrace.scheduler.errors import HeadraceError
 
 app = typer.Typer(
     help="Measure this machine, and what a model's shape reaches on it.", no_args_is_help=True
@@ -35,6 +37,12 @@ DirectoryOption = Annotated[
     typer.Option(help="On the drive to measure. [default: $TMPDIR]", show_default=False),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write everything here, too.")]
+
+
+def _check_writable(file: Path | None) -> None:
+    """HeadraceError now rather than after minutes of measuring."""
+    if file is not None and not os.access(file.parent, os.W_OK):
+        raise HeadraceError(f"--json {file}: {file.parent} is not a directory to write to")
 
 
 @app.command("run")
@@ -101,6 +109,7 @@ def run_shape(
     from headrace.cluster.bench.shapes import config_of
     from headrace.cluster.cli.bench_tables import profile_table, run_json, run_title, run_view
 
+    _check_writable(json)
     config = config_of(shape, layers, setting or ())
     work = Work(batch, prompt, new, tier.value, local or profile is not None)
     options = run.engine(Path(), storage=storage.value)
@@ -137,6 +146,7 @@ def measure(
     from headrace.cluster.cli.bench_tables import machine_json, machine_table
     from headrace.cluster.launch import resolve_device
 
+    _check_writable(json)
     folder = directory or Path(tempfile.gettempdir())
     console = Console()
     readings = []
