@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--bandwidth 4.0e12] [--compute 8.0e14]
 
 Decodes are bound by reading keys and values, prefill by the matrix products of the causal half.
-The bounds are measured first: a copy of 1 GiB, and a bf16 product of 8192 x 8192 matrices.
+The bounds are measured first: a copy in device memory, and a product of matrices in bf16.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from headrace.runtime import attention_triton
 from headrace.runtime.attention import Rule
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
+from headrace.runtime.probe import matmul_tflops, memory_gbps
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
@@ -36,18 +37,6 @@ def seconds(work: Callable[[], object], repeats: int = 20) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return sorted(times)[len(times) // 2]
-
-
-def measured_bandwidth() -> float:
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=CUDA)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
-
-
-def measured_compute() -> float:
-    side = 8192
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
-    return 2 * side**3 / seconds(lambda: a @ b)
 
 
 def run(sequences: int, past: int, new: int, bandwidth: float, compute: float) -> None:
@@ -85,8 +74,8 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, help="bytes/s; measured when left out")
     parser.add_argument("--compute", type=float, help="FLOP/s; measured when left out")
     args = parser.parse_args()
-    bandwidth = args.bandwidth or measured_bandwidth()
-    compute = args.compute or measured_compute()
+    bandwidth = args.bandwidth or memory_gbps(CUDA) * 1e9
+    compute = args.compute or matmul_tflops(CUDA, torch.bfloat16) * 1e12
     print(
         f"{torch.cuda.get_device_name()}: {bandwidth / 1e9:.0f} GB/s, {compute / 1e12:.0f} TFLOP/s"
     )

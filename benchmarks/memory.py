@@ -21,11 +21,11 @@ from typing import Self
 
 import psutil
 import ray
-from random_store import write_checkpoint
 from rich.console import Console
 from rich.table import Table
-from shapes import config_of
 
+from headrace.cluster.bench.random_store import write_checkpoint
+from headrace.cluster.bench.shapes import config_of
 from headrace.cluster.llm import LLM
 from headrace.runtime.convert import convert
 from headrace.scheduler.request import SamplingParams
@@ -158,7 +158,7 @@ def main() -> None:
     for name in ("plan", "peak", "off by", "time"):
         runs.add_column(name)
     try:
-        write_checkpoint(folder / "checkpoint", config_of("llama-8b", arguments.layers) | SHAPE)
+        write_checkpoint(folder / "checkpoint", config_of("8b", arguments.layers) | SHAPE)
         for fmt in arguments.formats.split(","):
             measure_conversion(folder / "checkpoint", folder / fmt, fmt, conversions)
             measure_run(folder / fmt, arguments, runs)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Driver, random_prompts, steady
 
+from headrace.cluster.bench.driver import Driver, random_prompts, steady
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -45,7 +45,7 @@ def hold_memory(job: dict[str, Any]) -> None:
 def generated(job: dict[str, Any], generate: Callable[..., torch.Tensor]) -> dict[str, Any]:
     """Times of a batched `generate` of transformers, by pass."""
     cuda = job["device"] == "cuda"
-    ids = torch.tensor(random_prompts(job["batch"], job["prompt"]))
+    ids = torch.tensor(random_prompts(job["batch"], job["prompt"], job["vocabulary"]))
     ids = ids.cuda() if cuda else ids
     clock = PassClock(cuda)
     started = clock.now()
@@ -137,11 +137,11 @@ def run_headrace(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     with running_engine(options) as engine:
         driver = Driver(engine)
-        driver.add(random_prompts(1, job["prompt"], seed=1), 2)
+        driver.add(random_prompts(1, job["prompt"], job["vocabulary"], seed=1), 2)
         driver.run()
         driver.steps.clear()
         ready = time.perf_counter() - started
-        driver.add(random_prompts(job["batch"], job["prompt"]), job["new"])
+        driver.add(random_prompts(job["batch"], job["prompt"], job["vocabulary"]), job["new"])
         driver.run()
         total = sum(step.seconds for step in driver.steps)
         plan = engine.plan

@@ -30,12 +30,12 @@ from typing import Any
 
 import psutil
 import torch
-from measure import DeviceMeter
-from random_store import write_checkpoint, write_store
 from rich.console import Console
 from rich.table import Table
-from shapes import SHAPES, config_of
 
+from headrace.cluster.bench.driver import DeviceMeter
+from headrace.cluster.bench.random_store import write_checkpoint, write_store
+from headrace.cluster.bench.shapes import SHAPES, config_of
 from headrace.cluster.cli.sizes import parse_size
 
 CONTEXT_BYTES = 600 << 20
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="for the checkpoint, stores and offloaded files")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--shape", choices=list(SHAPES), default="llama-8b")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
@@ -126,6 +126,7 @@ def run_peer(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         "batch": arguments.batch,
         "prompt": arguments.prompt,
         "new": arguments.new,
+        "vocabulary": config_of(arguments.shape)["vocab_size"],
         "device": arguments.device,
         "device_memory": arguments.device_memory,
         "context_bytes": CONTEXT_BYTES if arguments.device == "cuda" else 0,

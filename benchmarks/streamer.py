@@ -11,24 +11,20 @@ max(bytes / bound, compute) over the seconds that a pass took.
 import argparse
 import json
 import logging
-import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from headrace.runtime.loads import Storage
+from headrace.cluster.bench.machine import random_blocks
+from headrace.cluster.bench.speeds import copy_gbps, read_gbps
 from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Block
 from headrace.runtime.streamer import Streamer
-from headrace.runtime.tiers import HostTier, device_bytes
 from headrace.scheduler.placement import Tier
-
-PAGE = 4096
 
 
 def parse() -> argparse.Namespace:
@@ -43,23 +39,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compute-ms", type=float, default=1.0, help="per layer")
     parser.add_argument("--passes", type=int, default=4)
     return parser.parse_args()
-
-
-@contextmanager
-def random_blocks(directory: Path | None, layers: int, nbytes: int) -> Iterator[dict[int, Block]]:
-    folder = Path(tempfile.mkdtemp(prefix="headrace-bench-", dir=directory))
-    try:
-        blocks = {}
-        for layer in range(layers):
-            file = folder / f"layer-{layer:05}.safetensors"
-            data = torch.randint(-(2**62), 2**62, ((nbytes + PAGE) // 8,), dtype=torch.int64)
-            with file.open("wb") as opened:
-                data.numpy().tofile(opened)
-                os.fsync(opened.fileno())  # a dirty page cannot leave the page cache
-            blocks[layer] = Block(file.stem, file, PAGE, nbytes, "", {})
-        yield blocks
-    finally:
-        shutil.rmtree(folder)
 
 
 def synchronize(device: torch.device) -> None:
@@ -81,38 +60,14 @@ def busy(device: torch.device, milliseconds: float) -> Callable[[], None]:
     return lambda: torch.cuda._sleep(int(milliseconds * per_ms))
 
 
-def measured_bound(
-    tier: str, blocks: dict[int, Block], storage: Storage, device: torch.device
-) -> float:
-    """Bytes a second with nothing else going on, two destinations in turn."""
-    nbytes = blocks[0].nbytes
-    dests = [device_bytes(nbytes, device).fill_(0) for _ in range(2)]
-    if tier == "nvme":
-        start = time.perf_counter()
-        loads = [
-            storage.load(block.file, block.data_offset, dests[i % 2]) for i, block in blocks.items()
-        ]
-        for load in loads:
-            load.wait()
-        synchronize(device)
-        return nbytes * len(blocks) / (time.perf_counter() - start)
-    with HostTier({0: blocks[0]}, storage, device) as host:
-        host.wait()
-        host.load(0, dests[0]).wait()
-        synchronize(device)
-        start = time.perf_counter()
-        loads = [host.load(0, dests[i % 2]) for i in range(8)]
-        for load in loads:
-            load.wait()
-        synchronize(device)
-        return nbytes * 8 / (time.perf_counter() - start)
-
-
 def run(arguments: argparse.Namespace, blocks: dict[int, Block], device: torch.device) -> None:
     first = blocks[0]
     storage = choose_storage(device, first.file, first.data_offset, first.nbytes, arguments.storage)
     compute = busy(device, arguments.compute_ms)
-    bound = measured_bound(arguments.tier, blocks, storage, device)
+    if arguments.tier == "nvme":
+        bound = read_gbps(storage, list(blocks.values()), device)
+    else:
+        bound = copy_gbps([device], first.nbytes)
     with Streamer(
         visits=[[layer] for layer in blocks],
         blocks=blocks,
@@ -133,7 +88,7 @@ def run(arguments: argparse.Namespace, blocks: dict[int, Block], device: torch.d
         seconds = (time.perf_counter() - start) / arguments.passes
         waited = streamer.take_counters().wait_seconds / arguments.passes
     nbytes = first.nbytes * len(blocks)
-    floor = max(nbytes / bound, arguments.compute_ms / 1e3 * len(blocks))
+    floor = max(nbytes / 1e9 / bound, arguments.compute_ms / 1e3 * len(blocks))
     result = {
         "device": str(device),
         "tier": arguments.tier,
@@ -142,7 +97,7 @@ def run(arguments: argparse.Namespace, blocks: dict[int, Block], device: torch.d
         "seconds_a_pass": round(seconds, 5),
         "seconds_waited_a_pass": round(waited, 5),
         "gbps": round(nbytes / seconds / 1e9, 2),
-        "bound_gbps": round(bound / 1e9, 2),
+        "bound_gbps": round(bound, 2),
         "share": round(floor / seconds, 3),
     }
     print(json.dumps(result))
@@ -161,11 +116,9 @@ def main() -> None:
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else nullcontext()
-    with (
-        stream,
-        random_blocks(arguments.directory, arguments.layers, arguments.layer_mib << 20) as blocks,
-    ):
-        run(arguments, blocks, device)
+    folder = arguments.directory or Path(tempfile.gettempdir())
+    with stream, random_blocks(folder, arguments.layers, arguments.layer_mib << 20) as blocks:
+        run(arguments, dict(enumerate(blocks)), device)
 
 
 if __name__ == "__main__":

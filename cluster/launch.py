@@ -15,7 +15,7 @@ import torch
 from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
-from headrace.cluster.stage_actor import Connection, Discovery
+from headrace.cluster.stage_actor import Connection, Discovery, discover
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.cluster.trace_file import RunTrace, TracedPipeline, check_writable
 from headrace.cluster.wire import decode, encode
@@ -134,6 +134,13 @@ def plan_run(
     )
 
 
+def local_plan(options: EngineOptions, store: Store) -> Plan:
+    """The plan of stages that are all on this machine. HeadraceError when there is none."""
+    device = resolve_device(options.device)
+    found = [discover(stage_device(device), str(store.path.resolve()))] * options.stages
+    return plan_run(options, store, device, resolve_dtype(options.dtype, device, store), found)
+
+
 def stage_device(device: str) -> str:
     """The device as a stage process sees it: Ray shows each actor its own GPU as the first one."""
     return "cuda:0" if device == "cuda" else "cpu"
@@ -184,12 +191,12 @@ def _connect(actors: Sequence[Any], options: EngineOptions, stack: ExitStack) ->
     host = "127.0.0.1" if local else ray.util.get_node_ip_address()
     server = RendezvousServer(host)
     stack.callback(server.close)
-    connection = Connection(server.rendezvous(epoch=0), _loopback() if local else "")
+    connection = Connection(server.rendezvous(epoch=0), loopback() if local else "")
     refs = [actor.connect.remote(encode(connection)) for actor in actors]
     gather(refs, START_SECONDS, doing="connecting the stages")
 
 
-def _loopback() -> str:
+def loopback() -> str:
     """The name of the loopback interface, to which an engine on one machine keeps its traffic."""
     names = [name for _, name in socket.if_nameindex()]
     return "lo" if "lo" in names else names[0]

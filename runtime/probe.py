@@ -26,7 +26,7 @@ from headrace.scheduler.inputs import DeviceProfile, Kind
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the cache file; profiles measured in another way are measured again."""
 
 DISK_SECONDS = 0.6
@@ -125,71 +125,87 @@ def _read_rate(file: Path, flags: int, seconds: float) -> float:
         os.close(descriptor)
 
 
-def _rate(
-    work: float, repeat: Callable[[], object], wait: Callable[[], object] = lambda: None
-) -> float:
-    """Units of work a second, each `repeat` doing `work` of them and `wait` waiting for all."""
-    repeat()
-    wait()
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """Products of two square matrices, on the current stream or by all of torch's threads."""
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device).to(dtype)
+    result = torch.empty_like(a)
+    return _rate(device, 2.0 * size**3, lambda: torch.mm(a, a, out=result)) / 1e12
+
+
+def memory_gbps(device: torch.device) -> float:
+    """Bytes read and bytes written by copies inside the device's memory (a CPU: host memory)."""
+    nbytes = (256 if device.type == "cuda" else 64) << 20  # larger than most caches
+    source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _rate(device, 2.0 * nbytes, lambda: target.copy_(source)) / 1e9
+
+
+def _rate(device: torch.device, work: float, repeat: Callable[[], object]) -> float:
+    """Units of work a second, each `repeat` doing `work` of them.
+
+    A GPU is waited for after several of them, so that its idling in between does not count.
+    """
+    cuda = device.type == "cuda"
+    stream = torch.cuda.current_stream(device) if cuda else None
+
+    def several(times: int) -> None:
+        for _ in range(times):
+            repeat()
+        if stream is not None:
+            stream.synchronize()
+
+    several(1)
+    together = 8 if cuda else 1
     started = time.perf_counter()
     times = 0
     while time.perf_counter() - started < SECONDS:
-        repeat()
-        wait()
-        times += 1
+        several(together)
+        times += together
     return work * times / (time.perf_counter() - started)
 
 
-def _measure_cpu(disk: DiskReading) -> DeviceProfile:
-    """float32, by all cores that this process may use, whatever torch is set to at the moment."""
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """torch on all cores that this process may use, whatever it is set to at the moment."""
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
-        return _measure_cores(disk)
+        yield
     finally:
         torch.set_num_threads(before)
 
 
-def _measure_cores(disk: DiskReading) -> DeviceProfile:
-    size = 512
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    result = torch.empty(size, size)
-    flops = _rate(2.0 * size**3, lambda: torch.mm(a, b, out=result))
-    source = torch.ones(64 << 20, dtype=torch.uint8)  # larger than most caches
-    target = torch.empty_like(source)
-    copied = _rate(source.nbytes, lambda: target.copy_(source))
+def _measure_cpu(disk: DiskReading) -> DeviceProfile:
+    """float32, by all cores."""
+    cpu = torch.device("cpu")
+    with all_cores():
+        tflops, moved = matmul_tflops(cpu, torch.float32), memory_gbps(cpu)
     return DeviceProfile(
         kind="cpu",
         nvme_gbps=disk.gbps,
-        host_gbps=copied / 1e9,
-        tflops=flops / 1e12,
-        hbm_gbps=2 * copied / 1e9,  # a copy reads and writes
+        host_gbps=moved / 2,  # a copy reads and writes
+        tflops=tflops,
+        hbm_gbps=moved,
         hop_seconds=HOPS["cpu"],
         link_gbps=GLOO_GBPS,
     )
 
 
 def _measure_cuda(device: torch.device, disk: DiskReading) -> DeviceProfile:
-    """bfloat16, on a stream of its own; a few hundred MiB of device memory for a second."""
+    """bfloat16, on a stream of its own; half a GiB of device memory for a second."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
     with torch.cuda.stream(stream):
-        size = 4096
-        a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-        result = torch.empty_like(a)
-        flops = _rate(2.0 * size**3, lambda: torch.mm(a, a, out=result), stream.synchronize)
+        tflops, moved = matmul_tflops(device, torch.bfloat16), memory_gbps(device)
         target = torch.empty(128 << 20, dtype=torch.uint8, device=device)
-        other = torch.ones_like(target)
-        moved = _rate(2.0 * target.nbytes, lambda: target.copy_(other), stream.synchronize)
         pinned = torch.ones(target.nbytes, dtype=torch.uint8, pin_memory=True)
-        crossed = _rate(
-            target.nbytes, lambda: target.copy_(pinned, non_blocking=True), stream.synchronize
-        )
+        crossed = _rate(device, target.nbytes, lambda: target.copy_(pinned, non_blocking=True))
     return DeviceProfile(
         kind="cuda",
         nvme_gbps=disk.gbps,
         host_gbps=crossed / 1e9,
-        tflops=flops / 1e12,
-        hbm_gbps=moved / 1e9,
+        tflops=tflops,
+        hbm_gbps=moved,
         hop_seconds=HOPS["cuda"],
         # Without NVLink a hop crosses PCIe; with it, hops are shorter still.
         link_gbps=crossed / 1e9,

@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate."""
+"""`headrace`: convert, inspect, plan, generate, bench."""
 
 import logging
 import os
@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from headrace import __version__
-from headrace.cluster.cli.options import RunOptions, takes_run_options
+from headrace.cluster.cli.bench import app as bench_app
+from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
 from headrace.scheduler.errors import HeadraceError
 
 # Before transformers is imported: nothing here may look for a model on the network.
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 
 class Format(str, Enum):
@@ -33,13 +35,6 @@ class Format(str, Enum):
     BF16 = "bf16"
     INT8 = "int8"
     NF4 = "nf4"
-
-
-class StorageChoice(str, Enum):
-    AUTO = "auto"
-    DIRECT = "direct"
-    BUFFERED = "buffered"
-    KVIKIO = "kvikio"
 
 
 StoreArgument = Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")]
@@ -113,15 +108,10 @@ def plan(
 ) -> None:
     """Print what a run on this machine would keep where, how fast it would be and what binds it."""
     from headrace.cluster.cli.plan import plan_json, render_plan
-    from headrace.cluster.launch import plan_run, resolve_device, resolve_dtype, stage_device
-    from headrace.cluster.stage_actor import discover
+    from headrace.cluster.launch import local_plan
     from headrace.runtime.store import Store
 
-    options = run.engine(store)
-    opened = Store.open(store)
-    where = resolve_device(options.device)
-    found = [discover(stage_device(where), str(opened.path))] * options.stages
-    made = plan_run(options, opened, where, resolve_dtype(options.dtype, where, opened), found)
+    made = local_plan(run.engine(store), Store.open(store))
     console = Console()
     if json:
         console.print_json(data=plan_json(made))

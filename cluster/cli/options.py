@@ -1,4 +1,4 @@
-"""Options that `headrace plan` and `headrace generate` share."""
+"""Options that `headrace plan`, `generate` and `bench run` share."""
 
 import inspect
 from collections.abc import Callable
@@ -25,6 +25,13 @@ class PlacementChoice(str, Enum):
     AUTO = "auto"
     CYCLIC = "cyclic"
     CONTIGUOUS = "contiguous"
+
+
+class StorageChoice(str, Enum):
+    AUTO = "auto"
+    DIRECT = "direct"
+    BUFFERED = "buffered"
+    KVIKIO = "kvikio"
 
 
 class Dtype(str, Enum):

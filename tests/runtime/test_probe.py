@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.runtime.probe import measure_disk, probe_device
+from headrace.runtime.probe import VERSION, measure_disk, probe_device
 from headrace.scheduler.errors import StoreError
 
 CPU = torch.device("cpu")
@@ -41,13 +41,13 @@ def test_measures_once_and_remembers(store: Path, tmp_path: Path) -> None:
     assert probe_device(CPU, store, refresh=True).tflops < 123.0
 
 
-@pytest.mark.parametrize("text", ["", '{"version": 1, "profile": {}}'])
+@pytest.mark.parametrize("text", ["", f'{{"version": {VERSION}, "profile": {{}}}}'])
 def test_an_unusable_cache_is_measured_again(store: Path, tmp_path: Path, text: str) -> None:
     first = probe_device(CPU, store)
     (file,) = cached(tmp_path)
     file.write_text(text)
     assert probe_device(CPU, store).kind == first.kind
-    assert json.loads(file.read_text())["version"] == 1
+    assert json.loads(file.read_text())["version"] == VERSION
     assert cached(tmp_path) == [file]
 
 

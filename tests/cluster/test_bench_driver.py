@@ -1,59 +1,43 @@
-"""benchmarks/measure.py: which passes of a run count as steady decodes."""
+"""Which passes of a run count as steady decodes, and the cap on host memory."""
 
-import importlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from headrace.cluster.bench.driver import Step, steady
+from headrace.cluster.bench.memory_cap import host_memory_cap
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.plan import StageTimes
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def measure() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("measure")
-
-
-def steps(measure: ModuleType, *rows: tuple[float, int, int]) -> list[object]:
+def steps(*rows: tuple[float, int, int]) -> list[Step]:
     """(seconds, committed tokens, ended requests) of each pass; one stage that streams 10 bytes."""
     return [
-        measure.Step(seconds, committed, ended, (StageTimes(0, seconds, 0.5, 0.0, 10, 0),))
+        Step(seconds, committed, ended, (StageTimes(0, seconds, 0.5, 0.0, 10, 0),))
         for seconds, committed, ended in rows
     ]
 
 
-def test_steady_passes_come_after_all_prompts_and_before_the_first_end(
-    measure: ModuleType,
-) -> None:
-    run = steps(
-        measure, (9, 2, 0), (8, 4, 0), (1, 4, 0), (3, 4, 0), (2, 4, 0), (7, 4, 2), (6, 2, 2)
-    )
-    found = measure.steady(run, 4, 1)
+def test_steady_passes_come_after_all_prompts_and_before_the_first_end() -> None:
+    run = steps((9, 2, 0), (8, 4, 0), (1, 4, 0), (3, 4, 0), (2, 4, 0), (7, 4, 2), (6, 2, 2))
+    found = steady(run, 4, 1)
     assert found.prefill_seconds == 17
     assert found.rounds == (1, 3, 2)
     assert found.seconds == 2
     assert found.stages == (StageTimes(0, 2, 0.5, 0.0, 10, 0),)
 
 
-def test_a_round_is_as_many_passes_as_are_in_flight(measure: ModuleType) -> None:
-    run = steps(
-        measure, (9, 2, 0), (9, 2, 0), (1, 2, 0), (2, 2, 0), (3, 2, 0), (4, 2, 0), (1, 2, 2)
-    )
-    found = measure.steady(run, 4, 2)
+def test_a_round_is_as_many_passes_as_are_in_flight() -> None:
+    run = steps((9, 2, 0), (9, 2, 0), (1, 2, 0), (2, 2, 0), (3, 2, 0), (4, 2, 0), (1, 2, 2))
+    found = steady(run, 4, 2)
     assert found.rounds == (3, 7)
     assert found.stages[0].nvme_bytes == 20
 
 
-def test_a_run_without_steady_passes_says_so(measure: ModuleType) -> None:
+def test_a_run_without_steady_passes_says_so() -> None:
     with pytest.raises(HeadraceError, match="decoded all 4 sequences"):
-        measure.steady(steps(measure, (1, 2, 0), (1, 2, 2), (1, 2, 2)), 4, 1)
+        steady(steps((1, 2, 0), (1, 2, 2), (1, 2, 2)), 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +49,13 @@ def test_a_run_without_steady_passes_says_so(measure: ModuleType) -> None:
     ],
 )
 def test_host_memory_is_capped_inside_the_cgroup_that_the_process_is_in(
-    measure: ModuleType, tmp_path: Path, own: str, group: str, limit: str
+    tmp_path: Path, own: str, group: str, limit: str
 ) -> None:
     described = tmp_path / "own"
     described.write_text(own)
     parent = tmp_path / "root" / group
     parent.mkdir(parents=True)
-    with measure.host_memory_cap(5 << 30, tmp_path / "root", described):
+    with host_memory_cap(5 << 30, tmp_path / "root", described):
         (made,) = parent.glob("headrace-bench-*")
         assert (made / limit).read_text() == str(5 << 30)
         assert (made / "cgroup.procs").read_text() == str(os.getpid())
@@ -81,11 +65,11 @@ def test_host_memory_is_capped_inside_the_cgroup_that_the_process_is_in(
     assert not made.exists()
 
 
-def test_a_cap_that_cannot_be_had_is_an_error(measure: ModuleType, tmp_path: Path) -> None:
+def test_a_cap_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
     described = tmp_path / "own"
     described.write_text("0::/absent")
     with (
         pytest.raises(HeadraceError, match="cannot cap host memory"),
-        measure.host_memory_cap(1 << 30, tmp_path, described),
+        host_memory_cap(1 << 30, tmp_path, described),
     ):
         pytest.fail("ran without a cap")

@@ -1,0 +1,150 @@
+"""Driving an engine pass by pass, and which of its passes were steady decodes."""
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from headrace.cluster.engine import Engine
+from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.plan import StageTimes
+from headrace.scheduler.request import SamplingParams
+
+
+def random_prompts(count: int, tokens: int, vocabulary: int, *, seed: int = 0) -> list[list[int]]:
+    """Prompts of ids below `vocabulary` that share no prefix."""
+    draw = random.Random(seed)
+    return [[draw.randrange(vocabulary) for _ in range(tokens)] for _ in range(count)]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass as the engine saw it: wall seconds, tokens committed, requests that ended."""
+
+    seconds: float
+    committed: int
+    ended: int
+    stages: tuple[StageTimes, ...]
+
+
+@dataclass(slots=True)
+class DeviceMeter:
+    """Highest device memory in use above `base`, over all processes; zeros without CUDA."""
+
+    base: list[int] = field(default_factory=list)
+    peak: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.base = self._used()
+        self.peak = list(self.base)
+
+    def sample(self) -> None:
+        self.peak = [max(a, b) for a, b in zip(self.peak, self._used(), strict=True)]
+
+    @property
+    def most(self) -> int:
+        return max((b - a for a, b in zip(self.base, self.peak, strict=True)), default=0)
+
+    @staticmethod
+    def _used() -> list[int]:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        pairs = (torch.cuda.mem_get_info(i) for i in range(count))
+        return [total - free for free, total in pairs]
+
+
+class Driver:
+    """Runs requests through an engine and notes every pass."""
+
+    def __init__(self, engine: Engine, meter: DeviceMeter | None = None) -> None:
+        self._engine = engine
+        self._meter = meter
+        self.steps: list[Step] = []
+
+    def add(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        params = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        for i, prompt in enumerate(prompts):
+            self._engine.add(list(prompt), params, seed=i)
+
+    def run(self) -> None:
+        while self._engine.has_work:
+            self.step()
+
+    def step(self) -> Step:
+        stats = self._engine.stats
+        tokens, before = stats.output_tokens, list(stats.stages)
+        started = time.perf_counter()
+        ended = len(self._engine.step())
+        seconds = time.perf_counter() - started
+        stages = tuple(new.since(old) for new, old in zip(stats.stages, before, strict=True))
+        step = Step(seconds, stats.output_tokens - tokens, ended, stages)
+        self.steps.append(step)
+        if self._meter is not None and len(self.steps) % 4 == 1:
+            self._meter.sample()
+        return step
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """Rounds in which every sequence advances by one token, and what came before.
+
+    A round is as many passes as there are in flight. `rounds` are seconds, `stages` the medians of
+    each stage's times and bytes over them.
+    """
+
+    prefill_seconds: float
+    rounds: tuple[float, ...]
+    stages: tuple[StageTimes, ...]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.rounds)
+
+
+def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
+    """The rounds of decodes only: after all prompts are computed, until the first request ends.
+
+    Raises HeadraceError when there are none, because prompts took longer than outputs.
+    """
+    width = passes_in_flight
+    # A request is in one pass of a round at most. The first round that gives every sequence a token
+    # may have had prompts in it, the next one has not.
+    first = next(
+        (
+            end
+            for end in range(width, len(steps) + 1)
+            if sum(step.committed for step in steps[end - width : end]) >= batch
+        ),
+        len(steps),
+    )
+    end = next((i for i, step in enumerate(steps) if step.ended), len(steps))
+    rounds = [steps[i : i + width] for i in range(first, end - width + 1, width)]
+    if not rounds:
+        raise HeadraceError(
+            f"no pass decoded all {batch} sequences and nothing else; give more new tokens or fewer "
+            "prompt tokens"
+        )
+    return Steady(
+        sum(step.seconds for step in steps[:first]),
+        tuple(sum(step.seconds for step in one) for one in rounds),
+        tuple(_median(rounds, stage) for stage in range(len(steps[0].stages))),
+    )
+
+
+def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
+    def middle(name: str) -> float:
+        totals = [sum(getattr(step.stages[stage], name) for step in one) for one in rounds]
+        return float(statistics.median(totals))
+
+    return StageTimes(
+        stage,
+        middle("total"),
+        middle("weights_wait"),
+        middle("link_wait"),
+        int(middle("nvme_bytes")),
+        int(middle("host_bytes")),
+    )

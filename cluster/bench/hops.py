@@ -1,0 +1,117 @@
+"""How long a hop between two stages takes, and a Ray call: measured between two actors of our own."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from headrace.cluster.launch import loopback
+from headrace.cluster.pipeline import gather
+from headrace.cluster.processes import START_SECONDS, ray_cluster
+from headrace.runtime.link import ReceiveRing, Rendezvous, RendezvousServer, connect
+
+EDGES = ((0, 1), (1, 0))
+ROW = 8192
+"""Elements of a row of hidden states, in bfloat16."""
+
+SMALL, LARGE = 1, 512
+ROUNDS = 20
+CALLS = 100
+DEADLINE = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One way: seconds until a small message is there, and GB/s of what a large one adds."""
+
+    seconds: float
+    gbps: float
+
+
+class HopActor:
+    """One of two processes that send hidden states to and fro over the product's own links."""
+
+    def __init__(self, stage: int, device: str) -> None:
+        self._stage, self._device = stage, torch.device(device)
+
+    def echo(self) -> None:
+        """What a Ray call takes."""
+
+    def connect(self, host: str, port: int, interface: str) -> None:
+        ring = ReceiveRing(4, LARGE, ROW, torch.bfloat16, self._device)
+        senders, receivers = connect(
+            self._stage,
+            EDGES,
+            Rendezvous(host, port, 0),
+            ring=ring,
+            device=self._device,
+            deadline=DEADLINE,
+            interface=interface,
+        )
+        other = 1 - self._stage
+        self._sender, self._receiver = senders[other], receivers[other]
+
+    def exchange(self, rows: int) -> float:
+        """Seconds of one way, over ROUNDS ways there and back."""
+        x = torch.zeros(rows, ROW, dtype=torch.bfloat16, device=self._device)
+        self._volley(x, 3)
+        started = time.perf_counter()
+        self._volley(x, ROUNDS)
+        return (time.perf_counter() - started) / ROUNDS / 2
+
+    def _volley(self, x: torch.Tensor, rounds: int) -> None:
+        """Each message is the one that came, so that the device waits where the host does not."""
+        for _ in range(rounds):
+            if self._stage == 0:
+                self._sender.send(x)
+                x = self._receiver.recv(len(x))
+            else:
+                x = self._receiver.recv(len(x))
+                self._sender.send(x)
+            self._sender.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+@contextmanager
+def hop_actors(device: str) -> Iterator[list[Any]]:
+    """Two connected actors on a Ray cluster, each with a GPU of its own on "cuda"."""
+    with ExitStack() as stack:
+        stack.enter_context(ray_cluster(2, None))
+        remote = ray.remote(HopActor)
+        gpus = 1 if device == "cuda" else 0
+        actors: list[Any] = []
+        for stage in range(2):
+            actor = remote.options(num_cpus=1, num_gpus=gpus).remote(
+                stage, "cuda:0" if gpus else "cpu"
+            )
+            stack.callback(ray.kill, actor)
+            actors.append(actor)
+        server = RendezvousServer("127.0.0.1")
+        stack.callback(server.close)
+        refs = [actor.connect.remote(server.host, server.port, loopback()) for actor in actors]
+        gather(refs, START_SECONDS, doing="connecting two processes")
+        yield actors
+
+
+def measure_hop(actors: list[Any]) -> Hop:
+    """Raises StageError when a process dies or does not answer."""
+    seconds = []
+    for rows in (SMALL, LARGE):
+        refs = [actor.exchange.remote(rows) for actor in actors]
+        seconds.append(max(gather(refs, DEADLINE, doing="measuring hops")))
+    extra = (LARGE - SMALL) * ROW * torch.bfloat16.itemsize
+    return Hop(seconds[0], extra / max(seconds[1] - seconds[0], 1e-9) / 1e9)
+
+
+def measure_call(actors: list[Any]) -> float:
+    """Seconds of a Ray call that does nothing."""
+    ray.get(actors[0].echo.remote())
+    started = time.perf_counter()
+    for _ in range(CALLS):
+        ray.get(actors[0].echo.remote())
+    return (time.perf_counter() - started) / CALLS

@@ -1,0 +1,80 @@
+"""An engine inside this process: one stage, no Ray. For profiles and to see what Ray adds."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from headrace.cluster.engine import Engine
+from headrace.cluster.launch import (
+    EngineOptions,
+    plan_run,
+    resolve_device,
+    resolve_dtype,
+    stage_device,
+)
+from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
+from headrace.cluster.stage_actor import discover
+from headrace.cluster.tokenizer import load_tokenizer, stop_ids
+from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.store import Store
+from headrace.scheduler.plan import Pass, PassResult
+
+
+class _Done:
+    def __init__(self, results: list[PassResult]) -> None:
+        self._results = results
+
+    def result(self) -> list[PassResult]:
+        return self._results
+
+
+class InlinePipeline:
+    """One stage in the caller's thread, where a profiler sees its operators."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def submit(self, a_pass: Pass) -> Pending:
+        return _Done([self._stage.run(a_pass)])
+
+    def close(self) -> None:
+        self._stage.close()
+
+
+def threaded(stage: Stage) -> Pipeline:
+    return LocalPipeline([stage])
+
+
+@contextmanager
+def local_engine(
+    options: EngineOptions, make_pipeline: Callable[[Stage], Pipeline] = threaded
+) -> Iterator[Engine]:
+    """What running_engine gives, with its one stage in this process."""
+    assert options.stages == 1, "several stages need processes of their own"
+    store = Store.open(options.store)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device, store)
+    found = discover(stage_device(device), str(store.path.resolve()))
+    plan = plan_run(options, store, device, dtype, [found])
+    config = StageConfig(
+        store=str(store.path),
+        stage=0,
+        plan=plan,
+        device=stage_device(device),
+        device_memory=options.device_memory or found.device_free,
+        dtype=dtype,
+        storage=options.storage,
+        deadline=options.deadline,
+        threads=torch.get_num_threads(),
+    )
+    tokenizer = load_tokenizer(store.path)
+    pipeline = make_pipeline(Stage(config))
+    with Engine(
+        plan,
+        pipeline,
+        tokenizer,
+        stop_ids=stop_ids(store, tokenizer),
+        digest=store.digest,
+    ) as engine:
+        yield engine
