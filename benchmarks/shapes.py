@@ -62,6 +62,7 @@ def _qwen3_moe(
 
 SHAPES = {
     "llama-70b": _llama(80, 8192, 28672, 64, 8, 128256),
+    "llama-1b": _llama(16, 2048, 8192, 32, 8, 128256) | {"tie_word_embeddings": True},
     "llama-8b": _llama(32, 4096, 14336, 32, 8, 128256),
     "qwen3-30b-a3b": _qwen3_moe(48, 2048, 768, 32, 4, 128, 151936),
     "tiny": _llama(6, 256, 512, 4, 2, 4352),

@@ -55,11 +55,7 @@ class Weight(ABC):
     @staticmethod
     def view(spec: WeightSpec, block: Tensor) -> "Weight":
         """The weight that `spec` places in `block`, a block's data section (uint8, any device)."""
-        parts = {
-            role: _view(part, block)
-            for role, part in spec.parts.items()
-            if role not in ("state", "layout")
-        }
+        parts = parts_of(spec, block)
         if spec.format == "raw":
             return RawWeight(parts["data"].view(spec.shape))
         if spec.format == "int8":
@@ -272,6 +268,15 @@ def _least_rows() -> int:
     many = F.linear(x, weight)
     same = all(torch.equal(F.linear(x[:n], weight), many[:n]) for n in (1, 2, 5, 11))
     return 1 if same else PADDED_ROWS
+
+
+def parts_of(spec: WeightSpec, block: Tensor) -> dict[str, Tensor]:
+    """The tensors that encode a weight, as views of its block."""
+    return {
+        role: _view(part, block)
+        for role, part in spec.parts.items()
+        if role not in ("state", "layout")
+    }
 
 
 def _view(part: TensorSpec, block: Tensor) -> Tensor:

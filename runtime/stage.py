@@ -14,6 +14,7 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.model import Prepared, StageModel
+from headrace.runtime.packed_cpu import choose_layout
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Store
@@ -108,6 +109,15 @@ class Stage:
             ring_slots=self._plan.ring_slots[config.stage],
             slot_bytes=self._plan.slot_bytes,
         )
+        self._pack(dtype)
+
+    def _pack(self, dtype: torch.dtype) -> None:
+        """Resident layers take the layout that decodes fastest."""
+        resident = self._streamer.resident
+        layout = choose_layout(self.device, dtype, self._plan.max_sequences) if resident else None
+        if layout is not None:
+            for layer, data in resident.items():
+                self._model.pack(layer, data, layout)
 
     @property
     def storage_name(self) -> str:
