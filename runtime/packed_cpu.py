@@ -89,6 +89,7 @@ class PackedWeight(FourBitWeight):
     def __init__(self, spec: WeightSpec, parts: dict[str, Tensor], rows: int) -> None:
         super().__init__(spec, parts)
         self._most_rows = rows
+        self._call: _Call | None = None
         nested = "nested_absmax" in parts
         self._by_block = (
             None if nested else _bf16_scales(spec, parts)
@@ -102,6 +103,7 @@ class PackedWeight(FourBitWeight):
         assert start % self.row_multiple == stop % self.row_multiple == 0, (start, stop, self.shape)
         row = self.shape[1:].numel()
         piece = copy(self)
+        piece._call = None
         piece.shape = torch.Size((stop - start, *self.shape[1:]))
         piece._first = self._first + start * row
         piece._packed = self._packed[start * row // 2 : stop * row // 2]
@@ -149,24 +151,40 @@ class PackedWeight(FourBitWeight):
         rows = x.shape[:-1].numel()
         if transposed or x.dtype != torch.bfloat16 or not 0 < rows <= self._most_rows:
             return super().linear(x, bias, scratch, transposed)
-        out = self._kernel(x.reshape(rows, -1).contiguous()).view(*x.shape[:-1], -1)
+        out = self._kernel(x.contiguous()).view(*x.shape[:-1], -1)
         return out if bias is None else out.add_(bias)
 
     def _kernel(self, x: Tensor) -> Tensor:
-        """bfloat16 [rows, K] to [rows, N]."""
-        (count, columns), scales = self.shape, self._scales_by_block()
-        out = x.new_empty(len(x), count)
-        getattr(lib, f"gemv_4bit_inference_cpu_{self._spec.format}_bf16")(
-            ctypes.c_int64(len(x)),
-            ctypes.c_int64(count),
-            ctypes.c_int64(columns),
+        """bfloat16 [..., K], contiguous, to [rows, N]."""
+        if self._call is None:
+            self._call = _Call(self._spec, tuple(self.shape), self._packed)
+        return self._call(x, self._scales_by_block())
+
+
+class _Call:
+    """bitsandbytes' product by one matrix, with the arguments that do not change made once."""
+
+    def __init__(self, spec: WeightSpec, shape: tuple[int, ...], packed: Tensor) -> None:
+        self._kernel = getattr(lib, f"gemv_4bit_inference_cpu_{spec.format}_bf16")
+        self._count, self._columns = shape
+        self._n, self._k = map(ctypes.c_int64, shape)
+        self._data = ctypes.c_void_p(packed.data_ptr())
+        self._blocksize = ctypes.c_int64(spec.blocksize)
+
+    def __call__(self, x: Tensor, scales: Tensor) -> Tensor:
+        rows = x.numel() // self._columns
+        out = x.new_empty(rows, self._count)
+        self._kernel(
+            ctypes.c_int64(rows),
+            self._n,
+            self._k,
             ctypes.c_void_p(x.data_ptr()),
-            ctypes.c_void_p(self._packed.data_ptr()),
+            self._data,
             ctypes.c_void_p(scales.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_int64(self._spec.blocksize),
-            ctypes.c_int64(columns),
-            ctypes.c_int64(count),
+            self._blocksize,
+            self._k,
+            self._n,
         )
         return out
 
