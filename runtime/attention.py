@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.runtime.batch import SCORES, Batch, Decodes, first_page, visible_keys
+from headrace.runtime.batch import (
+    SCORES,
+    Batch,
+    Decodes,
+    first_page,
+    group_mask,
+    head_rows,
+    visible_keys,
+)
 from headrace.runtime.kv_store import LayerKV
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -67,6 +75,9 @@ def _write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:
 
 
 def _attend(q: Tensor, kv: LayerKV, batch: Batch, rule: Rule) -> Tensor:
+    groups = batch.decodes(rule.sliding_window, q.shape[1] * kv.k.shape[-1])
+    if len(groups) == 1 and len(groups[0].rows) == len(q):  # the batch as it is
+        return _attend_decodes(q, kv, groups[0], rule)
     out = q.new_empty(*q.shape[:2], kv.v.shape[-1])
     start = 0
     for sequence, length in enumerate(batch.lengths):
@@ -74,18 +85,24 @@ def _attend(q: Tensor, kv: LayerKV, batch: Batch, rule: Rule) -> Tensor:
             rows = slice(start, start + length)
             out[rows] = _attend_slice(q[rows], kv, batch, sequence, rule)
         start += length
-    for group in batch.decodes(rule.sliding_window, q.shape[1] * kv.k.shape[-1]):
+    for group in groups:
         out[group.rows] = _attend_decodes(q[group.rows], kv, group, rule)
     return out
 
 
 def _attend_decodes(q: Tensor, kv: LayerKV, group: Decodes, rule: Rule) -> Tensor:
     """[G, heads, k_dim] to [G, heads, v_dim]."""
-    k, v = _gather(kv.k, group.table, q.dtype), _gather(kv.v, group.table, q.dtype)
+    rows = group.head_rows(kv.k.shape[1])
+    k, v = _gather(kv.k, rows, q.dtype), _gather(kv.v, rows, q.dtype)
     # What an earlier owner left behind a context's end may be anything, and 0 * nan is nan.
-    k[:, :, -PAGE_TOKENS:].masked_fill_(group.stale, 0)
-    v[:, :, -PAGE_TOKENS:].masked_fill_(group.stale, 0)
-    return _softmax_attention(q[:, None], k, v, group.visible, rule)[:, 0]
+    for values in (k, v):
+        last = values[:, :, -PAGE_TOKENS:]
+        if group.kept is None:
+            last.masked_fill_(group.stale, 0)
+        else:
+            last[:, :, group.kept :].zero_()
+    mask = group.mask(q.shape[1] // k.shape[1])
+    return _softmax_attention(q[:, None], k, v, mask, rule)[:, 0]
 
 
 def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rule) -> Tensor:
@@ -95,7 +112,8 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
     first = first_page(start, rule.sliding_window)
     table = batch.page_table[sequence : sequence + 1, first : -(-context // PAGE_TOKENS)].long()
     base = first * PAGE_TOKENS
-    k, v = _gather(kv.k, table, q.dtype), _gather(kv.v, table, q.dtype)
+    rows = head_rows(table, kv.k.shape[1])
+    k, v = _gather(kv.k, rows, q.dtype), _gather(kv.v, rows, q.dtype)
     step = max(1, min(256, SCORES // (q.shape[1] * (context - base))))
     out = q.new_empty(*q.shape[:2], kv.v.shape[-1])
     for i in range(0, q.shape[0], step):
@@ -105,29 +123,27 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
         high = start + i + block.shape[0]
         seen = slice(low - base, high - base)
         visible = visible_keys(positions[None], torch.arange(low, high)[None], rule.sliding_window)
-        part = _softmax_attention(block[None], k[:, :, seen], v[:, :, seen], visible, rule)
+        mask = group_mask(visible, q.shape[1] // k.shape[1])
+        part = _softmax_attention(block[None], k[:, :, seen], v[:, :, seen], mask, rule)
         out[i : i + step] = part[0]
     return out
 
 
-def _gather(pages: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """[P, heads, 64, D] pages and a [G, n] table to [G, heads, n * 64, D], in one copy."""
-    heads = pages.shape[1]
-    rows = table[:, None, :] * heads + torch.arange(heads)[:, None]  # [G, heads, n]
+def _gather(pages: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """[P, heads, 64, D] pages and their [G, heads, n] rows to [G, heads, n * 64, D], in one copy."""
     picked = pages.flatten(0, 1).index_select(0, rows.flatten())
-    return picked.view(table.shape[0], heads, -1, pages.shape[-1]).to(dtype)
+    return picked.view(*rows.shape[:2], -1, pages.shape[-1]).to(dtype)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, rule: Rule) -> Tensor:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
     """q [G, n, heads, Dk], k [G, kv_heads, L, Dk], v [G, kv_heads, L, Dv] to [G, n, heads, Dv].
 
-    The queries of a group of heads become rows of one matrix, so that each key is read once.
+    `mask` is a group_mask. The queries of a group of heads become rows of one matrix, so that each key is read once.
     """
     count, rows, heads, _ = q.shape
     group = heads // k.shape[1]
     packed = q.reshape(count, rows, k.shape[1], group, -1)
     packed = packed.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [G, kv_heads, group * n, Dk]
-    mask = visible[:, None].repeat(1, 1, group, 1)  # [G, 1, group * n, L]
     if rule.softcap is None and rule.sinks is None:
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=rule.scaling)
     else:

@@ -156,18 +156,34 @@ def _to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Te
     ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decodes:
     """One query of each of G sequences that see equally many pages, n.
 
     rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  stale
-    [G, 1, 64, 1]: keys of the last page past the context's end.  visible [G, 1, n * 64].
+    [G, 1, 64, 1]: keys of the last page past the context's end; `kept` of its keys are not, where
+    that is the same for all.  visible [G, 1, n * 64].
     """
 
     rows: Tensor
     table: Tensor
     stale: Tensor
+    kept: int | None
     visible: Tensor
+    _head_rows: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def head_rows(self, heads: int) -> Tensor:
+        """`head_rows` of the table, made once for all layers."""
+        if heads not in self._head_rows:
+            self._head_rows[heads] = head_rows(self.table, heads)
+        return self._head_rows[heads]
+
+    def mask(self, group: int) -> Tensor:
+        """`group_mask` of what is visible, made once for all layers."""
+        if group not in self._masks:
+            self._masks[group] = group_mask(self.visible, group)
+        return self._masks[group]
 
 
 def _group_decodes(batch: Batch, window: int | None, width: int) -> Iterator[Decodes]:
@@ -188,9 +204,11 @@ def _decode_group(batch: Batch, members: Tensor, pages: int, window: int | None)
     first = position // PAGE_TOKENS + 1 - pages
     table = batch.page_table[members[:, None], first[:, None] + torch.arange(pages)].long()
     keys = first[:, None] * PAGE_TOKENS + torch.arange(pages * PAGE_TOKENS)  # [G, n * 64]
+    kept = position % PAGE_TOKENS + 1
     return Decodes(
         rows=batch.query_start[members].long(),
         table=table,
+        kept=int(kept[0]) if bool((kept == kept[0]).all()) else None,
         stale=(keys > position[:, None])[:, None, -PAGE_TOKENS:, None],
         visible=visible_keys(position[:, None], keys, window),
     )
@@ -206,3 +224,13 @@ def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     distance = queries[:, :, None] - keys[:, None, :]
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
+
+
+def head_rows(table: Tensor, heads: int) -> Tensor:
+    """[G, n] pages to [G, heads, n] places in pages seen as [pages * heads, ...]."""
+    return table[:, None, :] * heads + torch.arange(heads)[:, None]
+
+
+def group_mask(visible: Tensor, group: int) -> Tensor:
+    """[G, n, L] to [G, 1, group * n, L], for `group` query heads that share a key head."""
+    return visible[:, None].repeat(1, 1, group, 1)

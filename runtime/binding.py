@@ -1,7 +1,7 @@
 """Which tensor of a block goes where in the model: worked out once, carried out at every bind."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -18,6 +18,9 @@ from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError
 
+View = Callable[[WeightSpec, Tensor], Weight]
+"""What reads a weight that a matrix product takes from a block's bytes."""
+
 
 class Binding(Protocol):
     """Puts one module's weights in place, as views of a block's bytes."""
@@ -26,7 +29,11 @@ class Binding(Protocol):
     def is_static(self) -> bool:
         """Whether what runs depends on nothing but the block's bytes, wherever they are."""
 
-    def bind(self, block: Tensor) -> None: ...
+    @property
+    def factors(self) -> tuple[WeightSpec, ...]:
+        """The weights that are read by a view: x @ weight.T is all that is done with them."""
+
+    def bind(self, block: Tensor, view: View = Weight.view) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +47,12 @@ class PackedLinear:
     def is_static(self) -> bool:
         return True
 
-    def bind(self, block: Tensor) -> None:
-        self.module.weight = Weight.view(self.spec, block)
+    @property
+    def factors(self) -> tuple[WeightSpec, ...]:
+        return (self.spec,)
+
+    def bind(self, block: Tensor, view: View = Weight.view) -> None:
+        self.module.weight = view(self.spec, block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +71,11 @@ class Dense:
             self.spec.format == "raw" and TORCH_DTYPES[self.spec.parts["data"].dtype] == self.dtype
         )
 
-    def bind(self, block: Tensor) -> None:
+    @property
+    def factors(self) -> tuple[WeightSpec, ...]:
+        return ()
+
+    def bind(self, block: Tensor, view: View = Weight.view) -> None:
         value = Weight.view(self.spec, block).dense(self.dtype).view(self.shape)
         if self.attribute in self.module._buffers:
             setattr(self.module, self.attribute, value)
@@ -80,8 +95,16 @@ class ExpertStack:
     def is_static(self) -> bool:
         return False  # the host learns which experts are hit
 
-    def bind(self, block: Tensor) -> None:
-        setattr(self.module, plugs.EXPERT_WEIGHTS, BoundExperts(self.specs, block, self.scratch))
+    @property
+    def factors(self) -> tuple[WeightSpec, ...]:
+        if self.module.is_transposed:
+            return ()
+        return (*(spec for specs in self.specs.enter for spec in specs), *self.specs.leave)
+
+    def bind(self, block: Tensor, view: View = Weight.view) -> None:
+        read = view if self.factors else Weight.view
+        bound = BoundExperts(self.specs, block, self.scratch, read)
+        setattr(self.module, plugs.EXPERT_WEIGHTS, bound)
 
 
 class Binder:

@@ -1,5 +1,6 @@
 """A mixture's experts as separate weights: tokens are grouped by expert, each expert runs once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,15 @@ class BoundExperts:
     into the output in the input's dtype.
     """
 
-    def __init__(self, specs: ExpertSpecs, block: Tensor, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        specs: ExpertSpecs,
+        block: Tensor,
+        scratch: Scratch,
+        view: Callable[[WeightSpec, Tensor], Weight] = Weight.view,
+    ) -> None:
         self._specs = specs
+        self._read = view
         self._block = block
         self._scratch = scratch
         self._views: dict[int, tuple[tuple[Weight, ...], Weight]] = {}
@@ -84,5 +92,5 @@ class BoundExperts:
         return self._views[expert]
 
     def _view(self, spec: WeightSpec, expert: int) -> Weight:
-        weight = Weight.view(spec, self._block)
+        weight = self._read(spec, self._block)
         return weight.expert(expert) if len(spec.shape) == 3 else weight

@@ -63,11 +63,7 @@ class Weight(ABC):
     @staticmethod
     def view(spec: WeightSpec, block: Tensor) -> "Weight":
         """The weight that `spec` places in `block`, a block's data section (uint8, any device)."""
-        parts = {
-            role: _view(part, block)
-            for role, part in spec.parts.items()
-            if role not in ("state", "layout")
-        }
+        parts = parts_of(spec, block)
         if spec.format == "raw":
             return RawWeight(parts["data"].view(spec.shape))
         if spec.format == "int8":
@@ -282,6 +278,9 @@ def _tracer(scratch: Scratch | None) -> Tracer:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. In float32 on a CPU a row's result does not depend on the other rows of x."""
     rows = x.shape[:-1].numel()
+    if rows == 1 and x.dtype == torch.bfloat16 and not x.is_cuda and bias is None:
+        # A sixth faster than F.linear where the weight comes from memory: 128256 x 2048.
+        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
     if x.is_cuda or x.dtype != torch.float32 or rows >= PADDED_ROWS or rows >= _least_rows():
         return F.linear(x, weight, bias)
     flat = F.pad(x.reshape(rows, -1), (0, 0, 0, PADDED_ROWS - rows))
@@ -298,6 +297,15 @@ def _least_rows() -> int:
     many = F.linear(x, weight)
     same = all(torch.equal(F.linear(x[:n], weight), many[:n]) for n in (1, 2, 5, 11))
     return 1 if same else PADDED_ROWS
+
+
+def parts_of(spec: WeightSpec, block: Tensor) -> dict[str, Tensor]:
+    """The tensors that encode a weight, as views of its block."""
+    return {
+        role: _view(part, block)
+        for role, part in spec.parts.items()
+        if role not in ("state", "layout")
+    }
 
 
 def _view(part: TensorSpec, block: Tensor) -> Tensor:

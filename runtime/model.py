@@ -15,6 +15,7 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
+from headrace.runtime.packed_cpu import PackedLayout
 from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
@@ -131,6 +132,15 @@ class StageModel:
             return
         for binding in self._bindings[layer]:
             binding.bind(block)
+        self._bound[layer] = block
+
+    def pack(self, layer: int, block: Tensor, layout: PackedLayout) -> None:
+        """Binds the layer to `block` for good, its 4-bit matrices repacked where they lie."""
+        assert layer not in self._bound
+        for binding in self._bindings[layer]:
+            for spec in filter(layout.takes, binding.factors):
+                layout.pack(spec, block)
+            binding.bind(block, layout.view)
         self._bound[layer] = block
 
     def prepare(self, batch: Batch) -> Prepared:

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from headrace.runtime import layer_facts, names, plugs
-from headrace.runtime.stand_ins import Call, StandIn, swapped
+from headrace.runtime.stand_ins import StandIns, swapped
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
 
@@ -97,6 +97,7 @@ class Skeleton:
         self.config._experts_implementation = plugs.EXPERTS
         self.model = _build(self.config, dtype)
         self.layers_path, self.layers = _find_layers(self.model, self.config.num_hidden_layers)
+        self._stand_ins = StandIns(self.layers)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         # Only training looks at it, but a call with fewer rows than its index would be refused.
         self.embedding.padding_idx = None
@@ -180,12 +181,12 @@ class Skeleton:
         beside the hidden states (rotary embeddings among them). The table is replaced by its rows
         for the call, so that it can stay in host memory and scaling is still the reference's.
         """
-        calls: list[Call] = []
-        stand_ins = nn.ModuleList(StandIn(layer, calls.append) for layer in self.layers)
+        stand_ins = self._stand_ins
+        stand_ins.take_calls()  # of a call that failed
         table = self.embedding.weight
         self.embedding.weight = plugs.no_grad_parameter(rows)
         try:
-            with swapped(self.model, {self.layers_path: stand_ins} | self._no_tail()):
+            with swapped(self.model, {self.layers_path: stand_ins.modules} | self._no_tail()):
                 self.model.base_model(
                     input_ids=torch.arange(len(rows), device=rows.device)[None],
                     position_ids=positions[None],
@@ -193,6 +194,7 @@ class Skeleton:
                 )
         finally:
             self.embedding.weight = table
+        calls = stand_ins.take_calls()
         assert len(calls) == len(self.layers), "the model skipped a layer"
         return calls[0][0][0], tuple((args, kwargs) for _, args, kwargs in calls)
 
@@ -204,8 +206,8 @@ class Skeleton:
 
         Returns logits [R, vocabulary] in float32.
         """
-        stand_ins = nn.ModuleList(StandIn(layer, None, x[None]) for layer in self.layers)
-        with swapped(self.model, {self.layers_path: stand_ins}):
+        layers = {self.layers_path: self._stand_ins.modules}
+        with swapped(self.model, layers), self._stand_ins.returning(x[None]):
             positions = torch.zeros(1, len(x), dtype=torch.int64, device=x.device)
             out = self.model(inputs_embeds=x[None], position_ids=positions, use_cache=False)
         logits: Tensor = out.logits[0]

@@ -15,6 +15,7 @@ from headrace.runtime.graphs import Capture, CudaCapture, DecodeGraphs, Lane
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.model import Prepared, StageModel
+from headrace.runtime.packed_cpu import choose_layout
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.storage import choose_storage
@@ -124,6 +125,15 @@ class Stage:
             slot_bytes=self._plan.slot_bytes,
             tracer=self.tracer,
         )
+        self._pack(dtype)
+
+    def _pack(self, dtype: torch.dtype) -> None:
+        """Resident layers take the layout that decodes fastest."""
+        resident = self._streamer.resident
+        layout = choose_layout(self.device, dtype, self._plan.max_sequences) if resident else None
+        if layout is not None:
+            for layer, data in resident.items():
+                self._model.pack(layer, data, layout)
 
     def _make_graphs(self, capture: Capture | None) -> DecodeGraphs | None:
         plan = self._plan

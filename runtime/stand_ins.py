@@ -1,6 +1,6 @@
 """Stand-ins for a model's decoder layers, so that its own forward can be run around them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +11,12 @@ Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 class StandIn(nn.Module):
-    """Takes a decoder layer's place: notes how it was called, or returns what it was told to."""
+    """Takes a decoder layer's place: does what it is told to by its StandIns."""
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        note: Callable[[Call], None] | None,
-        result: Tensor | None = None,
-    ) -> None:
+    def __init__(self, layer: nn.Module, owner: "StandIns") -> None:
         super().__init__()
         object.__setattr__(self, "_real", layer)
-        self._note = note
-        self._result = result
+        self._owner = owner
 
     def __getattr__(self, name: str) -> Any:
         # Models look at their layers (attention_type, is_sliding, ...) before calling them.
@@ -32,9 +26,39 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["_real"], name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._note is not None:
-            self._note((x, args, kwargs))
-        return x if self._result is None else self._result
+        return self._owner.called(x, args, kwargs)
+
+
+class StandIns:
+    """Stand-ins for all of a model's layers: they note how they were called, or give a result.
+
+    Made once, since making modules takes longer than small models' calls. One thread at a time.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.modules = nn.ModuleList(StandIn(layer, self) for layer in layers)
+        self._calls: list[Call] = []
+        self._result: Tensor | None = None
+
+    def called(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self._result is not None:
+            return self._result
+        self._calls.append((x, args, kwargs))
+        return x
+
+    def take_calls(self) -> list[Call]:
+        """How the layers were called since the last time; each returned its input."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    @contextmanager
+    def returning(self, result: Tensor) -> Iterator[None]:
+        """Every layer gives `result` and notes nothing."""
+        self._result = result
+        try:
+            yield
+        finally:
+            self._result = None
 
 
 @contextmanager

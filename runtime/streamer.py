@@ -212,6 +212,11 @@ class Streamer:
         memory = self._resident[layer] = device_bytes(block.nbytes, self._device)
         self._resident_loads.append(self._storage.load(block.file, block.data_offset, memory))
 
+    @property
+    def resident(self) -> Mapping[int, torch.Tensor]:
+        """The bytes of the layers that stay where they are; what they hold is the caller's affair."""
+        return self._resident
+
     def _begin(self, layer: int, dest: torch.Tensor) -> Load:
         if self._tiers[layer] is Tier.HOST:
             assert self._host is not None

@@ -9,6 +9,7 @@ from torch import Tensor
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
+from headrace.runtime.packed_cpu import PackedLayout
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import MicroBatch, Slice
 
@@ -18,7 +19,14 @@ CPU = torch.device("cpu")
 class WholeModel:
     """Every layer of a store, bound for good."""
 
-    def __init__(self, path: Path, *, dtype: torch.dtype = torch.float32, pages: int = 64) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        pages: int = 64,
+        layout: PackedLayout | None = None,
+    ) -> None:
         store = Store.open(path)
         layers = range(len(store.layers))
         self._layers = layers
@@ -27,6 +35,8 @@ class WholeModel:
         )
         for layer in layers:
             data = torch.frombuffer(store.read_block(store.layers[layer]), dtype=torch.uint8)
+            if layout is not None:
+                self._model.pack(layer, data, layout)
             self._model.bind(layer, data)
         self._kv = KVStore(dict(enumerate(store.layer_shapes)), pages, dtype, CPU)
 

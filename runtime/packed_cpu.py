@@ -1,0 +1,274 @@
+"""4-bit weights in the order in which bitsandbytes' kernel for CPUs with AVX-512 bf16 reads them.
+
+A group of 32 rows becomes K / 2 runs of 32 bytes, one for each pair of columns (k, k + 1): byte
+2 n + j has row n's value at column k + j in its low nibble and row n + 16's in its high one. Scales
+are bfloat16 [K / blocksize, N]. So a weight takes the bytes that it took before, and is repacked
+where it lies; scales that are quantized themselves stay as they are and are decoded at each use.
+
+Only layers that stay are repacked. For one that is streamed, once for each use, repacking takes
+longer than the dequantizing that it saves (8192 x 2048, one thread of a Xeon with AMX: 8 ms, and
+4 ms).
+"""
+
+import ctypes
+import logging
+import time
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.cextension import lib
+from bitsandbytes.functional import has_avx512bf16
+from torch import Tensor
+
+from headrace.runtime.dequantize import dequantize_4bit
+from headrace.runtime.linear import FourBitWeight, Scratch, Weight, parts_of
+from headrace.runtime.store import WeightSpec
+
+log = logging.getLogger(__name__)
+
+GROUP = 32
+"""Rows that are interleaved."""
+
+CHUNK_BYTES = 512 << 10
+"""Bytes reordered at a time, which with their temporaries stay in a core's cache."""
+
+MOST_ROWS = 64
+"""The most rows that the crossovers are looked for at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Crossovers:
+    """Up to how many rows the packed kernel is faster than dequantizing and multiplying: from
+    canonical bytes, and from packed ones, which have to be put back in order first."""
+
+    canonical: int
+    packed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Makes packed weights. `rows` is the most rows that their kernel is used for."""
+
+    rows: int
+
+    def takes(self, spec: WeightSpec) -> bool:
+        """Whether a weight has the kernel's shape: whole groups of rows, whole blocks of columns."""
+        return (
+            spec.format in ("nf4", "fp4")
+            and len(spec.shape) in (2, 3)
+            and spec.shape[-2] % GROUP == 0
+            and spec.shape[-1] % spec.blocksize == 0
+        )
+
+    def pack(self, spec: WeightSpec, block: Tensor) -> None:
+        """Repack a weight in the bytes of its block. Once: its bytes do not say that they are."""
+        parts = parts_of(spec, block)
+        columns = spec.shape[-1]
+        data = parts["data"].view(-1, GROUP, columns // 2)
+        step = max(1, CHUNK_BYTES // data[0].nbytes)
+        for some in data.split(step):
+            some.copy_(_interleaved(some).view(some.shape))
+        if "nested_absmax" not in parts:
+            scales = parts["absmax"].view(-1, spec.shape[-2], columns // spec.blocksize)
+            turned = scales.mT.to(torch.bfloat16, copy=True).contiguous()
+            _bf16_scales(spec, parts).copy_(turned)
+
+    def view(self, spec: WeightSpec, block: Tensor) -> Weight:
+        """The weight at `spec` in a block whose weights of the kernel's shape have been packed."""
+        if not self.takes(spec):
+            return Weight.view(spec, block)
+        return PackedWeight(spec, parts_of(spec, block), self.rows)
+
+
+class PackedWeight(FourBitWeight):
+    """A packed weight. Many rows are multiplied with its values, put back in order piece by piece."""
+
+    def __init__(self, spec: WeightSpec, parts: dict[str, Tensor], rows: int) -> None:
+        super().__init__(spec, parts)
+        self._most_rows = rows
+        self._call: _Call | None = None
+        nested = "nested_absmax" in parts
+        self._by_block = (
+            None if nested else _bf16_scales(spec, parts)
+        )  # [experts, K / blocksize, N]
+
+    @property
+    def row_multiple(self) -> int:
+        return GROUP if len(self.shape) == 2 else 1
+
+    def rows(self, start: int, stop: int) -> Weight:
+        assert start % self.row_multiple == stop % self.row_multiple == 0, (start, stop, self.shape)
+        row = self.shape[1:].numel()
+        piece = copy(self)
+        piece._call = None
+        piece.shape = torch.Size((stop - start, *self.shape[1:]))
+        piece._first = self._first + start * row
+        piece._packed = self._packed[start * row // 2 : stop * row // 2]
+        if self._by_block is not None:
+            axis = 0 if len(self.shape) == 3 else 2
+            piece._by_block = self._by_block.narrow(axis, start, stop - start)
+        return piece
+
+    def _scales(self) -> Tensor:
+        if self._by_block is None:
+            return super()._scales()
+        return self._by_block.mT.float().reshape(-1)
+
+    def _scales_by_block(self) -> Tensor:
+        """bfloat16 [K / blocksize, N] of a matrix."""
+        if self._by_block is not None:
+            return self._by_block[0].contiguous()
+        scales = super()._scales().view(self.shape[-2], -1)
+        return scales.T.to(torch.bfloat16).contiguous()
+
+    def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
+        out = scratch.take(tuple(self.shape), dtype) if scratch else None
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype)
+        spec, columns = self._spec, self.shape[-1]
+        groups = self._packed.view(-1, GROUP, columns // 2)
+        scales = self._scales().view(len(groups), -1)
+        step = max(1, CHUNK_BYTES // groups[0].nbytes)
+        values = out.view(len(groups), GROUP, columns)
+        for i in range(0, len(groups), step):
+            piece = values[i : i + step]
+            ordered = _rows_apart(groups[i : i + step]).view(-1, 1)
+            shape = (piece.shape[0] * GROUP, columns)
+            some = scales[i : i + step].reshape(-1)
+            dequantize_4bit(ordered, some, spec.blocksize, spec.format, shape, piece.view(shape))
+        return out
+
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        scratch: Scratch | None = None,
+        transposed: bool = False,
+    ) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if transposed or x.dtype != torch.bfloat16 or not 0 < rows <= self._most_rows:
+            return super().linear(x, bias, scratch, transposed)
+        out = self._kernel(x.contiguous()).view(*x.shape[:-1], -1)
+        return out if bias is None else out.add_(bias)
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        """bfloat16 [..., K], contiguous, to [rows, N]."""
+        if self._call is None:
+            self._call = _Call(self._spec, tuple(self.shape), self._packed)
+        return self._call(x, self._scales_by_block())
+
+
+class _Call:
+    """bitsandbytes' product by one matrix, with the arguments that do not change made once."""
+
+    def __init__(self, spec: WeightSpec, shape: tuple[int, ...], packed: Tensor) -> None:
+        self._kernel = getattr(lib, f"gemv_4bit_inference_cpu_{spec.format}_bf16")
+        self._count, self._columns = shape
+        self._n, self._k = map(ctypes.c_int64, shape)
+        self._data = ctypes.c_void_p(packed.data_ptr())
+        self._blocksize = ctypes.c_int64(spec.blocksize)
+
+    def __call__(self, x: Tensor, scales: Tensor) -> Tensor:
+        rows = x.numel() // self._columns
+        out = x.new_empty(rows, self._count)
+        self._kernel(
+            ctypes.c_int64(rows),
+            self._n,
+            self._k,
+            ctypes.c_void_p(x.data_ptr()),
+            self._data,
+            ctypes.c_void_p(scales.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+            self._blocksize,
+            self._k,
+            self._n,
+        )
+        return out
+
+
+def _bf16_scales(spec: WeightSpec, parts: dict[str, Tensor]) -> Tensor:
+    """[experts, K / blocksize, N], the first half of the bytes of the float32 scales."""
+    *stack, count, columns = spec.shape
+    shape = (stack[0] if stack else 1, columns // spec.blocksize, count)
+    whole = parts["absmax"].view(-1).view(torch.bfloat16)
+    return whole[: len(whole) // 2].view(shape)
+
+
+def _interleaved(rows: Tensor) -> Tensor:
+    """Canonical bytes [groups, 32, K / 2] (even column in the high nibble) to packed ones."""
+    groups, _, pairs = rows.shape
+    first, second = rows.view(groups, 2, 16, pairs).unbind(1)
+    even = (first >> 4) | (second & 0xF0)
+    odd = (first & 0x0F) | (second << 4)
+    words = even.to(torch.int16) | (odd.to(torch.int16) << 8)  # little-endian: byte 0 is even
+    return words.transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def _rows_apart(packed: Tensor) -> Tensor:
+    """The inverse of `_interleaved`: [groups, 32, K / 2] canonical bytes."""
+    groups, _, pairs = packed.shape
+    words = packed.view(torch.int16).view(groups, pairs, 16).transpose(1, 2).contiguous()
+    out = packed.new_empty(groups, 2, 16, pairs)
+    for half in (0, 1):
+        nibbles = (words >> 4 if half else words) & 0x0F0F
+        # The even column's nibble moves up, the odd one's down beside it; what is above is cut off.
+        out[:, half] = torch.add(nibbles >> 8, nibbles, alpha=16)
+    return out.view(groups, GROUP, pairs)
+
+
+def choose_layout(device: torch.device, dtype: torch.dtype, sequences: int) -> PackedLayout | None:
+    """The packed layout where it pays for decoding `sequences` sequences, else None. Logs why."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return None
+    if not has_kernel():
+        log.info("4-bit weights stay in their order: no AVX-512 bf16, or no kernel for it")
+        return None
+    found = measure_crossovers()
+    if sequences > found.canonical:
+        log.info(
+            "4-bit weights stay in their order: the packed kernel is faster up to %d rows, and "
+            "passes decode up to %d (--max-sequences)",
+            found.canonical,
+            sequences,
+        )
+        return None
+    log.info("4-bit resident weights are packed for the CPU's kernel, up to %d rows", found.packed)
+    return PackedLayout(found.packed)
+
+
+def has_kernel() -> bool:
+    """Whether this CPU has AVX-512 bf16 and the bitsandbytes library in use was built for it."""
+    return bool(has_avx512bf16())
+
+
+def measure_crossovers() -> Crossovers:
+    """Powers of two, by trying with the threads that torch has: some 0.1 s."""
+    shape = count, columns = 2048, 2048
+    packed = torch.zeros(count * columns // 2, 1, dtype=torch.uint8)
+    scales = torch.ones(count * columns // 64)
+    spec = WeightSpec("nf4", shape, {}, blocksize=64)
+    weight = PackedWeight(spec, {"data": packed, "absmax": scales}, MOST_ROWS)
+    scratch = Scratch(count * columns, torch.bfloat16, torch.device("cpu"))
+    dense = weight.dense(torch.bfloat16, scratch)
+    decode = _seconds(dequantize_4bit, packed, scales, 64, "nf4", shape, dense)
+    unpack = _seconds(weight.dense, torch.bfloat16, scratch)
+    most = {decode: 0, unpack: 0}
+    for rows in (1 << i for i in range(MOST_ROWS.bit_length())):
+        x = torch.ones(rows, columns, dtype=torch.bfloat16)
+        fused, product = _seconds(weight.linear, x), _seconds(F.linear, x, dense)
+        most |= {way: rows for way in most if fused <= way + product}
+    return Crossovers(most[decode], most[unpack])
+
+
+def _seconds(work: Callable[..., object], *arguments: object) -> float:
+    """The best of a few."""
+    work(*arguments)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        work(*arguments)
+        best = min(best, time.perf_counter() - started)
+    return best
