@@ -141,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.sequences = arguments.sequences or [1, 8]
     torch.set_num_threads(arguments.threads)
-    store = write_store(arguments.store, config_of(arguments.shape), "nf4", threads=1)
+    store = write_store(arguments.store, config_of(arguments.shape), "nf4")
     Console().print(measure(store, arguments))
 
 
