@@ -1,6 +1,6 @@
 """One stage's share of the model: transformers' own layers, run one at a time on packed rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,6 +15,7 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
+from headrace.runtime.matmul_tuning import problems, tune
 from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
@@ -76,6 +77,8 @@ class StageModel:
         _move_buffers(self._skeleton.model, device)
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
+        if device.type == "cuda":
+            tune(device, problems(_four_bit(blocks), dtype))
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device)
         binder = Binder(self._skeleton, weights, self._scratch)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
@@ -175,6 +178,14 @@ def scratch_elements(
         and (spec.format != "raw" or TORCH_DTYPES[spec.parts["data"].dtype] != dtype)
     ]
     return min(max(sizes, default=0), cap_bytes // dtype.itemsize)
+
+
+def _four_bit(layers: Iterable[Block]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """Format, block size and shape of each 4-bit matrix or stack of them."""
+    for block in layers:
+        for spec in block.weights.values():
+            if spec.format in ("nf4", "fp4") and len(spec.shape) >= 2:
+                yield spec.format, spec.blocksize, spec.shape
 
 
 def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str, WeightSpec]]:
