@@ -75,10 +75,12 @@ def fits(config: Config, depth: int) -> bool:
 
 
 def shared_bytes(config: Config, rows: int) -> int:
-    """Shared memory of a program: codes, scales and ordered rows of each stage in flight."""
+    """Shared memory of a program: one buffer of ordered rows a stage, and one of codes and scales
+    fewer. Enough for groups of 32, or of 64 with zero points; exact for sm_90."""
     codes = config.columns * config.words * 4
-    scales = config.columns * config.words * 2
-    return (codes + scales + bucket(rows) * config.words * WORD * 2) * config.stages
+    scales = config.columns * config.words
+    ordered = bucket(rows) * config.words * WORD * 2
+    return (codes + scales) * (config.stages - 1) + ordered * config.stages
 
 
 def candidates(
