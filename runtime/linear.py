@@ -1,7 +1,7 @@
 """Weights as views of the bytes they were stored in, and the linear layer that multiplies by them.
 
-Packed bytes stay packed. Few rows on CUDA go to bitsandbytes' fused 4-bit kernel; otherwise a run of
-output rows is dequantized into a reused scratch buffer and multiplied there.
+Packed bytes stay packed. Few rows on CUDA go to a fused 4-bit kernel, ours or bitsandbytes'; otherwise
+a run of output rows is dequantized into a reused scratch buffer and multiplied there.
 """
 
 from abc import ABC, abstractmethod
@@ -14,17 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.runtime.dequantize import dequantize_4bit
+from headrace.runtime.matmul_configs import Codes
+from headrace.runtime.matmul_tuning import choices
 from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StoreError
-
-FUSED_ROWS = 4
-"""Up to this many rows bitsandbytes' fused kernel is no slower than dequantizing and multiplying.
-
-Measured on an H200 (28672 x 8192): 107 us for one row and 374 us for four, against 255 us for
-dequantizing and 120 us for the product.
-"""
 
 PADDED_ROWS = 16
 """From this many rows MKL's float32 kernels sum in one order; below, if not asked otherwise, a row's
@@ -253,10 +248,19 @@ class FourBitWeight(Weight):
         scratch: Scratch | None = None,
         transposed: bool = False,
     ) -> Tensor:
-        aligned = self.shape[-1] % self._spec.blocksize == 0
-        few = x.is_cuda and x.shape[:-1].numel() <= FUSED_ROWS
-        if not (few and aligned) or transposed or x.dtype == torch.float32:
+        if not x.is_cuda or transposed or x.dtype == torch.float32:
             return super().linear(x, bias, scratch, transposed)
+        kind, group, rows = self._spec.format, self._spec.blocksize, x.shape[:-1].numel()
+        choice = choices(x.device).choose(kind, group, self.shape, rows, x.dtype)
+        if choice.path == "dense":
+            return super().linear(x, bias, scratch, transposed)
+        if choice.config is not None:
+            from headrace.runtime.matmul_4bit import matmul  # Triton, where there is CUDA
+
+            columns, depth = self.shape
+            codes = Codes(kind, self._packed, self._scales(), group, (columns, depth))
+            with _tracer(scratch).span(Kind.MATMUL, "few rows"):
+                return matmul(x, codes, bias, choice.config)
         # Never on CPUs, where the vector kernel wants another layout and is silently wrong.
         with _tracer(scratch).span(Kind.MATMUL, "fused"):
             out: Tensor = torch.ops.bitsandbytes.gemm_4bit(

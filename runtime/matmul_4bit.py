@@ -1,0 +1,214 @@
+"""Few rows times a 4-bit weight, on CUDA: out = x W^T, on the bytes as bitsandbytes stores them.
+
+The weight is the left operand (out^T = W x^T): its decoded values go from registers to the tensor
+cores, and few rows cost a narrow right operand. A program owns BLOCK_N output columns and a part of
+K; parts are summed afterwards in a fixed order, so that results do not change from run to run.
+
+A step reads [BLOCK_N, WORDS] words of eight codes. Each gives eight operands of [BLOCK_N, WORDS]
+values, see decode_4bit; the scale is multiplied in before the product, as in dequantizing. Runs on
+CPUs with TRITON_INTERPRET=1, where the decoding is arithmetic instead of PTX.
+"""
+
+# Kernels are Triton's dialect: their arguments are pointers and scalars of a launch.
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headrace.runtime.decode_4bit import WORD, decoding, magic, table
+from headrace.runtime.matmul_configs import Codes, Config, bucket
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _order_kernel(
+    x, out, rows, row_stride, words, AFFINE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """out [8, padded rows, K / 8]: plane p of each row, zero beyond the last row."""
+    row = tl.program_id(0)
+    plane = tl.program_id(2)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = plane % 4
+    place = 4 * (column % 2) + (i ^ 1) if AFFINE else 2 * i + column % 2
+    k = 16 * (column // 2) + 8 * (plane // 4) + place
+    filled = tl.where(row < rows, words, 0)
+    values = tl.load(x + row.to(tl.int64) * row_stride + k, mask=column < filled, other=0.0)
+    to = out + (plane * tl.num_programs(0) + row).to(tl.int64) * words + column
+    tl.store(to, values, mask=column < words)
+
+
+@triton.jit
+def _widen(scale, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr):
+    """[BLOCK_N, GROUPS] -> [BLOCK_N, WORDS], each repeated."""
+    wide = tl.broadcast_to(scale[:, :, None], (BLOCK_N, GROUPS, WORDS // GROUPS))
+    return tl.reshape(wide, (BLOCK_N, WORDS))
+
+
+@triton.jit
+def _planes(
+    words, scale, minus, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, ZEROS: tl.constexpr
+):  # fmt: skip
+    """Eight times [BLOCK_N, WORDS] values from [BLOCK_N, WORDS] words, by PTX.
+
+    It takes two neighbouring words at a time, which are a thread's in every layout that the load of
+    rows of words, and the tensor cores' left operand, have.
+    """
+    if ZEROS:
+        return tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, [words, scale, minus], (scale.dtype,) * 8, is_pure=True, pack=2
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, [words, scale], (scale.dtype,) * 8, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def _arithmetic(
+    words, scale, zero, table_at, PLANE: tl.constexpr, AFFINE: tl.constexpr,
+    BLOCK_N: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What the PTX does, for the interpreter: one plane [BLOCK_N, WORDS]."""
+    first, second = tl.split(tl.reshape(words, (BLOCK_N, WORDS // 2, 2)))
+    source = first if PLANE < 4 else second
+    i: tl.constexpr = PLANE % 4
+    if AFFINE:
+        code = tl.join(source >> (4 * i), source >> (4 * i + 16)) & 15
+        code = tl.reshape(code, (BLOCK_N, WORDS))
+        value = code.to(tl.float32) + zero
+    else:
+        code = tl.join(source >> (8 * i + 4), source >> (8 * i)) & 15
+        code = tl.reshape(code, (BLOCK_N, WORDS))
+        low = tl.load(table_at.to(tl.pointer_type(tl.uint8)) + code).to(tl.uint16)
+        high = tl.load(table_at.to(tl.pointer_type(tl.uint8)) + 16 + code).to(tl.uint16)
+        value = (low | (high << 8)).to(DTYPE, bitcast=True).to(tl.float32)
+    return (value * scale.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _matmul_kernel(
+    x, packed, scales, zeros, table_at, bias, out, rows, columns, depth, scales_a_row, splits,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, AFFINE: tl.constexpr, ZEROS: tl.constexpr,
+    MAGIC: tl.constexpr, GROUP: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WORDS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of out, from one part of K; x is in planes [8, BLOCK_M, K / 8].
+
+    `depth` is K / 8, in words.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    word = tl.arange(0, WORDS)
+    part = tl.program_id(1)
+    steps = depth // WORDS
+    # Columns past the end repeat the last one and are not stored.
+    row = n if EVEN else tl.minimum(n, columns - 1)
+    words_at = packed + row[:, None].to(tl.int64) * depth + word[None, :]
+    of_row = row[:, None] * scales_a_row + tl.arange(0, GROUPS)[None, :]
+    x_at = x + m[:, None] * depth + word[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(part * steps // splits, (part + 1) * steps // splits):
+        words = tl.load(words_at + step * WORDS)
+        if 8 * WORDS >= GROUP:
+            group = of_row + step * GROUPS
+        else:
+            group = of_row + step // (GROUP // (8 * WORDS))
+        scale = _widen(tl.load(scales + group).to(DTYPE), GROUPS, BLOCK_N, WORDS)
+        minus = scale
+        if ZEROS:
+            minus = (-MAGIC - tl.load(zeros + group)).to(DTYPE)
+            minus = _widen(minus, GROUPS, BLOCK_N, WORDS)
+        if ASM != "":
+            planes = _planes(words, scale, minus, ASM, CONSTRAINTS, ZEROS)
+        for p in tl.static_range(8):
+            right = tl.load(x_at + p * BLOCK_M * depth + step * WORDS)
+            if ASM != "":
+                left = planes[p]
+            else:
+                zero = minus.to(tl.float32) + MAGIC if ZEROS else -8.0
+                left = _arithmetic(words, scale, zero, table_at, p, AFFINE, BLOCK_N, WORDS, DTYPE)
+                # The interpreter's products take bfloat16 for integers.
+                left = left.to(tl.float32)
+                right = right.to(tl.float32)
+            acc = tl.dot(left, tl.trans(right), acc)
+    keep = (m < rows)[None, :] & (n < columns)[:, None]
+    if BIAS:
+        acc += tl.load(bias + row).to(tl.float32)[:, None]
+    if PARTIAL:
+        to = out + (part * rows + m[None, :]) * columns + n[:, None]
+    else:
+        to = out + m[None, :] * columns + n[:, None]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["elements", "splits"])
+def _sum_kernel(
+    parts, bias, out, elements, columns, splits, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The parts of K in ascending order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(splits):
+        total += tl.load(parts + part * elements + at, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+def matmul(x: Tensor, codes: Codes, bias: Tensor | None, config: Config) -> Tensor:
+    """x [..., K] times `codes` [N, K], plus bias [N]: [..., N] in the type of x.
+
+    `supports` and `fits` (matmul_configs) say what may be asked for.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    rows, columns = len(flat), codes.shape[0]
+    ordered = _ordered(flat, bucket(rows), codes.kind == "int4")
+    out = x.new_empty(*x.shape[:-1], columns)
+    if config.splits == 1:
+        _launch(ordered, codes, bias, out, rows, config)
+        return out
+    parts = torch.empty(config.splits, rows, columns, dtype=torch.float32, device=x.device)
+    _launch(ordered, codes, None, parts, rows, config)
+    elements, block = rows * columns, 512
+    _sum_kernel[(triton.cdiv(elements, block),)](
+        parts, bias, out, elements, columns, config.splits,
+        BIAS=bias is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _ordered(x: Tensor, rows: int, affine: bool) -> Tensor:
+    """x [M, K] in planes, see decode_4bit: [8, rows, K / 8]."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    words, block = x.shape[1] // WORD, 256
+    out = x.new_empty(WORD, rows, words)
+    _order_kernel[(rows, triton.cdiv(words, block), WORD)](
+        x, out, len(x), x.stride(0), words, AFFINE=affine, BLOCK=block, num_warps=2
+    )
+    return out
+
+
+def _launch(
+    ordered: Tensor, codes: Codes, bias: Tensor | None, out: Tensor, rows: int, config: Config
+) -> None:
+    columns, depth = codes.shape
+    how = decoding(codes.kind, ordered.dtype, codes.zeros is not None)
+    asm = how.asm if ordered.is_cuda else ""
+    look_up = not how.affine and not asm
+    values = table(codes.kind, ordered.dtype) if look_up else None
+    grid = (triton.cdiv(columns, config.columns), config.splits)
+    _matmul_kernel[grid](
+        ordered, codes.packed.view(-1).view(torch.int32), codes.scales, codes.zeros, values, bias,
+        out, rows, columns, depth // WORD, depth // codes.group, config.splits,
+        ASM=asm, CONSTRAINTS=how.constraints,
+        AFFINE=how.affine, ZEROS=how.zeros, MAGIC=magic(ordered.dtype), GROUP=codes.group,
+        PARTIAL=config.splits > 1, EVEN=columns % config.columns == 0, BIAS=bias is not None,
+        BLOCK_N=config.columns, BLOCK_M=ordered.shape[1], WORDS=config.words,
+        GROUPS=max(1, WORD * config.words // codes.group),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip

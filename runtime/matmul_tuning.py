@@ -1,0 +1,193 @@
+"""Which way a 4-bit matmul of few rows is fastest: measured on the device once, kept in a file.
+
+Three ways lead to the product: our kernel in one of its configurations, bitsandbytes' fused one, or
+dequantizing and cuBLAS. Our kernel is taken only where it was measured to be the fastest, which
+`tune` does when it is asked to (benchmarks/matmul.py --tune), never while a stage runs.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.runtime.matmul_configs import (
+    BUCKETS,
+    Config,
+    bucket,
+    candidates,
+    supports,
+)
+from headrace.runtime.matmul_timing import Choice, Problem, fastest
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the cache file; what other kernels measured is measured again."""
+
+LEAST_ELEMENTS = 1 << 20
+"""Smaller weights take no time worth measuring."""
+
+FUSED_ROWS = 4
+"""Without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no slower than
+dequantizing and multiplying (107 against 375 us for one row on an H200, 374 for four)."""
+
+
+class Choices:
+    """The ways for one device, from what was measured."""
+
+    def __init__(self, processors: int, shared: int, measured: dict[Problem, Choice]) -> None:
+        self._processors = processors
+        self._shared = shared
+        self._measured = measured
+        self._chosen: dict[tuple[str, int, tuple[int, ...], int, torch.dtype], Choice] = {}
+
+    @classmethod
+    def of(cls, device: torch.device, measured: dict[Problem, Choice]) -> "Choices":
+        """For a CUDA device; without Triton or before compute capability 8.0 our kernel is none."""
+        found = torch.cuda.get_device_properties(device)
+        runs = found.major >= 8 and _has_triton()
+        shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return cls(found.multi_processor_count, shared if runs else 0, measured if runs else {})
+
+    def choose(
+        self, kind: str, group: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype
+    ) -> Choice:
+        """For x of `rows` rows times a weight [N, K]; the same answer every time."""
+        key = (kind, group, shape, rows, dtype)
+        if key not in self._chosen:
+            self._chosen[key] = self._choice(*key)
+        return self._chosen[key]
+
+    def _choice(
+        self, kind: str, group: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype
+    ) -> Choice:
+        if supports(group, shape[1], rows, dtype):
+            name = str(dtype).removeprefix("torch.")
+            problem = Problem(kind, group, shape[0], shape[1], bucket(rows), name)
+            choice = self._measured.get(problem)
+            if choice is not None and choice.path != "dense":
+                return choice
+        # bitsandbytes has a kernel for the fewest rows, which a bucket's measurement does not see.
+        fused = rows <= FUSED_ROWS and shape[1] % group == 0
+        return Choice("bitsandbytes" if fused else "dense")
+
+    def candidates(self, problem: Problem) -> list[Config]:
+        """The configurations of our kernel that are worth measuring for a problem."""
+        size = (problem.columns, problem.depth, problem.rows)
+        return list(candidates(*size, self._processors, self._shared))
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def choices(device: torch.device) -> Choices:
+    """The ways for a CUDA device, read once; `tune` reads them again."""
+    return Choices.of(device, load(_cache_file(device)))
+
+
+def tune(device: torch.device, problems: Iterable[Problem]) -> None:
+    """Measure the problems that the cache file lacks. One process of a machine does, others wait.
+
+    Takes a minute the first time, mostly for compiling; and device memory for the largest weight in
+    4-bit and in 16-bit form, which is free again afterwards.
+    """
+    wanted = {p for p in problems if p.columns * p.depth >= LEAST_ELEMENTS}
+    file = _cache_file(device)
+    measured = load(file)
+    if not _has_triton() or wanted <= measured.keys():
+        return
+    with _alone(file):
+        measured = load(file)
+        known = Choices.of(device, {})
+        for problem in sorted(wanted - measured.keys(), key=lambda p: (p.columns, p.depth, p.rows)):
+            try:
+                measured[problem] = fastest(device, problem, known.candidates(problem))
+            except torch.OutOfMemoryError:
+                log.warning("no device memory to measure %s", problem)
+            else:
+                log.info("%s: %s", problem, measured[problem])
+        save(file, measured)
+    torch.cuda.empty_cache()
+    choices.cache_clear()
+
+
+def problems(
+    weights: Iterable[tuple[str, int, tuple[int, ...]]], dtype: torch.dtype
+) -> Iterator[Problem]:
+    """Every problem of 4-bit weights (kind, group, shape [..., N, K]) that has a kernel."""
+    for kind, group, (*_, columns, depth) in weights:
+        for rows in BUCKETS:
+            if supports(group, depth, rows, dtype):
+                name = str(dtype).removeprefix("torch.")
+                yield Problem(kind, group, columns, depth, rows, name)
+
+
+def _cache_file(device: torch.device) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    versions = ""
+    if _has_triton():
+        import triton
+
+        versions = f"{torch.__version__} {triton.__version__}"
+    identity = f"{torch.cuda.get_device_name(device)} {versions} {VERSION}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return Path(base) / "headrace" / f"matmul-{digest}.json"
+
+
+def load(file: Path) -> dict[Problem, Choice]:
+    """What was measured; nothing when there is no such file or it cannot be read."""
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+        return {Problem(**r["problem"]): _choice(r["choice"]) for r in records}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s: not usable (%s), measuring again", file, error)
+        return {}
+
+
+def _choice(record: dict[str, Any]) -> Choice:
+    config = record["config"]
+    return Choice(record["path"], config and Config(**config), record["microseconds"])
+
+
+def save(file: Path, measured: dict[Problem, Choice]) -> None:
+    """Written whole or not at all; the lock is held."""
+    records = [{"problem": asdict(p), "choice": asdict(c)} for p, c in measured.items()]
+    temporary = file.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        log.warning("%s: cannot be written (%s): nothing measured is used", file, error)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Holds a lock beside `file`; where none can be had, goes on without."""
+    lock = None
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.with_suffix(".lock").open("w")
+    if lock is None:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,180 @@
+"""The few-row 4-bit matmul: on a GPU as it is, elsewhere in Triton's interpreter, against float64."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import get_4bit_type
+from torch import Tensor
+
+from headrace.runtime.decode_4bit import decoding, table
+from headrace.runtime.matmul_configs import (
+    BUCKETS,
+    Codes,
+    Config,
+    bucket,
+    candidates,
+    fits,
+    shared_bytes,
+    supports,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+BF16, F16 = torch.bfloat16, torch.float16
+FORMATS = ["nf4", "fp4", "int4", "int4 with zeros"]
+HOPPER = {"processors": 132, "shared": 232448}
+needs_cuda = pytest.mark.skipif(
+    INTERPRETED or not HAS_TRITON or not torch.cuda.is_available(), reason="needs CUDA and Triton"
+)
+
+
+def make(kind: str, columns: int, depth: int, group: int, device: str) -> Codes:
+    generator = torch.Generator().manual_seed(columns + depth)
+    packed = torch.randint(256, (columns * depth // 2,), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(columns * depth // group, generator=generator) + 0.1
+    zeros = torch.randint(17, scales.shape, generator=generator).float()
+    name, _, with_zeros = kind.partition(" ")
+    return Codes(
+        name,
+        packed.to(device),
+        scales.to(device),
+        group,
+        (columns, depth),
+        zeros.to(device) if with_zeros else None,
+    )
+
+
+def values(codes: Codes) -> Tensor:
+    """float64 [N, K], even k from the high nibble."""
+    columns, depth = codes.shape
+    packed = codes.packed.view(columns, depth // 2)
+    code = torch.stack((packed >> 4, packed & 15), dim=-1).view(columns, depth).int()
+
+    def wide(a: Tensor) -> Tensor:
+        return a.double().view(columns, -1).repeat_interleave(codes.group, dim=1)
+
+    if codes.kind == "int4":
+        return (code - (8 if codes.zeros is None else wide(codes.zeros))) * wide(codes.scales)
+    entries = get_4bit_type(codes.kind, device=code.device).double()
+    return entries[code] * wide(codes.scales)
+
+
+def check(
+    kind: str, columns: int, depth: int, group: int, rows: int, config: Config,
+    dtype: torch.dtype, device: str, bound: float, *, biased: bool = True,
+) -> None:  # fmt: skip
+    from headrace.runtime.matmul_4bit import matmul
+
+    assert supports(group, depth, rows, dtype) and fits(config, depth)
+    codes = make(kind, columns, depth, group, device)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, depth, generator=generator).to(device, dtype)
+    bias = torch.randn(columns, generator=generator).to(device, dtype) if biased else None
+    out = matmul(x, codes, bias, config)
+    assert torch.equal(out, matmul(x, codes, bias, config)), "not the same twice"
+    expected = x.double() @ values(codes).T + (0 if bias is None else bias.double())
+    assert out.shape == expected.shape and out.dtype == dtype
+    # Every column on its own: an error in one place must not hide in the norm of all.
+    errors, typical = (out.double() - expected).norm(dim=0), expected.norm() / columns**0.5
+    assert errors.norm() < bound * expected.norm(), (errors.norm() / expected.norm()).item()
+    assert errors.max() < 16 * bound * typical, (errors.max() / typical).item()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that run")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_in_the_interpreter() -> None:
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         "--import-mode=importlib", "-k", "interpreted", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root / "src"),
+                          "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout, run.stdout
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("columns", "depth", "group", "rows", "config"),
+    [
+        (96, 512, 64, 5, Config(64, 32, 2, 4, 2)),  # columns past the end
+        (64, 384, 32, 17, Config(32, 16, 3, 4, 2)),  # padded to 32 rows, parts of one step
+        (64, 1024, 128, 1, Config(64, 64, 1, 4, 2)),  # K in one piece
+        (32, 1280, 256, 2, Config(32, 16, 3, 4, 2)),  # several steps a scale, uneven parts
+    ],
+)
+def test_interpreted(
+    kind: str, columns: int, depth: int, group: int, rows: int, config: Config
+) -> None:
+    check(kind, columns, depth, group, rows, config, F16, "cpu", 1e-3)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+def test_interpreted_bfloat16() -> None:
+    # The interpreter truncates to bfloat16 where a GPU rounds.
+    check("nf4", 64, 512, 64, 3, Config(64, 32, 2, 4, 2), BF16, "cpu", 2e-2, biased=False)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_every_tile(kind: str, group: int, dtype: torch.dtype) -> None:
+    bound = 5e-3 if dtype == BF16 else 1e-3
+    for rows in (1, 3, 16, 31, 64, 100, 256):
+        configs = list(candidates(1000, 2048, rows, **HOPPER))
+        for config in {(c.columns, c.words, c.warps): c for c in configs}.values():
+            check(kind, 1000, 2048, group, rows, config, dtype, "cuda", bound)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize(("columns", "depth"), [(28672, 8192), (4096, 4096), (14336, 4096)])
+def test_real_sizes(columns: int, depth: int) -> None:
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        config = next(candidates(columns, depth, rows, **HOPPER))
+        for kind in ("nf4", "int4"):
+            check(kind, columns, depth, 64, rows, config, BF16, "cuda", 5e-3, biased=False)
+
+
+def test_table_is_the_formats_own() -> None:
+    for dtype in (BF16, F16):
+        raw = table("nf4", dtype).view(torch.uint8).view(2, 16)
+        assert torch.equal(
+            raw.T.contiguous().view(dtype).view(16), get_4bit_type("nf4", device="cpu").to(dtype)
+        )
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4"])
+def test_every_register_is_written(kind: str) -> None:
+    asm = decoding(kind, BF16, False).asm
+    assert all(f"fma.rn.bf16x2 ${i}, " in asm for i in range(8))
+
+
+@pytest.mark.parametrize("depth", [128, 896, 2048, 4096, 8192, 11008, 28672])
+@pytest.mark.parametrize("columns", [256, 4096, 28672])
+def test_candidates_fit(columns: int, depth: int) -> None:
+    for rows in BUCKETS:
+        for limits in (HOPPER, {"processors": 28, "shared": 101376}):
+            found = list(candidates(columns, depth, rows, **limits))
+            assert found or rows == 256  # which a small device has no shared memory for
+            assert len(found) == len(set(found))
+            assert all(fits(config, depth) for config in found)
+            assert all(shared_bytes(config, rows) <= limits["shared"] for config in found)
+
+
+def test_supported() -> None:
+    assert supports(64, 4096, 1, BF16)
+    assert not supports(64, 4096, 257, BF16)
+    assert not supports(64, 2880, 1, BF16)  # K is no multiple of 128
+    assert not supports(64, 4096, 1, torch.float32)
+    assert [bucket(rows) for rows in (1, 16, 17, 256)] == [16, 16, 32, 256]

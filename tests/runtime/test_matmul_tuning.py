@@ -1,0 +1,61 @@
+"""Which way a few-row 4-bit matmul takes, from what was measured and without."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from headrace.runtime.matmul_configs import Config
+from headrace.runtime.matmul_timing import Choice, Problem
+from headrace.runtime.matmul_tuning import Choices, load, problems, save
+
+BF16 = torch.bfloat16
+SHAPE = (4096, 4096)
+HOPPER = (132, 232448)
+PROBLEM = Problem("nf4", 64, 4096, 4096, 16, "bfloat16")
+CONFIG = Config(64, 32, 4, 4, 4)
+
+
+def test_what_was_measured_is_taken() -> None:
+    fastest = Choice("kernel", CONFIG, 9.5)
+    choices = Choices(*HOPPER, {PROBLEM: fastest})
+    for rows in (1, 5, 16):
+        assert choices.choose("nf4", 64, SHAPE, rows, BF16) is fastest
+    assert choices.choose("nf4", 64, SHAPE, 17, BF16) is not fastest
+    assert choices.choose("fp4", 64, SHAPE, 1, BF16) is not fastest
+
+
+def test_where_dequantizing_is_fastest_the_fewest_rows_are_fused() -> None:
+    choices = Choices(*HOPPER, {PROBLEM: Choice("dense", None, 20.0)})
+    assert choices.choose("nf4", 64, SHAPE, 16, BF16).path == "dense"
+    assert choices.choose("nf4", 64, SHAPE, 4, BF16).path == "bitsandbytes"
+
+
+@pytest.mark.parametrize(("rows", "path"), [(1, "bitsandbytes"), (4, "bitsandbytes"), (5, "dense")])
+def test_the_rule_without_measuring(rows: int, path: str) -> None:
+    chosen = Choices(*HOPPER, {}).choose("nf4", 64, SHAPE, rows, BF16)
+    assert chosen.path == path and chosen.config is None
+
+
+def test_without_our_kernel() -> None:
+    for shape, processor in (((2880, 2880), HOPPER), (SHAPE, (132, 0))):
+        choices = Choices(*processor, {})
+        assert choices.choose("nf4", 64, shape, 4, BF16).path == "bitsandbytes"
+        assert choices.choose("nf4", 64, shape, 5, BF16).path == "dense"
+    assert Choices(*HOPPER, {}).choose("nf4", 64, (64, 96), 1, BF16).path == "dense"
+
+
+def test_kept_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "matmul.json"
+    assert load(file) == {}
+    measured = {PROBLEM: Choice("kernel", CONFIG, 9.5)}
+    save(file, measured)
+    assert load(file) == measured
+    file.write_text("[{}]")
+    assert load(file) == {}
+
+
+def test_problems_of_a_stage() -> None:
+    found = set(problems([("nf4", 64, SHAPE), ("nf4", 64, SHAPE), ("nf4", 64, (8, 64, 96))], BF16))
+    assert {problem.rows for problem in found} == {16, 32, 64, 128, 256}
+    assert len(found) == 5 and PROBLEM in found
