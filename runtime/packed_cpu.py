@@ -12,13 +12,10 @@ longer than the dequantizing that it saves (8192 x 2048, one thread of a Xeon wi
 
 import ctypes
 import logging
-import time
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes.cextension import lib
 from bitsandbytes.functional import has_avx512bf16
 from torch import Tensor
@@ -35,17 +32,13 @@ GROUP = 32
 CHUNK_BYTES = 512 << 10
 """Bytes reordered at a time, which with their temporaries stay in a core's cache."""
 
-MOST_ROWS = 64
-"""The most rows that the crossovers are looked for at."""
+FEW_SEQUENCES = 8
+"""Decoding at most so many sequences, the kernel is faster than dequantizing stored bytes and
+multiplying. Measured on a Xeon with AMX, in one thread, as was MOST_ROWS. Neither is measured again at
+each start: the choice changes the last bits of results, and a resumed job repeats its rows."""
 
-
-@dataclass(frozen=True, slots=True)
-class Crossovers:
-    """Up to how many rows the packed kernel is faster than dequantizing and multiplying: from
-    canonical bytes, and from packed ones, which have to be put back in order first."""
-
-    canonical: int
-    packed: int
+MOST_ROWS = 32
+"""Up to so many rows the kernel is faster than putting packed bytes back in order and multiplying."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,49 +219,18 @@ def choose_layout(device: torch.device, dtype: torch.dtype, sequences: int) -> P
     if not has_kernel():
         log.info("4-bit weights stay in their order: no AVX-512 bf16, or no kernel for it")
         return None
-    found = measure_crossovers()
-    if sequences > found.canonical:
+    if sequences > FEW_SEQUENCES:
         log.info(
-            "4-bit weights stay in their order: the packed kernel is faster up to %d rows, and "
+            "4-bit weights stay in their order: the packed kernel is faster up to %d sequences, and "
             "passes decode up to %d (--max-sequences)",
-            found.canonical,
+            FEW_SEQUENCES,
             sequences,
         )
         return None
-    log.info("4-bit resident weights are packed for the CPU's kernel, up to %d rows", found.packed)
-    return PackedLayout(found.packed)
+    log.info("4-bit resident weights are packed for the CPU's kernel")
+    return PackedLayout(MOST_ROWS)
 
 
 def has_kernel() -> bool:
     """Whether this CPU has AVX-512 bf16 and the bitsandbytes library in use was built for it."""
     return bool(has_avx512bf16())
-
-
-def measure_crossovers() -> Crossovers:
-    """Powers of two, by trying with the threads that torch has: some 0.1 s."""
-    shape = count, columns = 2048, 2048
-    packed = torch.zeros(count * columns // 2, 1, dtype=torch.uint8)
-    scales = torch.ones(count * columns // 64)
-    spec = WeightSpec("nf4", shape, {}, blocksize=64)
-    weight = PackedWeight(spec, {"data": packed, "absmax": scales}, MOST_ROWS)
-    scratch = Scratch(count * columns, torch.bfloat16, torch.device("cpu"))
-    dense = weight.dense(torch.bfloat16, scratch)
-    decode = _seconds(dequantize_4bit, packed, scales, 64, "nf4", shape, dense)
-    unpack = _seconds(weight.dense, torch.bfloat16, scratch)
-    most = {decode: 0, unpack: 0}
-    for rows in (1 << i for i in range(MOST_ROWS.bit_length())):
-        x = torch.ones(rows, columns, dtype=torch.bfloat16)
-        fused, product = _seconds(weight.linear, x), _seconds(F.linear, x, dense)
-        most |= {way: rows for way in most if fused <= way + product}
-    return Crossovers(most[decode], most[unpack])
-
-
-def _seconds(work: Callable[..., object], *arguments: object) -> float:
-    """The best of a few."""
-    work(*arguments)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        work(*arguments)
-        best = min(best, time.perf_counter() - started)
-    return best

@@ -12,7 +12,13 @@ from whole import WholeModel
 
 from headrace.runtime.convert import convert
 from headrace.runtime.linear import Scratch, Weight
-from headrace.runtime.packed_cpu import PackedLayout, choose_layout, has_kernel, measure_crossovers
+from headrace.runtime.packed_cpu import (
+    FEW_SEQUENCES,
+    MOST_ROWS,
+    PackedLayout,
+    choose_layout,
+    has_kernel,
+)
 from headrace.runtime.quantize import STORE_DTYPES
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.scheduler.plan import Slice
@@ -150,9 +156,10 @@ def test_only_bfloat16_and_few_sequences_are_packed_for() -> None:
 
 
 @kernel
-def test_crossovers_are_ordered() -> None:
-    found = measure_crossovers()
-    assert 1 <= found.canonical <= found.packed
+@pytest.mark.parametrize("sequences", [1, FEW_SEQUENCES])
+def test_few_sequences_are_packed(sequences: int) -> None:
+    assert choose_layout(CPU, torch.bfloat16, sequences) == PackedLayout(MOST_ROWS)
+    assert choose_layout(CPU, torch.bfloat16, FEW_SEQUENCES + 1) is None
 
 
 @kernel
