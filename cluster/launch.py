@@ -19,7 +19,7 @@ from headrace.cluster.stage_actor import Connection, Discovery, discover
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.cluster.trace_file import RunTrace, TracedPipeline, check_writable
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.link import RendezvousServer
+from headrace.runtime.rendezvous import RendezvousServer
 from headrace.runtime.shape import model_shape
 from headrace.runtime.stage import StageConfig
 from headrace.runtime.store import Store

@@ -12,8 +12,9 @@ import psutil
 import torch
 
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.link import Rendezvous, connect
+from headrace.runtime.link import connect
 from headrace.runtime.probe import probe_device
+from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.skeleton import Skeleton, load_config
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.scheduler.inputs import DeviceProfile

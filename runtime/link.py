@@ -10,19 +10,16 @@ of one pass are collected while the next one runs, which bounds the buffers held
 Each operation has a deadline; a peer that does not answer in time is a StageError, never a hang.
 """
 
-import os
-import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
+from headrace.runtime.rendezvous import Rendezvous, edge_group
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 
@@ -46,44 +43,6 @@ class Receiver(Protocol):
         """The next hidden states [num_tokens, hidden], valid until `depth` further receives."""
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where the two ends of every edge find each other; `epoch` separates generations of a ring."""
-
-    host: str
-    port: int
-    epoch: int
-
-    def store(self, edge: tuple[int, int], timeout: timedelta) -> dist.Store:
-        tcp = dist.TCPStore(
-            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
-        )
-        return dist.PrefixStore(f"{self.epoch}/{edge[0]}-{edge[1]}", tcp)
-
-
-class RendezvousServer:
-    """The key-value store behind a Rendezvous. It lives with the scheduler and binds one address."""
-
-    def __init__(self, host: str) -> None:
-        # Bound here because TCPStore by itself listens on every interface.
-        listener = socket.create_server((host, 0))
-        self.host, self.port = host, int(listener.getsockname()[1])
-        self._store: dist.Store | None = dist.TCPStore(
-            host,
-            self.port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-
-    def rendezvous(self, epoch: int) -> Rendezvous:
-        return Rendezvous(self.host, self.port, epoch)
-
-    def close(self) -> None:
-        """Stop serving; edges that are open stay open."""
-        self._store = None
 
 
 class ReceiveRing:
@@ -115,30 +74,6 @@ class ReceiveRing:
         buffer = self._buffers[self._next]
         self._next = (self._next + 1) % self.depth
         return buffer[:num_tokens]
-
-
-def _group(
-    rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: torch.device, interface: str
-) -> Any:
-    """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist."""
-    store = rendezvous.store(edge, timedelta(seconds=120))
-    if device.type == "cuda":
-        # A dead peer must be an error of ours, not torch's watchdog ending this process.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", "120")
-        options = dist.ProcessGroupNCCL.Options()
-        options.config.blocking = 0
-        group = dist.ProcessGroupNCCL(store, rank, 2, options)
-        group.eager_connect_single_device(device)
-        return group
-    gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._timeout = timedelta(seconds=120)
-    gloo._devices = [
-        dist.ProcessGroupGloo.create_device(interface=interface)
-        if interface
-        else dist.ProcessGroupGloo.create_default_device()
-    ]
-    return dist.ProcessGroupGloo(store, rank, 2, gloo)
 
 
 class _Edge:
@@ -311,7 +246,7 @@ def connect(
             source, target = edge
             if stage not in edge:
                 continue
-            group = _group(rendezvous, edge, int(stage == target), device, interface)
+            group = edge_group(rendezvous, edge, int(stage == target), device, interface)
             cuda = device.type == "cuda"
             if stage == source:
                 senders[target] = (NcclSender if cuda else GlooSender)(

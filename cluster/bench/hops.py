@@ -12,7 +12,8 @@ import torch
 from headrace.cluster.launch import loopback
 from headrace.cluster.pipeline import gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster
-from headrace.runtime.link import ReceiveRing, Rendezvous, RendezvousServer, connect
+from headrace.runtime.link import ReceiveRing, connect
+from headrace.runtime.rendezvous import Rendezvous, RendezvousServer
 
 EDGES = ((0, 1), (1, 0))
 ROW = 8192

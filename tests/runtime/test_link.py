@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from headrace.runtime.link import Receiver, ReceiveRing, RendezvousServer, Sender, connect
+from headrace.runtime.link import Receiver, ReceiveRing, Sender, connect
+from headrace.runtime.rendezvous import RendezvousServer
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import Placement, Tier, cyclic_visits
 

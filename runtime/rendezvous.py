@@ -1,0 +1,72 @@
+"""How the two ends of an edge find each other: a key-value store, and a process group of the two."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the two ends of every edge find each other; `epoch` separates generations of a ring."""
+
+    host: str
+    port: int
+    epoch: int
+
+    def store(self, edge: tuple[int, int], timeout: timedelta) -> dist.Store:
+        tcp = dist.TCPStore(
+            self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
+        )
+        return dist.PrefixStore(f"{self.epoch}/{edge[0]}-{edge[1]}", tcp)
+
+
+class RendezvousServer:
+    """The key-value store behind a Rendezvous. It lives with the scheduler and binds one address."""
+
+    def __init__(self, host: str) -> None:
+        # Bound here because TCPStore by itself listens on every interface.
+        listener = socket.create_server((host, 0))
+        self.host, self.port = host, int(listener.getsockname()[1])
+        self._store: dist.Store | None = dist.TCPStore(
+            host,
+            self.port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def rendezvous(self, epoch: int) -> Rendezvous:
+        return Rendezvous(self.host, self.port, epoch)
+
+    def close(self) -> None:
+        """Stop serving; edges that are open stay open."""
+        self._store = None
+
+
+def edge_group(
+    rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: torch.device, interface: str
+) -> Any:
+    """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist."""
+    store = rendezvous.store(edge, timedelta(seconds=120))
+    if device.type == "cuda":
+        # A dead peer must be an error of ours, not torch's watchdog ending this process.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", "120")
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.blocking = 0
+        group = dist.ProcessGroupNCCL(store, rank, 2, options)
+        group.eager_connect_single_device(device)
+        return group
+    gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    gloo._timeout = timedelta(seconds=120)
+    gloo._devices = [
+        dist.ProcessGroupGloo.create_device(interface=interface)
+        if interface
+        else dist.ProcessGroupGloo.create_default_device()
+    ]
+    return dist.ProcessGroupGloo(store, rank, 2, gloo)
