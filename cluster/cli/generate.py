@@ -185,7 +185,7 @@ def _bound(report: JobReport, setting: Setting) -> str:
     text = (
         f"{rows} rows and {work.output_tokens} tokens took {duration(report.seconds)}. By the plan "
         f"{TERMS[prediction.bound_by]} sets the pace, at most {prediction.tokens_per_second:.1f} "
-        f"tokens/s with {prediction.sequences} sequences at a time"
+        f"tokens/s with {prediction.sequences} sequence{'s' * (prediction.sequences != 1)} at a time"
     )
     share = work.share_of_bound
     return f"{text}; passes reached {share:.0%} of that bound." if share else f"{text}."
