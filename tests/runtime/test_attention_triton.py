@@ -7,13 +7,11 @@ process of its own.
 import importlib.util
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from attention_cases import CASES, Case, make
+from interpreter import run_interpreted
 
 from headrace.runtime.attention_tiles import DeviceLimits, choose_splits, choose_tile
 
@@ -51,15 +49,7 @@ def check(case: Case, device: str, dtype: torch.dtype, splits: int | None) -> No
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter() -> None:
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         "--import-mode=importlib", "-k", "cpu", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root / "src"),
-                          "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_interpreted(__file__, "cpu")
 
 
 @pytest.mark.parametrize("device", DEVICES)

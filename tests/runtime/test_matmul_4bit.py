@@ -2,13 +2,11 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
+from interpreter import run_interpreted
 from torch import Tensor
 
 from headrace.runtime.decode_4bit import decoding, table
@@ -88,16 +86,7 @@ def check(
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter() -> None:
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         "--import-mode=importlib", "-k", "interpreted", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root / "src"),
-                          "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout, run.stdout
+    run_interpreted(__file__, "interpreted")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
