@@ -6,8 +6,8 @@ from math import prod, sqrt
 from pathlib import Path
 
 import pytest
-import torch
 from small_shapes import small_config
+from stored import stored_weights
 
 from headrace.cluster.bench.random_store import (
     check_room,
@@ -17,8 +17,7 @@ from headrace.cluster.bench.random_store import (
 )
 from headrace.runtime.checkpoint import Checkpoint
 from headrace.runtime.convert import convert
-from headrace.runtime.quantize import TORCH_DTYPES, decode
-from headrace.runtime.store import Block, Store
+from headrace.runtime.store import Block
 from headrace.scheduler.errors import HeadraceError
 
 
@@ -51,26 +50,12 @@ def test_weights_are_of_the_promised_size(tmp_path: Path, fmt: str) -> None:
     store = write_store(tmp_path / "made", small_config("8b"), fmt)
     expected = 0.02 / sqrt(2)
     for block in store.blocks:
-        for name, weight in weights_of(store, block).items():
+        for name, weight in stored_weights(store, block).items():
             if weight.dim() < 2:
                 assert bool((weight == 1).all()), name
             else:
                 assert float(weight.square().mean().sqrt()) == pytest.approx(expected, rel=0.15)
                 assert abs(float(weight.mean())) < expected / 5
-
-
-def weights_of(store: Store, block: Block) -> dict[str, torch.Tensor]:
-    data = torch.frombuffer(store.read_block(block), dtype=torch.uint8)
-    weights = {}
-    for name, spec in block.weights.items():
-        parts = {
-            role: data[part.offset : part.offset + part.nbytes]
-            .view(TORCH_DTYPES[part.dtype])
-            .reshape(part.shape)
-            for role, part in spec.parts.items()
-        }
-        weights[name] = decode(spec, parts, torch.float32)
-    return weights
 
 
 def test_a_finished_store_is_opened_and_another_one_refused(tmp_path: Path) -> None:

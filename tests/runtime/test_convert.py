@@ -13,10 +13,10 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
+from stored import stored_weights
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from headrace.runtime.convert import convert
-from headrace.runtime.quantize import TORCH_DTYPES, decode
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
 
@@ -59,18 +59,7 @@ def load_tensors(path):
 
 def decoded(store):
     """Every weight of a store by name, in float32."""
-    weights = {}
-    for block in store.blocks:
-        data = torch.frombuffer(store.read_block(block), dtype=torch.uint8)
-        for name, spec in block.weights.items():
-            parts = {
-                role: data[part.offset : part.offset + part.nbytes]
-                .view(TORCH_DTYPES[part.dtype])
-                .reshape(part.shape)
-                for role, part in spec.parts.items()
-            }
-            weights[name] = decode(spec, parts, torch.float32)
-    return weights
+    return {n: w for block in store.blocks for n, w in stored_weights(store, block).items()}
 
 
 def files_of(path):
