@@ -116,7 +116,10 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
 def plan_run(
     options: EngineOptions, store: Store, device: str, dtype: str, found: Sequence[Discovery]
 ) -> Plan:
-    """The plan of a run on what was found. DoesNotFitError when there is none."""
+    """The plan of a run on what was found. DoesNotFitError when there is none; HeadraceError when
+    CUDA graphs are asked for without CUDA."""
+    if options.graphs and device == "cpu":
+        raise HeadraceError("--graphs makes CUDA graphs, and the stages are on cpu: leave it out")
     shared = Counter(discovery.node for discovery in found)
     return make_plan(
         model_shape(store, getattr(torch, dtype)),

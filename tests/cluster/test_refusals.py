@@ -147,6 +147,11 @@ def test_sizes_and_devices(refused: Refused, stories: Path, rows: Path, tmp_path
         assert "PyTorch sees no CUDA device" in refused("plan", stories, "--device", "cuda")
 
 
+def test_cuda_graphs_without_cuda(refused: Refused, stories: Path) -> None:
+    said = refused("plan", stories, "--device", "cpu", "--graphs")
+    assert "--graphs makes CUDA graphs" in said and "leave it out" in said
+
+
 def test_an_output_that_cannot_be_written(
     refused: Refused, stories: Path, rows: Path, tmp_path: Path
 ) -> None:
