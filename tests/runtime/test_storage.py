@@ -2,13 +2,13 @@
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from leftovers import descriptors_of, our_threads
 
 from headrace.runtime.direct import BufferedStorage, DirectStorage, ThreadedStorage
 from headrace.runtime.storage import available_memory, cached_share, choose_storage
@@ -123,16 +123,15 @@ def test_a_missing_file_is_named(make: Maker, tmp_path: Path) -> None:
 
 def test_closing_fails_waiting_loads_and_ends_threads(make: Maker, tmp_path: Path) -> None:
     file = random_file(tmp_path / "weights", 4 * MiB)
-    before = set(threading.enumerate())
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = our_threads()
     storage = make(threads=1, chunk_bytes=PAGE)
     loads = [storage.load(file, 0, AlignedBuffer(4 * MiB).tensor) for _ in range(20)]
     storage.close()
     storage.close()
     with pytest.raises(StoreError, match="storage is closed"):
         loads[-1].wait()
-    assert set(threading.enumerate()) == before
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert our_threads() == before
+    assert descriptors_of(file) == 0
 
 
 def test_aligned_buffers_are_page_aligned_and_outlive_their_owner() -> None:
@@ -167,9 +166,9 @@ def test_a_storage_is_chosen_and_logged(
 
 
 def test_losing_storages_leave_no_thread(tmp_path: Path) -> None:
-    before = set(threading.enumerate())
+    before = our_threads()
     choose_storage(CPU, random_file(tmp_path / "weights", MiB), 0, MiB).close()
-    assert set(threading.enumerate()) == before
+    assert our_threads() == before
 
 
 def test_one_page_is_enough_for_a_probe(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 import os
 import random
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from leftovers import our_threads
 
 from headrace.runtime.direct import BufferedStorage
 from headrace.runtime.loads import Load, Storage
@@ -235,23 +235,23 @@ def test_a_truncated_layer_fails_its_visit_every_time(tmp_path: Path, tier: Tier
 def test_a_damaged_resident_layer_fails_the_start(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path)
     os.truncate(blocks[2].file, 2 * PAGE)
-    before = set(threading.enumerate())
+    before = our_threads()
     with (
         BufferedStorage(CPU, threads=1) as storage,
         pytest.raises(StoreError, match="layer-00002"),
     ):
         make_streamer(blocks, MIXED, PAIRS, storage)
-    assert set(threading.enumerate()) == before
+    assert our_threads() == before
 
 
 def test_closing_early_ends_threads_and_may_be_repeated(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path)
-    before = set(threading.enumerate())
+    before = our_threads()
     with BufferedStorage(CPU, threads=2) as storage:
         streamer = make_streamer(blocks, MIXED, PAIRS, SlowStorage(storage, seed=5))
         streamer.close()
         streamer.close()
-    assert set(threading.enumerate()) == before
+    assert our_threads() == before
 
 
 def test_a_host_tier_says_when_it_is_full(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """The streamer on CUDA: bytes are right although slots are overwritten behind running kernels."""
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from leftovers import our_threads
 
 from headrace.runtime.direct import BufferedStorage, DirectStorage
 from headrace.runtime.loads import Storage
@@ -115,13 +115,13 @@ def test_late_kernels_still_read_the_right_bytes(
 
 
 def test_closing_early_leaves_no_thread(blocks: dict[int, Block], device: torch.device) -> None:
-    before = set(threading.enumerate())
+    before = our_threads()
     with BufferedStorage(device) as storage:
         visits = [[i] for i in range(6)]
         streamer = open_streamer(blocks, TIERS["mixed"], visits, storage, device)
         streamer.close()
         streamer.close()
-    assert set(threading.enumerate()) == before
+    assert our_threads() == before
 
 
 def test_a_truncated_layer_fails_its_visit(blocks: dict[int, Block], device: torch.device) -> None:
