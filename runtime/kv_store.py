@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from types import TracebackType
 from typing import Self
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.store import LayerShape
+from headrace.runtime.tiers import device_bytes
 from headrace.scheduler.plan import PAGE_TOKENS
 
 
@@ -40,7 +42,11 @@ class KVStore:
         for layer, shape in shapes.items():
             head_elements = PAGE_TOKENS * (shape.k_dim + shape.v_dim)
             size = (num_pages, shape.kv_heads, head_elements)
-            self._buffers[layer] = torch.zeros(size, dtype=dtype, device=device)
+            nbytes = prod(size) * dtype.itemsize
+            memory = device_bytes(nbytes, device)
+            if device.type != "cpu":  # there, the system gives zeroed pages as they are touched
+                memory.zero_()
+            self._buffers[layer] = memory.view(dtype).view(size)
             self._layers[layer] = _views(self._buffers[layer], shape)
 
     @staticmethod

@@ -80,7 +80,7 @@ def device_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
     except torch.cuda.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise DoesNotFitError(
-            f"{device} has {free} of {total} bytes free, weights need {nbytes} more; lower "
+            f"{device} has {free} of {total} bytes free, {nbytes} more are needed; lower "
             "--device-memory"
         ) from error
 
