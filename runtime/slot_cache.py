@@ -27,7 +27,7 @@ class SlotCache(Generic[Key]):
     """
 
     def __init__(self, *, slots: int, transit: int, keys: int) -> None:
-        assert 0 <= transit
+        assert transit >= 0
         self._transit_slots = transit
         self._size = 0
         self._free: deque[int] = deque()
@@ -110,7 +110,7 @@ class SlotCache(Generic[Key]):
         victim = next((k for k in self._transit if k not in self._pins), None)
         if victim is None:
             victim = self._displaced_by(key)
-            if victim is None or victim in self._pins:
+            if victim is None:
                 return None
         return self._remove(victim)
 
@@ -134,11 +134,12 @@ class SlotCache(Generic[Key]):
             self._transit.move_to_end(other, last=False)
 
     def _displaced_by(self, key: Key) -> Key | None:
+        """The kept entry that `key` is worth more than. None while that one is pinned: else all
+        transit slots could come to be."""
         least = self._least_used()
-        return least if least is not None and self._leads(key, least) else None
-
-    def _leads(self, key: Key, other: Key) -> bool:
-        return self._uses[key] >= self._uses[other] + MARGIN
+        if least is None or least in self._pins:
+            return None
+        return least if self._uses[key] >= self._uses[least] + MARGIN else None
 
     def _least_used(self) -> Key | None:
         """The kept entry with the fewest uses, the one kept longest if there are several.

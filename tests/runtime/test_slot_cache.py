@@ -29,7 +29,9 @@ def zipf(count: int, keys: int, seed: int) -> list[int]:
     return generator.choices(names, [1 / (rank + 1) for rank in range(keys)], k=count)
 
 
-STEPS = st.lists(st.tuples(st.sampled_from("use take pin unpin drop".split()), st.integers(0, 11)))
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["use", "take", "pin", "unpin", "drop"]), st.integers(0, 11))
+)
 
 
 @given(STEPS, st.integers(1, 6), st.integers(0, 6))
