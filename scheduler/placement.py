@@ -101,8 +101,9 @@ class StageMemory:
 
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
     kv: pages of this stage's layers.  scratch: one dequantized matrix.  activations: one micro-batch.
-    host_layers: pinned layers.  embed: the embedding table, kept in host RAM and outside the budget,
-    like `process`: interpreter, libraries and reader buffers.
+    experts: slots of experts on the device.  host_layers: pinned layers.  host_experts: pinned
+    experts.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
+    interpreter, libraries and reader buffers.
     """
 
     resident: int
@@ -114,10 +115,17 @@ class StageMemory:
     host_layers: int
     embed: int
     process: int
+    experts: int = 0
+    host_experts: int = 0
 
     @property
     def device(self) -> int:
-        return self.resident + self.ring + self.head + self.kv + self.scratch + self.activations
+        weights = self.resident + self.ring + self.experts + self.head
+        return weights + self.kv + self.scratch + self.activations
+
+    @property
+    def host(self) -> int:
+        return self.host_layers + self.host_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +152,12 @@ class Plan:
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes. Micro-batches of at most
     `graph_rows` decodes are replayed as CUDA graphs.
+
+    Where `expert_slots[stage]` is not 0, layers that are not on the device are split: what every
+    token needs of them rests in the layer's tier and passes through the ring, each routed expert
+    is loaded when tokens reach it, into one of that many slots of `expert_slot_bytes` on the
+    device. `host_experts[stage]` experts can be kept in host RAM. The bytes a pass are then those
+    without experts.
     """
 
     placement: Placement
@@ -163,3 +177,6 @@ class Plan:
     nvme_bytes_a_pass: tuple[int, ...]
     host_bytes_a_pass: tuple[int, ...]
     prediction: Prediction
+    expert_slot_bytes: int = 0
+    expert_slots: tuple[int, ...] = ()
+    host_experts: tuple[int, ...] = ()

@@ -87,7 +87,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Where one stage's pass went, in seconds, and what it streamed, in bytes."""
+    """Where one stage's pass went, in seconds, and what it streamed, in bytes.
+
+    `experts_used` counts the experts that tokens reached, each once a layer and micro-batch,
+    `experts_loaded` those of them that were not on the device. Their bytes are in the bytes.
+    """
 
     stage: int
     total: float
@@ -95,6 +99,8 @@ class StageTimes:
     link_wait: float
     nvme_bytes: int
     host_bytes: int
+    experts_used: int = 0
+    experts_loaded: int = 0
 
     def plus(self, other: "StageTimes") -> "StageTimes":
         """The two times of one stage together."""
@@ -105,6 +111,8 @@ class StageTimes:
             self.link_wait + other.link_wait,
             self.nvme_bytes + other.nvme_bytes,
             self.host_bytes + other.host_bytes,
+            self.experts_used + other.experts_used,
+            self.experts_loaded + other.experts_loaded,
         )
 
     def since(self, start: "StageTimes") -> "StageTimes":
@@ -116,6 +124,8 @@ class StageTimes:
             self.link_wait - start.link_wait,
             self.nvme_bytes - start.nvme_bytes,
             self.host_bytes - start.host_bytes,
+            self.experts_used - start.experts_used,
+            self.experts_loaded - start.experts_loaded,
         )
 
 
