@@ -1,8 +1,9 @@
 """From sizes, speeds and budgets to a Plan, or to a refusal that says what would fit.
 
 Memory goes first to what a run cannot do without (head, ring, scratch, activations), then to KV
-pages, then to resident layers; host RAM goes to pinned layers. How far pages go before layers is
-searched: a few page counts for each of a few layouts are filled and predicted by the formula, and
+pages, then to resident layers, then to experts of split ones; host RAM goes to pinned layers and
+experts. Layers are split where they are streamed and their experts can be read alone. How far pages
+go before layers is searched: a few page counts for each of a few layouts are filled and predicted by the formula, and
 the best of each layout is simulated. What goes in is described in headrace.scheduler.inputs.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headrace.scheduler.errors import DoesNotFitError
+from headrace.scheduler.experts import loads_ahead
 from headrace.scheduler.inputs import (
     DEFAULT_CONTEXT,
     PLACEMENTS,
@@ -190,7 +192,11 @@ def _best(problem: _Problem) -> _Candidate | None:
     """
     kind = problem.profiles[0].kind
     families = streaming_layouts(
-        problem.shape.num_layers, len(problem.budgets), kind, problem.choices
+        problem.shape.num_layers,
+        len(problem.budgets),
+        kind,
+        problem.choices,
+        split=problem.shape.can_split,
     )
     layouts = (_roomiest(problem, family) for family in families)
     candidates = [_search_pages(problem, layout) for layout in layouts if layout]
@@ -206,9 +212,9 @@ def _best(problem: _Problem) -> _Candidate | None:
     return max(good, key=_spare, default=None)
 
 
-def _spare(candidate: _Candidate) -> tuple[int, int]:
+def _spare(candidate: _Candidate) -> tuple[bool, int, int]:
     layout = candidate.layout
-    return layout.token_budget, layout.ring_slots // len(layout.visits[0].layers)
+    return not layout.split, layout.token_budget, layout.ring_slots // len(layout.visits[0].layers)
 
 
 def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
@@ -220,7 +226,9 @@ def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
         filling = fill(problem.shape, layout, problem.budgets, sequences * pages)
         assert filling is not None, "the least memory was checked to fit"
         decode = Decode.of(layout, sequences, problem.context)
-        prediction = predict(problem.shape, problem.profiles, filling.placement, decode)
+        prediction = predict(
+            problem.shape, problem.profiles, filling.placement, decode, filling.pools
+        )
         rate = prediction.tokens_per_second
         if best is None or rate > best.prediction.tokens_per_second * WORTH_IT:
             best = _Candidate(layout, filling, sequences * pages, prediction)
@@ -229,12 +237,18 @@ def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
 
 
 def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
-    layout, placement = candidate.layout, candidate.filling.placement
+    layout, filling = candidate.layout, candidate.filling
     decode = Decode.of(layout, candidate.prediction.sequences, problem.context)
+    times = timing(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
+    slots = filling.ring_slots
+    if filling.pools is not None and any(experts.ahead for experts in times.experts.values()):
+        slots = loads_ahead(
+            problem.shape, filling.placement, filling.pools, slots, decode.micro_batches
+        )
     seconds = simulate(
-        placement,
-        timing(problem.shape, problem.profiles, placement, decode),
-        ring_slots=candidate.filling.ring_slots,
+        filling.placement,
+        times,
+        ring_slots=slots,
         micro_batches=decode.micro_batches,
         passes_in_flight=layout.passes_in_flight,
     )
@@ -242,11 +256,12 @@ def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
 
 
 def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
-    layout, filling = candidate.layout, candidate.filling
+    layout, filling, pools = candidate.layout, candidate.filling, candidate.filling.pools
+    held = problem.shape.held_bytes(split=layout.split)
     sequences = -(-candidate.prediction.sequences // layout.passes_in_flight)
     nvme, host = (
         tuple(
-            sum(problem.shape.layer_bytes[i] for i in layers if filling.placement.tiers[i] is tier)
+            sum(held[i] for i in layers if filling.placement.tiers[i] is tier)
             for layers in layout.layers
         )
         for tier in (Tier.NVME, Tier.HOST)
@@ -273,8 +288,11 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         nvme_bytes_a_pass=nvme,
         host_bytes_a_pass=host,
         prediction=candidate.prediction,
+        expert_slot_bytes=pools.slot_bytes if pools else 0,
+        expert_slots=pools.device if pools else (),
+        host_experts=pools.host if pools else (),
     )
 
 
 def _keeps(memory: StageMemory, budget: Budget) -> bool:
-    return memory.device <= budget.device_memory and memory.host_layers <= budget.host_memory
+    return memory.device <= budget.device_memory and memory.host <= budget.host_memory
