@@ -72,9 +72,8 @@ def layer_loads(
 ) -> dict[int, Loads]:
     """Loads of each layer with experts, for `micro_batches` micro-batches of `rows` tokens.
 
-    Slots that are not needed by experts on their way keep the most used ones: that share of a
-    stage's experts is at hand, and of the others the share that host RAM has room for is there.
-    What is loaded ahead of a visit has to find slots.
+    Slots that are not needed by experts on their way keep the most used ones, and host RAM the most
+    used of the others. What is loaded ahead of a visit has to find slots.
     """
     found: dict[int, Loads] = {}
     for stage in range(placement.num_stages):
@@ -84,7 +83,8 @@ def layer_loads(
             continue
         transit = transit_slots(shape, placement.visits, stage, micro_batches)
         kept = total if slots >= total else max(0, slots - transit)
-        missing, in_host = 1.0 - kept / total, pools.host[stage] / total
+        missing = 1.0 - kept / total
+        in_host = min(1.0, pools.host[stage] / max(1, total - kept))
         room = min(1.0, slots / layers_at_once(shape, placement.visits, stage))
         for layer in layers:
             experts = shape.experts_of(layer)

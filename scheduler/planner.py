@@ -185,8 +185,9 @@ def _resident(problem: _Problem, enough: int) -> _Candidate | None:
 
 
 def _best(problem: _Problem) -> _Candidate | None:
-    """By simulation the fastest; of those as good as it, the one with the most tokens a pass, then
-    the one with the deepest ring.
+    """By simulation the fastest; of those as good as it, the simplest (whole layers, or split ones
+    whose experts need not wait for another micro-batch), then the one with the most tokens a pass,
+    then the one with the deepest ring.
 
     Tokens beyond the decoding sequences are prefill that rides along.
     """
@@ -212,9 +213,15 @@ def _best(problem: _Problem) -> _Candidate | None:
     return max(good, key=_spare, default=None)
 
 
-def _spare(candidate: _Candidate) -> tuple[bool, int, int]:
+def _spare(candidate: _Candidate) -> tuple[bool, bool, int, int]:
     layout = candidate.layout
-    return not layout.split, layout.token_budget, layout.ring_slots // len(layout.visits[0].layers)
+    lets_go = layout.split and layout.micro_batches == 1
+    return (
+        not layout.split,
+        lets_go,
+        layout.token_budget,
+        layout.ring_slots // len(layout.visits[0].layers),
+    )
 
 
 def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
