@@ -1,7 +1,7 @@
 """Which tensor of a block goes where in the model: worked out once, carried out at every bind."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from transformers.core_model_loading import build_glob_alternation
 
 from headrace.runtime import plugs
-from headrace.runtime.experts import BoundExperts, ExpertSpecs
+from headrace.runtime.expert_extents import Extent
+from headrace.runtime.experts import (
+    BoundExperts,
+    ExpertsInBlock,
+    ExpertSpecs,
+    Fetch,
+    FetchedExperts,
+    Obtain,
+    SlotViews,
+)
 from headrace.runtime.linear import QuantLinear, Scratch, Weight
 from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
@@ -102,9 +111,32 @@ class ExpertStack:
         return (*(spec for specs in self.specs.enter for spec in specs), *self.specs.leave)
 
     def bind(self, block: Tensor, view: View = Weight.view) -> None:
-        read = view if self.factors else Weight.view
-        bound = BoundExperts(self.specs, block, self.scratch, read)
+        self._bind(ExpertsInBlock(self.specs, block, view if self.factors else Weight.view))
+
+    def fetched(self, extents: Sequence[Extent], fetch: Fetch, views: SlotViews) -> "FetchedStack":
+        """Bind the module for good to experts that are read alone, from these extents of a block."""
+        self._bind(FetchedExperts(self.specs.within(extents), fetch, views))
+        return FetchedStack()
+
+    def _bind(self, obtain: Obtain) -> None:
+        bound = BoundExperts(self.specs.count, obtain, self.scratch)
         setattr(self.module, plugs.EXPERT_WEIGHTS, bound)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedStack:
+    """An experts module that has nothing to do with what is in its layer's block."""
+
+    @property
+    def is_static(self) -> bool:
+        return False
+
+    @property
+    def factors(self) -> tuple[WeightSpec, ...]:
+        return ()
+
+    def bind(self, block: Tensor, view: View = Weight.view) -> None:
+        pass
 
 
 class Binder:

@@ -1,14 +1,24 @@
 """A mixture's experts as separate weights: tokens are grouped by expert, each expert runs once."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from headrace.runtime.expert_extents import Extent
 from headrace.runtime.linear import Scratch, Weight
 from headrace.runtime.store import WeightSpec
+
+Matrices = tuple[tuple[Weight, ...], Weight]
+"""One expert's (gate, up), the two fused, or up alone; and down."""
+
+Obtain = Callable[[Sequence[int]], Iterator[tuple[int, Matrices]]]
+"""Gives each of some experts with its matrices, in the same order, valid until the next is asked for."""
+
+Fetch = Callable[[Sequence[int]], Iterator[tuple[int, Tensor]]]
+"""Like Obtain, but gives the bytes of each expert's extent (uint8)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,51 +33,119 @@ class ExpertSpecs:
     enter: tuple[tuple[WeightSpec, ...], ...]
     leave: tuple[WeightSpec, ...]
 
+    def of(self, expert: int) -> tuple[tuple[WeightSpec, ...], WeightSpec]:
+        """Where one expert's matrices, or the stacks that hold them, are."""
+        enter = self.enter[min(expert, len(self.enter) - 1)]
+        return enter, self.leave[min(expert, len(self.leave) - 1)]
+
+    def within(self, extents: Sequence[Extent]) -> "ExpertSpecs":
+        """The same for experts that are read alone: each relative to its extent."""
+        assert len(self.enter) == len(self.leave) == self.count == len(extents)
+        enter = tuple(
+            tuple(_moved(spec, -extent.offset) for spec in specs)
+            for specs, extent in zip(self.enter, extents, strict=True)
+        )
+        leave = zip(self.leave, extents, strict=True)
+        return ExpertSpecs(self.count, enter, tuple(_moved(s, -e.offset) for s, e in leave))
+
+
+def _moved(spec: WeightSpec, by: int) -> WeightSpec:
+    parts = {role: replace(part, offset=part.offset + by) for role, part in spec.parts.items()}
+    return replace(spec, parts=parts)
+
+
+class ExpertsInBlock:
+    """All experts of a layer, whose bytes are in `block`; `view` reads them.
+
+    Views are made for the experts that tokens reach; there can be hundreds that none does.
+    """
+
+    def __init__(
+        self, specs: ExpertSpecs, block: Tensor, view: Callable[[WeightSpec, Tensor], Weight]
+    ) -> None:
+        self._specs, self._block, self._read = specs, block, view
+        self._views: dict[int, Matrices] = {}
+
+    def __call__(self, experts: Sequence[int]) -> Iterator[tuple[int, Matrices]]:
+        for expert in experts:
+            if expert not in self._views:
+                enter, leave = self._specs.of(expert)
+                pieces = tuple(self._view(spec, expert) for spec in enter)
+                self._views[expert] = pieces, self._view(leave, expert)
+            yield expert, self._views[expert]
+
+    def _view(self, spec: WeightSpec, expert: int) -> Weight:
+        weight = self._read(spec, self._block)
+        return weight.expert(expert) if len(spec.shape) == 3 else weight
+
+
+class SlotViews:
+    """Views of what is in a stage's slots: of each slot, those of the expert that was in it last."""
+
+    def __init__(self) -> None:
+        self._views: dict[int, tuple[FetchedExperts, int, Matrices]] = {}
+
+    def of(self, layer: "FetchedExperts", expert: int, data: Tensor) -> Matrices:
+        """Those of a layer's expert in the slot `data`, made anew if another one was there."""
+        held = self._views.get(data.data_ptr())
+        if held is not None and held[0] is layer and held[1] == expert:
+            return held[2]
+        made = layer.view(expert, data)
+        self._views[data.data_ptr()] = layer, expert, made
+        return made
+
+
+class FetchedExperts:
+    """A layer's experts, each fetched when it is asked for. `specs` are relative to their extents."""
+
+    def __init__(self, specs: ExpertSpecs, fetch: Fetch, views: SlotViews) -> None:
+        self._specs, self._fetch, self._views = specs, fetch, views
+
+    def __call__(self, experts: Sequence[int]) -> Iterator[tuple[int, Matrices]]:
+        for expert, data in self._fetch(experts):
+            yield expert, self._views.of(self, expert, data)
+
+    def view(self, expert: int, data: Tensor) -> Matrices:
+        enter, leave = self._specs.of(expert)
+        return tuple(Weight.view(spec, data) for spec in enter), Weight.view(leave, data)
+
 
 class BoundExperts:
-    """The experts of one layer while their bytes are in `block`.
+    """The experts of one layer, by their matrices.
 
     Called by transformers' experts modules through plugs.EXPERTS, in the place of their own loop and
     with its arithmetic: expert by expert in ascending order, weighted in the router's dtype, summed
     into the output in the input's dtype.
     """
 
-    def __init__(
-        self,
-        specs: ExpertSpecs,
-        block: Tensor,
-        scratch: Scratch,
-        view: Callable[[WeightSpec, Tensor], Weight] = Weight.view,
-    ) -> None:
-        self._specs = specs
-        self._read = view
-        self._block = block
+    def __init__(self, count: int, obtain: Obtain, scratch: Scratch) -> None:
+        self._count = count
+        self._obtain = obtain
         self._scratch = scratch
-        self._views: dict[int, tuple[tuple[Weight, ...], Weight]] = {}
 
     def __call__(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """x [T, H], index and weight [T, top_k] -> [T, H]."""
         top_k = index.shape[-1]
         # Stable: an expert's tokens stay in order, so that its result is a function of its tokens.
         ids, order = torch.sort(index.reshape(-1), stable=True)
-        counts = torch.bincount(ids, minlength=self._specs.count).tolist()
+        # The only wait for the device. An index beyond the last expert means "none" in transformers.
+        each = torch.arange(self._count + 1, dtype=ids.dtype, device=ids.device)
+        starts = torch.searchsorted(ids, each).tolist()
         token, scale = order // top_k, weight.reshape(-1, 1).index_select(0, order)
         out = torch.zeros_like(x)
-        start = 0
-        # An index beyond the last expert means "none" in transformers.
-        for expert, n in enumerate(counts[: self._specs.count]):
-            if n:
-                rows = token[start : start + n]
-                result = self._run(module, expert, x.index_select(0, rows))
-                weighted = result * scale[start : start + n]
-                out.index_add_(0, rows, weighted.to(out.dtype))
-                start += n
+        reached = [e for e in range(self._count) if starts[e] < starts[e + 1]]
+        for expert, matrices in self._obtain(reached):
+            mine = slice(starts[expert], starts[expert + 1])
+            rows = token[mine]
+            result = self._run(module, expert, matrices, x.index_select(0, rows))
+            weighted = result * scale[mine]
+            out.index_add_(0, rows, weighted.to(out.dtype))
         return out
 
-    def _run(self, module: Any, expert: int, x: Tensor) -> Tensor:
+    def _run(self, module: Any, expert: int, matrices: Matrices, x: Tensor) -> Tensor:
         """One expert on its tokens [n, H]."""
         transposed = bool(module.is_transposed)
-        enter, leave = self._weights(expert)
+        enter, leave = matrices
         pieces = [weight.linear(x, None, self._scratch, transposed) for weight in enter]
         hidden = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         if module.has_bias:
@@ -79,18 +157,3 @@ class BoundExperts:
         if getattr(module, "has_post_expert_norm", False):
             out = module.post_expert_norm(out)
         return out
-
-    def _weights(self, expert: int) -> tuple[tuple[Weight, ...], Weight]:
-        """Views are made for the experts that tokens reach; there can be hundreds that none does."""
-        if expert not in self._views:
-            enter = self._specs.enter[min(expert, len(self._specs.enter) - 1)]
-            leave = self._specs.leave[min(expert, len(self._specs.leave) - 1)]
-            self._views[expert] = (
-                tuple(self._view(spec, expert) for spec in enter),
-                self._view(leave, expert),
-            )
-        return self._views[expert]
-
-    def _view(self, spec: WeightSpec, expert: int) -> Weight:
-        weight = self._read(spec, self._block)
-        return weight.expert(expert) if len(spec.shape) == 3 else weight

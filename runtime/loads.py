@@ -1,6 +1,8 @@
 """What a load is: bytes on their way into memory that somebody will compute on."""
 
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +42,13 @@ class Storage(Protocol):
 
     def close(self) -> None:
         """Let running reads end, fail the waiting ones, free threads, files and buffers."""
+
+
+def drain(loads: Iterable[Load]) -> None:
+    """Wait for loads whose bytes nobody wants any more, and whose memory somebody does."""
+    for load in loads:
+        with suppress(HeadraceError):
+            load.wait()
 
 
 def check_extent(offset: int, dest: torch.Tensor) -> None:

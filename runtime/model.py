@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from headrace.runtime import plugs, rope
 from headrace.runtime.attention import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.binding import Binder
+from headrace.runtime.binding import Binder, ExpertStack
+from headrace.runtime.expert_extents import Extent
+from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.packed_cpu import PackedLayout
@@ -87,6 +89,7 @@ class StageModel:
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
         self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
         self._bound: dict[int, Tensor] = {}
+        self._slot_views = SlotViews()
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
         self._table: Tensor | None = None
         self._with_head = with_head
@@ -142,6 +145,16 @@ class StageModel:
                 layout.pack(spec, block)
             binding.bind(block, layout.view)
         self._bound[layer] = block
+
+    def split(self, layer: int, extents: Sequence[Extent], fetch: Fetch) -> None:
+        """From now on the layer is bound to blocks without experts; they come from `fetch`."""
+        assert layer not in self._bound
+        self._bindings[layer] = tuple(
+            binding.fetched(extents, fetch, self._slot_views)
+            if isinstance(binding, ExpertStack)
+            else binding
+            for binding in self._bindings[layer]
+        )
 
     def prepare(self, batch: Batch) -> Prepared:
         """What the layers need to run this micro-batch; the same for every visit."""

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -18,9 +18,10 @@ from headrace.runtime.model import Prepared, StageModel
 from headrace.runtime.packed_cpu import choose_layout
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
+from headrace.runtime.stage_weights import StageWeights, most_streamed
 from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Store
-from headrace.runtime.streamer import Streamer, wait_clock
+from headrace.runtime.streamer import wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.pages import pages_for
@@ -82,15 +83,16 @@ class Stage:
         self._compute = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             torch.set_num_threads(config.threads)
-        with self._on_device():
+        with self._on_device(), ExitStack() as opened:
             self.recorder = make_recorder(self.device) if config.trace else None
             self.tracer: Tracer = self.recorder or NULL_TRACER
-            self._build(Store.open(Path(config.store)))
+            self._build(Store.open(Path(config.store)), opened)
             if self._compute is not None:
                 capture = capture or CudaCapture()
-        self._graphs = self._make_graphs(capture)
+            self._graphs = self._make_graphs(capture)
+            self._opened = opened.pop_all()
 
-    def _build(self, store: Store) -> None:
+    def _build(self, store: Store, opened: ExitStack) -> None:
         config, layers = self.config, self._placement.layers_of(self.config.stage)
         dtype = getattr(torch, config.dtype)
         blocks = {layer: store.layers[layer] for layer in layers}
@@ -101,9 +103,10 @@ class Stage:
             sample_block.data_offset,
             sample_block.nbytes,
             config.storage,
-            streamed_bytes=sum(self._plan.nvme_bytes_a_pass),
+            streamed_bytes=most_streamed(store, self._plan),
             tracer=self.tracer,
         )
+        opened.callback(self._storage.close)
         self._model = StageModel(
             store,
             layers,
@@ -115,21 +118,22 @@ class Stage:
         )
         shapes = {layer: store.layer_shapes[layer] for layer in layers}
         self._kv = KVStore(shapes, self._plan.num_pages, dtype, self.device)
-        self._streamer = Streamer(
-            visits=[self._placement.visits[v].layers for v in self._visits],
-            blocks=blocks,
-            tiers={layer: self._placement.tiers[layer] for layer in layers},
-            storage=self._storage,
-            device=self.device,
-            ring_slots=self._plan.ring_slots[config.stage],
-            slot_bytes=self._plan.slot_bytes,
-            tracer=self.tracer,
+        self._weights = opened.enter_context(
+            StageWeights(
+                store,
+                self._plan,
+                config.stage,
+                model=self._model,
+                storage=self._storage,
+                device=self.device,
+                tracer=self.tracer,
+            )
         )
         self._pack(dtype)
 
     def _pack(self, dtype: torch.dtype) -> None:
         """Resident layers take the layout that decodes fastest."""
-        resident = self._streamer.resident
+        resident = self._weights.resident
         layout = choose_layout(self.device, dtype, self._plan.max_sequences) if resident else None
         if layout is not None:
             for layer, data in resident.items():
@@ -176,6 +180,7 @@ class Stage:
     def _run(self, a_pass: Pass) -> PassResult:
         started = time.perf_counter()
         travels = [self._prepare(i, batch) for i, batch in enumerate(a_pass.micro_batches)]
+        self._weights.begin_pass(len(travels))
         for position, visit in enumerate(self._visits):
             self._visit(position, visit, travels)
         self._finish()
@@ -191,7 +196,7 @@ class Stage:
     def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
         with (
             self.tracer.span(Kind.VISIT, number=visit),
-            self._streamer.hold(position) as layers,
+            self._weights.hold(position) as layers,
         ):
             for travel in travels:
                 x = self._arrive(visit, travel)
@@ -245,13 +250,13 @@ class Stage:
             wait_event(event, self.config.deadline, f"stage {self.config.stage}'s part of a pass")
 
     def _result(self, a_pass: Pass, travels: Sequence[_Travel], seconds: float) -> PassResult:
-        counters = self._streamer.take_counters()
-        stage, plan = self.config.stage, self._plan
+        counters = self._weights.take_counters()
+        stage, plan, layers = self.config.stage, self._plan, counters.layers
         planned = plan.nvme_bytes_a_pass[stage], plan.host_bytes_a_pass[stage]
-        if (counters.nvme_bytes, counters.host_bytes) != planned:
+        if (layers.nvme_bytes, layers.host_bytes) != planned:
             raise StageError(
-                f"stage {stage} streamed {counters.nvme_bytes} bytes from NVMe and "
-                f"{counters.host_bytes} from host RAM in pass {a_pass.step}; the plan says "
+                f"stage {stage} streamed {layers.nvme_bytes} bytes from NVMe and "
+                f"{layers.host_bytes} from host RAM in pass {a_pass.step}; the plan says "
                 f"{planned[0]} and {planned[1]}"
             )
         times = StageTimes(
@@ -261,6 +266,8 @@ class Stage:
             link_wait=self._link_clock.take(),
             nvme_bytes=counters.nvme_bytes,
             host_bytes=counters.host_bytes,
+            experts_used=counters.experts.used,
+            experts_loaded=counters.experts.loaded,
         )
         drawn = (some for travel in travels for some in travel.drawn)
         samples = tuple(sample for some in drawn for sample in some.collect())
@@ -280,8 +287,7 @@ class Stage:
         for receiver in self._receivers.values():
             receiver.close()
         with self._on_device():
-            self._streamer.close()
-        self._storage.close()
+            self._opened.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,18 +2,17 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 
-from headrace.runtime.loads import Load, Storage
+from headrace.runtime.loads import Load, Storage, drain
 from headrace.runtime.store import Block
 from headrace.runtime.tiers import DeviceRing, HostTier, device_bytes
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
-from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.placement import Tier
 
 
@@ -135,14 +134,8 @@ class Prefetcher:
 
     def drain(self) -> None:
         """Return when nothing writes to the ring any more, as seen by the current stream."""
-        _drain(load for _, _, load in self._loads)
+        drain(load for _, _, load in self._loads)
         self._loads.clear()
-
-
-def _drain(loads: Iterable[Load]) -> None:
-    for load in loads:
-        with suppress(HeadraceError):
-            load.wait()
 
 
 class Streamer:
@@ -282,7 +275,7 @@ class Streamer:
             self._host.close()
         if self._ring is not None:
             self._ring.drain()
-        _drain(self._resident_loads)  # those that a start which failed left behind
+        drain(self._resident_loads)  # those that a start which failed left behind
         self._resident_loads.clear()
         self._synchronize()
         self._host = self._ring = None

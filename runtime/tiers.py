@@ -3,18 +3,17 @@
 import mmap
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 
-from headrace.runtime.loads import CopyStream, Load, Storage, queued_work
+from headrace.runtime.copies import HostCopies
+from headrace.runtime.loads import Load, Storage
 from headrace.runtime.store import ALIGN_BLOCK, Block
-from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
-from headrace.scheduler.errors import DoesNotFitError, HeadraceError, StoreError
-
-_T = TypeVar("_T")
+from headrace.runtime.trace import NULL_TRACER, Tracer
+from headrace.scheduler.errors import DoesNotFitError, StoreError
 
 
 class AlignedBuffer:
@@ -118,9 +117,7 @@ class HostTier:
     ) -> None:
         self._blocks = dict(blocks)
         self._storage = storage
-        self._tracer = tracer
-        self._copies = CopyStream(device, tracer) if device.type == "cuda" else None
-        self._copier = ThreadPoolExecutor(1, "headrace-host-tier")
+        self._copies = HostCopies(device, "host-tier", tracer)
         self._buffers: list[AlignedBuffer] = []
         self._layers: dict[int, Future[torch.Tensor]] = {layer: Future() for layer in blocks}
         self._stopping = threading.Event()
@@ -131,9 +128,7 @@ class HostTier:
         """Copy a layer into `dest` of its exact size; on CUDA behind the current stream's work."""
         source = self._layers[layer]
         assert dest.nbytes == self._blocks[layer].nbytes
-        if self._copies is not None:
-            return _DeviceCopy(source, dest, self._copies)
-        return _HostCopy(self._copier.submit(_copy, dest, source, self._tracer))
+        return self._copies.copy(source.result, dest, here=source.done())
 
     def wait(self) -> None:
         """Return when every layer is in host RAM. Raises StoreError or DoesNotFitError."""
@@ -143,8 +138,7 @@ class HostTier:
     def _fill(self) -> None:
         waiting = dict(self._layers)
         try:
-            if self._copies is not None:
-                self._copies.enter_thread()
+            self._copies.enter_thread()
             for layer, buffer, load in self._read_ahead():
                 load.wait()
                 waiting.pop(layer).set_result(buffer)
@@ -158,7 +152,7 @@ class HostTier:
         for layer, block in self._blocks.items():
             if self._stopping.is_set():
                 raise StoreError(f"{block.file}: not read, the host tier is closed")
-            buffer = AlignedBuffer(block.nbytes, pinned=self._copies is not None)
+            buffer = AlignedBuffer(block.nbytes, pinned=self._copies.pinned)
             self._buffers.append(buffer)
             following = self._storage.load(block.file, block.data_offset, buffer.tensor)
             if reading is not None:
@@ -171,9 +165,7 @@ class HostTier:
         """Stop filling, let queued copies end and unpin. Loads that have not started fail."""
         self._stopping.set()
         self._filler.join()
-        self._copier.shutdown()
-        if self._copies is not None:
-            self._copies.synchronize()
+        self._copies.close()
         while self._buffers:
             self._buffers.pop().close()
 
@@ -182,53 +174,3 @@ class HostTier:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _result(future: "Future[_T]") -> _T:
-    """The future's value; what is not an error of ours is the store's, and named so."""
-    try:
-        return future.result()
-    except HeadraceError:
-        raise
-    except Exception as error:
-        raise StoreError(f"loading a layer into host RAM failed: {error!r}") from error
-
-
-def _copy(dest: torch.Tensor, source: "Future[torch.Tensor]", tracer: Tracer) -> None:
-    filled = source.result()
-    with torch.inference_mode(), tracer.span(Kind.COPY, nbytes=dest.nbytes):
-        dest.copy_(filled)
-
-
-class _HostCopy:
-    """A memcpy in a thread."""
-
-    def __init__(self, copying: "Future[None]") -> None:
-        self._copying = copying
-
-    def wait(self) -> None:
-        _result(self._copying)
-
-
-class _DeviceCopy:
-    """A copy over PCIe, queued at once when its source is in RAM already, else by wait()."""
-
-    def __init__(
-        self, source: "Future[torch.Tensor]", dest: torch.Tensor, copies: CopyStream
-    ) -> None:
-        self._source = source
-        self._dest = dest
-        self._copies = copies
-        after = queued_work(dest.device)
-        assert after is not None
-        self._after = after
-        filled = source.done() and source.exception() is None
-        self._ready = self._queue() if filled else None
-
-    def _queue(self) -> torch.cuda.Event:
-        return self._copies.copy(self._dest, _result(self._source), self._after)
-
-    def wait(self) -> None:
-        if self._ready is None:
-            self._ready = self._queue()
-        torch.cuda.current_stream(self._dest.device).wait_event(self._ready)

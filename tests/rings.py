@@ -9,6 +9,7 @@ import torch
 
 from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline
+from headrace.runtime.expert_extents import split_block
 from headrace.runtime.graphs import Capture
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.runtime.store import Store
@@ -84,21 +85,34 @@ def manual_plan(
     max_sequences: int = 64,
     layers_a_visit: int = 1,
     graph_rows: int = 0,
+    expert_slots: int = 0,
+    host_experts: int = 0,
 ) -> Plan:
-    """A plan that tests dictate: the planner's judgement is not what they are about."""
+    """A plan that tests dictate: the planner's judgement is not what they are about.
+
+    With `expert_slots` on each stage, streamed layers are split where they can be.
+    """
     num_layers = len(store.layers)
     tiers = (tier,) * num_layers if isinstance(tier, Tier) else tuple(tier)
     make = cyclic_visits if cyclic else contiguous_visits
     placement = Placement(stages, make(num_layers, stages, layers_a_visit), tiers)
     streamed = [placement.streamed(stage) for stage in range(stages)]
 
+    splits = {i: split_block(block) for i, block in enumerate(store.layers) if expert_slots}
+    sizes = [block.nbytes for block in store.layers]
+    expert_bytes = [0]
+    for layer, split in splits.items():
+        if split is not None and tiers[layer] is not Tier.DEVICE:
+            sizes[layer] = split.dense.nbytes
+            expert_bytes.extend(extent.nbytes for extent in split.experts)
+
     def passing(stage: int, which: Tier) -> int:
-        return sum(store.layers[i].nbytes for i in streamed[stage] if tiers[i] is which)
+        return sum(sizes[i] for i in streamed[stage] if tiers[i] is which)
 
     micro_batches = stages
     return Plan(
         placement=placement,
-        slot_bytes=max(block.nbytes for block in store.layers),
+        slot_bytes=max(sizes),
         ring_slots=tuple(2 * layers_a_visit if layers else 0 for layers in streamed),
         num_pages=num_pages,
         max_context=num_pages * 64,
@@ -114,6 +128,9 @@ def manual_plan(
         nvme_bytes_a_pass=tuple(passing(stage, Tier.NVME) for stage in range(stages)),
         host_bytes_a_pass=tuple(passing(stage, Tier.HOST) for stage in range(stages)),
         prediction=NO_PREDICTION,
+        expert_slot_bytes=max(expert_bytes),
+        expert_slots=(expert_slots,) * stages,
+        host_experts=(host_experts,) * stages,
     )
 
 
@@ -125,6 +142,7 @@ def local_ring(
     *,
     trace: bool = False,
     capture: Capture | None = None,
+    storage: str = "auto",
 ) -> Iterator[LocalPipeline]:
     stages = [
         Stage(
@@ -135,7 +153,7 @@ def local_ring(
                 device=device,
                 device_memory=0,
                 dtype="float32",
-                storage="auto",
+                storage=storage,
                 deadline=60.0,
                 threads=torch.get_num_threads(),
                 trace=trace,
