@@ -150,6 +150,10 @@ class Stage:
     def storage_name(self) -> str:
         return self._storage.name
 
+    def wait_host_tier(self) -> None:
+        """Return when all that belongs in host RAM is there: before measuring, or to fail early."""
+        self._weights.wait_host_tier()
+
     def receive_ring(self) -> ReceiveRing:
         """Buffers for incoming hidden states: one more than the micro-batches of a pass."""
         plan = self._plan

@@ -129,11 +129,13 @@ class Workload:
     """What the run will look like: tokens that a sequence reaches, and how many sequences at once.
 
     `context` None: DEFAULT_CONTEXT, or what the model allows. `max_sequences` None: as many as
-    still raise the throughput.
+    still raise the throughput. `min_sequences` have room even where fewer are faster, if all of
+    them fit.
     """
 
     context: int | None = None
     max_sequences: int | None = None
+    min_sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class _Problem:
     budgets: tuple[Budget, ...]
     context: int
     max_sequences: int | None
+    min_sequences: int
     choices: Choices
 
     @property
@@ -122,6 +123,7 @@ def make_plan(
         tuple(budgets),
         min(workload.context or DEFAULT_CONTEXT, shape.max_context),
         workload.max_sequences,
+        workload.min_sequences,
         choices or Choices(),
     )
     _check(problem, workload)
@@ -225,22 +227,35 @@ def _spare(candidate: _Candidate) -> tuple[bool, bool, int, int]:
 
 
 def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
-    """More pages serve more sequences a pass, fewer pages leave more layers resident."""
+    """More pages serve more sequences a pass, fewer pages leave more layers resident.
+
+    Few sequences that reach other experts each are hardly faster together; but a pass that computes
+    prompts loads nearly all experts, and more of those share it. So of split layouts that are as good
+    as the best, the one with most sequences is taken.
+    """
     pages = problem.pages
     most = min(problem.most_pages(layout) // pages, problem.wanted(layout))
-    best: _Candidate | None = None
-    for sequences in sorted({max(1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)}):
-        filling = fill(problem.shape, layout, problem.budgets, sequences * pages)
-        assert filling is not None, "the least memory was checked to fit"
-        decode = Decode.of(layout, sequences, problem.context)
-        prediction = predict(
-            problem.shape, problem.profiles, filling.placement, decode, filling.pools
-        )
-        rate = prediction.tokens_per_second
-        if best is None or rate > best.prediction.tokens_per_second * WORTH_IT:
-            best = _Candidate(layout, filling, sequences * pages, prediction)
-    assert best is not None
-    return best
+    least = min(most, problem.min_sequences)
+    steps = sorted({max(least, 1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)})
+    found = [_candidate(problem, layout, sequences) for sequences in steps]
+    rates = [candidate.prediction.tokens_per_second for candidate in found]
+    if layout.split:
+        good = (i for i, rate in enumerate(rates) if rate * WORTH_IT >= max(rates))
+        return found[max(good)]
+    best = 0
+    for i, rate in enumerate(rates):
+        if rate > rates[best] * WORTH_IT:
+            best = i
+    return found[best]
+
+
+def _candidate(problem: _Problem, layout: Layout, sequences: int) -> _Candidate:
+    num_pages = sequences * problem.pages
+    filling = fill(problem.shape, layout, problem.budgets, num_pages)
+    assert filling is not None, "the least memory was checked to fit"
+    decode = Decode.of(layout, sequences, problem.context)
+    prediction = predict(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
+    return _Candidate(layout, filling, num_pages, prediction)
 
 
 def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:

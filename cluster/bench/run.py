@@ -150,7 +150,12 @@ def _check_host_memory(layers: Sequence[int]) -> None:
 
 def options_of(given: EngineOptions, work: Work, store: Store) -> EngineOptions:
     """The engine's options for `work`; what was given stands. Raises DoesNotFitError."""
-    options = replace(given, store=store.path, context=given.context or work.context)
+    options = replace(
+        given,
+        store=store.path,
+        context=given.context or work.context,
+        min_sequences=work.batch or given.min_sequences,
+    )
     if work.tier != "auto":
         options = replace(options, **_tier(given, work.tier, store))
     if work.tier == "device" and any(local_plan(options, store).expert_slots):

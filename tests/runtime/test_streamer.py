@@ -1,17 +1,16 @@
 """The ring hands out the right bytes, pass after pass, and its counters keep the plan's promise."""
 
 import os
-import random
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from leftovers import our_threads
+from slow_storage import SlowStorage
 
 from headrace.runtime.direct import BufferedStorage
-from headrace.runtime.loads import Load, Storage
+from headrace.runtime.loads import Storage
 from headrace.runtime.store import Block
 from headrace.runtime.streamer import StreamCounters, Streamer
 from headrace.runtime.tiers import AlignedBuffer, HostTier
@@ -22,37 +21,6 @@ CPU = torch.device("cpu")
 PAGE = 4096
 SIZES = (3, 7, 5, 7, 1, 6, 2)
 SLOT_BYTES = 7 * PAGE
-
-
-class SlowLoad:
-    """A load that is over only after a delay."""
-
-    def __init__(self, load: Load, seconds: float) -> None:
-        self._load = load
-        self._over = time.monotonic() + seconds
-
-    def wait(self) -> None:
-        time.sleep(max(0.0, self._over - time.monotonic()))
-        self._load.wait()
-
-
-class SlowStorage:
-    """A real storage whose loads are over after random delays, and which spoils a slot at once."""
-
-    name = "slow"
-
-    def __init__(self, storage: Storage, seed: int) -> None:
-        self._storage = storage
-        self._random = random.Random(seed)
-        self.begun: list[str] = []
-
-    def load(self, file: Path, offset: int, dest: torch.Tensor) -> Load:
-        self.begun.append(file.name)
-        dest.fill_(0xEE)  # whoever still reads this slot would see it
-        return SlowLoad(self._storage.load(file, offset, dest), self._random.random() * 0.004)
-
-    def close(self) -> None:
-        self._storage.close()
 
 
 def make_blocks(folder: Path, sizes: Sequence[int] = SIZES) -> dict[int, Block]:

@@ -210,6 +210,24 @@ def test_more_sequences_never_take_less_time() -> None:
     assert seconds == sorted(seconds)
 
 
+def test_sequences_that_are_no_faster_together_still_share_prompts_passes() -> None:
+    plan = plan_of(DEEPSEEK_V3, 32, max_sequences=8)
+    one = plan_of(DEEPSEEK_V3, 32, max_sequences=1)
+    assert plan.prediction.sequences > 1
+    rates = [p.prediction.tokens_per_second for p in (one, plan)]
+    assert rates[1] > 0.97 * rates[0]
+
+
+def test_room_for_the_sequences_that_are_asked_for() -> None:
+    budgets = [Budget(48 * GIB, 0)]
+    workload = Workload(1024, 6, min_sequences=6)
+    plan = make_plan(DEEPSEEK_V3, [GPU], budgets, workload)
+    check(plan, DEEPSEEK_V3, budgets)
+    assert plan.prediction.sequences == 6 and plan.num_pages == 6 * 16
+    more = make_plan(DEEPSEEK_V3, [GPU], budgets, replace(workload, min_sequences=100))
+    assert 6 >= more.prediction.sequences >= 1
+
+
 @pytest.mark.parametrize("sequences", [1, 8, 64])
 @pytest.mark.parametrize("shape", [MIXTRAL, QWEN3_235B], ids=["mixtral", "qwen3-235b"])
 def test_more_memory_never_predicts_slower(shape: ModelShape, sequences: int) -> None:
