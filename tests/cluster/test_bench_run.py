@@ -26,6 +26,7 @@ from headrace.cluster.cli import bench_tables
 from headrace.cluster.cli.main import main
 from headrace.cluster.launch import EngineOptions
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError
+from headrace.scheduler.placement import Tier
 
 CPU = EngineOptions(store=Path(), device="cpu", device_memory=200 << 20)
 
@@ -92,6 +93,17 @@ def test_experts_are_loaded_as_tokens_reach_them(tmp_path: Path, shape: str, tie
     text = " ".join(printed(bench_tables.run_view("a title", work, result)).split())
     assert f"experts {used:,} reached by a decode pass's tokens" in text
     assert "needed with them" in text and "\u2026" not in text
+
+
+def test_experts_of_resident_layers_are_apart_too(tmp_path: Path) -> None:
+    work = Work(batch=2, prompt=8, new=8, tier="nvme", local=True)
+    config = small_config("qwen3-235b") | {"num_hidden_layers": 5}
+    given = replace(CPU, resident_layers=3, micro_batches=1)
+    with random_store(tmp_path, config, "nf4", in_memory=False, keep=False) as store:
+        result = run_work(given, work, store)
+    assert result.plan.placement.tiers.count(Tier.DEVICE) == 3
+    assert result.plan.memory[0].resident < store.layers[0].nbytes
+    assert sum(stage.experts_used for stage in result.stages) >= 5 * 2
 
 
 def test_a_mixture_that_does_not_stay_whole_is_no_tier_device(tmp_path: Path) -> None:
