@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -216,7 +217,8 @@ class ExpertStreamer:
             return False
         self._pinned.add(key)
         if slot in self._loads:  # of an expert that was not needed after all
-            drain([self._loads.pop(slot)])
+            with self._waiting(key):
+                drain([self._loads.pop(slot)])
         try:
             self._loads[slot], tier = self._host.load(key, self._memory(slot, key))
         except BaseException:
@@ -230,12 +232,17 @@ class ExpertStreamer:
         load = self._loads.pop(slot, None)
         if load is not None:
             try:
-                with self._clock.measure(), self._tracer.span(Kind.WEIGHTS_WAIT, number=key[0]):
+                with self._waiting(key):
                     load.wait()
             except BaseException:
                 self._forget(key)
                 raise
         return self._memory(slot, key)
+
+    @contextmanager
+    def _waiting(self, key: ExpertKey) -> Iterator[None]:
+        with self._clock.measure(), self._tracer.span(Kind.WEIGHTS_WAIT, number=key[0]):
+            yield
 
     def _hold(self, key: ExpertKey) -> None:
         if key not in self._pinned:

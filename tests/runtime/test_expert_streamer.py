@@ -7,43 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from expert_blocks import (
+    CPU,
+    EXPERTS,
+    EXTENT,
+    LAYERS,
+    PAGE,
+    content,
+    extent,
+    make_blocks,
+    open_experts,
+)
 from leftovers import our_threads
 from slow_storage import SlowStorage
 
 from headrace.runtime.direct import BufferedStorage
-from headrace.runtime.expert_extents import split_block
 from headrace.runtime.expert_streamer import ExpertStreamer, transit_slots
-from headrace.runtime.loads import Storage
-from headrace.runtime.store import Block, TensorSpec, WeightSpec
-from headrace.scheduler.errors import StoreError
-
-CPU = torch.device("cpu")
-PAGE = 4096
-LAYERS = (2, 3, 7)
-EXPERTS = 8
-ODD = 3 * PAGE // 2  # experts share pages with their neighbours
-EXTENT = 2 * PAGE
+from headrace.runtime.host_experts import HostExperts, Place
+from headrace.runtime.store import Block
+from headrace.scheduler.errors import DoesNotFitError, StoreError
 
 Fetch = tuple[int, Sequence[int]]
 
 
-def make_block(folder: Path, layer: int) -> Block:
-    """One page that every token needs, then experts of one and a half pages each."""
-    names = ["norm", *(f"mlp.experts.{e}.down_proj" for e in range(EXPERTS))]
-    sizes = [PAGE, *[ODD] * EXPERTS]
-    weights, offset = {}, 0
-    for name, size in zip(names, sizes, strict=True):
-        part = TensorSpec("U8", (size,), offset, size)
-        weights[name] = WeightSpec("raw", (size,), {"data": part})
-        offset += size
-    file = folder / f"layer-{layer:05}.safetensors"
-    file.write_bytes(b"h" * PAGE + os.urandom(-(-offset // PAGE) * PAGE))
-    return Block(file.stem, file, PAGE, file.stat().st_size - PAGE, "", weights)
-
-
 @pytest.fixture
 def blocks(tmp_path: Path) -> dict[int, Block]:
-    return {layer: make_block(tmp_path, layer) for layer in LAYERS}
+    return make_blocks(tmp_path)
 
 
 @pytest.fixture
@@ -52,35 +41,13 @@ def storage() -> Iterator[SlowStorage]:
         yield SlowStorage(real, seed=1)
 
 
-def open_streamer(
-    blocks: dict[int, Block], storage: Storage, slots: int, host_slots: int = 0
-) -> ExpertStreamer:
-    splits = {layer: split_block(block) for layer, block in blocks.items()}
-    return ExpertStreamer(
-        blocks=blocks,
-        splits={layer: split for layer, split in splits.items() if split is not None},
-        storage=storage,
-        device=CPU,
-        slots=slots,
-        slot_bytes=EXTENT,
-        host_slots=host_slots,
-    )
-
-
-def extent(block: Block, expert: int) -> tuple[Path, int, int]:
-    first = (PAGE + expert * ODD) // PAGE * PAGE
-    return block.file, block.data_offset + first, EXTENT
-
-
 def run_pass(streamer: ExpertStreamer, fetches: Sequence[Fetch], blocks: dict[int, Block]) -> None:
     streamer.begin_pass([layer for layer, _ in fetches])
     for layer, experts in fetches:
         seen = []
         for expert, data in streamer.fetch(layer, experts):
-            _, offset, nbytes = extent(blocks[layer], expert)
             assert data.dtype == torch.uint8
-            expected = blocks[layer].file.read_bytes()[offset : offset + nbytes]
-            assert data.numpy().tobytes() == expected, (layer, expert)
+            assert data.numpy().tobytes() == content(blocks[layer], expert), (layer, expert)
             seen.append(expert)
         assert seen == list(experts)
 
@@ -100,7 +67,7 @@ def test_every_expert_has_its_bytes_while_the_host_tier_fills(
     blocks: dict[int, Block], storage: SlowStorage, slots: int, host_slots: int
 ) -> None:
     generator = random.Random(slots)
-    with open_streamer(blocks, storage, slots, host_slots) as streamer:
+    with open_experts(blocks, storage, slots, host_slots) as streamer:
         used = 0
         for i in range(8):
             fetches = random_fetches(generator, 1 + i % 3)
@@ -117,7 +84,7 @@ def test_every_expert_has_its_bytes_while_the_host_tier_fills(
 def test_only_what_is_asked_for_is_read(
     blocks: dict[int, Block], storage: SlowStorage, slots: int
 ) -> None:
-    with open_streamer(blocks, storage, slots) as streamer:
+    with open_experts(blocks, storage, slots) as streamer:
         assert len(storage.extents) == slots - transit_slots(slots)
         here = set(storage.extents)
         del storage.extents[:]
@@ -134,7 +101,7 @@ def test_only_what_is_asked_for_is_read(
 
 def test_what_fits_is_read_once(blocks: dict[int, Block], storage: SlowStorage) -> None:
     everything = [(layer, range(EXPERTS)) for layer in LAYERS]
-    with open_streamer(blocks, storage, slots=24) as streamer:
+    with open_experts(blocks, storage, slots=24) as streamer:
         for _ in range(3):
             run_pass(streamer, everything, blocks)
         assert len(storage.extents) == len(set(storage.extents)) == 24
@@ -145,7 +112,7 @@ def test_scans_hit_the_experts_that_are_kept(
 ) -> None:
     """Not one byte more is loaded than passes that reach every expert need."""
     everything = [(layer, range(EXPERTS)) for layer in LAYERS]
-    with open_streamer(blocks, storage, slots=12) as streamer:
+    with open_experts(blocks, storage, slots=12) as streamer:
         kept = 12 - transit_slots(12)
         for _ in range(20):
             run_pass(streamer, everything, blocks)
@@ -160,7 +127,7 @@ def test_scans_hit_the_experts_that_are_kept(
 def test_the_next_layer_is_loaded_unasked_when_nearly_all_experts_are_reached(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
-    with open_streamer(blocks, storage, slots=4) as streamer:
+    with open_experts(blocks, storage, slots=4) as streamer:
         streamer.begin_pass(LAYERS)
         for layer, following in ((2, 3), (3, 7), (7, 2)):
             assert len(list(streamer.fetch(layer, range(7)))) == 7
@@ -175,7 +142,7 @@ def test_the_next_layer_is_loaded_unasked_when_nearly_all_experts_are_reached(
 def test_all_misses_are_begun_before_the_first_is_waited_for(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
-    with open_streamer(blocks, storage, slots=4) as streamer:
+    with open_experts(blocks, storage, slots=4) as streamer:
         streamer.begin_pass([3])
         fetched = streamer.fetch(3, [0, 2, 3, 5, 6])
         next(fetched)
@@ -187,14 +154,14 @@ def test_all_misses_are_begun_before_the_first_is_waited_for(
 def test_the_next_micro_batch_finds_the_layer_there(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
-    with open_streamer(blocks, storage, slots=4) as streamer:
+    with open_experts(blocks, storage, slots=4) as streamer:
         run_pass(streamer, [(3, [0, 4]), (3, [0, 4, 5]), (3, [4, 5])], blocks)
         assert storage.extents == [extent(blocks[3], e) for e in (0, 4, 5)]
 
 
 def test_much_used_experts_stay(blocks: dict[int, Block], storage: SlowStorage) -> None:
     generator = random.Random(4)
-    with open_streamer(blocks, storage, slots=8) as streamer:
+    with open_experts(blocks, storage, slots=8) as streamer:
         for i in range(40):
             if i == 20:
                 streamer.take_counters()
@@ -207,7 +174,7 @@ def test_a_full_host_tier_serves_what_it_holds(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
     everything = [(layer, range(EXPERTS)) for layer in LAYERS]
-    with open_streamer(blocks, storage, slots=2, host_slots=100) as streamer:
+    with open_experts(blocks, storage, slots=2, host_slots=100) as streamer:
         streamer.wait_host_tier()
         assert len(storage.extents) == len(set(storage.extents)) == 24
         for _ in range(2):
@@ -222,7 +189,7 @@ def test_a_scan_hits_what_the_host_tier_holds(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
     everything = [(layer, range(EXPERTS)) for layer in LAYERS]
-    with open_streamer(blocks, storage, slots=2, host_slots=8) as streamer:
+    with open_experts(blocks, storage, slots=2, host_slots=8) as streamer:
         streamer.wait_host_tier()
         run_pass(streamer, everything, blocks)
         streamer.take_counters()  # the next pass's first loads are under way by now
@@ -235,7 +202,7 @@ def test_a_scan_hits_what_the_host_tier_holds(
 def test_what_is_used_more_moves_into_the_host_tier(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
-    with open_streamer(blocks, storage, slots=1, host_slots=2) as streamer:
+    with open_experts(blocks, storage, slots=1, host_slots=2) as streamer:
         streamer.wait_host_tier()
         for _ in range(4):
             run_pass(streamer, [(2, [0]), (3, [1])], blocks)
@@ -250,7 +217,7 @@ def test_a_truncated_expert_fails_its_fetch_every_time(
     blocks: dict[int, Block], storage: SlowStorage, host_slots: int
 ) -> None:
     os.truncate(blocks[3].file, extent(blocks[3], 5)[1])
-    with open_streamer(blocks, storage, 4, host_slots) as streamer:
+    with open_experts(blocks, storage, 4, host_slots) as streamer:
         for _ in range(3):
             run_pass(streamer, [(3, [0, 3]), (7, [5])], blocks)
             with pytest.raises(StoreError, match="layer-00003"):
@@ -261,7 +228,7 @@ def test_a_truncated_expert_that_was_not_asked_for_fails_nothing(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
     os.truncate(blocks[3].file, extent(blocks[3], 7)[1] + PAGE)
-    with open_streamer(blocks, storage, 4) as streamer:
+    with open_experts(blocks, storage, 4) as streamer:
         for _ in range(3):
             run_pass(streamer, [(2, range(8)), (3, range(7)), (7, range(8))], blocks)
 
@@ -272,14 +239,14 @@ def test_a_damaged_expert_that_is_kept_fails_the_start(
     os.truncate(blocks[3].file, PAGE)
     before = our_threads()
     with pytest.raises(StoreError, match="layer-00003"):
-        open_streamer(blocks, storage, slots=24)
+        open_experts(blocks, storage, slots=24)
     assert our_threads() == before
 
 
 def test_an_error_in_the_computation_leaves_the_slots_in_order(
     blocks: dict[int, Block], storage: SlowStorage
 ) -> None:
-    with open_streamer(blocks, storage, slots=5) as streamer:
+    with open_experts(blocks, storage, slots=5) as streamer:
         streamer.begin_pass([2, 3])
         for _ in streamer.fetch(2, range(EXPERTS)):
             break
@@ -292,7 +259,7 @@ def test_closing_early_ends_threads_and_may_be_repeated(
     blocks: dict[int, Block], storage: SlowStorage, host_slots: int
 ) -> None:
     before = our_threads()
-    streamer = open_streamer(blocks, storage, 6, host_slots)
+    streamer = open_experts(blocks, storage, 6, host_slots)
     streamer.begin_pass(LAYERS)
     fetched = streamer.fetch(2, range(EXPERTS))
     next(fetched)
@@ -300,3 +267,22 @@ def test_closing_early_ends_threads_and_may_be_repeated(
     streamer.close()
     fetched.close()  # type: ignore[attr-defined]
     assert our_threads() == before
+
+
+def test_host_memory_that_is_not_there_fails_what_asks_for_it(
+    blocks: dict[int, Block], storage: SlowStorage
+) -> None:
+    file, offset, nbytes = extent(blocks[2], 0)
+    experts = HostExperts(
+        {(2, 0): Place(file, offset, nbytes)},
+        [(2, 0)],
+        slots=1,
+        slot_bytes=1 << 60,
+        storage=storage,
+        device=CPU,
+    )
+    with experts:
+        with pytest.raises(DoesNotFitError, match="host-memory"):
+            experts.wait()
+        with pytest.raises(DoesNotFitError, match="host-memory"):
+            experts.load((2, 0), torch.empty(nbytes, dtype=torch.uint8))

@@ -1,7 +1,7 @@
 """Layers whose experts are fetched one by one: the same tokens, from fewer bytes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,14 @@ def make_store(name: str, folder: Path, fmt: str = "keep") -> Path:
     return path
 
 
-def serve(path: Path, ring: dict[str, Any]) -> dict[int, list[int]]:
+class CallAgain:
+    """What a CUDA graph does, without CUDA."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+
+def serve(path: Path, ring: dict[str, Any], device: str = "cpu") -> dict[int, list[int]]:
     """Half of the requests greedily, half sampled."""
     generator = torch.Generator().manual_seed(5)
     requests = []
@@ -58,7 +65,8 @@ def serve(path: Path, ring: dict[str, Any]) -> dict[int, list[int]]:
         params = SamplingParams(temperature=0.8 * (i % 2), max_tokens=NEW_TOKENS)
         requests.append(Request(i, prompt, params, seed=i))
     plan = manual_plan(Store.open(path), num_pages=24, **ring)
-    with local_ring(path, plan, storage="buffered") as pipeline:
+    capture = CallAgain() if device == "cpu" else None
+    with local_ring(path, plan, device, capture=capture, storage="buffered") as pipeline:
         return run_all(plan, pipeline, requests)
 
 
@@ -76,6 +84,17 @@ def test_no_pool_or_placement_changes_a_token(name: str, tmp_path: Path) -> None
     expected = serve(path, WHOLE)
     for ring in RINGS:
         assert serve(path, ring) == expected, ring
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["keep", "nf4"])
+@pytest.mark.parametrize("name", SPLIT)
+def test_no_pool_changes_a_token_on_cuda(name: str, fmt: str, tmp_path: Path) -> None:
+    """The same passes over the same ring: only where experts come from differs."""
+    path = make_store(name, tmp_path, fmt)
+    for ring in RINGS:
+        whole = ring | {"expert_slots": 0, "host_experts": 0}
+        assert serve(path, ring, "cuda") == serve(path, whole, "cuda"), ring
 
 
 def test_experts_of_packed_weights(tmp_path: Path) -> None:
