@@ -177,7 +177,7 @@ def layer_table(store: Store) -> Table:
     runs = _runs(store.blocks)
     has_experts = any(experts_json(block) for _, _, block in runs)
     if has_experts:
-        table.add_column("every token needs, and experts")
+        table.add_column("dense + experts")
     for first, last, block in runs:
         name = first if first == last else f"{first} ... {last}"
         formats = ", ".join(f"{fmt} {decimal(size)}" for fmt, size in format_bytes([block]).items())

@@ -66,7 +66,7 @@ def test_inspect_says_how_layers_are_split(checkpoint, tmp_path):
     console = Console(record=True, width=120)
     run_inspect(console, store.path, verify=False, as_json=False)
     text = console.export_text()
-    assert "every token needs, and experts" in text and "8 x 12.3 kB" in text
+    assert "dense + experts" in text and "8 x 12.3 kB" in text
     run_inspect(console, store.path, verify=False, as_json=True)
     blocks = json.loads(console.export_text())["blocks"]
     assert [block["experts"] is None for block in blocks] == [True, True, False, True]
