@@ -122,7 +122,7 @@ def measure_run(store: Path, arguments: argparse.Namespace, table: Table) -> Non
         memory, pids = llm.plan.memory, stage_pids(llm)
     for stage, (plan, pid) in enumerate(zip(memory, pids, strict=True)):
         real = peaks.highest[pid]
-        parts = (plan.device, plan.host_layers, plan.embed, plan.process)
+        parts = (plan.device, plan.host, plan.embed, plan.process)
         said = sum(parts)
         table.add_row(
             f"{store.name}, stage {stage}",

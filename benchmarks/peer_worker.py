@@ -146,7 +146,7 @@ def run_headrace(job: dict[str, Any]) -> dict[str, Any]:
         total = sum(step.seconds for step in driver.steps)
         plan = engine.plan
     times: dict[str, Any] = {"pass_seconds": None, "prefill_seconds": None}
-    note = describe(plan.placement)
+    note = describe(plan)
     try:
         found = steady(driver.steps, job["batch"], plan.passes_in_flight)
         times = {"pass_seconds": found.seconds, "prefill_seconds": found.prefill_seconds}

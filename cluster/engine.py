@@ -117,7 +117,8 @@ class Engine:
         with self._tracer.span(Kind.COMMIT, number=a_pass.step):
             completions = self._apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
-        self.stats.bound_seconds += least_seconds(self.plan, a_pass.num_tokens)
+        loaded = sum(result.times.experts_loaded for result in results)
+        self.stats.bound_seconds += least_seconds(self.plan, a_pass.num_tokens, loaded)
         return completions
 
     def close(self) -> None:
@@ -182,14 +183,28 @@ class Engine:
         self._logprobs.pop(request_id, None)
 
 
-def least_seconds(plan: Plan, num_tokens: int) -> float:
+def least_seconds(plan: Plan, num_tokens: int, experts_loaded: int = 0) -> float:
     """What the binding resource needs for one pass of `num_tokens` tokens, by the plan's terms.
 
-    Weights are moved once a pass whatever it computes; arithmetic grows with its tokens.
+    Weights are moved once a pass whatever it computes, experts of split layers when they had to be
+    loaded; arithmetic grows with the pass's tokens.
     """
     prediction, rounds = plan.prediction, plan.passes_in_flight
-    moving = max(prediction.terms[name] for name in ("nvme", "pcie", "hbm")) / rounds
+    streaming = max(prediction.terms["nvme"], prediction.terms["pcie"])
+    streaming *= _streamed_share(plan, experts_loaded)
+    moving = max(streaming, prediction.terms["hbm"]) / rounds
     return max(moving, prediction.terms["compute"] * num_tokens / prediction.sequences)
+
+
+def _streamed_share(plan: Plan, experts_loaded: int) -> float:
+    """What a pass had to stream, as a share of what was predicted."""
+    traffic = plan.prediction.experts
+    if traffic is None:
+        return 1.0
+    layers = sum(plan.nvme_bytes_a_pass) + sum(plan.host_bytes_a_pass)
+    predicted = layers + traffic.nvme_bytes + traffic.host_bytes
+    needed = layers + experts_loaded * plan.expert_slot_bytes
+    return needed / predicted if predicted else 1.0
 
 
 def scheduler_config(plan: Plan) -> SchedulerConfig:

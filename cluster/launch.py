@@ -39,6 +39,7 @@ class EngineOptions:
     """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
 
     `context` is the longest sequence to be served (prompt and output), None the model's own;
+    `min_sequences` at once have room for their KV, if they can;
     `address` the Ray cluster to join, None to start one for this engine alone on this machine;
     `trace` a file to write, when the engine closes, for Perfetto.
     """
@@ -52,6 +53,7 @@ class EngineOptions:
     placement: str = "auto"
     token_budget: int | None = None
     max_sequences: int | None = None
+    min_sequences: int = 1
     micro_batches: int | None = None
     resident_layers: int | None = None
     context: int | None = None
@@ -125,7 +127,7 @@ def plan_run(
         model_shape(store, getattr(torch, dtype)),
         [discovery.profile.shared_by(shared[discovery.node]) for discovery in found],
         budgets(options, device, found),
-        Workload(context=options.context),
+        Workload(context=options.context, min_sequences=options.min_sequences),
         Choices(
             placement=options.placement,
             token_budget=options.token_budget,

@@ -26,9 +26,12 @@ MAX_TRANSIT = 32
 """Slots for what passes; more than keep a drive busy had better keep something."""
 
 
-def transit_slots(slots: int) -> int:
-    """How many of a stage's slots are for what is on its way and not worth keeping."""
-    return min(slots, max(4, min(slots // 4, MAX_TRANSIT)))
+def transit_slots(slots: int, held: int = 0) -> int:
+    """How many of a stage's slots are for what is on its way and not worth keeping.
+
+    `held` experts of a visit stay for its next micro-batch.
+    """
+    return min(slots, max(4, held, min(slots // 4, MAX_TRANSIT)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class ExpertStreamer:
 
     `blocks` and `splits` have its split layers in visiting order. The constructor returns when the
     slots for what is used most hold evenly spread experts; host RAM is filled in the background.
+    `held` is transit_slots'.
     Not thread-safe: one thread computes. The storage stays the caller's and must outlive it.
 
     Raises StoreError for weights that cannot be read and DoesNotFitError for memory that is not
@@ -66,6 +70,7 @@ class ExpertStreamer:
         slots: int,
         slot_bytes: int,
         host_slots: int,
+        held: int = 0,
         tracer: Tracer = NULL_TRACER,
     ) -> None:
         self._places = {
@@ -75,7 +80,7 @@ class ExpertStreamer:
         }
         self._num_experts = {layer: len(splits[layer].experts) for layer in blocks}
         self._device, self._tracer = device, tracer
-        self._transit = transit_slots(slots)
+        self._transit = transit_slots(slots, held)
         self._cache: SlotCache[ExpertKey] = SlotCache(
             slots=slots, transit=self._transit, keys=len(self._places)
         )

@@ -3,13 +3,14 @@
 import torch
 from transformers import PretrainedConfig
 
+from headrace.runtime.expert_extents import split_block
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import scratch_elements
 from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
-from headrace.runtime.store import Store
-from headrace.scheduler.inputs import ModelShape
+from headrace.runtime.store import Block, Store
+from headrace.scheduler.inputs import Experts, ModelShape
 
 
 def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
@@ -31,6 +32,20 @@ def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
         max_context=_max_context(config),
         compute_bytes=dtype.itemsize,
         needs_scratch=largest > 0,
+        experts=tuple(_experts(block, experts_per_token(config)) for block in store.layers),
+    )
+
+
+def _experts(block: Block, per_token: int) -> Experts | None:
+    """The layer's routed experts, if each can be read alone."""
+    parts = split_block(block)
+    if parts is None:
+        return None
+    return Experts(
+        count=len(parts.experts),
+        per_token=min(per_token, len(parts.experts)),
+        dense_bytes=parts.dense.nbytes,
+        expert_bytes=max(extent.nbytes for extent in parts.experts),
     )
 
 

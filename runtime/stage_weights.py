@@ -44,7 +44,7 @@ def split_layers(store: Store, plan: Plan, stage: int) -> dict[int, SplitBlock]:
     """The stage's layers whose experts are loaded apart, in visiting order."""
     if not plan.expert_slots or not plan.expert_slots[stage]:
         return {}
-    split = {layer: split_block(store.layers[layer]) for layer in plan.placement.streamed(stage)}
+    split = {layer: split_block(store.layers[layer]) for layer in plan.placement.layers_of(stage)}
     return {layer: parts for layer, parts in split.items() if parts is not None}
 
 
@@ -106,12 +106,17 @@ class StageWeights:
                         slots=plan.expert_slots[stage],
                         slot_bytes=plan.expert_slot_bytes,
                         host_slots=plan.host_experts[stage] if plan.host_experts else 0,
+                        held=self._held(splits) if plan.micro_batches > 1 else 0,
                         tracer=tracer,
                     )
                 )
                 for layer, split in splits.items():
                     model.split(layer, split.experts, partial(self._experts.fetch, layer))
             self._opened = opened.pop_all()
+
+    def _held(self, splits: Mapping[int, SplitBlock]) -> int:
+        """The most experts of a visit."""
+        return max(sum(len(splits[i].experts) for i in layers) for layers in self._split_visits)
 
     @property
     def resident(self) -> Mapping[int, torch.Tensor]:

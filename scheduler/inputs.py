@@ -11,6 +11,20 @@ Kind = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A layer's routed experts, each of which can be read without the others.
+
+    `count` of them, of which a token reaches `per_token`; `dense_bytes` is what every token needs of
+    the layer, `expert_bytes` the largest read of one expert.
+    """
+
+    count: int
+    per_token: int
+    dense_bytes: int
+    expert_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """Sizes of a model as stored, in bytes unless said otherwise. Tuples have one entry a layer.
 
@@ -22,6 +36,7 @@ class ModelShape:
     `intermediate_size`: columns that one token takes in the MLP (top-k experts together).
     `compute_bytes`: bytes of one element of the compute dtype.
     `needs_scratch`: whether matrices have to be dequantized before a matmul.
+    `experts`: None for a layer whose experts, if any, cannot be read alone; empty: so are all.
     """
 
     layer_bytes: tuple[int, ...]
@@ -37,10 +52,34 @@ class ModelShape:
     max_context: int
     compute_bytes: int
     needs_scratch: bool
+    experts: tuple[Experts | None, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return len(self.layer_bytes)
+
+    @property
+    def can_split(self) -> bool:
+        """Whether any layer's experts can be read alone."""
+        return any(self.experts)
+
+    def experts_of(self, layer: int) -> Experts | None:
+        return self.experts[layer] if self.experts else None
+
+    def held_bytes(self, *, split: bool) -> tuple[int, ...]:
+        """What rests in a layer's tier and passes through a ring: all of it, or all but experts."""
+        if not split:
+            return self.layer_bytes
+        own = (self.experts_of(layer) for layer in range(self.num_layers))
+        return tuple(
+            whole if experts is None else experts.dense_bytes
+            for whole, experts in zip(self.layer_bytes, own, strict=True)
+        )
+
+    @property
+    def expert_bytes(self) -> int:
+        """The largest read of one expert in any layer."""
+        return max((experts.expert_bytes for experts in self.experts if experts), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +129,13 @@ class Workload:
     """What the run will look like: tokens that a sequence reaches, and how many sequences at once.
 
     `context` None: DEFAULT_CONTEXT, or what the model allows. `max_sequences` None: as many as
-    still raise the throughput.
+    still raise the throughput. `min_sequences` have room even where fewer are faster, if all of
+    them fit.
     """
 
     context: int | None = None
     max_sequences: int | None = None
+    min_sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +144,9 @@ class Choices:
 
     `placement` is one of PLACEMENTS. `token_budget` and `max_sequences` are per pass.
     `resident_layers` of each stage stay on its device (all of them, if it has fewer) and the others
-    are streamed, whatever room there is; 0 streams everything. `graphs`: decodes as CUDA graphs.
+    are streamed, whatever room there is; 0 streams everything. Of layers that are split, they stay
+    without their experts, which have the room that is left; with 0, room for one layer's to be
+    loaded ahead. `graphs`: decodes as CUDA graphs.
     """
 
     placement: str = "auto"

@@ -1,6 +1,7 @@
 """The few layouts that a plan is chosen from, simplest first."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -42,13 +43,27 @@ def resident_layouts(
 
 
 def streaming_layouts(
-    num_layers: int, num_stages: int, kind: Kind, choices: Choices
+    num_layers: int, num_stages: int, kind: Kind, choices: Choices, *, split: bool = False
 ) -> Iterator[Iterator[Layout]]:
     """Families of layouts that differ only in their token budget, largest first; cyclic ones first."""
+    families = _split_families if split else _families
     if num_stages > 1 and choices.placement != "contiguous":
-        yield from _families(num_layers, num_stages, True, kind, choices)
+        yield from families(num_layers, num_stages, True, kind, choices)
     if num_stages == 1 or choices.placement != "cyclic":
-        yield from _families(num_layers, num_stages, False, kind, choices)
+        yield from families(num_layers, num_stages, False, kind, choices)
+
+
+def _split_families(
+    num_layers: int, num_stages: int, cyclic: bool, kind: Kind, choices: Choices
+) -> Iterator[Iterator[Layout]]:
+    """Layouts whose experts are apart from their layers, also with a single micro-batch: it lets go
+    of each expert at once and so needs the fewest slots."""
+    given = [choices]
+    if cyclic and choices.micro_batches is None:
+        given.insert(0, replace(choices, micro_batches=1))
+    for some in given:
+        for family in _families(num_layers, num_stages, cyclic, kind, some):
+            yield (replace(layout, split=True) for layout in family)
 
 
 def _families(

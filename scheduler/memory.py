@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from headrace.scheduler.experts import ExpertPools, num_experts, transit_slots
 from headrace.scheduler.inputs import Budget, ModelShape
 from headrace.scheduler.placement import Placement, StageMemory, Tier, Visit, spread
 
@@ -22,7 +23,7 @@ class Layout:
 
     `ring_slots` is for a stage that cannot keep all its layers; `layers[stage]` in ring order.
     `resident` layers of each stage are kept if it is given, else as many as fit. CUDA graphs are made
-    for at most `graph_rows` decodes.
+    for at most `graph_rows` decodes. `split`: experts are apart from their layers, in slots.
     """
 
     visits: tuple[Visit, ...]
@@ -33,6 +34,7 @@ class Layout:
     passes_in_flight: int
     resident: int | None = None
     graph_rows: int = 0
+    split: bool = False
 
     @property
     def num_stages(self) -> int:
@@ -53,12 +55,13 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """Tiers of all layers and the memory that results."""
+    """Tiers of all layers and the memory that results; `pools` for experts in a split layout."""
 
     placement: Placement
     slot_bytes: int
     ring_slots: tuple[int, ...]
     memory: tuple[StageMemory, ...]
+    pools: ExpertPools | None
 
 
 def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
@@ -101,17 +104,26 @@ def least_memory(shape: ModelShape, layout: Layout, stage: int, pages: int) -> S
     """The least that the stage can run in with `pages` pages: a ring, or its few layers if smaller.
 
     A layout without a ring keeps all layers, and one that says how many it keeps has room for them.
+    A split one has slots for the experts that are on their way.
     """
     memory = _without_weights(shape, layout, stage, pages)
-    layers = layout.layers[stage]
-    resident = sum(shape.layer_bytes[layer] for layer in layers)
-    ring = layout.ring_slots * max(shape.layer_bytes)
+    memory = replace(memory, experts=_transit_bytes(shape, layout, stage))
+    layers, held = layout.layers[stage], shape.held_bytes(split=layout.split)
+    resident = sum(held[layer] for layer in layers)
+    ring = layout.ring_slots * max(held)
     if layout.resident is not None and layout.resident < len(layers):
         kept = _spread_out(layers, layout.resident)
-        return replace(memory, resident=sum(shape.layer_bytes[i] for i in kept), ring=ring)
+        return replace(memory, resident=sum(held[i] for i in kept), ring=ring)
     if layout.resident is not None or not layout.ring_slots or resident <= ring:
         return replace(memory, resident=resident)
     return replace(memory, ring=ring)
+
+
+def _transit_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
+    if not layout.split:
+        return 0
+    slots = transit_slots(shape, layout.visits, stage, layout.micro_batches)
+    return slots * shape.expert_bytes
 
 
 def fill(
@@ -120,19 +132,21 @@ def fill(
     """Fill what the pages leave with resident layers, then host RAM; None if it does not fit.
 
     Resident layers are spread evenly among a stage's layers and host layers among the rest, so that
-    fast layers hide the loads of slow ones.
+    fast layers hide the loads of slow ones. Experts of split layers have what those leave: every
+    pass needs all of a layer's other weights.
     """
     tiers = [Tier.NVME] * shape.num_layers
+    held = shape.held_bytes(split=layout.split)
     for stage, budget in enumerate(budgets):
         layers = layout.layers[stage]
         memory = _without_weights(shape, layout, stage, num_pages)
-        ring = layout.ring_slots * max(shape.layer_bytes)
-        room = budget.device_memory - memory.device
-        resident = _take(shape, layers, room, ring, layout.resident)
+        ring = layout.ring_slots * max(held)
+        room = budget.device_memory - memory.device - _transit_bytes(shape, layout, stage)
+        resident = _take(held, layers, room, ring, layout.resident)
         if resident is None:
             return None
         rest = tuple(layer for layer in layers if layer not in resident)
-        pinned = _take(shape, rest, budget.host_memory, 0) or frozenset()
+        pinned = _take(held, rest, budget.host_memory, 0) or frozenset()
         for layer in layers:
             if layer in resident:
                 tiers[layer] = Tier.DEVICE
@@ -142,7 +156,7 @@ def fill(
 
 
 def _take(
-    shape: ModelShape, layers: tuple[int, ...], room: int, ring: int, wanted: int | None = None
+    held: Sequence[int], layers: tuple[int, ...], room: int, ring: int, wanted: int | None = None
 ) -> frozenset[int] | None:
     """As many evenly spread layers as `room` bytes hold: all of them, or fewer and a ring.
 
@@ -151,11 +165,11 @@ def _take(
     if wanted is not None:
         most = least = min(wanted, len(layers))
     else:
-        smallest = min(shape.layer_bytes[layer] for layer in layers) if layers else 1
+        smallest = min(held[layer] for layer in layers) if layers else 1
         most, least = min(max(room, 0) // smallest, len(layers)), 0
     for count in range(most, least - 1, -1):
         chosen = _spread_out(layers, count)
-        size = sum(shape.layer_bytes[layer] for layer in chosen)
+        size = sum(held[layer] for layer in chosen)
         if size + (ring if count < len(layers) else 0) <= room:
             return chosen
     return None
@@ -175,23 +189,52 @@ def _filled(
     tiers: tuple[Tier, ...],
 ) -> Filling:
     placement = Placement(layout.num_stages, layout.visits, tiers)
+    held = shape.held_bytes(split=layout.split)
     streamed = [placement.streamed(stage) for stage in range(layout.num_stages)]
-    slot_bytes = max((shape.layer_bytes[i] for layers in streamed for i in layers), default=0)
+    slot_bytes = max((held[i] for layers in streamed for i in layers), default=0)
     ring_slots = tuple(layout.ring_slots if layers else 0 for layers in streamed)
     memory = tuple(
         replace(
             _without_weights(shape, layout, stage, num_pages),
-            resident=_bytes_in(shape, layout, stage, tiers, Tier.DEVICE),
+            resident=_bytes_in(held, layout, stage, tiers, Tier.DEVICE),
             ring=ring_slots[stage] * slot_bytes,
-            host_layers=_bytes_in(shape, layout, stage, tiers, Tier.HOST),
+            host_layers=_bytes_in(held, layout, stage, tiers, Tier.HOST),
             process=budget.process_bytes,
         )
         for stage, budget in enumerate(budgets)
     )
-    return Filling(placement, slot_bytes, ring_slots, memory)
+    if not layout.split:
+        return Filling(placement, slot_bytes, ring_slots, memory, None)
+    pools = _pools(shape, layout, budgets, memory)
+    slots = zip(memory, pools.device, pools.host, strict=True)
+    memory = tuple(
+        replace(m, experts=device * pools.slot_bytes, host_experts=host * pools.slot_bytes)
+        for m, device, host in slots
+    )
+    return Filling(placement, slot_bytes, ring_slots, memory, pools)
+
+
+def _pools(
+    shape: ModelShape, layout: Layout, budgets: Sequence[Budget], memory: Sequence[StageMemory]
+) -> ExpertPools:
+    """Slots in what is left of the budgets, no more than there are experts.
+
+    Where nothing is to stay, no more than pass through: one layer's beside those that are needed.
+    """
+    nbytes, device, host = shape.expert_bytes, [], []
+    for stage, (used, budget) in enumerate(zip(memory, budgets, strict=True)):
+        layers = layout.layers[stage]
+        total = most = num_experts(shape, layers)
+        if layout.resident == 0:
+            transit = transit_slots(shape, layout.visits, stage, layout.micro_batches)
+            most = min(total, transit + max(num_experts(shape, (i,)) for i in layers))
+        device.append(min(most, (budget.device_memory - used.device) // nbytes))
+        room = (budget.host_memory - used.host) // nbytes
+        host.append(0 if device[-1] == total else min(total, room))
+    return ExpertPools(nbytes, tuple(device), tuple(host))
 
 
 def _bytes_in(
-    shape: ModelShape, layout: Layout, stage: int, tiers: tuple[Tier, ...], tier: Tier
+    held: Sequence[int], layout: Layout, stage: int, tiers: tuple[Tier, ...], tier: Tier
 ) -> int:
-    return sum(shape.layer_bytes[i] for i in layout.layers[stage] if tiers[i] is tier)
+    return sum(held[i] for i in layout.layers[stage] if tiers[i] is tier)

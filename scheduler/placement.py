@@ -129,11 +129,25 @@ class StageMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertTraffic:
+    """Routed experts of split layers in a pass over all stages, as expected of even routing.
+
+    `reached` by its tokens, each once a layer; `loaded` of them, because they were not on the
+    device; and where the bytes of those come from.
+    """
+
+    reached: float
+    loaded: float
+    nvme_bytes: float
+    host_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """One decode pass of `sequences` sequences, by the formula of the design.
 
     `terms` maps each physical bound ("nvme", "pcie", "compute", "hbm", "hops") to its seconds; the
-    largest binds. tokens/s = sequences / pass_seconds.
+    largest binds. tokens/s = sequences / pass_seconds. `experts` is None where no layer is split.
     """
 
     sequences: int
@@ -141,6 +155,7 @@ class Prediction:
     tokens_per_second: float
     bound_by: str
     terms: dict[str, float]
+    experts: ExpertTraffic | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +168,11 @@ class Plan:
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes. Micro-batches of at most
     `graph_rows` decodes are replayed as CUDA graphs.
 
-    Where `expert_slots[stage]` is not 0, layers that are not on the device are split: what every
-    token needs of them rests in the layer's tier and passes through the ring, each routed expert
-    is loaded when tokens reach it, into one of that many slots of `expert_slot_bytes` on the
-    device. `host_experts[stage]` experts can be kept in host RAM. The bytes a pass are then those
-    without experts.
+    Where `expert_slots[stage]` is not 0, the stage's layers whose experts can be read alone are
+    split, whatever their tier: what every token needs of them rests in the tier (on the device, too)
+    and passes through the ring if it rests elsewhere; each routed expert is loaded when tokens reach
+    it, into one of that many slots of `expert_slot_bytes` on the device. `host_experts[stage]`
+    experts can be kept in host RAM. The bytes a pass are then those without experts.
     """
 
     placement: Placement

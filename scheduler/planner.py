@@ -1,8 +1,9 @@
 """From sizes, speeds and budgets to a Plan, or to a refusal that says what would fit.
 
 Memory goes first to what a run cannot do without (head, ring, scratch, activations), then to KV
-pages, then to resident layers; host RAM goes to pinned layers. How far pages go before layers is
-searched: a few page counts for each of a few layouts are filled and predicted by the formula, and
+pages, then to resident layers, then to experts of split ones; host RAM goes to pinned layers and
+experts. Layers are split where they are streamed and their experts can be read alone. How far pages
+go before layers is searched: a few page counts for each of a few layouts are filled and predicted by the formula, and
 the best of each layout is simulated. What goes in is described in headrace.scheduler.inputs.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headrace.scheduler.errors import DoesNotFitError
+from headrace.scheduler.experts import loads_ahead
 from headrace.scheduler.inputs import (
     DEFAULT_CONTEXT,
     PLACEMENTS,
@@ -55,6 +57,7 @@ class _Problem:
     budgets: tuple[Budget, ...]
     context: int
     max_sequences: int | None
+    min_sequences: int
     choices: Choices
 
     @property
@@ -120,6 +123,7 @@ def make_plan(
         tuple(budgets),
         min(workload.context or DEFAULT_CONTEXT, shape.max_context),
         workload.max_sequences,
+        workload.min_sequences,
         choices or Choices(),
     )
     _check(problem, workload)
@@ -183,14 +187,19 @@ def _resident(problem: _Problem, enough: int) -> _Candidate | None:
 
 
 def _best(problem: _Problem) -> _Candidate | None:
-    """By simulation the fastest; of those as good as it, the one with the most tokens a pass, then
-    the one with the deepest ring.
+    """By simulation the fastest; of those as good as it, the simplest (whole layers, or split ones
+    whose experts need not wait for another micro-batch), then the one with the most tokens a pass,
+    then the one with the deepest ring.
 
     Tokens beyond the decoding sequences are prefill that rides along.
     """
     kind = problem.profiles[0].kind
     families = streaming_layouts(
-        problem.shape.num_layers, len(problem.budgets), kind, problem.choices
+        problem.shape.num_layers,
+        len(problem.budgets),
+        kind,
+        problem.choices,
+        split=problem.shape.can_split,
     )
     layouts = (_roomiest(problem, family) for family in families)
     candidates = [_search_pages(problem, layout) for layout in layouts if layout]
@@ -206,35 +215,62 @@ def _best(problem: _Problem) -> _Candidate | None:
     return max(good, key=_spare, default=None)
 
 
-def _spare(candidate: _Candidate) -> tuple[int, int]:
+def _spare(candidate: _Candidate) -> tuple[bool, bool, int, int]:
     layout = candidate.layout
-    return layout.token_budget, layout.ring_slots // len(layout.visits[0].layers)
+    lets_go = layout.split and layout.micro_batches == 1
+    return (
+        not layout.split,
+        lets_go,
+        layout.token_budget,
+        layout.ring_slots // len(layout.visits[0].layers),
+    )
 
 
 def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
-    """More pages serve more sequences a pass, fewer pages leave more layers resident."""
+    """More pages serve more sequences a pass, fewer pages leave more layers resident.
+
+    Few sequences that reach other experts each are hardly faster together; but a pass that computes
+    prompts loads nearly all experts, and more of those share it. So of split layouts that are as good
+    as the best, the one with most sequences is taken.
+    """
     pages = problem.pages
     most = min(problem.most_pages(layout) // pages, problem.wanted(layout))
-    best: _Candidate | None = None
-    for sequences in sorted({max(1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)}):
-        filling = fill(problem.shape, layout, problem.budgets, sequences * pages)
-        assert filling is not None, "the least memory was checked to fit"
-        decode = Decode.of(layout, sequences, problem.context)
-        prediction = predict(problem.shape, problem.profiles, filling.placement, decode)
-        rate = prediction.tokens_per_second
-        if best is None or rate > best.prediction.tokens_per_second * WORTH_IT:
-            best = _Candidate(layout, filling, sequences * pages, prediction)
-    assert best is not None
-    return best
+    least = min(most, problem.min_sequences)
+    steps = sorted({max(least, 1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)})
+    found = [_candidate(problem, layout, sequences) for sequences in steps]
+    rates = [candidate.prediction.tokens_per_second for candidate in found]
+    if layout.split:
+        good = (i for i, rate in enumerate(rates) if rate * WORTH_IT >= max(rates))
+        return found[max(good)]
+    best = 0
+    for i, rate in enumerate(rates):
+        if rate > rates[best] * WORTH_IT:
+            best = i
+    return found[best]
+
+
+def _candidate(problem: _Problem, layout: Layout, sequences: int) -> _Candidate:
+    num_pages = sequences * problem.pages
+    filling = fill(problem.shape, layout, problem.budgets, num_pages)
+    assert filling is not None, "the least memory was checked to fit"
+    decode = Decode.of(layout, sequences, problem.context)
+    prediction = predict(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
+    return _Candidate(layout, filling, num_pages, prediction)
 
 
 def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
-    layout, placement = candidate.layout, candidate.filling.placement
+    layout, filling = candidate.layout, candidate.filling
     decode = Decode.of(layout, candidate.prediction.sequences, problem.context)
+    times = timing(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
+    slots = filling.ring_slots
+    if filling.pools is not None and any(experts.ahead for experts in times.experts.values()):
+        slots = loads_ahead(
+            problem.shape, filling.placement, filling.pools, slots, decode.micro_batches
+        )
     seconds = simulate(
-        placement,
-        timing(problem.shape, problem.profiles, placement, decode),
-        ring_slots=candidate.filling.ring_slots,
+        filling.placement,
+        times,
+        ring_slots=slots,
         micro_batches=decode.micro_batches,
         passes_in_flight=layout.passes_in_flight,
     )
@@ -242,11 +278,12 @@ def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
 
 
 def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
-    layout, filling = candidate.layout, candidate.filling
+    layout, filling, pools = candidate.layout, candidate.filling, candidate.filling.pools
+    held = problem.shape.held_bytes(split=layout.split)
     sequences = -(-candidate.prediction.sequences // layout.passes_in_flight)
     nvme, host = (
         tuple(
-            sum(problem.shape.layer_bytes[i] for i in layers if filling.placement.tiers[i] is tier)
+            sum(held[i] for i in layers if filling.placement.tiers[i] is tier)
             for layers in layout.layers
         )
         for tier in (Tier.NVME, Tier.HOST)
@@ -273,8 +310,11 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         nvme_bytes_a_pass=nvme,
         host_bytes_a_pass=host,
         prediction=candidate.prediction,
+        expert_slot_bytes=pools.slot_bytes if pools else 0,
+        expert_slots=pools.device if pools else (),
+        host_experts=pools.host if pools else (),
     )
 
 
 def _keeps(memory: StageMemory, budget: Budget) -> bool:
-    return memory.device <= budget.device_memory and memory.host_layers <= budget.host_memory
+    return memory.device <= budget.device_memory and memory.host <= budget.host_memory

@@ -4,17 +4,20 @@
 
 The slowest stage decides every term. With one convoy (one pass in flight) each stage loads its
 layers once for all sequences. With a group in flight per stage, each group has the layers loaded
-again, so a round of `passes_in_flight` passes costs that many times one pass.
+again, so a round of `passes_in_flight` passes costs that many times one pass. Experts of split
+layers are loaded as far as tokens reach them and they are not at hand (headrace.scheduler.experts),
+by no more stages at a time than micro-batches are under way, unless they are loaded ahead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from headrace.scheduler.experts import ExpertPools, Loads, layer_loads, reached
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
 from headrace.scheduler.memory import Layout
-from headrace.scheduler.placement import Placement, Prediction, Tier
+from headrace.scheduler.placement import ExpertTraffic, Placement, Prediction, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
-from headrace.scheduler.simulate import Timing
+from headrace.scheduler.simulate import ExpertTimes, Timing
 
 GIGA = 1e9
 TERA = 1e12
@@ -51,18 +54,28 @@ def _traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
     """Bytes that one micro-batch moves in device memory for one layer.
 
     Stored weights are read; what has to be dequantized is written and read again. Of a mixture's
-    experts, at most those that the rows can hit count. Then the keys and values of every row.
+    experts, those that the rows reach count. Then the keys and values of every row.
     """
     parameters = shape.layer_parameters[layer]
-    hit = min(float(parameters), shape.layer_active_parameters[layer] * decode.rows)
+    hit = _hit_parameters(shape, layer, decode.rows)
     share = hit / parameters if parameters else 1.0
     dequantized = 2.0 * hit * shape.compute_bytes if shape.needs_scratch else 0.0
     kv = decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
     return shape.layer_bytes[layer] * share + dequantized + kv
 
 
-def _load_seconds(shape: ModelShape, profile: DeviceProfile, tier: Tier, layer: int) -> float:
-    size = shape.layer_bytes[layer] / GIGA
+def _hit_parameters(shape: ModelShape, layer: int, rows: float) -> float:
+    """Matrix elements that `rows` tokens use: where experts cannot be told apart, at most these."""
+    parameters, active = shape.layer_parameters[layer], shape.layer_active_parameters[layer]
+    experts = shape.experts_of(layer)
+    if experts is None or experts.per_token >= experts.count:
+        return min(float(parameters), active * rows)
+    routed = (parameters - active) / (1.0 - experts.per_token / experts.count)
+    return parameters - routed + routed * reached(experts, rows) / experts.count
+
+
+def _load_seconds(profile: DeviceProfile, tier: Tier, nbytes: float) -> float:
+    size = nbytes / GIGA
     if tier is Tier.DEVICE:
         return 0.0
     if tier is Tier.HOST:
@@ -70,6 +83,14 @@ def _load_seconds(shape: ModelShape, profile: DeviceProfile, tier: Tier, layer: 
     # A drive writes straight into a CPU's ring; on its way to a GPU it crosses the link as it goes.
     crossing = size / profile.host_gbps if profile.kind == "cuda" else 0.0
     return max(size / profile.nvme_gbps, crossing)
+
+
+def _expert_times(profile: DeviceProfile, loads: Loads) -> ExpertTimes:
+    return ExpertTimes(
+        nvme=_load_seconds(profile, Tier.NVME, loads.nvme_bytes),
+        host=_load_seconds(profile, Tier.HOST, loads.host_bytes),
+        ahead=loads.ahead,
+    )
 
 
 def _hop_seconds(
@@ -80,23 +101,40 @@ def _hop_seconds(
     return max(p.hop_seconds for p in profiles), size / min(p.link_gbps for p in profiles)
 
 
+def _loads(
+    shape: ModelShape, placement: Placement, decode: Decode, pools: ExpertPools | None
+) -> dict[int, Loads]:
+    if pools is None:
+        return {}
+    return layer_loads(shape, placement, pools, decode.micro_batches, decode.rows)
+
+
 def timing(
-    shape: ModelShape, profiles: Sequence[DeviceProfile], placement: Placement, decode: Decode
+    shape: ModelShape,
+    profiles: Sequence[DeviceProfile],
+    placement: Placement,
+    decode: Decode,
+    pools: ExpertPools | None = None,
 ) -> Timing:
     """What `simulate` needs. Dequantizing and matmuls alternate, so their times add up."""
     load = [0.0] * shape.num_layers
     compute = [0.0] * shape.num_layers
+    held = shape.held_bytes(split=pools is not None)
+    loads = _loads(shape, placement, decode, pools)
+    experts: dict[int, ExpertTimes] = {}
     for visit in placement.visits:
         profile = profiles[visit.stage]
         for layer in visit.layers:
-            load[layer] = _load_seconds(shape, profile, placement.tiers[layer], layer)
+            load[layer] = _load_seconds(profile, placement.tiers[layer], held[layer])
+            if layer in loads:
+                experts[layer] = _expert_times(profile, loads[layer])
             compute[layer] = _flops(shape, layer, decode.rows) / (profile.tflops * TERA)
             compute[layer] += _traffic(shape, layer, decode) / (profile.hbm_gbps * GIGA)
     last = profiles[placement.last_stage]
     compute[-1] += _head_flops(shape, decode.rows) / (last.tflops * TERA)
     compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)
     hop = sum(_hop_seconds(shape, profiles, decode.rows))
-    return Timing(tuple(load), tuple(compute), hop, TURNAROUND)
+    return Timing(tuple(load), tuple(compute), hop, TURNAROUND, experts)
 
 
 def _head_flops(shape: ModelShape, rows: float) -> float:
@@ -104,42 +142,85 @@ def _head_flops(shape: ModelShape, rows: float) -> float:
 
 
 def predict(
-    shape: ModelShape, profiles: Sequence[DeviceProfile], placement: Placement, decode: Decode
+    shape: ModelShape,
+    profiles: Sequence[DeviceProfile],
+    placement: Placement,
+    decode: Decode,
+    pools: ExpertPools | None = None,
 ) -> Prediction:
-    """Seconds in which all `decode.sequences` sequences advance by one token, and why."""
+    """Seconds in which all `decode.sequences` sequences advance by one token, and why.
+
+    With `pools`, layers are split and these are the slots for their experts.
+    """
     rounds = decode.passes_in_flight
     # Fewer micro-batches under way than stages leave stages without work.
     under_way = decode.micro_batches * rounds
     idle = max(1.0, placement.num_stages / under_way)
     terms = dict.fromkeys(("nvme", "pcie", "compute", "hbm"), 0.0)
+    held = shape.held_bytes(split=pools is not None)
+    loads = _loads(shape, placement, decode, pools)
     for stage, profile in enumerate(profiles):
-        for name, seconds in _stage_terms(shape, profile, placement, decode, stage).items():
+        found = _moving(profile, placement, held, loads, stage, idle)
+        found |= _computing(shape, profile, placement, decode, stage)
+        for name, seconds in found.items():
             waits = rounds * (idle if name in ("compute", "hbm") else 1.0)
             terms[name] = max(terms[name], seconds * waits)
     terms["hops"] = _hops(shape, profiles, placement, decode)
     bound_by = max(terms, key=lambda name: terms[name])
     seconds = terms[bound_by]
-    return Prediction(decode.sequences, seconds, decode.sequences / seconds, bound_by, terms)
+    rate = decode.sequences / seconds
+    traffic = None if pools is None else _traffic_of(loads.values())
+    return Prediction(decode.sequences, seconds, rate, bound_by, terms, traffic)
 
 
-def _stage_terms(
-    shape: ModelShape, profile: DeviceProfile, placement: Placement, decode: Decode, stage: int
+def _traffic_of(loads: Iterable[Loads]) -> ExpertTraffic:
+    every = list(loads)
+    return ExpertTraffic(
+        reached=sum(one.reached for one in every),
+        loaded=sum(one.loaded for one in every),
+        nvme_bytes=sum(one.nvme_bytes for one in every),
+        host_bytes=sum(one.host_bytes for one in every),
+    )
+
+
+def _moving(
+    profile: DeviceProfile,
+    placement: Placement,
+    held: Sequence[int],
+    loads: Mapping[int, Loads],
+    stage: int,
+    idle: float,
 ) -> dict[str, float]:
-    """Seconds of one pass on one stage, for each resource on its own."""
+    """Seconds of one pass on one stage, for its drive and for its link.
+
+    Loads that wait for tokens take `idle` times as long as seen from the whole ring.
+    """
     layers = placement.layers_of(stage)
+    own = [loads[layer] for layer in layers if layer in loads]
     nvme, host = (
-        sum(shape.layer_bytes[i] for i in layers if placement.tiers[i] is tier)
+        float(sum(held[i] for i in layers if placement.tiers[i] is tier))
         for tier in (Tier.NVME, Tier.HOST)
     )
+    nvme += sum(one.nvme_bytes * (one.ahead + idle * (1.0 - one.ahead)) for one in own)
+    host += sum(one.host_bytes * (one.ahead + idle * (1.0 - one.ahead)) for one in own)
+    crossing = nvme + host if profile.kind == "cuda" else host
+    return {
+        "nvme": nvme / (profile.nvme_gbps * GIGA),
+        "pcie": crossing / (profile.host_gbps * GIGA),
+    }
+
+
+def _computing(
+    shape: ModelShape, profile: DeviceProfile, placement: Placement, decode: Decode, stage: int
+) -> dict[str, float]:
+    """Seconds of one pass on one stage, for arithmetic and for device memory."""
+    layers = placement.layers_of(stage)
     flops = sum(_flops(shape, layer, decode.rows) for layer in layers)
     traffic = sum(_traffic(shape, layer, decode) for layer in layers)
     if stage == placement.last_stage:
         flops += _head_flops(shape, decode.rows)
         traffic += shape.head_bytes
-    crossing = nvme + host if profile.kind == "cuda" else host
     return {
-        "nvme": nvme / (profile.nvme_gbps * GIGA),
-        "pcie": crossing / (profile.host_gbps * GIGA),
         "compute": decode.micro_batches * flops / (profile.tflops * TERA),
         "hbm": decode.micro_batches * traffic / (profile.hbm_gbps * GIGA),
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.scheduler.inputs import Budget, Choices, Kind, ModelShape
+from headrace.scheduler.inputs import Budget, Choices, Experts, Kind, ModelShape
 from headrace.scheduler.layouts import streaming_layouts
 from headrace.scheduler.memory import Layout, least_memory
 from headrace.scheduler.placement import StageMemory
@@ -28,7 +28,10 @@ class _Case:
 
     def layouts(self) -> Iterator[Layout]:
         stages = len(self.budgets)
-        for family in streaming_layouts(self.shape.num_layers, stages, self.kind, self.choices):
+        families = streaming_layouts(
+            self.shape.num_layers, stages, self.kind, self.choices, split=self.shape.can_split
+        )
+        for family in families:
             yield from family
 
 
@@ -102,6 +105,7 @@ def _table(case: _Case, need: _Need) -> Iterator[str]:
         ("head", memory.head, "final norm and LM head"),
         ("ring", memory.ring, f"{layout.ring_slots} slots for streamed layers"),
         ("layers", memory.resident, "fewer bytes than a ring"),
+        ("experts", memory.experts, "slots for those that a pass loads"),
         ("scratch", memory.scratch, "one dequantized matrix"),
         ("activations", memory.activations, f"{layout.token_budget} tokens a pass"),
         ("KV pages", memory.kv, f"one sequence of {case.context} tokens"),
@@ -148,11 +152,28 @@ def _smaller_format(case: _Case) -> Iterator[str]:
         for parameters in shape.layer_parameters
     )
     if max(sizes) < 0.9 * max(shape.layer_bytes):  # else it is in four bits already
-        need = _need(replace(case, shape=replace(shape, layer_bytes=sizes, needs_scratch=True)))
+        experts = tuple(map(_shrunk, shape.experts, shape.layer_bytes, sizes))
+        smaller = replace(shape, layer_bytes=sizes, needs_scratch=True, experts=experts)
+        need = _need(replace(case, shape=smaller))
         yield (
             f"a store in nf4 (about {format_size(max(sizes), up=True)} a layer instead of"
             f" {format_size(max(shape.layer_bytes))}): {need.outcome()}"
         )
+
+
+def _shrunk(experts: Experts | None, whole: int, smaller: int) -> Experts | None:
+    """The experts of a layer of `whole` bytes once it has `smaller`."""
+    if experts is None:
+        return None
+
+    def shrink(nbytes: int) -> int:
+        return -(-nbytes * smaller // (whole * ALIGNMENT)) * ALIGNMENT
+
+    return replace(
+        experts,
+        dense_bytes=shrink(experts.dense_bytes),
+        expert_bytes=shrink(experts.expert_bytes),
+    )
 
 
 def _shorter_context(case: _Case) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """A discrete-event model of passes going round the ring: checks the planner, explains the bound."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from headrace.scheduler.placement import Placement, Tier
 
@@ -10,42 +11,99 @@ ROUNDS = 6
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertTimes:
+    """Seconds of loading a split layer's experts once a pass, from the drive and from host RAM.
+
+    A share of them is loaded `ahead` of the router, like the layer itself; the others when the first
+    micro-batch comes, which computes with each as it arrives.
+    """
+
+    nvme: float
+    host: float
+    ahead: float
+
+    def part(self, share: float) -> dict[Tier, float]:
+        return {Tier.NVME: share * self.nvme, Tier.HOST: share * self.host}
+
+
+@dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds of loading each layer (0 when resident), of computing each layer for one micro-batch,
     and of one micro-batch's hop to another stage. `turnaround` is what lies between the end of a
     pass and the start of the one that needs its samples: sampling, committing, calling the stages.
+    `experts` are those of split layers.
     """
 
     load: tuple[float, ...]
     compute: tuple[float, ...]
     hop: float
     turnaround: float = 0.0
+    experts: Mapping[int, ExpertTimes] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Loader:
     """One stage's ring. A drive and a host link serve it, each one load at a time.
 
-    Loads are issued in the order of use, each as soon as the slot of the load `slots` places before
-    it is released.
+    `order` are the loads of a pass, layer by layer as seconds of each tier. They are issued in the
+    order of use, each as soon as the slot of the load `slots` places before it is released.
     """
 
+    order: Sequence[Mapping[Tier, float]]
     slots: int
     released: list[float] = field(default_factory=list)
-    issued: int = 0
+    ends: list[float] = field(default_factory=list)
+    taken: int = 0
     busy: dict[Tier, float] = field(default_factory=dict)
 
-    def load(self, tier: Tier, seconds: float) -> float:
+    def take(self) -> float:
         """When the next load ends."""
-        wraps = self.issued - self.slots
-        assert wraps < len(self.released), "a visit streams more layers than the ring has slots"
-        free = self.released[wraps] if wraps >= 0 else 0.0
-        self.issued += 1
-        self.busy[tier] = max(free, self.busy.get(tier, 0.0)) + seconds
-        return self.busy[tier]
+        while len(self.ends) <= self.taken:
+            assert self._free() < inf, "a visit streams more layers than the ring has slots"
+            self._issue()
+        self.taken += 1
+        return self.ends[self.taken - 1]
+
+    def fetch(self, seconds: Mapping[Tier, float], now: float) -> float:
+        """When a load ends that is asked for `now`, behind those that have a slot already."""
+        while self.order and self._free() <= now:
+            self._issue()
+        return self._run(seconds, now)
 
     def release(self, count: int, time: float) -> None:
         self.released.extend([time] * count)
+
+    def _free(self) -> float:
+        """When the next load has a slot, as far as that is known."""
+        wraps = len(self.ends) - self.slots
+        if wraps < 0:
+            return 0.0
+        return self.released[wraps] if wraps < len(self.released) else inf
+
+    def _issue(self) -> None:
+        self.ends.append(self._run(self.order[len(self.ends) % len(self.order)], self._free()))
+
+    def _run(self, seconds: Mapping[Tier, float], start: float) -> float:
+        end = start
+        for tier, time in seconds.items():
+            if time:
+                self.busy[tier] = max(start, self.busy.get(tier, 0.0)) + time
+                end = max(end, self.busy[tier])
+        return end
+
+
+def _loads(placement: Placement, timing: Timing) -> dict[int, dict[Tier, float]]:
+    """Seconds of what each layer loads before it is visited."""
+    found: dict[int, dict[Tier, float]] = {}
+    for layer, tier in enumerate(placement.tiers):
+        experts = timing.experts.get(layer)
+        loads: dict[Tier, float] = {} if tier is Tier.DEVICE else {tier: timing.load[layer]}
+        if experts is not None and experts.ahead:
+            early = experts.part(experts.ahead)
+            loads = {t: loads.get(t, 0.0) + seconds for t, seconds in early.items()}
+        if loads:
+            found[layer] = loads
+    return found
 
 
 def simulate(
@@ -63,7 +121,12 @@ def simulate(
     computes passes in order, visits in ring order and micro-batches one after the other; a visit's
     slots are released after its last micro-batch.
     """
-    loaders = [_Loader(slots) for slots in ring_slots]
+    loads = _loads(placement, timing)
+    late = {i: experts.part(1.0 - experts.ahead) for i, experts in timing.experts.items()}
+    loaders = [
+        _Loader([loads[i] for i in placement.layers_of(stage) if i in loads], slots)
+        for stage, slots in enumerate(ring_slots)
+    ]
     idle = [0.0] * placement.num_stages  # when each stage has finished what came before
     ends: list[float] = []
     for step in range(ROUNDS * passes_in_flight):
@@ -77,15 +140,18 @@ def simulate(
                 ready = [time + timing.hop for time in ready]
             stage_before = visit.stage
             loader = loaders[visit.stage]
-            streamed = [i for i in visit.layers if placement.tiers[i] is not Tier.DEVICE]
-            loaded = {i: loader.load(placement.tiers[i], timing.load[i]) for i in streamed}
+            loaded = {i: loader.take() for i in visit.layers if i in loads}
             now = idle[visit.stage]
             for batch in range(micro_batches):
                 now = max(now, ready[batch])
                 for layer in visit.layers:
-                    now = max(now, loaded.get(layer, 0.0)) + timing.compute[layer]
+                    now = max(now, loaded.get(layer, 0.0))
+                    late_at = (
+                        loader.fetch(late[layer], now) if batch == 0 and layer in late else 0.0
+                    )
+                    now = max(now + timing.compute[layer], late_at)
                 ready[batch] = now
             idle[visit.stage] = now
-            loader.release(len(streamed), now)
+            loader.release(len(loaded), now)
         ends.append(max(ready) + (timing.hop if placement.num_stages > 1 else 0.0))
     return (ends[-1] - ends[-1 - 2 * passes_in_flight]) / 2

@@ -1,8 +1,13 @@
-"""What a run cannot be faster than, by the planner's formula and speeds measured beside the run."""
+"""What a run cannot be faster than, by the planner's formula and speeds measured beside the run.
 
-from collections.abc import Mapping
+Which experts of split layers had to be loaded is taken from the run itself: how tokens were routed
+and what was at hand is no speed.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from headrace.cluster.bench.needed import Bytes, layer_bytes
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.predict import Decode, predict
@@ -33,20 +38,31 @@ class Bound:
 
 
 def decode_bound(
-    plan: Plan, shape: ModelShape, profile: DeviceProfile, sequences: int, context: int
+    plan: Plan,
+    shape: ModelShape,
+    profile: DeviceProfile,
+    sequences: int,
+    context: int,
+    experts: Sequence[Bytes] = (),
 ) -> Bound:
-    """A round in which `sequences` of `context` tokens advance by one."""
+    """A round in which `sequences` of `context` tokens advance by one; each stage has to load
+    `experts` in it."""
     a_pass = -(-sequences // plan.passes_in_flight)
     micro_batches = min(plan.micro_batches, a_pass)
-    return _bound(
-        plan, shape, profile, Decode(sequences, context, micro_batches, plan.passes_in_flight)
-    )
+    decode = Decode(sequences, context, micro_batches, plan.passes_in_flight)
+    return _bound(plan, shape, profile, decode, 1, experts)
 
 
 def prefill_bound(
-    plan: Plan, shape: ModelShape, profile: DeviceProfile, sequences: int, prompt: int
+    plan: Plan,
+    shape: ModelShape,
+    profile: DeviceProfile,
+    sequences: int,
+    prompt: int,
+    experts: Sequence[Bytes] = (),
 ) -> Bound:
-    """All prompts, in the fewest passes that the token budget allows.
+    """All prompts, in the fewest passes that the token budget allows; each stage has to load
+    `experts` in them all.
 
     Attention and the logits of the prompts' last tokens are not counted.
     """
@@ -56,13 +72,34 @@ def prefill_bound(
     a_pass = a_round / plan.passes_in_flight
     micro_batches = min(plan.micro_batches, -(-int(a_pass) // plan.micro_batch_tokens))
     decode = Decode(round(a_round), 0, max(micro_batches, 1), plan.passes_in_flight)
-    bound = _bound(plan, replace(shape, vocab_size=0), profile, decode)
-    return Bound({name: seconds * rounds for name, seconds in bound.terms.items()})
+    return _bound(plan, replace(shape, vocab_size=0), profile, decode, rounds, experts)
 
 
-def _bound(plan: Plan, shape: ModelShape, profile: DeviceProfile, decode: Decode) -> Bound:
+def _bound(
+    plan: Plan,
+    shape: ModelShape,
+    profile: DeviceProfile,
+    decode: Decode,
+    rounds: int,
+    experts: Sequence[Bytes],
+) -> Bound:
     stages = plan.placement.num_stages
-    terms = dict(predict(shape, [profile.shared_by(stages)] * stages, plan.placement, decode).terms)
+    shared = profile.shared_by(stages)
+    terms = predict(shape, [shared] * stages, plan.placement, decode).terms
+    layers = layer_bytes(plan, rounds * decode.passes_in_flight)
     # One drive serves all stages here, so that it does not matter whose bytes it reads.
-    read = sum(plan.nvme_bytes_a_pass) * decode.passes_in_flight
-    return Bound(terms | {"nvme": read / (profile.nvme_gbps * GIGA)})
+    read = sum(part.nvme for part in (*layers, *experts))
+    whole = zip(layers, experts or (Bytes(0, 0),) * stages, strict=True)
+    crossing = max(_crossing(one, profile) + _crossing(other, profile) for one, other in whole)
+    return Bound(
+        {name: seconds * rounds for name, seconds in terms.items()}
+        | {
+            "nvme": read / (profile.nvme_gbps * GIGA),
+            "pcie": crossing / (shared.host_gbps * GIGA),
+        }
+    )
+
+
+def _crossing(part: Bytes, profile: DeviceProfile) -> float:
+    """Bytes that are copied from host RAM: a drive writes straight into a CPU's ring."""
+    return part.both if profile.kind == "cuda" else part.host

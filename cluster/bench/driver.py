@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 
@@ -93,12 +94,14 @@ class Steady:
     """Rounds in which every sequence advances by one token, and what came before.
 
     A round is as many passes as there are in flight. `rounds` are seconds, `stages` the medians of
-    each stage's times and bytes over them.
+    each stage's times and bytes over them, `prefill_stages` their sums over what came before.
     """
 
     prefill_seconds: float
     rounds: tuple[float, ...]
     stages: tuple[StageTimes, ...]
+    prefill_stages: tuple[StageTimes, ...]
+    prefill_passes: int
 
     @property
     def seconds(self) -> float:
@@ -128,10 +131,13 @@ def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
             f"no pass decoded all {batch} sequences and nothing else; give more new tokens or fewer "
             "prompt tokens"
         )
+    before = [step.stages for step in steps[:first]]
     return Steady(
         sum(step.seconds for step in steps[:first]),
         tuple(sum(step.seconds for step in one) for one in rounds),
         tuple(_median(rounds, stage) for stage in range(len(steps[0].stages))),
+        tuple(reduce(StageTimes.plus, of_one) for of_one in zip(*before, strict=True)),
+        len(before),
     )
 
 
@@ -147,4 +153,6 @@ def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
         middle("link_wait"),
         int(middle("nvme_bytes")),
         int(middle("host_bytes")),
+        int(middle("experts_used")),
+        int(middle("experts_loaded")),
     )

@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import torch
 
-from headrace.cluster.bench.bounds import Bound, decode_bound, prefill_bound
 from headrace.cluster.bench.driver import DeviceMeter, Driver, random_prompts, steady
 from headrace.cluster.bench.hops import Hop, hop_actors, measure_hop
 from headrace.cluster.bench.local import InlinePipeline, local_engine
+from headrace.cluster.bench.phases import Measured, Phase
 from headrace.cluster.bench.profile import Breakdown, profile_passes
 from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.speeds import disk_gbps, measure_profile
@@ -33,6 +33,7 @@ from headrace.runtime.shape import model_shape
 from headrace.runtime.storage import available_memory
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.experts import num_experts
 from headrace.scheduler.inputs import DeviceProfile
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
@@ -64,23 +65,6 @@ class Work:
         """A page more than a sequence needs: admission leaves some free, and without any it admits
         fewer."""
         return (pages_for(self.prompt + self.new) + 1) * PAGE_TOKENS
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Seconds that `tokens` took, and those that they could not have been faster than."""
-
-    seconds: float
-    tokens: int
-    bound: Bound
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
-
-    @property
-    def share(self) -> float | None:
-        return self.bound.share(self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +150,19 @@ def _check_host_memory(layers: Sequence[int]) -> None:
 
 def options_of(given: EngineOptions, work: Work, store: Store) -> EngineOptions:
     """The engine's options for `work`; what was given stands. Raises DoesNotFitError."""
-    options = replace(given, store=store.path, context=given.context or work.context)
+    options = replace(
+        given,
+        store=store.path,
+        context=given.context or work.context,
+        min_sequences=work.batch or given.min_sequences,
+    )
     if work.tier != "auto":
         options = replace(options, **_tier(given, work.tier, store))
+    if work.tier == "device" and any(local_plan(options, store).expert_slots):
+        raise HeadraceError(
+            "--tier device keeps every layer with its experts, which do not fit: use fewer --layers, "
+            "more --device-memory or another --tier"
+        )
     if options.max_sequences is not None:
         return options
     most = work.batch or MOST_SEQUENCES
@@ -182,9 +176,15 @@ def _tier(given: EngineOptions, tier: str, store: Store) -> dict[str, Any]:
         return {"host_memory": 0, "resident_layers": len(store.layers)}
     host = 0
     if tier == "host":
-        layers = sum(block.nbytes for block in store.layers)
-        host = layers if given.host_memory is None else given.host_memory
+        host = _host_bytes(store) if given.host_memory is None else given.host_memory
     return {"host_memory": host, "resident_layers": given.resident_layers or 0}
+
+
+def _host_bytes(store: Store) -> int:
+    """What holds all layers in host memory, whole or split."""
+    shape = model_shape(store, torch.float32)
+    experts = num_experts(shape, range(shape.num_layers)) * shape.expert_bytes
+    return max(sum(shape.layer_bytes), sum(shape.held_bytes(split=True)) + experts)
 
 
 def batch_of(plan: Plan, work: Work) -> int:
@@ -226,14 +226,13 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
         # A drive's speed drifts, and a bound is the best that it did.
         profile = replace(profile, nvme_gbps=max(profile.nvme_gbps, disk_gbps(blocks)))
     shape = model_shape(store, getattr(torch, resolve_dtype(options.dtype, device, store)))
-    decode = decode_bound(plan, shape, profile, batch, work.prompt + work.new // 2)
-    prefill = prefill_bound(plan, shape, profile, batch, work.prompt)
+    measured = Measured(plan, shape, profile, batch, found)
     return Result(
         plan=plan,
         batch=batch,
         profile=profile,
-        prefill=Phase(found.prefill_seconds, batch * work.prompt, prefill),
-        decode=Phase(found.seconds, batch, decode),
+        prefill=measured.prefill(work.prompt),
+        decode=measured.decode(work.prompt + work.new // 2),
         rounds=len(found.rounds),
         stages=found.stages,
         start_seconds=ready,

@@ -96,7 +96,8 @@ def run_shape(
     """Run a model's shape with random weights; print what was reached and what bound it.
 
     Weights go to a temporary store on the drive. A pass counts when all sequences decode; times are
-    medians. Bounds come from bandwidths measured in the same run.
+    medians. Bounds come from bandwidths measured in the same run, and from the bytes that its tokens
+    needed: random weights choose a mixture's experts nearly evenly, real ones have favourites.
     """
     from headrace.cluster.bench.memory_cap import host_memory_cap
     from headrace.cluster.bench.run import (

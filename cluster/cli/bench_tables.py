@@ -1,7 +1,7 @@
 """Tables and JSON of `headrace bench`."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.cluster.bench.machine import Reading
+from headrace.cluster.bench.phases import Phase
 from headrace.cluster.bench.profile import Breakdown
-from headrace.cluster.bench.run import Phase, Result, Work
+from headrace.cluster.bench.run import Result, Work
 from headrace.cluster.cli.plan import describe, plan_json
 from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.launch import resolve_device
@@ -78,9 +79,12 @@ def _setting(work: Work, result: Result) -> Table:
     grid = Table.grid(padding=(0, 2))
     what = f"{result.batch} sequences of {work.prompt} + {work.new} tokens"
     grid.add_row("work", f"{what}; medians of {result.rounds} {_rounds(result)}")
-    grid.add_row("placement", describe(plan.placement) + (", without Ray" if work.local else ""))
+    grid.add_row("placement", describe(plan) + (", without Ray" if work.local else ""))
     nvme, host = sum(plan.nvme_bytes_a_pass), sum(plan.host_bytes_a_pass)
     grid.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
+    if any(plan.expert_slots):
+        for i, line in enumerate(_experts(result)):
+            grid.add_row("" if i else "experts", line)
     waits = "; ".join(
         f"stage {stage.stage}: weights {stage.weights_wait:.3f} s, links {stage.link_wait:.3f} s"
         for stage in result.stages
@@ -93,6 +97,18 @@ def _setting(work: Work, result: Result) -> Table:
             f"{format_size(result.peak_device_bytes)} at most, {format_size(planned)} planned",
         )
     return grid
+
+
+def _experts(result: Result) -> Iterator[str]:
+    """Of split layers, whose experts are not in what a pass streams: reached, loaded, and bytes."""
+    used = sum(stage.experts_used for stage in result.stages)
+    loaded = sum(stage.experts_loaded for stage in result.stages)
+    hits = f"{1 - loaded / used:.0%}" if used else "none"
+    yield f"{used:,} reached by a decode pass's tokens, {hits} of them on the device"
+    for name, phase in (("prefill", result.prefill), ("decode pass", result.decode)):
+        needed, moved = format_size(phase.needed_bytes), format_size(phase.moved_bytes)
+        yield f"{name}: {needed} needed with them, {moved} moved"
+    yield "random weights choose experts nearly evenly, real ones have favourites"
 
 
 def _rounds(result: Result) -> str:
@@ -129,6 +145,8 @@ def _phase_json(phase: Phase) -> dict[str, Any]:
         "bound_by": phase.bound.bound_by,
         "terms": dict(phase.bound.terms),
         "share": phase.share,
+        "needed_bytes": phase.needed_bytes,
+        "moved_bytes": phase.moved_bytes,
     }
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from headrace.runtime.convert import Progress, convert
+from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.errors import HeadraceError
 
@@ -132,9 +133,26 @@ def describe(store: Store, *, verified: bool) -> dict[str, Any]:
         "nbytes": store.nbytes,
         "verified": verified,
         "blocks": [
-            {"name": block.name, "nbytes": block.nbytes, "formats": format_bytes([block])}
+            {
+                "name": block.name,
+                "nbytes": block.nbytes,
+                "formats": format_bytes([block]),
+                "experts": experts_json(block),
+            }
             for block in store.blocks
         ],
+    }
+
+
+def experts_json(block: Block) -> dict[str, int] | None:
+    """How a block is split; None for one whose experts, if any, cannot be read alone."""
+    parts = split_block(block)
+    if parts is None:
+        return None
+    return {
+        "count": len(parts.experts),
+        "dense_bytes": parts.dense.nbytes,
+        "expert_bytes": max(extent.nbytes for extent in parts.experts),
     }
 
 
@@ -151,13 +169,30 @@ def summary(store: Store) -> RenderableType:
 
 
 def layer_table(store: Store) -> Table:
-    """One row for the embedding, each run of layers that are stored alike, and the head."""
+    """One row for the embedding, each run of layers that are stored alike, and the head.
+
+    Where experts can be read alone, what every token needs and the experts have a column.
+    """
     table = Table("block", "bytes", "formats")
-    for first, last, block in _runs(store.blocks):
+    runs = _runs(store.blocks)
+    has_experts = any(experts_json(block) for _, _, block in runs)
+    if has_experts:
+        table.add_column("dense + experts")
+    for first, last, block in runs:
         name = first if first == last else f"{first} ... {last}"
         formats = ", ".join(f"{fmt} {decimal(size)}" for fmt, size in format_bytes([block]).items())
-        table.add_row(name, decimal(block.nbytes) + (" each" if first != last else ""), formats)
+        split = [_parts(block)] if has_experts else []
+        each = " each" if first != last else ""
+        table.add_row(name, decimal(block.nbytes) + each, formats, *split)
     return table
+
+
+def _parts(block: Block) -> str:
+    parts = experts_json(block)
+    if parts is None:
+        return "-"
+    experts = f"{parts['count']} x {decimal(parts['expert_bytes'])}"
+    return f"{decimal(parts['dense_bytes'])} + {experts}"
 
 
 def _runs(blocks: Sequence[Block]) -> list[tuple[str, str, Block]]:

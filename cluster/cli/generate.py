@@ -40,7 +40,9 @@ class Setting:
 
     @property
     def streams(self) -> bool:
-        return any(self.plan.nvme_bytes_a_pass) or any(self.plan.host_bytes_a_pass)
+        plan = self.plan
+        layers = any(plan.nvme_bytes_a_pass) or any(plan.host_bytes_a_pass)
+        return layers or any(plan.expert_slots)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,8 @@ def final_table(
     if not work.passes:
         return Group(summary)
     told = Text(f"{_fitted(setting)} {_bound(report, setting)}")
-    return Group(summary, stage_table(report, splits), told)
+    stages = stage_table(report, splits, expert_bytes=setting.plan.expert_slot_bytes)
+    return Group(summary, stages, told)
 
 
 def _streamed(work: Work, rates: Rates) -> str:
@@ -175,6 +178,9 @@ def _fitted(setting: Setting) -> str:
         return f"{text}, and all of it stayed there."
     sources = ((sum(plan.nvme_bytes_a_pass), "NVMe"), (sum(plan.host_bytes_a_pass), "host memory"))
     parts = " and ".join(f"{format_size(size)} from {name}" for size, name in sources if size)
+    if plan.expert_slots:
+        rest = "experts as tokens reached them"
+        parts = f"{parts}, and {rest}" if parts else rest
     return f"{text}, and every pass streamed {parts}."
 
 

@@ -67,7 +67,10 @@ class RunOptions:
     resident_layers: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Layers a stage keeps on its device. [default: as many as is fastest]"
+            min=0,
+            help="Layers a stage keeps on its device, of a streamed mixture without their experts; "
+            "with 0, experts that pass through are all it has room for. "
+            "[default: as many as is fastest]",
         ),
     ] = None
     context: Annotated[

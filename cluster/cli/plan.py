@@ -1,6 +1,6 @@
 """`headrace plan`: what a run would keep where, what a pass streams and how fast that is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -52,12 +52,14 @@ def layer_ranges(layers: Sequence[int]) -> str:
 PARTS = (
     ("resident", "layers that stay"),
     ("ring", "ring for streamed layers"),
+    ("experts", "slots for experts"),
     ("head", "final norm and LM head"),
     ("kv", "KV pages"),
     ("scratch", "one dequantized matrix"),
     ("activations", "activations"),
     ("device", "device memory in all"),
     ("host_layers", "layers in host memory"),
+    ("host_experts", "experts in host memory"),
     ("embed", "embedding in host memory"),
     ("process", "the process itself"),
 )
@@ -84,7 +86,7 @@ def _summary(plan: Plan) -> Table:
     prediction = plan.prediction
     table = Table.grid(padding=(0, 2))
     nvme, host = sum(plan.nvme_bytes_a_pass), sum(plan.host_bytes_a_pass)
-    table.add_row("placement", describe(plan.placement))
+    table.add_row("placement", describe(plan))
     table.add_row(
         "a pass",
         f"up to {plan.max_sequences} sequences, {plan.token_budget} tokens in"
@@ -95,6 +97,8 @@ def _summary(plan: Plan) -> Table:
     if nvme + host:
         slots = f"{max(plan.ring_slots)} slots of {format_size(plan.slot_bytes)}"
         table.add_row("ring", f"{slots} on each stage that streams")
+    for i, line in enumerate(_experts(plan)):
+        table.add_row("" if i else "experts", line)
     table.add_row("predicted", Text(f"{prediction.tokens_per_second:.1f} tokens/s", style="bold"))
     table.add_row("", f"{prediction.sequences} sequences every {_seconds(prediction.pass_seconds)}")
     table.add_row("bound by", TERMS[prediction.bound_by])
@@ -104,12 +108,31 @@ def _summary(plan: Plan) -> Table:
     return table
 
 
-def describe(placement: Placement) -> str:
+def _experts(plan: Plan) -> Iterator[str]:
+    """Where experts of split layers have room, and what a pass is expected to load of them."""
+    traffic = plan.prediction.experts
+    if traffic is None:
+        return
+    slots, host = _span(plan.expert_slots), _span(plan.host_experts)
+    yield f"{slots} slots of {format_size(plan.expert_slot_bytes)} on a device, {host} in host memory"
+    nvme, pinned = format_size(round(traffic.nvme_bytes)), format_size(round(traffic.host_bytes))
+    yield f"a pass reaches {traffic.reached:,.0f} and loads {traffic.loaded:,.0f} of them:"
+    yield f"{nvme} from NVMe, {pinned} from host memory"
+
+
+def _span(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return f"{most}" if least == most else f"{least} to {most}"
+
+
+def describe(plan: Plan) -> str:
     """One line: how layers are shared and how many of them stay."""
+    placement = plan.placement
     resident = placement.tiers.count(Tier.DEVICE)
     kept = "all" if resident == placement.num_layers else f"{resident} of {placement.num_layers}"
     stages = f"{placement.num_stages} stage{'s' if placement.num_stages > 1 else ''}"
-    return f"{_kind(placement)}, {stages}, {kept} layers resident"
+    without = " without their experts" if plan.expert_slots else ""
+    return f"{_kind(placement)}, {stages}, {kept} layers resident{without}"
 
 
 def _kind(placement: Placement) -> str:

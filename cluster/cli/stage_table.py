@@ -14,17 +14,28 @@ STAGES_ABREAST = 4
 """As many as fit 80 columns."""
 
 
-def stage_table(report: JobReport, splits: Sequence[ComputeSplit | None] = ()) -> Group:
-    """Seconds and shares of the run, and bytes moved; `splits` are those of all stages, or none."""
+def stage_table(
+    report: JobReport, splits: Sequence[ComputeSplit | None] = (), *, expert_bytes: int = 0
+) -> Group:
+    """Seconds and shares of the run, and bytes moved; `splits` are those of all stages, or none.
+
+    `expert_bytes` are those of one expert, where layers are split.
+    """
     stages = range(len(report.work.stages))
     starts = stages[::STAGES_ABREAST]
     return Group(
-        *(_table(report, splits, stages[start : start + STAGES_ABREAST]) for start in starts)
+        *(
+            _table(report, splits, stages[start : start + STAGES_ABREAST], expert_bytes)
+            for start in starts
+        )
     )
 
 
 def _table(
-    report: JobReport, splits: Sequence[ComputeSplit | None], stages: Sequence[int]
+    report: JobReport,
+    splits: Sequence[ComputeSplit | None],
+    stages: Sequence[int],
+    expert_bytes: int,
 ) -> Table:
     table = Table(title="Where the time went", title_justify="left")
     table.add_column("stage")
@@ -35,6 +46,7 @@ def _table(
         table.add_row(name, *(_time(seconds(one), report.seconds) for one in times))
         if name == "computing" and any(splits):
             _add_split(table, report, [splits[stage] for stage in stages], times)
+    _add_experts(table, report, times, expert_bytes)
     _add_bytes(table, report, "NVMe", lambda one: one.nvme_bytes, times)
     _add_bytes(table, report, "host RAM", lambda one: one.host_bytes, times)
     return table
@@ -71,6 +83,24 @@ def _add_split(
             for split, one in zip(splits, times, strict=True)
         )
         table.add_row(f"  {name}", *cells)
+
+
+def _add_experts(
+    table: Table, report: JobReport, times: Sequence[StageTimes], expert_bytes: int
+) -> None:
+    """Experts of split layers that tokens reached, the share of them that was on the device, and
+    what the others take; three rows if any stage of the run has them."""
+    if not any(one.experts_used for one in report.work.stages):
+        return
+    table.add_row("experts reached", *(f"{one.experts_used:,}" for one in times))
+    table.add_row("  on the device", *map(_hits, times))
+    table.add_row("  loaded", *(format_size(one.experts_loaded * expert_bytes) for one in times))
+
+
+def _hits(times: StageTimes) -> str:
+    if not times.experts_used:
+        return "-"
+    return f"{1 - times.experts_loaded / times.experts_used:.0%}"
 
 
 def _add_bytes(

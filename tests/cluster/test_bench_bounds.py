@@ -1,8 +1,14 @@
 import pytest
+from mixtures import MIXTRAL
 
 from headrace.cluster.bench.bounds import Bound, decode_bound, prefill_bound
+from headrace.cluster.bench.driver import Steady
+from headrace.cluster.bench.needed import Bytes, expert_bytes
+from headrace.cluster.bench.phases import Measured
+from headrace.cluster.engine import least_seconds
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
 from headrace.scheduler.placement import Plan
+from headrace.scheduler.plan import StageTimes
 from headrace.scheduler.planner import make_plan
 
 SPEEDS = DeviceProfile("cuda", 2.0, 50.0, 100.0, 1000.0, 1e-4, 10.0)
@@ -59,6 +65,53 @@ def test_prefill_takes_the_fewest_passes_that_the_token_budget_allows() -> None:
     # No logits but the last tokens' are needed, so the head does not count.
     assert found.terms["compute"] == pytest.approx(2 * 4e8 * 64 * 128 / 100e12)
     assert found.terms["nvme"] == 0
+
+
+def split_plan() -> Plan:
+    """Mixtral on one device, all of it on the drive."""
+    budget = Budget(12 << 30, 0)
+    choices = Choices(resident_layers=0, micro_batches=1)
+    return make_plan(MIXTRAL, [SPEEDS], [budget], Workload(256, 4), choices)
+
+
+def test_what_tokens_needed_of_experts_binds_not_what_was_moved() -> None:
+    plan = split_plan()
+    dense, expert = sum(plan.nvme_bytes_a_pass), plan.expert_slot_bytes
+    # 60 were loaded for tokens, ten more that none of them reached.
+    decode = StageTimes(0, 3.0, 2.0, 0.0, dense + 70 * expert, 0, 100, 60)
+    prefill = StageTimes(0, 9.0, 2.0, 0.0, 2 * dense + 512 * expert, 0, 512, 512)
+    found = Steady(9.0, (3.0, 3.0), (decode,), (prefill,), 2)
+    measured = Measured(plan, MIXTRAL, SPEEDS, 4, found)
+    phase = measured.decode(256)
+    assert (phase.needed_bytes, phase.moved_bytes) == (dense + 60 * expert, dense + 70 * expert)
+    assert phase.bound.terms["nvme"] == pytest.approx(phase.needed_bytes / 2e9)
+    assert phase.bound.terms["pcie"] == pytest.approx(phase.needed_bytes / 50e9)
+    assert phase.bound.bound_by == "nvme"
+    first = measured.prefill(128)
+    assert first.needed_bytes == first.moved_bytes == 2 * dense + 512 * expert
+    # The fewest passes are one: that two were taken is not the bound's affair.
+    assert first.bound.terms["nvme"] == pytest.approx((dense + 512 * expert) / 2e9)
+
+
+def test_a_running_job_s_bound_counts_the_experts_that_a_pass_loaded() -> None:
+    plan = split_plan()
+    traffic, dense = plan.prediction.experts, sum(plan.nvme_bytes_a_pass)
+    assert traffic is not None and plan.prediction.bound_by == "nvme"
+    expected = round(traffic.loaded)
+    whole = least_seconds(plan, 0, expected)
+    assert whole == pytest.approx(plan.prediction.terms["nvme"], rel=0.01)
+    fewer = dense + expected // 4 * plan.expert_slot_bytes
+    share = fewer / (dense + expected * plan.expert_slot_bytes)
+    assert least_seconds(plan, 0, expected // 4) == pytest.approx(whole * share, rel=0.01)
+
+
+def test_experts_come_from_where_most_of_them_came_from() -> None:
+    plan = split_plan()
+    dense, expert = sum(plan.nvme_bytes_a_pass), plan.expert_slot_bytes
+    times = StageTimes(0, 3.0, 2.0, 0.0, dense + 30 * expert, 10 * expert, 50, 20)
+    assert expert_bytes(plan, [times], 1) == (Bytes(15 * expert, 5 * expert),)
+    nothing = StageTimes(0, 3.0, 2.0, 0.0, dense, 0, 50, 0)
+    assert expert_bytes(plan, [nothing], 1) == (Bytes(0, 0),)
 
 
 def test_no_share_of_a_bound_that_was_beaten() -> None:

@@ -26,6 +26,8 @@ def test_steady_passes_come_after_all_prompts_and_before_the_first_end() -> None
     assert found.rounds == (1, 3, 2)
     assert found.seconds == 2
     assert found.stages == (StageTimes(0, 2, 0.5, 0.0, 10, 0),)
+    assert found.prefill_stages == (StageTimes(0, 17, 1.0, 0.0, 20, 0),)
+    assert found.prefill_passes == 2
 
 
 def test_a_round_is_as_many_passes_as_are_in_flight() -> None:

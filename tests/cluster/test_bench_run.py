@@ -26,6 +26,7 @@ from headrace.cluster.cli import bench_tables
 from headrace.cluster.cli.main import main
 from headrace.cluster.launch import EngineOptions
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError
+from headrace.scheduler.placement import Tier
 
 CPU = EngineOptions(store=Path(), device="cpu", device_memory=200 << 20)
 
@@ -69,6 +70,51 @@ def test_a_shape_runs_and_says_what_bound_it(tmp_path: Path, shape: str, tier: s
     assert "\u2026" not in text  # nothing is cut
     data = bench_tables.run_json(shape, small_config(shape), "nf4", work, result)
     assert json.loads(json.dumps(data))["decode"]["bound_by"] == result.decode.bound.bound_by
+
+
+@pytest.mark.parametrize("shape", ["mixtral-8x7b", "qwen3-235b", "deepseek-v3"])
+@pytest.mark.parametrize("tier", ["nvme", "host"])
+def test_experts_are_loaded_as_tokens_reach_them(tmp_path: Path, shape: str, tier: str) -> None:
+    work = Work(batch=2, prompt=8, new=8, tier=tier, local=True)
+    config = small_config(shape) | {"num_hidden_layers": 5}
+    with random_store(tmp_path, config, "nf4", in_memory=False, keep=False) as store:
+        result = run_work(CPU, work, store)
+    plan, decode = result.plan, result.decode
+    assert plan.expert_slots[0] > 0
+    assert plan.memory[0].experts == plan.expert_slots[0] * plan.expert_slot_bytes
+    assert (plan.host_experts[0] > 0) == (tier == "host")
+    used = sum(stage.experts_used for stage in result.stages)
+    loaded = sum(stage.experts_loaded for stage in result.stages)
+    layers = 4 if shape == "deepseek-v3" else 5
+    assert layers * 2 <= used <= layers * 4 * plan.micro_batches and loaded <= used
+    dense = sum(plan.nvme_bytes_a_pass) + sum(plan.host_bytes_a_pass)
+    assert dense <= decode.needed_bytes <= decode.moved_bytes
+    assert decode.needed_bytes <= dense + loaded * plan.expert_slot_bytes
+    text = " ".join(printed(bench_tables.run_view("a title", work, result)).split())
+    assert f"experts {used:,} reached by a decode pass's tokens" in text
+    assert "needed with them" in text and "\u2026" not in text
+
+
+def test_experts_of_resident_layers_are_apart_too(tmp_path: Path) -> None:
+    work = Work(batch=2, prompt=8, new=8, tier="nvme", local=True)
+    config = small_config("qwen3-235b") | {"num_hidden_layers": 5}
+    given = replace(CPU, resident_layers=3, micro_batches=1)
+    with random_store(tmp_path, config, "nf4", in_memory=False, keep=False) as store:
+        result = run_work(given, work, store)
+    assert result.plan.placement.tiers.count(Tier.DEVICE) == 3
+    assert result.plan.memory[0].resident < store.layers[0].nbytes
+    assert sum(stage.experts_used for stage in result.stages) >= 5 * 2
+
+
+def test_a_mixture_that_does_not_stay_whole_is_no_tier_device(tmp_path: Path) -> None:
+    work = Work(batch=2, prompt=8, new=6, tier="device", local=True)
+    config = small_config("qwen3-235b") | {"num_hidden_layers": 20}
+    given = replace(CPU, device_memory=1_900_000)
+    with (
+        random_store(tmp_path, config, "nf4", in_memory=False, keep=False) as store,
+        pytest.raises(HeadraceError, match="--tier device keeps every layer with its experts"),
+    ):
+        run_work(given, work, store)
 
 
 def test_the_batch_is_what_the_plan_has_room_for(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from small_shapes import small_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.cli.convert import parse_policy, run_convert, run_inspect
 from headrace.scheduler.errors import HeadraceError, StoreError
 
@@ -56,6 +58,23 @@ def test_inspect_as_json(checkpoint, tmp_path):
     facts = json.loads(console.export_text())
     assert facts["digest"] == store.digest and facts["format"] == "nf4"
     assert sum(block["nbytes"] for block in facts["blocks"]) == facts["nbytes"] == store.nbytes
+
+
+def test_inspect_says_how_layers_are_split(checkpoint, tmp_path):
+    dense = convert(Console(quiet=True), checkpoint, tmp_path / "dense")
+    store = write_store(tmp_path / "store", small_config("deepseek-v3"), "nf4")
+    console = Console(record=True, width=120)
+    run_inspect(console, store.path, verify=False, as_json=False)
+    text = console.export_text()
+    assert "dense + experts" in text and "8 x 12.3 kB" in text
+    run_inspect(console, store.path, verify=False, as_json=True)
+    blocks = json.loads(console.export_text())["blocks"]
+    assert [block["experts"] is None for block in blocks] == [True, True, False, True]
+    split = blocks[2]["experts"]
+    assert split["count"] == 8
+    assert 0 <= split["dense_bytes"] + 8 * split["expert_bytes"] - blocks[2]["nbytes"] < 16 * 4096
+    run_inspect(console, dense.path, verify=False, as_json=False)
+    assert "experts" not in console.export_text()
 
 
 def test_inspect_names_the_damaged_block(checkpoint, tmp_path):

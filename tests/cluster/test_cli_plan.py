@@ -2,6 +2,7 @@ import io
 import json
 
 import pytest
+from mixtures import QWEN3_235B
 from rich.console import Console
 
 from headrace.cluster.cli.plan import layer_ranges, plan_json, render_plan
@@ -90,6 +91,29 @@ def test_render_in_80_columns(memory: int, stages: int) -> None:
         assert format_size(memory_of_stage.device) in text
 
 
+@pytest.mark.parametrize("stages", [1, 3, 8])
+def test_experts_in_80_columns(stages: int) -> None:
+    device = DeviceProfile("cuda", 7.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)
+    budgets = [Budget((10 + i) << 30, 8 << 30) for i in range(stages)]
+    plan = make_plan(QWEN3_235B, [device] * stages, budgets, Workload(1024, 4))
+    text = printed(plan)
+    words = " ".join(text.split())
+    assert "\u2026" not in text
+    assert "layers resident without their experts" in words
+    assert "slots for experts" in words and "experts in host memory" in words
+    least, most = min(plan.expert_slots), max(plan.expert_slots)
+    counts = f"{most}" if stages == 1 else f"{least} to {most}"
+    assert f"experts {counts} slots of 10.1 MiB on a device" in words
+    traffic = plan.prediction.experts
+    assert traffic is not None
+    assert f"reaches {traffic.reached:,.0f} and loads {traffic.loaded:,.0f} of them" in words
+    assert f"{format_size(round(traffic.nvme_bytes))} from NVMe" in words
+    data = json.loads(json.dumps(plan_json(plan)))
+    assert data["expert_slots"] == list(plan.expert_slots)
+    assert data["prediction"]["experts"]["loaded"] == traffic.loaded
+    assert data["memory"][0]["experts"] == plan.expert_slots[0] * plan.expert_slot_bytes
+
+
 def test_json_round_trip() -> None:
     plan = plan_of(2, 1_200_000)
     data = json.loads(json.dumps(plan_json(plan)))
@@ -98,3 +122,5 @@ def test_json_round_trip() -> None:
     assert data["memory"][0]["device"] == plan.memory[0].device
     assert data["prediction"]["tokens_per_second"] == plan.prediction.tokens_per_second
     assert data["num_pages"] == plan.num_pages
+    assert data["prediction"]["experts"] is None
+    assert "expert" not in printed(plan)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -471,6 +471,23 @@ def test_a_trace_splits_what_was_computed() -> None:
         "computing 3.0s 30% 0.0s 0% dequant 0.5s 5% - matmul 1.5s 15% - attention 0.2s 2% - "
         "other 0.8s 8% -"
     ) in cells_of(console.file.getvalue())
+
+
+def test_experts_have_rows_of_their_own() -> None:
+    stages = (
+        StageTimes(0, 10.0, 6.0, 1.0, 10**9, 0, 4000, 1000),
+        StageTimes(1, 10.0, 6.0, 1.0, 0, 0),
+    )
+    report = make_report(work=Work(50, 30, 200, 10.0, 9.0, stages))
+    console = Console(file=StringIO(), width=80)
+    console.print(stage_table(report, expert_bytes=1 << 20))
+    assert isinstance(console.file, StringIO)
+    text = cells_of(console.file.getvalue())
+    assert "experts reached 4,000 0 on the device 75% - loaded 1000 MiB 0 B" in text
+    split = replace(PLAN, nvme_bytes_a_pass=(0, 0), host_bytes_a_pass=(0, 0), expert_slots=(8, 8))
+    console.print(final_table(report, replace(SETTING, plan=split)))
+    told = " ".join(console.file.getvalue().split())
+    assert "every pass streamed experts as tokens reached them." in told
 
 
 def test_many_stages_stay_within_eighty_columns() -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_checks import check
 
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.placement import Plan, Tier
@@ -80,39 +81,6 @@ def plan_of(
     )
     check(plan, shape, [Budget(int(device), int(host))] * stages)
     return plan
-
-
-def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
-    """Everything that a plan promises about itself."""
-    placement = plan.placement
-    assert placement.num_layers == shape.num_layers
-    assert placement.num_stages == len(budgets)
-    for stage, (memory, budget) in enumerate(zip(plan.memory, budgets, strict=True)):
-        layers = placement.layers_of(stage)
-
-        def size(tier: Tier, layers: tuple[int, ...] = layers) -> int:
-            return sum(shape.layer_bytes[i] for i in layers if placement.tiers[i] is tier)
-
-        assert memory.device <= budget.device_memory
-        assert memory.host_layers <= budget.host_memory
-        assert memory.resident == size(Tier.DEVICE)
-        assert memory.host_layers == size(Tier.HOST) == plan.host_bytes_a_pass[stage]
-        assert size(Tier.NVME) == plan.nvme_bytes_a_pass[stage]
-        assert memory.kv == plan.num_pages * sum(shape.layer_kv_bytes[i] for i in layers)
-        assert memory.ring == plan.ring_slots[stage] * plan.slot_bytes
-        assert memory.head == (shape.head_bytes if stage == placement.last_stage else 0)
-        assert memory.embed == (shape.embed_bytes if stage == placement.first_stage else 0)
-        streamed = placement.streamed(stage)
-        widest = max(len(placement.visits[v].layers) for v in placement.visits_of(stage))
-        assert (plan.ring_slots[stage] >= 2 * widest) if streamed else not plan.ring_slots[stage]
-        assert all(shape.layer_bytes[i] <= plan.slot_bytes for i in streamed)
-    assert plan.micro_batches * plan.micro_batch_tokens >= plan.token_budget >= plan.micro_batches
-    assert 1 <= plan.max_sequences <= plan.token_budget
-    prediction = plan.prediction
-    assert prediction.pass_seconds == prediction.terms[prediction.bound_by]
-    assert prediction.pass_seconds == max(prediction.terms.values()) > 0
-    assert prediction.tokens_per_second == prediction.sequences / prediction.pass_seconds
-    assert prediction.sequences <= plan.max_sequences * plan.passes_in_flight
 
 
 def test_what_fits_is_a_pipeline_of_resident_blocks() -> None:

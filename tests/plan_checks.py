@@ -1,0 +1,62 @@
+"""What every plan promises about itself."""
+
+from headrace.scheduler.experts import num_experts, transit_slots
+from headrace.scheduler.inputs import Budget, ModelShape
+from headrace.scheduler.placement import Plan, Tier
+
+
+def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
+    """Everything that a plan promises about itself."""
+    placement = plan.placement
+    assert placement.num_layers == shape.num_layers
+    assert placement.num_stages == len(budgets)
+    held = shape.held_bytes(split=bool(plan.expert_slots))
+    for stage, (memory, budget) in enumerate(zip(plan.memory, budgets, strict=True)):
+        layers = placement.layers_of(stage)
+
+        def size(tier: Tier, layers: tuple[int, ...] = layers) -> int:
+            return sum(held[i] for i in layers if placement.tiers[i] is tier)
+
+        assert memory.device <= budget.device_memory
+        assert memory.host <= budget.host_memory
+        assert memory.resident == size(Tier.DEVICE)
+        assert memory.host_layers == size(Tier.HOST) == plan.host_bytes_a_pass[stage]
+        assert size(Tier.NVME) == plan.nvme_bytes_a_pass[stage]
+        assert memory.kv == plan.num_pages * sum(shape.layer_kv_bytes[i] for i in layers)
+        assert memory.ring == plan.ring_slots[stage] * plan.slot_bytes
+        assert memory.head == (shape.head_bytes if stage == placement.last_stage else 0)
+        assert memory.embed == (shape.embed_bytes if stage == placement.first_stage else 0)
+        streamed = placement.streamed(stage)
+        widest = max(len(placement.visits[v].layers) for v in placement.visits_of(stage))
+        assert (plan.ring_slots[stage] >= 2 * widest) if streamed else not plan.ring_slots[stage]
+        assert all(held[i] <= plan.slot_bytes for i in streamed)
+    if plan.expert_slots:
+        check_experts(plan, shape)
+    else:
+        assert plan.expert_slot_bytes == 0 and plan.host_experts == ()
+        assert plan.prediction.experts is None
+        assert not any(memory.experts + memory.host_experts for memory in plan.memory)
+    assert plan.micro_batches * plan.micro_batch_tokens >= plan.token_budget >= plan.micro_batches
+    assert 1 <= plan.max_sequences <= plan.token_budget
+    prediction = plan.prediction
+    assert prediction.pass_seconds == prediction.terms[prediction.bound_by]
+    assert prediction.pass_seconds == max(prediction.terms.values()) > 0
+    assert prediction.tokens_per_second == prediction.sequences / prediction.pass_seconds
+    assert prediction.sequences <= plan.max_sequences * plan.passes_in_flight
+
+
+def check_experts(plan: Plan, shape: ModelShape) -> None:
+    """What a plan of split layers promises besides: slots for those on their way, none too many."""
+    assert plan.expert_slot_bytes == shape.expert_bytes
+    for stage, memory in enumerate(plan.memory):
+        slots, host = plan.expert_slots[stage], plan.host_experts[stage]
+        total = num_experts(shape, plan.placement.layers_of(stage))
+        transit = transit_slots(shape, plan.placement.visits, stage, plan.micro_batches)
+        assert transit <= slots <= total and host <= total
+        assert memory.experts == slots * plan.expert_slot_bytes
+        assert memory.host_experts == host * plan.expert_slot_bytes
+    traffic = plan.prediction.experts
+    assert traffic is not None
+    assert 0 <= traffic.loaded <= traffic.reached
+    nbytes = traffic.nvme_bytes + traffic.host_bytes
+    assert nbytes <= traffic.loaded * plan.expert_slot_bytes * (1 + 1e-9)

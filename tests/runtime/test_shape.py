@@ -1,0 +1,38 @@
+"""What the planner is told of a store."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_shapes import small_config
+
+from headrace.cluster.bench.random_store import write_store
+from headrace.runtime.shape import model_shape
+from headrace.runtime.store import ALIGN_BLOCK
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-235b", "deepseek-v3"])
+def test_experts_can_be_read_alone(tmp_path: Path, name: str, fmt: str) -> None:
+    store = write_store(tmp_path / "store", small_config(name), fmt)
+    shape = model_shape(store, torch.float32)
+    assert shape.can_split
+    dense = 1 if name == "deepseek-v3" else 0
+    assert [experts is None for experts in shape.experts] == [i < dense for i in range(2)]
+    held = shape.held_bytes(split=True)
+    for layer in range(dense, 2):
+        experts, block = shape.experts_of(layer), store.layers[layer]
+        assert experts is not None
+        assert (experts.count, experts.per_token) == (8, 2)
+        assert held[layer] == experts.dense_bytes < shape.layer_bytes[layer]
+        # Neighbours may share a page.
+        pages = experts.dense_bytes + experts.count * experts.expert_bytes
+        assert 0 <= pages - block.nbytes <= 2 * experts.count * ALIGN_BLOCK
+        assert experts.expert_bytes % ALIGN_BLOCK == experts.dense_bytes % ALIGN_BLOCK == 0
+    assert shape.held_bytes(split=False) == shape.layer_bytes
+
+
+def test_a_model_without_experts(tmp_path: Path) -> None:
+    shape = model_shape(write_store(tmp_path / "store", small_config("8b"), "nf4"), torch.float32)
+    assert not shape.can_split and shape.expert_bytes == 0
+    assert shape.held_bytes(split=True) == shape.layer_bytes
