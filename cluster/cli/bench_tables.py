@@ -71,7 +71,7 @@ def _seconds(seconds: float) -> str:
 
 def _share(phase: Phase) -> str:
     """A run that is faster than its bound shows that a speed was measured too low."""
-    return "not established" if phase.share is None else f"{phase.share:.2f}"
+    return "above 1" if phase.share is None else f"{phase.share:.2f}"
 
 
 def _setting(work: Work, result: Result) -> Table:
