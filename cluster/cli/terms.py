@@ -2,7 +2,7 @@
 
 TERMS = {
     "nvme": "reading from NVMe",
-    "pcie": "copying from host memory",
+    "pcie": "copying from host RAM",
     "compute": "arithmetic",
     "hbm": "device memory traffic",
     "hops": "hops between stages",
