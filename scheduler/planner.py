@@ -29,7 +29,7 @@ from headrace.scheduler.memory import (
 )
 from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
-from headrace.scheduler.predict import Decode, predict, timing
+from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
 from headrace.scheduler.refusal import refusal
 from headrace.scheduler.simulate import simulate
 
@@ -231,9 +231,10 @@ def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
 def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
     layout, placement = candidate.layout, candidate.filling.placement
     decode = Decode.of(layout, candidate.prediction.sequences, problem.context)
+    ahead = passes_ahead(candidate.prediction)
     seconds = simulate(
         placement,
-        timing(problem.shape, problem.profiles, placement, decode),
+        timing(problem.shape, problem.profiles, placement, decode, ahead),
         ring_slots=candidate.filling.ring_slots,
         micro_batches=decode.micro_batches,
         passes_in_flight=layout.passes_in_flight,
@@ -269,6 +270,7 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         sample_rows=layout.sample_rows,
         graph_rows=layout.graph_rows,
         passes_in_flight=layout.passes_in_flight,
+        ahead=passes_ahead(candidate.prediction),
         memory=filling.memory,
         nvme_bytes_a_pass=nvme,
         host_bytes_a_pass=host,

@@ -21,7 +21,18 @@ TERA = 1e12
 
 TURNAROUND = 0.008
 """Seconds between a pass's last layer and the next one's first, measured on an H200 with 256
-sequences; a ring with slots to spare loads through them."""
+sequences: the driver commits, schedules, encodes and calls. A ring with slots to spare loads through
+them."""
+
+TURNAROUND_AHEAD = 0.001
+"""The same for a pass that waits on the stage already: it answers, and takes the next call."""
+
+TURNAROUND_BETWEEN = 0.002
+"""The same where the tokens go to another stage, from Ray to Ray."""
+
+AHEAD_BELOW = 1.0
+"""Seconds of a pass. In longer ones the turn is lost among the loads, and a new request would wait
+for a second one to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +91,25 @@ def _hop_seconds(
     return max(p.hop_seconds for p in profiles), size / min(p.link_gbps for p in profiles)
 
 
+def passes_ahead(prediction: Prediction) -> int:
+    """Passes to submit before the tokens that they continue are known."""
+    return 1 if prediction.pass_seconds < AHEAD_BELOW else 0
+
+
+def turnaround(placement: Placement, ahead: int) -> float:
+    """Seconds between a pass's last layer and the first one of the pass that needs its tokens."""
+    if not ahead:
+        return TURNAROUND
+    same = placement.first_stage == placement.last_stage
+    return TURNAROUND_AHEAD if same else TURNAROUND_BETWEEN
+
+
 def timing(
-    shape: ModelShape, profiles: Sequence[DeviceProfile], placement: Placement, decode: Decode
+    shape: ModelShape,
+    profiles: Sequence[DeviceProfile],
+    placement: Placement,
+    decode: Decode,
+    ahead: int,
 ) -> Timing:
     """What `simulate` needs. Dequantizing and matmuls alternate, so their times add up."""
     load = [0.0] * shape.num_layers
@@ -96,7 +124,7 @@ def timing(
     compute[-1] += _head_flops(shape, decode.rows) / (last.tflops * TERA)
     compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)
     hop = sum(_hop_seconds(shape, profiles, decode.rows))
-    return Timing(tuple(load), tuple(compute), hop, TURNAROUND)
+    return Timing(tuple(load), tuple(compute), hop, turnaround(placement, ahead))
 
 
 def _head_flops(shape: ModelShape, rows: float) -> float:

@@ -13,7 +13,8 @@ ROUNDS = 6
 class Timing:
     """Seconds of loading each layer (0 when resident), of computing each layer for one micro-batch,
     and of one micro-batch's hop to another stage. `turnaround` is what lies between the end of a
-    pass and the start of the one that needs its samples: sampling, committing, calling the stages.
+    pass and the start of the one that needs its samples: sampling, committing, calling the stages,
+    or handing over what was drawn where the stages have been called before.
     """
 
     load: tuple[float, ...]

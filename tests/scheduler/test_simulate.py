@@ -112,7 +112,7 @@ def simulated(plan: Plan, shape: ModelShape, profiles: list[DeviceProfile], cont
     decode = Decode.of(layout, plan.prediction.sequences, context)
     return simulate(
         plan.placement,
-        timing(shape, profiles, plan.placement, decode),
+        timing(shape, profiles, plan.placement, decode, plan.ahead),
         ring_slots=plan.ring_slots,
         micro_batches=decode.micro_batches,
         passes_in_flight=plan.passes_in_flight,
