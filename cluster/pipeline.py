@@ -216,6 +216,8 @@ class LocalPipeline:
         return [stage.recorder.take() if stage.recorder else None for stage in self._stages]
 
     def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
         for stage in self._stages:
             stage.close()
         for thread in self._threads:

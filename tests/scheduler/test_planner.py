@@ -113,6 +113,7 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
     assert prediction.pass_seconds == max(prediction.terms.values()) > 0
     assert prediction.tokens_per_second == prediction.sequences / prediction.pass_seconds
     assert prediction.sequences <= plan.max_sequences * plan.passes_in_flight
+    assert plan.ahead == (prediction.pass_seconds < 1.0)
 
 
 def test_what_fits_is_a_pipeline_of_resident_blocks() -> None:
@@ -127,6 +128,7 @@ def test_one_resident_stage_is_one_visit() -> None:
     plan = plan_of(LLAMA_8B_BF16, 1, 24 * GB)
     assert len(plan.placement.visits) == 1 and plan.passes_in_flight == 1
     assert plan.prediction.terms["hops"] == 0
+    assert plan.ahead == 1  # a pass takes milliseconds, and so does the way through the driver
 
 
 def test_streaming_goes_round_in_one_convoy() -> None:
@@ -138,6 +140,7 @@ def test_streaming_goes_round_in_one_convoy() -> None:
     seconds = sum(plan.nvme_bytes_a_pass) / (4 * 7e9)  # evenly over four drives
     assert plan.prediction.pass_seconds == pytest.approx(seconds, rel=0.1)
     assert plan.prediction.pass_seconds == max(plan.nvme_bytes_a_pass) / 7e9
+    assert plan.ahead == 0  # seconds, through which a new request would wait twice
 
 
 def test_cyclic_beats_contiguous_groups_by_the_number_of_stages() -> None:

@@ -6,7 +6,7 @@ from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape
 from headrace.scheduler.memory import Layout
 from headrace.scheduler.placement import Placement, Plan, Tier, contiguous_visits, cyclic_visits
 from headrace.scheduler.planner import make_plan
-from headrace.scheduler.predict import Decode, timing
+from headrace.scheduler.predict import TURNAROUND, Decode, timing, turnaround
 from headrace.scheduler.simulate import Timing, simulate
 
 GB = 10**9
@@ -90,6 +90,16 @@ def test_host_and_drive_load_side_by_side() -> None:
     placement = Placement(1, contiguous_visits(8, 1, 1), tiers)
     times = Timing((1.0, 0.9) * 4, (0.0,) * 8, 0.0)
     assert run(placement, times, slots=4, batches=1, passes=1) == pytest.approx(4.0, rel=0.05)
+
+
+def test_a_pass_ahead_shortens_the_turn() -> None:
+    one, two = blocks(4, 1, Tier.DEVICE), blocks(4, 2, Tier.DEVICE)
+    assert turnaround(one, 0) == turnaround(two, 0) == TURNAROUND
+    assert turnaround(one, 1) < turnaround(two, 1) < TURNAROUND
+    times = Timing((0.0,) * 4, (0.001,) * 4, 0.0, turnaround(one, 1))
+    assert run(one, times, slots=0, batches=1, passes=1) == pytest.approx(
+        0.004 + turnaround(one, 1)
+    )
 
 
 def test_resident_layers_hide_loads() -> None:
