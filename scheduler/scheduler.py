@@ -103,11 +103,12 @@ class Scheduler:
         # A pass that took every request would leave the others in flight without any.
         share = -(-len(self._live) // self.config.passes_in_flight)
         draft = Draft(self.config, min(self.config.max_sequences, share))
-        # Until every group has its pass, requests of the others would only crowd into one.
-        is_full = len(self._steps) >= self.config.passes_in_flight
-        self._continue_running(draft, may_follow=is_full)
+        # Every group gets its pass before the requests of one get a second.
+        can_follow = bool(self.config.ahead and self._steps)
+        is_ahead = can_follow and len(self._steps) >= self.config.passes_in_flight
+        self._continue_running(draft, may_follow=is_ahead)
         self._admit_waiting(draft)
-        if not draft.slices and not is_full:
+        if can_follow and not is_ahead and not draft.slices:
             self._continue_running(draft, may_follow=True)
         if not draft.slices:
             assert self._in_flight or not self._live, "idle with work to do"
@@ -158,7 +159,6 @@ class Scheduler:
         return min(request.num_prompt + request.params.max_tokens, self.config.max_context)
 
     def _continue_running(self, draft: Draft, *, may_follow: bool) -> None:
-        may_follow = may_follow and bool(self.config.ahead and self._steps)
         ready = [r for r in self._running.values() if self._is_ready(r, may_follow)]
         for request in service_order(ready):
             if not draft.room:
