@@ -100,9 +100,12 @@ class Engine:
         return request_id <= self._newest_started
 
     def step(self) -> list[Completion]:
-        """Keep the ring full, then apply the oldest pass. Returns the requests that it finished."""
+        """Keep the ring full, then apply the oldest pass. Returns the requests that it finished.
+
+        With a pass ahead, the next one runs while this one's tokens are committed.
+        """
         started = time.monotonic()
-        while len(self._in_flight) < self.plan.passes_in_flight:
+        while len(self._in_flight) < self.plan.passes_in_flight + self.plan.ahead:
             with self._tracer.span(Kind.SCHEDULE):
                 a_pass = self._scheduler.schedule()
             if a_pass is None:
@@ -216,4 +219,5 @@ def scheduler_config(plan: Plan) -> SchedulerConfig:
         micro_batches=plan.micro_batches,
         micro_batch_tokens=plan.micro_batch_tokens,
         passes_in_flight=plan.passes_in_flight,
+        ahead=plan.ahead,
     )

@@ -223,7 +223,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         plan = plan_run(options, store, device, dtype, found)
         _load(actors, plan, options, device, dtype, found)
         _connect(actors, options, stack)
-        pipeline = RayPipeline(actors, options.deadline)
+        pipeline = RayPipeline(actors, plan, options.deadline)
         trace = RunTrace(options.trace, pipeline) if options.trace is not None else None
         yield stack.enter_context(
             Engine(

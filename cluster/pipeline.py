@@ -6,10 +6,11 @@ Every Ray call of a running ring is made here; the engine and the scheduler know
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray
 
@@ -17,12 +18,15 @@ from headrace.cluster.wire import decode, encode
 from headrace.runtime.stage import Stage
 from headrace.runtime.trace import Trace
 from headrace.scheduler.errors import HeadraceError, StageError
+from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult
 
 TRACE_SECONDS = 30.0
 """How long stages may take to finish the passes under way and hand over their traces."""
 
 _PINGS = 8
+
+T = TypeVar("T")
 
 
 class Pending(Protocol):
@@ -32,7 +36,10 @@ class Pending(Protocol):
 
 class Pipeline(Protocol):
     def submit(self, a_pass: Pass) -> Pending:
-        """Start a pass on every stage; returns at once. Stages run passes in submission order."""
+        """Start a pass on every stage; returns at once. Stages run passes in submission order.
+
+        It fails when the pass that it follows does; ask for the result of that one first.
+        """
 
     def close(self) -> None: ...
 
@@ -90,6 +97,27 @@ def _reason(error: Exception) -> str:
     return (found or lines)[0]
 
 
+class _Draws(Generic[T]):
+    """The results of the last visit's stage in the newest passes, as promises.
+
+    The stage of the first visit needs them before the driver does, unless they are its own.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        placement = plan.placement
+        self._first, self._last = placement.first_stage, placement.last_stage
+        self._results: deque[tuple[int, T]] = deque(maxlen=plan.passes_in_flight)
+
+    def needed(self, a_pass: Pass, stage: int) -> T | None:
+        """What `stage` has to be given for `a_pass`."""
+        if a_pass.follows is None or stage != self._first or self._first == self._last:
+            return None
+        return dict(self._results)[a_pass.follows]
+
+    def note(self, a_pass: Pass, results: Sequence[T]) -> None:
+        self._results.append((a_pass.step, results[self._last]))
+
+
 class _RayPending:
     def __init__(self, refs: list[Any], deadline: float, step: int) -> None:
         self._refs, self._deadline, self._step = refs, deadline, step
@@ -100,18 +128,24 @@ class _RayPending:
 
 
 class RayPipeline:
-    """Stages that are Ray actors. One call per stage and pass; all stages get the same bytes."""
+    """Stages that are Ray actors. One call per stage and pass; all stages get the same bytes.
 
-    def __init__(self, actors: Sequence[Any], deadline: float) -> None:
+    A result that another stage needs goes there from Ray to Ray: the call waits for it, and so do
+    that actor's later ones.
+    """
+
+    def __init__(self, actors: Sequence[Any], plan: Plan, deadline: float) -> None:
         self._actors, self._deadline = list(actors), deadline
+        self._draws: _Draws[Any] = _Draws(plan)
 
     def submit(self, a_pass: Pass) -> Pending:
         payload = encode(a_pass)
         # Names show in ps and on the dashboard. Ray keeps statistics by name, so there are few.
         refs = [
-            actor.run.options(name=f"stage {i}").remote(payload)
+            actor.run.options(name=f"stage {i}").remote(payload, self._draws.needed(a_pass, i))
             for i, actor in enumerate(self._actors)
         ]
+        self._draws.note(a_pass, refs)
         return _RayPending(refs, self._deadline, a_pass.step)
 
     def take_traces(self) -> list[Trace | None]:
@@ -154,6 +188,10 @@ class _LocalPending:
         return [future.result() for future in self._futures]
 
 
+def _run(stage: Stage, a_pass: Pass, before: Future[PassResult] | None) -> PassResult:
+    return stage.run(a_pass, None if before is None else before.result())
+
+
 class LocalPipeline:
     """The same stages as threads of this process: one device, tests, and no start-up time."""
 
@@ -163,16 +201,23 @@ class LocalPipeline:
             ThreadPoolExecutor(1, thread_name_prefix=f"stage-{i}") for i in range(len(stages))
         ]
         self._lock = threading.Lock()
+        self._draws: _Draws[Future[PassResult]] = _Draws(stages[0].config.plan)
 
     def submit(self, a_pass: Pass) -> Pending:
         with self._lock:  # all stages see passes in one order
-            pairs = zip(self._threads, self._stages, strict=True)
-            return _LocalPending([thread.submit(stage.run, a_pass) for thread, stage in pairs])
+            futures = [
+                thread.submit(_run, stage, a_pass, self._draws.needed(a_pass, i))
+                for i, (thread, stage) in enumerate(zip(self._threads, self._stages, strict=True))
+            ]
+            self._draws.note(a_pass, futures)
+            return _LocalPending(futures)
 
     def take_traces(self) -> list[Trace | None]:
         return [stage.recorder.take() if stage.recorder else None for stage in self._stages]
 
     def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown(wait=False, cancel_futures=True)
         for stage in self._stages:
             stage.close()
         for thread in self._threads:

@@ -18,7 +18,7 @@ from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.skeleton import Skeleton, load_config
 from headrace.runtime.stage import Stage, StageConfig
 from headrace.scheduler.inputs import DeviceProfile
-from headrace.scheduler.plan import Pass
+from headrace.scheduler.plan import Pass, PassResult
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MMAP_BYTES = 1 << 20
@@ -112,10 +112,11 @@ class StageActor:
         )
         stage.connect(*ends)
 
-    def run(self, payload: bytes) -> bytes:
-        """One pass: a Pass in, a PassResult out."""
+    def run(self, payload: bytes, before: bytes | None = None) -> bytes:
+        """One pass: a Pass in, and the PassResult that it needs; a PassResult out."""
         assert self._stage is not None
-        return encode(self._stage.run(decode(payload, Pass)))
+        known = None if before is None else decode(before, PassResult)
+        return encode(self._stage.run(decode(payload, Pass), known))
 
     def take_trace(self) -> bytes:
         """The Trace of the newest passes, for a stage that was told to keep one."""

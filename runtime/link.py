@@ -3,8 +3,8 @@
 Why no wait is circular. All transfers of a run have one global order: by pass, then visit, then
 micro-batch. Every stage works through its own part of that order, and who sends and who receives
 follows from the pass and the placement, which all stages share. A send never blocks: it is queued,
-and the sender goes on. A receive waits only for a send that precedes it in the global order. So the
-earliest unfinished operation can always proceed, also around the wrap-around edge of a cycle. Sends
+and the sender goes on. A receive waits only for a send that precedes it in the global order, and a
+pass that follows another for the tokens that this one drew, at the end of its part. So the earliest unfinished operation can always proceed, also around the wrap-around edge of a cycle. Sends
 of one pass are collected while the next one runs, which bounds the buffers held.
 
 Each operation has a deadline; a peer that does not answer in time is a StageError, never a hang.

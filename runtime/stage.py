@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.drawn_tokens import DrawnTokens
 from headrace.runtime.graphs import Capture, CudaCapture, DecodeGraphs, Lane
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
@@ -75,6 +76,9 @@ class Stage:
         self.device = torch.device(config.device)
         self._plan, self._placement = config.plan, config.plan.placement
         self._visits = self._placement.visits_of(config.stage)
+        self._drawn = DrawnTokens(config.plan.passes_in_flight)
+        ends = self._placement.first_stage, self._placement.last_stage
+        self._reads_tokens = config.stage in ends
         self._senders: Mapping[int, Sender] = {}
         self._receivers: Mapping[int, Receiver] = {}
         self._closed = threading.Event()
@@ -170,11 +174,19 @@ class Stage:
         """Take over the ends of the edges to other stages, by peer."""
         self._senders, self._receivers = senders, receivers
 
-    def run(self, a_pass: Pass) -> PassResult:
-        """Execute this stage's visits of `a_pass`; blocks until the device has finished them."""
+    def run(self, a_pass: Pass, before: PassResult | None = None) -> PassResult:
+        """Execute this stage's visits of `a_pass`; blocks until the device has finished them.
+
+        The stage of the first visit gets the result of the pass that `a_pass` follows, if it is not
+        the stage that drew it itself.
+        """
         try:
             with torch.inference_mode(), self._on_device(), self.tracer.one_pass(a_pass.step):
-                return self._run(a_pass)
+                if before is not None:
+                    self._drawn.note(before)
+                result = self._run(self._drawn.complete(a_pass) if self._reads_tokens else a_pass)
+                self._drawn.note(result)
+                return result
         except torch.OutOfMemoryError as error:
             raise StageError(
                 f"stage {self.config.stage} ran out of its device memory in pass {a_pass.step}: "

@@ -12,7 +12,8 @@ class SchedulerConfig:
     `num_pages` KV pages; `max_context` tokens a request, prompt and output together; at most
     `token_budget` tokens and `max_sequences` slices a pass, in at most `micro_batches`
     micro-batches of at most `micro_batch_tokens` tokens each. The engine keeps up to
-    `passes_in_flight` passes under way, over which requests are spread evenly.
+    `passes_in_flight` passes under way, over which requests are spread evenly, and `ahead` (0 or 1)
+    more, made before the tokens that they continue are known.
 
     Raises HeadraceError for a limit that no request could meet.
     """
@@ -24,11 +25,13 @@ class SchedulerConfig:
     micro_batches: int
     micro_batch_tokens: int
     passes_in_flight: int = 1
+    ahead: int = 0
 
     def __post_init__(self) -> None:
+        assert self.ahead <= 1, "a pass follows the one before, whose tokens a stage remembers"
         for limit in fields(self):
             # The shortest request is one token of prompt and one of output.
-            least = 2 if limit.name == "max_context" else 1
+            least = {"max_context": 2, "ahead": 0}.get(limit.name, 1)
             value = getattr(self, limit.name)
             if value < least:
                 raise HeadraceError(

@@ -165,7 +165,8 @@ class Plan:
     `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages with the same ids on every
     stage; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
-    at a time, sampled `sample_rows` at a time; `passes_in_flight` passes. Micro-batches of at most
+    at a time, sampled `sample_rows` at a time; `passes_in_flight` passes, and `ahead` (0 or 1) that
+    are submitted before the tokens of the pass they follow are known. Micro-batches of at most
     `graph_rows` decodes are replayed as CUDA graphs.
 
     Where `expert_slots[stage]` is not 0, the stage's layers whose experts can be read alone are
@@ -188,6 +189,7 @@ class Plan:
     sample_rows: int
     graph_rows: int
     passes_in_flight: int
+    ahead: int
     memory: tuple[StageMemory, ...]
     nvme_bytes_a_pass: tuple[int, ...]
     host_bytes_a_pass: tuple[int, ...]

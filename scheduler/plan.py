@@ -10,14 +10,17 @@ from dataclasses import dataclass
 PAGE_TOKENS = 64
 """Tokens in one KV page, on every stage and layer."""
 
+FOLLOWS = -1
+"""In place of a token that is not known yet: the one that the request's slice before draws."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the token after a slice is drawn.
 
     `history` carries the request's tokens so far (prompt and output) when a penalty needs them and
-    is empty otherwise; `num_prompt` says how many of them are prompt. The random number is a
-    function of (seed, position) alone, so that running a pass again draws the same token.
+    is empty otherwise; `num_prompt` says how many of them are prompt. Where the slice's token
+    FOLLOWS, it is missing at the end of `history`, too. The random number is a function of (seed, position) alone, so that running a pass again draws the same token.
     """
 
     temperature: float
@@ -38,7 +41,8 @@ class Slice:
     """Consecutive tokens of one request: positions [start, start + len(tokens)).
 
     `pages[i]` holds positions [64 i, 64 i + 64); together they cover at least the slice's end.
-    `sampling` is None while the slice does not reach the end of the request's tokens.
+    `sampling` is None while the slice does not reach the end of the request's tokens. A decode's
+    token may be FOLLOWS.
     """
 
     request: int
@@ -50,6 +54,11 @@ class Slice:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def follows(self) -> bool:
+        """Whether its token is not known yet."""
+        return self.tokens[-1] == FOLLOWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +74,14 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One sweep through every layer. Stages execute passes in the order of `step`."""
+    """One sweep through every layer. Stages execute passes in the order of `step`.
+
+    Tokens that FOLLOW are drawn in the earlier pass whose step is `follows`; None when all are known.
+    """
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
+    follows: int | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -31,7 +31,7 @@ from headrace.scheduler.memory import (
 )
 from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
-from headrace.scheduler.predict import Decode, predict, timing
+from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
 from headrace.scheduler.refusal import refusal
 from headrace.scheduler.simulate import simulate
 
@@ -261,7 +261,14 @@ def _candidate(problem: _Problem, layout: Layout, sequences: int) -> _Candidate:
 def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
     layout, filling = candidate.layout, candidate.filling
     decode = Decode.of(layout, candidate.prediction.sequences, problem.context)
-    times = timing(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
+    times = timing(
+        problem.shape,
+        problem.profiles,
+        filling.placement,
+        decode,
+        passes_ahead(candidate.prediction),
+        filling.pools,
+    )
     slots = filling.ring_slots
     if filling.pools is not None and any(experts.ahead for experts in times.experts.values()):
         slots = loads_ahead(
@@ -306,6 +313,7 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         sample_rows=layout.sample_rows,
         graph_rows=layout.graph_rows,
         passes_in_flight=layout.passes_in_flight,
+        ahead=passes_ahead(candidate.prediction),
         memory=filling.memory,
         nvme_bytes_a_pass=nvme,
         host_bytes_a_pass=host,

@@ -10,10 +10,6 @@ from headrace.scheduler.plan import MicroBatch, Slice
 from headrace.scheduler.request import Request
 
 
-def by_age(requests: Iterable[Request]) -> list[Request]:
-    return sorted(requests, key=lambda request: request.request_id)
-
-
 def service_order(requests: Iterable[Request]) -> list[Request]:
     """Decodes before prefill chunks, each oldest first.
 
@@ -22,14 +18,14 @@ def service_order(requests: Iterable[Request]) -> list[Request]:
     return sorted(requests, key=lambda request: (request.num_pending > 1, request.request_id))
 
 
-def choose_victim(ready: Sequence[Request], needy: Request) -> Request | None:
-    """Who gives its pages to `needy`: the youngest, or nobody when that is `needy` itself.
+def choose_victim(running: Iterable[Request], needy: Request) -> Request | None:
+    """Who gives its pages to `needy`: the youngest of those that are younger, if there are any.
 
-    `ready` is ordered by age and holds no request in flight. That only the younger give way to the
-    older keeps the oldest request moving, whatever the others do.
+    Those in flight, which cannot go at once, come last. That only the younger give way to the older
+    keeps the oldest request moving, whatever the others do.
     """
-    youngest = ready[-1]
-    return None if youngest is needy else youngest
+    younger = [request for request in running if request.request_id > needy.request_id]
+    return max(younger, key=lambda request: (not request.passes, request.request_id), default=None)
 
 
 def watermark(num_pages: int, num_running: int) -> int:

@@ -73,8 +73,10 @@ class SamplingParams:
 class Request:
     """A sequence being continued. The scheduler owns it; `tokens` grows by what it commits.
 
-    `num_computed` tokens have their keys and values in `pages`; whatever lies beyond is pending, so
-    prefill, decode and recompute after a preemption are the same subtraction.
+    The pages hold the keys and values of the first `num_scheduled` tokens, once `passes` have run:
+    the steps of those in flight that compute some of them. They draw `num_drawing` more tokens.
+    Whatever lies beyond `num_scheduled` is pending, so prefill, decode, a decode whose token is still
+    being drawn and recompute after a preemption are the same subtraction.
     """
 
     request_id: int
@@ -83,7 +85,9 @@ class Request:
     seed: int
     stop_ids: frozenset[int] = frozenset()
     num_prompt: int = field(init=False)
-    num_computed: int = field(init=False, default=0)
+    num_scheduled: int = field(init=False, default=0)
+    num_drawing: int = field(init=False, default=0)
+    passes: list[int] = field(init=False, default_factory=list)
     pages: list[int] = field(init=False, default_factory=list)
     finish_reason: FinishReason | None = field(init=False, default=None)
 
@@ -92,7 +96,7 @@ class Request:
 
     @property
     def num_pending(self) -> int:
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_drawing - self.num_scheduled
 
     @property
     def num_output(self) -> int:

@@ -1,5 +1,6 @@
 """The scheduler: requests in, passes out, samples in, tokens committed."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -8,8 +9,8 @@ from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.draft import Draft
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.pages import PagePool, pages_for
-from headrace.scheduler.plan import PAGE_TOKENS, Pass, Sample, Slice
-from headrace.scheduler.policy import by_age, choose_victim, service_order, watermark
+from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
+from headrace.scheduler.policy import choose_victim, service_order, watermark
 from headrace.scheduler.request import FinishReason, Request
 
 
@@ -24,14 +25,17 @@ class Update:
 class Scheduler:
     """Continuous batching over one pool of KV pages.
 
-    A live request waits (no pages) or runs (pages for what it has computed). Several passes may be
-    in flight; a request is in at most one of them. Request ids are unique while a request lives or
-    is in flight, and give precedence: lower ids are admitted first and preempted last.
+    A live request waits (no pages) or runs (pages for what is scheduled). Several passes may be in
+    flight and are returned in order. A request is in at most one of them; passes made ahead may also
+    hold requests of the oldest one, which continue by tokens that are not known yet. What a request
+    that has ended meanwhile gets in such a pass is ignored. Request ids are unique while a request
+    lives or is in flight, and give precedence: lower ids are admitted first and preempted last.
 
     There is always a runnable request. `add` refuses what could not run alone, admission reserves
     the pages of all tokens that a request has, so that only decodes need more, and only younger
-    requests give theirs up. With nothing in flight, the oldest running request can therefore
-    always go on, and if none runs all pages are free for the oldest one that waits.
+    requests give theirs up: at once, or when they come back if they are in flight, for which they are
+    not scheduled again. With nothing in flight, the oldest running request can therefore always go
+    on, and if none runs all pages are free for the oldest one that waits.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -43,6 +47,8 @@ class Scheduler:
         self._running: dict[int, Request] = {}
         # Also requests that ended while in flight: stages may still write to their pages.
         self._in_flight: dict[int, Request] = {}
+        self._steps: deque[int] = deque()  # of the passes in flight
+        self._leaving: Request | None = None  # to be preempted when it comes back
         # A heap of ids. One that ended or runs by now is skipped when it comes up.
         self._waiting: list[int] = []
 
@@ -81,15 +87,14 @@ class Scheduler:
     def finish(self, request_id: int, reason: FinishReason, num_output: int) -> Request | None:
         """End a request with its first `num_output` output tokens; None when it has already ended.
 
-        If a pass in flight holds it, its result for the request is ignored, and the pages are freed
-        when that pass is returned to `update`. The request is not in a later Update.
+        If passes in flight hold it, their results for the request are ignored, and its pages are
+        freed when the last of them is returned to `update`. The request is not in a later Update.
         """
         request = self._live.get(request_id)
         if request is None:
             return None
         assert 0 <= num_output <= request.num_output, (num_output, request.num_output)
         del request.tokens[request.num_prompt + num_output :]
-        request.num_computed = min(request.num_computed, len(request.tokens))
         self._end(request, reason)
         return request
 
@@ -98,29 +103,37 @@ class Scheduler:
         # A pass that took every request would leave the others in flight without any.
         share = -(-len(self._live) // self.config.passes_in_flight)
         draft = Draft(self.config, min(self.config.max_sequences, share))
-        self._continue_running(draft)
+        # Every group gets its pass before the requests of one get a second.
+        can_follow = bool(self.config.ahead and self._steps)
+        is_ahead = can_follow and len(self._steps) >= self.config.passes_in_flight
+        self._continue_running(draft, may_follow=is_ahead)
         self._admit_waiting(draft)
+        if can_follow and not is_ahead and not draft.slices:
+            self._continue_running(draft, may_follow=True)
         if not draft.slices:
             assert self._in_flight or not self._live, "idle with work to do"
             return None
+        follows = self._steps[0] if any(piece.follows for piece in draft.slices) else None
         self._step += 1
-        return Pass(self._step, draft.pack())
+        self._steps.append(self._step)
+        return Pass(self._step, draft.pack(), follows)
 
     def update(self, a_pass: Pass, samples: Sequence[Sample]) -> Update:
-        """Commit what a pass computed: one sample for each of its slices that asks for one."""
+        """Commit what the oldest pass in flight computed: one sample for each slice that asks for one."""
         drawn = {sample.request: sample for sample in samples}
         pieces = [piece for batch in a_pass.micro_batches for piece in batch.slices]
         asked = {piece.request for piece in pieces if piece.sampling is not None}
         assert drawn.keys() == asked, (a_pass.step, drawn.keys() ^ asked)
+        step = self._steps.popleft()
+        assert step == a_pass.step, f"pass {a_pass.step} returned before pass {step}"
         update = Update([], [])
         for piece in pieces:
-            request = self._in_flight.pop(piece.request)
-            if request.finish_reason is not None:
-                self._release(request)
-                continue
-            request.num_computed = piece.end
-            if piece.sampling is not None:
+            request = self._in_flight[piece.request]
+            if piece.sampling is not None and request.finish_reason is None:
                 self._commit(request, drawn[piece.request], update)
+            request.passes.remove(step)
+            if not request.passes:
+                self._land(request)
         return update
 
     def _check(self, request: Request) -> None:
@@ -145,15 +158,23 @@ class Scheduler:
         """Tokens at which the request ends. The last one is never computed and needs no page."""
         return min(request.num_prompt + request.params.max_tokens, self.config.max_context)
 
-    def _continue_running(self, draft: Draft) -> None:
-        ready = by_age(r for i, r in self._running.items() if i not in self._in_flight)
+    def _continue_running(self, draft: Draft, *, may_follow: bool) -> None:
+        ready = [r for r in self._running.values() if self._is_ready(r, may_follow)]
         for request in service_order(ready):
             if not draft.room:
                 break
-            if request.request_id not in self._running:
-                continue  # preempted by an older one, just now
-            if self._grow(request, min(request.num_pending, draft.room), ready):
+            if request.request_id not in self._running or request is self._leaving:
+                continue  # gave way to an older one, just now
+            if self._grow(request, min(request.num_pending, draft.room)):
                 self._take(request, draft)
+
+    def _is_ready(self, request: Request, may_follow: bool) -> bool:
+        if request is self._leaving:
+            return False
+        if not request.passes:
+            return True
+        ends = len(request.tokens) + request.num_drawing >= self._limit(request)
+        return may_follow and request.passes == [self._steps[0]] and not ends
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Admit in order of age, never past one that does not fit: it would wait for ever."""
@@ -183,44 +204,51 @@ class Scheduler:
             heappop(self._waiting)
         return None
 
-    def _grow(self, request: Request, count: int, ready: list[Request]) -> bool:
+    def _grow(self, request: Request, count: int) -> bool:
         """Make the pages cover `count` more tokens; younger requests give way if need be."""
-        missing = max(0, pages_for(request.num_computed + count) - len(request.pages))
+        missing = max(0, pages_for(request.num_scheduled + count) - len(request.pages))
         while not self.pool.can_allocate(missing):
-            victim = choose_victim(ready, request)
+            victim = choose_victim(self._running.values(), request)
             if victim is None:
                 return False
-            ready.remove(victim)
+            if victim.passes:
+                # One at a time: whoever else is short may be served by its pages.
+                self._leaving = self._leaving or victim
+                return False
             self._preempt(victim)
         request.pages += self.pool.allocate(missing)
         return True
 
     def _preempt(self, request: Request) -> None:
         """Back to waiting; its keys and values are computed again, its tokens stay."""
-        # Those served before the needy one are older: only decodes grow, and they go by age.
-        assert request.request_id not in self._in_flight, request.request_id
+        assert not request.passes, request.request_id
         self._release(request)
-        request.num_computed = 0
+        request.num_scheduled = 0
         del self._running[request.request_id]
         heappush(self._waiting, request.request_id)
         self.num_preemptions += 1
 
     def _take(self, request: Request, draft: Draft) -> None:
-        start = request.num_computed
-        end = start + min(request.num_pending, draft.room)
+        count = min(request.num_pending, draft.room)
+        draws = count == request.num_pending
+        start, end = request.num_scheduled, request.num_scheduled + count
         draft.add(
             Slice(
                 request=request.request_id,
                 start=start,
-                tokens=tuple(request.tokens[start:end]),
+                tokens=tuple(request.tokens[start:end]) or (FOLLOWS,),
                 pages=tuple(request.pages[: pages_for(end)]),
-                sampling=request.sampling() if end == len(request.tokens) else None,
+                sampling=request.sampling() if draws else None,
             )
         )
+        request.num_scheduled = end
+        request.num_drawing += draws
+        request.passes.append(self._step + 1)
         self._in_flight[request.request_id] = request
 
     def _commit(self, request: Request, sample: Sample, update: Update) -> None:
         request.tokens.append(sample.token)
+        request.num_drawing -= 1
         update.committed.append((request, sample))
         if sample.token in request.stop_ids:
             self._end(request, FinishReason.STOP)
@@ -229,8 +257,19 @@ class Scheduler:
         if request.finish_reason is not None:
             update.finished.append(request)
 
+    def _land(self, request: Request) -> None:
+        """No pass in flight holds the request any more."""
+        del self._in_flight[request.request_id]
+        if request.finish_reason is not None:
+            self._release(request)
+        elif request is self._leaving:
+            self._leaving = None
+            self._preempt(request)
+
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
+        if request is self._leaving:
+            self._leaving = None
         del self._live[request.request_id]
         self._running.pop(request.request_id, None)
         if request.request_id not in self._in_flight:

@@ -30,8 +30,9 @@ class ExpertTimes:
 class Timing:
     """Seconds of loading each layer (0 when resident), of computing each layer for one micro-batch,
     and of one micro-batch's hop to another stage. `turnaround` is what lies between the end of a
-    pass and the start of the one that needs its samples: sampling, committing, calling the stages.
-    `experts` are those of split layers.
+    pass and the start of the one that needs its samples: sampling, committing, calling the stages,
+    or handing over what was drawn where the stages have been called before. `experts` are those of
+    split layers.
     """
 
     load: tuple[float, ...]

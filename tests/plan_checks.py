@@ -43,6 +43,7 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
     assert prediction.pass_seconds == max(prediction.terms.values()) > 0
     assert prediction.tokens_per_second == prediction.sequences / prediction.pass_seconds
     assert prediction.sequences <= plan.max_sequences * plan.passes_in_flight
+    assert plan.ahead == (prediction.pass_seconds < 1.0)
 
 
 def check_experts(plan: Plan, shape: ModelShape) -> None:

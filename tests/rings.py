@@ -1,6 +1,7 @@
 """Rings of real stages inside this process, over local links: every placement from one function."""
 
 import queue
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from headrace.cluster.engine import scheduler_config
-from headrace.cluster.pipeline import LocalPipeline
+from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.graphs import Capture
 from headrace.runtime.stage import Stage, StageConfig
@@ -23,6 +24,7 @@ from headrace.scheduler.placement import (
     contiguous_visits,
     cyclic_visits,
 )
+from headrace.scheduler.plan import Pass
 from headrace.scheduler.request import Request
 from headrace.scheduler.scheduler import Scheduler
 
@@ -87,6 +89,8 @@ def manual_plan(
     graph_rows: int = 0,
     expert_slots: int = 0,
     host_experts: int = 0,
+    passes_in_flight: int = 1,
+    ahead: int = 0,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
@@ -123,7 +127,8 @@ def manual_plan(
         logit_rows=5,
         sample_rows=2,
         graph_rows=graph_rows,
-        passes_in_flight=1,
+        passes_in_flight=passes_in_flight,
+        ahead=ahead,
         memory=(StageMemory(0, 0, 0, 0, 0, 0, 0, 0, 0),) * stages,
         nvme_bytes_a_pass=tuple(passing(stage, Tier.NVME) for stage in range(stages)),
         host_bytes_a_pass=tuple(passing(stage, Tier.HOST) for stage in range(stages)),
@@ -182,11 +187,15 @@ def run_all(
     for request in requests:
         scheduler.add(request)
     outputs: dict[int, list[int]] = {}
+    in_flight: deque[tuple[Pass, Pending]] = deque()
     while scheduler.has_work:
-        a_pass = scheduler.schedule()
-        assert a_pass is not None
-        results = pipeline.submit(a_pass).result()
-        samples = [sample for result in results for sample in result.samples]
+        while len(in_flight) < plan.passes_in_flight + plan.ahead:
+            made = scheduler.schedule()
+            if made is None:
+                break
+            in_flight.append((made, pipeline.submit(made)))
+        a_pass, pending = in_flight.popleft()
+        samples = [sample for result in pending.result() for sample in result.samples]
         for request in scheduler.update(a_pass, samples).finished:
             outputs[request.request_id] = request.output
     return outputs

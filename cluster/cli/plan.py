@@ -90,7 +90,8 @@ def _summary(plan: Plan) -> Table:
     table.add_row(
         "a pass",
         f"up to {plan.max_sequences} sequences, {plan.token_budget} tokens in"
-        f" {plan.micro_batches} micro-batches; {plan.passes_in_flight} in flight",
+        f" {plan.micro_batches} micro-batches; {plan.passes_in_flight} in flight"
+        + (f", {plan.ahead} more ahead" if plan.ahead else ""),
     )
     table.add_row("KV", f"{plan.num_pages} pages of 64 tokens; context up to {plan.max_context}")
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")

@@ -57,6 +57,7 @@ PLAN = Plan(
     sample_rows=32,
     graph_rows=0,
     passes_in_flight=1,
+    ahead=0,
     memory=(StageMemory(0, 2 << 20, 0, 0, 0, 0, 0, 0, 0),) * 2,
     nvme_bytes_a_pass=(2 << 20, 2 << 20),
     host_bytes_a_pass=(0, 1 << 20),

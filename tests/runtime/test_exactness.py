@@ -21,21 +21,23 @@ LENGTHS = (1, 3, 9, 14, 20, 33, 65, 70)
 NEW_TOKENS = 24
 FEW_TOKENS = 12
 
-RINGS = [
+EVERY_RING = [
     {"stages": stages, "cyclic": cyclic, "tier": tier, "token_budget": budget}
     for stages, cyclic, tier, budget in itertools.product(
         (1, 2, 3), (False, True), (Tier.DEVICE, Tier.NVME), (16, 4096)
     )
     if stages > 1 or not cyclic
 ]
+# Half of them with a pass ahead: each tier and each budget on contiguous and on cyclic rings.
+RINGS = [ring | {"ahead": (i + i // 2 + i // 8) % 2} for i, ring in enumerate(EVERY_RING)]
 FEW_RINGS = [
     {"stages": 1, "cyclic": False, "tier": Tier.DEVICE, "token_budget": 4096},
-    {"stages": 3, "cyclic": True, "tier": Tier.NVME, "token_budget": 40},
+    {"stages": 3, "cyclic": True, "tier": Tier.NVME, "token_budget": 40, "ahead": 1},
 ]
 GPU_RINGS = [
-    {"stages": 1, "tier": Tier.DEVICE, "token_budget": 4096},
+    {"stages": 1, "tier": Tier.DEVICE, "token_budget": 4096, "ahead": 1},
     {"stages": 1, "tier": Tier.HOST, "token_budget": 16},
-    {"stages": 2, "cyclic": True, "tier": Tier.NVME, "token_budget": 64},
+    {"stages": 2, "cyclic": True, "tier": Tier.NVME, "token_budget": 64, "ahead": 1},
 ]
 
 Outputs = dict[int, list[int]]

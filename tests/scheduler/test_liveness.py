@@ -3,9 +3,9 @@
 import logging
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.plan import PAGE_TOKENS, Pass, Sample, Slice
+from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
@@ -35,23 +35,43 @@ class FakePipeline:
     config: SchedulerConfig
     pages: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
     in_flight: deque[tuple[Pass, list[Sample]]] = field(default_factory=deque)
+    drawn: dict[int, dict[int, int]] = field(default_factory=dict)
     steps: int = 0
+    followers: int = 0
 
     def submit(self, a_pass: Pass) -> None:
         assert a_pass.step == self.steps + 1
         self.steps += 1
         self.check(a_pass)
-        samples = [s for b in a_pass.micro_batches for p in b.slices for s in self.compute(p)]
+        pieces = [piece for batch in a_pass.micro_batches for piece in batch.slices]
+        known = [self.resolve(piece, a_pass.follows) for piece in pieces]
+        samples = [sample for piece in known for sample in self.compute(piece)]
+        self.drawn[a_pass.step] = {sample.request: sample.token for sample in samples}
         self.in_flight.append((a_pass, samples))
+
+    def resolve(self, piece: Slice, follows: int | None) -> Slice:
+        """The slice with the token that it follows."""
+        if FOLLOWS not in piece.tokens:
+            return piece
+        assert len(piece.tokens) == 1 and follows is not None
+        self.followers += 1
+        return replace(piece, tokens=(self.drawn[follows][piece.request],))
 
     def check(self, a_pass: Pass) -> None:
         config, batches = self.config, a_pass.micro_batches
         pieces = [piece for batch in batches for piece in batch.slices]
         flying = [p for a, _ in self.in_flight for b in a.micro_batches for p in b.slices]
-        requests = [piece.request for piece in pieces + flying]
-        assert len(requests) == len(set(requests)), "a request twice in flight"
-        pages = [page for piece in pieces + flying for page in piece.pages]
-        assert len(pages) == len(set(pages)), "a page shared by two requests"
+        oldest = self.in_flight[0][0] if config.ahead and self.in_flight else None
+        before = {p.request for b in oldest.micro_batches for p in b.slices} if oldest else set()
+        requests = [piece.request for piece in pieces]
+        again = set(requests) & {piece.request for piece in flying}
+        assert len(requests) == len(set(requests)), "a request twice in a pass"
+        assert again <= before, "a request twice in flight"
+        twice = Counter(piece.request for piece in pieces + flying)
+        assert max(twice.values()) <= 1 + config.ahead
+        assert a_pass.follows in (None, oldest.step if oldest else None)
+        held = {(page, piece.request) for piece in pieces + flying for page in piece.pages}
+        assert len(held) == len({page for page, _ in held}), "a page shared by two requests"
         assert 0 < a_pass.num_tokens <= config.token_budget
         assert len(pieces) <= config.max_sequences
         assert len(batches) == min(len(pieces), config.micro_batches)
@@ -99,6 +119,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         micro_batches=draw(st.integers(1, 4)),
         micro_batch_tokens=draw(st.sampled_from([100, 64, 30, 7, 1])),
         passes_in_flight=draw(st.integers(1, 3)),
+        ahead=draw(st.integers(0, 1)),
     )
 
 
@@ -201,7 +222,7 @@ def check_promises(driver: Driver, requests: list[Request], interference: float)
 @given(
     config=configs(),
     count=st.sampled_from([12, 10, 8, 6, 3, 1, 0]),
-    depth=st.integers(1, 3),
+    depth=st.integers(1, 4),
     interference=st.sampled_from([0.0, 0.01, 0.1]),
     seed=st.integers(0, 2**32),
 )
@@ -213,9 +234,12 @@ def test_every_request_ends_with_exactly_its_tokens(
     check_promises(Driver(config, depth, rng), requests, interference)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("interference", [0.0, 0.02])
-def test_scarce_pages_cost_preemptions_but_no_tokens(depth: int, interference: float) -> None:
+def test_scarce_pages_cost_preemptions_but_no_tokens(
+    depth: int, interference: float, ahead: int
+) -> None:
     config = SchedulerConfig(
         num_pages=6,
         max_context=6 * PAGE_TOKENS,
@@ -223,14 +247,17 @@ def test_scarce_pages_cost_preemptions_but_no_tokens(depth: int, interference: f
         max_sequences=4,
         micro_batches=2,
         micro_batch_tokens=64,
+        ahead=ahead,
     )
-    preemptions = 0
+    preemptions = followers = 0
     for seed in range(8):
         rng = random.Random(seed)
         driver = Driver(config, depth, rng)
         check_promises(driver, make_requests(10, config.max_context, rng), interference)
         preemptions += driver.scheduler.num_preemptions
+        followers += driver.pipeline.followers
     assert preemptions > 0
+    assert (followers > 0) == (ahead > 0 and depth > 1)
 
 
 def test_a_pass_costs_what_runs_not_what_waits() -> None:

@@ -95,6 +95,7 @@ def test_one_resident_stage_is_one_visit() -> None:
     plan = plan_of(LLAMA_8B_BF16, 1, 24 * GB)
     assert len(plan.placement.visits) == 1 and plan.passes_in_flight == 1
     assert plan.prediction.terms["hops"] == 0
+    assert plan.ahead == 1  # a pass takes milliseconds, and so does the way through the driver
 
 
 def test_streaming_goes_round_in_one_convoy() -> None:
@@ -106,6 +107,7 @@ def test_streaming_goes_round_in_one_convoy() -> None:
     seconds = sum(plan.nvme_bytes_a_pass) / (4 * 7e9)  # evenly over four drives
     assert plan.prediction.pass_seconds == pytest.approx(seconds, rel=0.1)
     assert plan.prediction.pass_seconds == max(plan.nvme_bytes_a_pass) / 7e9
+    assert plan.ahead == 0  # seconds, through which a new request would wait twice
 
 
 def test_cyclic_beats_contiguous_groups_by_the_number_of_stages() -> None:

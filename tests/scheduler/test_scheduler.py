@@ -21,10 +21,19 @@ def make_scheduler(
     max_sequences: int = 16,
     micro_batches: int = 1,
     micro_batch_tokens: int = 256,
+    passes_in_flight: int = 1,
+    ahead: int = 0,
 ) -> Scheduler:
     return Scheduler(
         SchedulerConfig(
-            num_pages, max_context, token_budget, max_sequences, micro_batches, micro_batch_tokens
+            num_pages,
+            max_context,
+            token_budget,
+            max_sequences,
+            micro_batches,
+            micro_batch_tokens,
+            passes_in_flight,
+            ahead,
         )
     )
 
@@ -191,7 +200,7 @@ def fill_two_pages_each(scheduler: Scheduler, requests: Sequence[Request]) -> No
     """Run until each of the requests needs its third page."""
     for request in requests:
         scheduler.add(request)
-    while any(request.num_computed < 2 * PAGE_TOKENS for request in requests):
+    while any(request.num_scheduled < 2 * PAGE_TOKENS for request in requests):
         run(scheduler, scheduler.schedule())
 
 
@@ -203,7 +212,7 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
     a_pass = scheduler.schedule()
     assert requests_of(a_pass) == [0, 1]
     assert scheduler.num_preemptions == 1
-    assert (requests[2].pages, requests[2].num_computed) == ([], 0)
+    assert (requests[2].pages, requests[2].num_scheduled) == ([], 0)
     tokens = len(requests[2].tokens)
     run(scheduler, a_pass)
     scheduler.abort(0)

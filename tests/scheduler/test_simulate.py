@@ -6,7 +6,7 @@ from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape
 from headrace.scheduler.memory import Layout
 from headrace.scheduler.placement import Placement, Plan, Tier, contiguous_visits, cyclic_visits
 from headrace.scheduler.planner import make_plan
-from headrace.scheduler.predict import Decode, timing
+from headrace.scheduler.predict import TURNAROUND, Decode, timing, turnaround
 from headrace.scheduler.simulate import Timing, simulate
 
 GB = 10**9
@@ -92,6 +92,16 @@ def test_host_and_drive_load_side_by_side() -> None:
     assert run(placement, times, slots=4, batches=1, passes=1) == pytest.approx(4.0, rel=0.05)
 
 
+def test_a_pass_ahead_shortens_the_turn() -> None:
+    one, two = blocks(4, 1, Tier.DEVICE), blocks(4, 2, Tier.DEVICE)
+    assert turnaround(one, 0) == turnaround(two, 0) == TURNAROUND
+    assert turnaround(one, 1) < turnaround(two, 1) < TURNAROUND
+    times = Timing((0.0,) * 4, (0.001,) * 4, 0.0, turnaround(one, 1))
+    assert run(one, times, slots=0, batches=1, passes=1) == pytest.approx(
+        0.004 + turnaround(one, 1)
+    )
+
+
 def test_resident_layers_hide_loads() -> None:
     tiers = (Tier.NVME, Tier.DEVICE) * 4
     placement = Placement(1, contiguous_visits(8, 1, 1), tiers)
@@ -112,7 +122,7 @@ def simulated(plan: Plan, shape: ModelShape, profiles: list[DeviceProfile], cont
     decode = Decode.of(layout, plan.prediction.sequences, context)
     return simulate(
         plan.placement,
-        timing(shape, profiles, plan.placement, decode),
+        timing(shape, profiles, plan.placement, decode, plan.ahead),
         ring_slots=plan.ring_slots,
         micro_batches=decode.micro_batches,
         passes_in_flight=plan.passes_in_flight,
