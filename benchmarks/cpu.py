@@ -23,9 +23,10 @@ from rich.table import Table
 
 from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.shapes import SHAPES, config_of
+from headrace.cluster.discovery import discover
 from headrace.cluster.launch import EngineOptions, plan_run
-from headrace.cluster.stage_actor import discover
-from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.stage import Stage
+from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Pass, Sampling, Slice
 
@@ -66,8 +67,8 @@ class Decoder:
 
 def make_stage(store: Store, sequences: int, max_sequences: int, pages: int, threads: int) -> Stage:
     options = EngineOptions(store.path, device="cpu", dtype="bfloat16", max_sequences=sequences)
-    found = discover("cpu", str(store.path.resolve()))
-    plan = plan_run(options, store, "cpu", "bfloat16", [found])
+    found = discover("cpu", str(store.path.resolve()), "bfloat16")
+    plan = plan_run(options, "cpu", [found])
     assert not any(plan.nvme_bytes_a_pass), "the model does not fit this machine's memory"
     return Stage(
         StageConfig(

@@ -17,7 +17,8 @@ from random import Random
 from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.shapes import config_of
 from headrace.runtime.expert_extents import SplitBlock, split_block
-from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.stage import Stage
+from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import (
     Placement,

@@ -12,16 +12,16 @@ from typing import Any
 import ray
 import torch
 
+from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
-from headrace.cluster.stage_actor import Connection, Discovery, discover
+from headrace.cluster.stage_actor import Connection
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.cluster.trace_file import RunTrace, TracedPipeline, check_writable
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.rendezvous import RendezvousServer
-from headrace.runtime.shape import model_shape
-from headrace.runtime.stage import StageConfig
+from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, Workload
@@ -115,16 +115,14 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
     return result
 
 
-def plan_run(
-    options: EngineOptions, store: Store, device: str, dtype: str, found: Sequence[Discovery]
-) -> Plan:
+def plan_run(options: EngineOptions, device: str, found: Sequence[Discovery]) -> Plan:
     """The plan of a run on what was found. DoesNotFitError when there is none; HeadraceError when
     CUDA graphs are asked for without CUDA."""
     if options.graphs and device == "cpu":
         raise HeadraceError("--graphs makes CUDA graphs, and the stages are on cpu: leave it out")
     shared = Counter(discovery.node for discovery in found)
     return make_plan(
-        model_shape(store, getattr(torch, dtype)),
+        found[0].shape,
         [discovery.profile.shared_by(shared[discovery.node]) for discovery in found],
         budgets(options, device, found),
         Workload(context=options.context, min_sequences=options.min_sequences),
@@ -142,8 +140,9 @@ def plan_run(
 def local_plan(options: EngineOptions, store: Store) -> Plan:
     """The plan of stages that are all on this machine. HeadraceError when there is none."""
     device = resolve_device(options.device)
-    found = [discover(stage_device(device), str(store.path.resolve()))] * options.stages
-    return plan_run(options, store, device, resolve_dtype(options.dtype, device, store), found)
+    dtype = resolve_dtype(options.dtype, device, store)
+    found = discover(stage_device(device), str(store.path.resolve()), dtype)
+    return plan_run(options, device, [found] * options.stages)
 
 
 def stage_device(device: str) -> str:
@@ -151,9 +150,9 @@ def stage_device(device: str) -> str:
     return "cuda:0" if device == "cuda" else "cpu"
 
 
-def _discover(actors: Sequence[Any], store: Store, device: str) -> list[Discovery]:
+def _discover(actors: Sequence[Any], store: Store, device: str, dtype: str) -> list[Discovery]:
     """One after the other: stages of one machine would measure each other."""
-    arguments = (stage_device(device), str(store.path.resolve()))
+    arguments = (stage_device(device), str(store.path.resolve()), dtype)
     found = []
     for i, actor in enumerate(actors):
         ref = actor.discover.remote(*arguments)
@@ -216,11 +215,11 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             check_writable(options.trace)
         device = resolve_device(options.device, options.address)
         dtype = resolve_dtype(options.dtype, device, store)
-        tokenizer = load_tokenizer(store.path)
         stack.enter_context(ray_cluster(options.stages, options.address))
         actors = stack.enter_context(stage_actors(options.stages, device, store.path.name))
-        found = _discover(actors, store, device)
-        plan = plan_run(options, store, device, dtype, found)
+        tokenizer = load_tokenizer(store.path)  # while the actors import models' code
+        found = _discover(actors, store, device, dtype)
+        plan = plan_run(options, device, found)
         _load(actors, plan, options, device, dtype, found)
         _connect(actors, options, stack)
         pipeline = RayPipeline(actors, plan, options.deadline)

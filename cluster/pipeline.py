@@ -10,16 +10,18 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
 
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.stage import Stage
 from headrace.runtime.trace import Trace
 from headrace.scheduler.errors import HeadraceError, StageError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult
+
+if TYPE_CHECKING:
+    from headrace.runtime.stage import Stage  # seconds to import, and drivers of actors have no use
 
 TRACE_SECONDS = 30.0
 """How long stages may take to finish the passes under way and hand over their traces."""
@@ -188,14 +190,14 @@ class _LocalPending:
         return [future.result() for future in self._futures]
 
 
-def _run(stage: Stage, a_pass: Pass, before: Future[PassResult] | None) -> PassResult:
+def _run(stage: "Stage", a_pass: Pass, before: Future[PassResult] | None) -> PassResult:
     return stage.run(a_pass, None if before is None else before.result())
 
 
 class LocalPipeline:
     """The same stages as threads of this process: one device, tests, and no start-up time."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: "Sequence[Stage]") -> None:
         self._stages = list(stages)
         self._threads = [
             ThreadPoolExecutor(1, thread_name_prefix=f"stage-{i}") for i in range(len(stages))

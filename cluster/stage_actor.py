@@ -6,19 +6,18 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
+from headrace.cluster.discovery import discover
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.link import connect
-from headrace.runtime.probe import probe_device
 from headrace.runtime.rendezvous import Rendezvous
-from headrace.runtime.skeleton import Skeleton, load_config
-from headrace.runtime.stage import Stage, StageConfig
-from headrace.scheduler.inputs import DeviceProfile
+from headrace.runtime.stage_config import StageConfig
 from headrace.scheduler.plan import Pass, PassResult
+
+if TYPE_CHECKING:
+    from headrace.runtime.stage import Stage
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MMAP_BYTES = 1 << 20
@@ -36,34 +35,6 @@ def _return_large_blocks() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Discovery:
-    """What a process finds where it runs. Memory in bytes; `process` is what it takes itself."""
-
-    node: str
-    device_free: int
-    host_free: int
-    process: int
-    cores: int
-    profile: DeviceProfile
-
-
-def discover(device: str, store: str) -> Discovery:
-    """Look at the device, the memory and the drive. Seconds the first time, then remembered."""
-    profile = probe_device(torch.device(device), Path(store))
-    Skeleton(load_config(store), torch.float32)  # its code stays in memory, and so is counted
-    host_free = psutil.virtual_memory().available
-    cuda = device.startswith("cuda")
-    return Discovery(
-        node=os.uname().nodename,
-        device_free=torch.cuda.mem_get_info(device)[0] if cuda else host_free,
-        host_free=host_free,
-        process=psutil.Process().memory_info().rss,
-        cores=len(os.sched_getaffinity(0)),
-        profile=profile,
-    )
-
-
-@dataclass(frozen=True, slots=True)
 class Connection:
     """How a stage reaches its neighbours. `interface` is Gloo's network interface or ""."""
 
@@ -72,24 +43,32 @@ class Connection:
 
 
 class StageActor:
-    """One process, one device. It starts empty, so that the plan can be made from what it measures."""
+    """One process, one device. It starts empty, so that the plan can be made from what it measures.
+
+    The driver, too, imports this class, but has no use for models: their code is imported here, in
+    the seconds in which the driver opens its tokenizer.
+    """
 
     def __init__(self, name: str) -> None:
         logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "WARNING"))
         # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _return_large_blocks()
+        import headrace.runtime.stage  # noqa: F401
+
         self._name = name
         self._stage: Stage | None = None
 
     def __repr__(self) -> str:  # what the Ray dashboard shows
         return self._name
 
-    def discover(self, device: str, store: str) -> bytes:
-        return encode(discover(device, store))
+    def discover(self, device: str, store: str, dtype: str) -> bytes:
+        return encode(discover(device, store, dtype))
 
     def load(self, payload: bytes) -> str:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
+        from headrace.runtime.stage import Stage
+
         config = decode(payload, StageConfig)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
@@ -98,6 +77,8 @@ class StageActor:
 
     def connect(self, payload: bytes) -> None:
         """Open this stage's ends of the ring's edges; returns when every neighbour has, too."""
+        from headrace.runtime.link import connect
+
         assert self._stage is not None
         stage, connection = self._stage, decode(payload, Connection)
         ends = connect(

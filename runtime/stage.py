@@ -19,6 +19,7 @@ from headrace.runtime.model import Prepared, StageModel
 from headrace.runtime.packed_cpu import choose_layout
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
+from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_weights import StageWeights, most_streamed
 from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Store
@@ -26,30 +27,7 @@ from headrace.runtime.streamer import wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
-
-
-@dataclass(frozen=True, slots=True)
-class StageConfig:
-    """What a stage process needs to build itself.
-
-    `device_memory` is the budget in bytes, which CUDA's allocator enforces. `dtype` is the compute
-    and KV type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
-    for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
-    stage keeps a Trace of its newest passes.
-    """
-
-    store: str
-    stage: int
-    plan: Plan
-    device: str
-    device_memory: int
-    dtype: str
-    storage: str
-    deadline: float
-    threads: int
-    trace: bool = False
 
 
 @dataclass(slots=True)

@@ -12,7 +12,8 @@ from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.graphs import Capture
-from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.stage import Stage
+from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import (

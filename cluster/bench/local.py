@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from headrace.cluster.discovery import discover
 from headrace.cluster.engine import Engine
 from headrace.cluster.launch import (
     EngineOptions,
@@ -14,9 +15,9 @@ from headrace.cluster.launch import (
     stage_device,
 )
 from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
-from headrace.cluster.stage_actor import discover
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
-from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.stage import Stage
+from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import Pass, PassResult
 
@@ -55,8 +56,8 @@ def local_engine(
     store = Store.open(options.store)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
-    found = discover(stage_device(device), str(store.path.resolve()))
-    plan = plan_run(options, store, device, dtype, [found])
+    found = discover(stage_device(device), str(store.path.resolve()), dtype)
+    plan = plan_run(options, device, [found])
     config = StageConfig(
         store=str(store.path),
         stage=0,

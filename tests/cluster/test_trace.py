@@ -254,7 +254,11 @@ def test_a_stage_that_dies_leaves_the_others_traces(stories: Path, tmp_path: Pat
     ) as llm:
         llm.generate("Once upon", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
         source = llm._engine.trace._source  # type: ignore[union-attr]
-        ray.kill(source._actors[1])  # type: ignore[attr-defined]
+        actor = source._actors[1]  # type: ignore[attr-defined]
+        ray.kill(actor)
+        with pytest.raises(ray.exceptions.RayActorError):  # it may still answer for a moment
+            while True:
+                ray.get(actor.clock.remote())
     tracks = tracks_of(events_of(file))
     assert {process for process, _ in tracks} == {"driver", "stage 0"}
 

@@ -13,7 +13,8 @@ from rings import local_ring, manual_plan, run_all
 
 from headrace.runtime.convert import convert
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.stage import Stage, StageConfig
+from headrace.runtime.stage import Stage
+from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.placement import Plan, Tier
