@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.runtime.matmul_4bit import matmul
-from headrace.runtime.matmul_configs import Codes, Config, bucket, candidates, fits, shared_bytes
-from headrace.runtime.matmul_timing import Problem, Timer, dequantized, fused, sample
-from headrace.runtime.matmul_tuning import problems, tune
+from headrace.runtime.matmul.configs import Codes, Config, bucket, candidates, fits, shared_bytes
+from headrace.runtime.matmul.kernel import matmul
+from headrace.runtime.matmul.timing import Problem, Timer, dequantized, fused, sample
+from headrace.runtime.matmul.tuning import problems, tune
 from headrace.runtime.store import Store
 
 SHAPES = ((28672, 8192), (14336, 4096), (4096, 4096))

@@ -27,7 +27,7 @@ from rich.table import Table
 from headrace.cluster.bench.random_store import write_checkpoint
 from headrace.cluster.bench.shapes import config_of
 from headrace.cluster.llm import LLM
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.scheduler.request import SamplingParams
 
 SHAPE = {

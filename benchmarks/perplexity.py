@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.runtime.batch import Batch
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
 from headrace.runtime.store import Store

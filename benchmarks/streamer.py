@@ -21,9 +21,9 @@ import torch
 
 from headrace.cluster.bench.machine import random_blocks
 from headrace.cluster.bench.speeds import copy_gbps, read_gbps
-from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Block
-from headrace.runtime.streamer import Streamer
+from headrace.runtime.streaming.storage import choose_storage
+from headrace.runtime.streaming.streamer import Streamer
 from headrace.scheduler.placement import Tier
 
 

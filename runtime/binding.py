@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import build_glob_alternation
 
 from headrace.runtime import plugs
+from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import (
     BoundExperts,
@@ -22,7 +23,6 @@ from headrace.runtime.experts import (
     SlotViews,
 )
 from headrace.runtime.linear import QuantLinear, Scratch, Weight
-from headrace.runtime.quantize import TORCH_DTYPES
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError

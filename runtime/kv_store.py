@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.store import LayerShape
-from headrace.runtime.tiers import device_bytes
+from headrace.runtime.streaming.tiers import device_bytes
 from headrace.scheduler.plan import PAGE_TOKENS
 
 

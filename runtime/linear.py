@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.dequantize import dequantize_4bit
-from headrace.runtime.matmul_configs import Codes
-from headrace.runtime.matmul_tuning import choices
-from headrace.runtime.quantize import TORCH_DTYPES
+from headrace.runtime.matmul.configs import Codes
+from headrace.runtime.matmul.tuning import choices
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StoreError
@@ -255,7 +255,7 @@ class FourBitWeight(Weight):
         if choice.path == "dense":
             return super().linear(x, bias, scratch, transposed)
         if choice.config is not None:
-            from headrace.runtime.matmul_4bit import matmul  # Triton, where there is CUDA
+            from headrace.runtime.matmul.kernel import matmul  # Triton, where there is CUDA
 
             columns, depth = self.shape
             codes = Codes(kind, self._packed, self._scales(), group, (columns, depth))

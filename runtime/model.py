@@ -13,12 +13,12 @@ from headrace.runtime import plugs, rope
 from headrace.runtime.attention import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder, ExpertStack
+from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
-from headrace.runtime.packed_cpu import PackedLayout
-from headrace.runtime.quantize import TORCH_DTYPES
+from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from headrace.runtime import layer_facts, names, plugs
+from headrace.runtime import names, plugs
+from headrace.runtime.conversion import layer_facts
 from headrace.runtime.stand_ins import StandIns, swapped
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError, UnsupportedModelError

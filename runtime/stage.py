@@ -15,15 +15,15 @@ from headrace.runtime.drawn_tokens import DrawnTokens
 from headrace.runtime.graphs import Capture, CudaCapture, DecodeGraphs, Lane
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
+from headrace.runtime.matmul.packed_cpu import choose_layout
 from headrace.runtime.model import Prepared, StageModel
-from headrace.runtime.packed_cpu import choose_layout
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
-from headrace.runtime.stage_weights import StageWeights, most_streamed
-from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Store
-from headrace.runtime.streamer import wait_clock
+from headrace.runtime.streaming.stage_weights import StageWeights, most_streamed
+from headrace.runtime.streaming.storage import choose_storage
+from headrace.runtime.streaming.streamer import wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.pages import pages_for

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.expert_streamer import ExpertStreamer
-from headrace.runtime.loads import Storage
 from headrace.runtime.store import Block, TensorSpec, WeightSpec
+from headrace.runtime.streaming.expert_streamer import ExpertStreamer
+from headrace.runtime.streaming.loads import Storage
 
 CPU = torch.device("cpu")
 PAGE = 4096

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from headrace.runtime.loads import Load, Storage
+from headrace.runtime.streaming.loads import Load, Storage
 
 
 class SlowLoad:

@@ -2,7 +2,7 @@
 
 import torch
 
-from headrace.runtime.quantize import TORCH_DTYPES, decode
+from headrace.runtime.conversion.quantize import TORCH_DTYPES, decode
 from headrace.runtime.store import Block, Store
 
 

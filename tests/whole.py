@@ -8,8 +8,8 @@ from torch import Tensor
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
+from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.model import StageModel
-from headrace.runtime.packed_cpu import PackedLayout
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import MicroBatch, Slice
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.runtime.quantize import STATE_BYTES, Part, encode
+from headrace.runtime.conversion.quantize import STATE_BYTES, Part, encode
 
 POOL_BYTES = 64 << 20
 CHUNK_BYTES = 8 << 20

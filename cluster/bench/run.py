@@ -30,8 +30,8 @@ from headrace.cluster.launch import (
 )
 from headrace.cluster.processes import ray_cluster
 from headrace.runtime.shape import model_shape
-from headrace.runtime.storage import available_memory
 from headrace.runtime.store import Store
+from headrace.runtime.streaming.storage import available_memory
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.experts import num_experts
 from headrace.scheduler.inputs import DeviceProfile

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 
 from headrace.cluster.bench.hops import Hop
-from headrace.runtime.loads import Load
 from headrace.runtime.probe import all_cores, matmul_tflops, memory_gbps
-from headrace.runtime.storage import BufferedStorage, DirectStorage, Storage
 from headrace.runtime.store import Block
-from headrace.runtime.tiers import AlignedBuffer, device_bytes
+from headrace.runtime.streaming.loads import Load
+from headrace.runtime.streaming.storage import BufferedStorage, DirectStorage, Storage
+from headrace.runtime.streaming.tiers import AlignedBuffer, device_bytes
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.inputs import DeviceProfile
 

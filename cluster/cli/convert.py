@@ -18,7 +18,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from headrace.runtime.convert import Progress, convert
+from headrace.runtime.conversion.convert import Progress, convert
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.errors import HeadraceError

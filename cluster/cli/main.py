@@ -73,7 +73,7 @@ def convert(
 ) -> None:
     """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time."""
     from headrace.cluster.cli.convert import run_convert
-    from headrace.runtime.selfcheck import check
+    from headrace.runtime.conversion.selfcheck import check
 
     run_convert(
         Console(),

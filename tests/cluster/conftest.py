@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from commands import STORIES
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from commands import STORIES
 
 from headrace import LLM, SamplingParams
 from headrace.cluster.cli.main import main
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.scheduler.errors import DoesNotFitError, RequestError
 from headrace.scheduler.placement import Tier
 

@@ -15,8 +15,8 @@ from headrace.cluster.bench.random_store import (
     write_checkpoint,
     write_store,
 )
-from headrace.runtime.checkpoint import Checkpoint
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.checkpoint import Checkpoint
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Block
 from headrace.scheduler.errors import HeadraceError
 

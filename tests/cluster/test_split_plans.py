@@ -9,7 +9,7 @@ from architectures import greedy, tiny_model
 from plan_checks import check
 from rings import local_ring, run_all
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.shape import model_shape
 from headrace.runtime.store import Store
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, Workload

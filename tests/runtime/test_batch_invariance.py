@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from whole import WholeModel
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.linear import RawWeight
 from headrace.scheduler.plan import Slice
 

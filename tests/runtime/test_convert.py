@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from stored import stored_weights
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
 
@@ -379,7 +379,7 @@ def test_two_conversions_do_not_meet(tmp_path):
 FORKS = """
 import os, sys
 import bitsandbytes
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 for _ in sys.stdin:
     child = os.fork()
     if not child:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 
-from headrace.runtime.decode_4bit import decoding, magic
+from headrace.runtime.matmul.decode_4bit import decoding, magic
 
 MASK = 0xFFFFFFFF
 

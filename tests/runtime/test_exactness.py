@@ -10,7 +10,7 @@ import torch
 from architectures import SUPPORTED, greedy, tiny_model
 from rings import local_ring, manual_plan, run_all
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Tier
 from headrace.scheduler.request import Request, SamplingParams

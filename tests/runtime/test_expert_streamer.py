@@ -21,10 +21,10 @@ from expert_blocks import (
 from leftovers import our_threads
 from slow_storage import SlowStorage
 
-from headrace.runtime.direct import BufferedStorage
-from headrace.runtime.expert_streamer import ExpertStreamer, transit_slots
-from headrace.runtime.host_experts import HostExperts, Place
 from headrace.runtime.store import Block
+from headrace.runtime.streaming.direct import BufferedStorage
+from headrace.runtime.streaming.expert_streamer import ExpertStreamer, transit_slots
+from headrace.runtime.streaming.host_experts import HostExperts, Place
 from headrace.scheduler.errors import DoesNotFitError, StoreError
 
 Fetch = tuple[int, Sequence[int]]

@@ -9,8 +9,8 @@ import torch
 from expert_blocks import EXPERTS, LAYERS, content, make_blocks, open_experts
 from leftovers import our_threads
 
-from headrace.runtime.direct import BufferedStorage, DirectStorage
-from headrace.runtime.storage import choose_storage
+from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage
+from headrace.runtime.streaming.storage import choose_storage
 from headrace.scheduler.errors import HeadraceError
 
 pytestmark = pytest.mark.gpu

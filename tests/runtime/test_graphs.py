@@ -9,7 +9,7 @@ import torch
 from architectures import greedy, tiny_model
 from rings import local_ring, manual_plan, run_all
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.graphs import padded_rows
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Tier

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.runtime.kvikio_storage import KvikioStorage
-from headrace.runtime.tiers import AlignedBuffer
+from headrace.runtime.streaming.kvikio_storage import KvikioStorage
+from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.scheduler.errors import HeadraceError, StoreError
 
 PAGE = 4096

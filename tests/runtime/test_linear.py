@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.linear import Int8Weight, QuantLinear, RawWeight, Scratch, Weight
-from headrace.runtime.quantize import STORE_DTYPES
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.scheduler.errors import StoreError
 

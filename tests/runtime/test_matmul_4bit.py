@@ -9,8 +9,7 @@ from bitsandbytes.functional import get_4bit_type
 from interpreter import run_interpreted
 from torch import Tensor
 
-from headrace.runtime.decode_4bit import decoding, table
-from headrace.runtime.matmul_configs import (
+from headrace.runtime.matmul.configs import (
     BUCKETS,
     Codes,
     Config,
@@ -20,6 +19,7 @@ from headrace.runtime.matmul_configs import (
     shared_bytes,
     supports,
 )
+from headrace.runtime.matmul.decode_4bit import decoding, table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -66,7 +66,7 @@ def check(
     kind: str, columns: int, depth: int, group: int, rows: int, config: Config,
     dtype: torch.dtype, device: str, bound: float, *, biased: bool = True,
 ) -> None:  # fmt: skip
-    from headrace.runtime.matmul_4bit import matmul
+    from headrace.runtime.matmul.kernel import matmul
 
     assert supports(group, depth, rows, dtype) and fits(config, depth)
     codes = make(kind, columns, depth, group, device)

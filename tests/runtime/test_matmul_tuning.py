@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.runtime.matmul_configs import Config
-from headrace.runtime.matmul_timing import Choice, Problem
-from headrace.runtime.matmul_tuning import Choices, load, problems, save
+from headrace.runtime.matmul.configs import Config
+from headrace.runtime.matmul.timing import Choice, Problem
+from headrace.runtime.matmul.tuning import Choices, load, problems, save
 
 BF16 = torch.bfloat16
 SHAPE = (4096, 4096)

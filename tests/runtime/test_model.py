@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.conversion.layer_facts import signature
+from headrace.runtime.conversion.quantize import STORE_DTYPES
+from headrace.runtime.conversion.selfcheck import check
+from headrace.runtime.conversion.shrink import shrink
 from headrace.runtime.kv_store import KVStore
-from headrace.runtime.layer_facts import signature
 from headrace.runtime.model import StageModel
-from headrace.runtime.quantize import STORE_DTYPES
-from headrace.runtime.selfcheck import check
-from headrace.runtime.shrink import shrink
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
 from headrace.runtime.store import Block, TensorSpec, WeightSpec
 from headrace.scheduler.errors import UnsupportedModelError

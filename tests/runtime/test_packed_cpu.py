@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from whole import WholeModel
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.linear import Scratch, Weight
-from headrace.runtime.packed_cpu import (
+from headrace.runtime.matmul.packed_cpu import (
     FEW_SEQUENCES,
     MOST_ROWS,
     PackedLayout,
     choose_layout,
     has_kernel,
 )
-from headrace.runtime.quantize import STORE_DTYPES
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.scheduler.plan import Slice
 

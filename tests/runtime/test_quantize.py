@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from headrace.runtime.block_file import lay_out
-from headrace.runtime.quantize import (
+from headrace.runtime.conversion.quantize import (
     STORE_DTYPES,
     decode,
     encode,

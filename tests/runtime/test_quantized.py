@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from whole import WholeModel
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.linear import Weight
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import Slice

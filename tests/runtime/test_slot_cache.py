@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.runtime.slot_cache import SlotCache
+from headrace.runtime.streaming.slot_cache import SlotCache
 
 
 def hits(cache: SlotCache[int], keys: Iterable[int]) -> int:

@@ -11,7 +11,7 @@ from architectures import SUPPORTED, tiny_model
 from leftovers import our_threads
 from rings import local_ring, manual_plan, run_all
 
-from headrace.runtime.convert import convert
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig

@@ -10,9 +10,9 @@ import pytest
 import torch
 from leftovers import descriptors_of, our_threads
 
-from headrace.runtime.direct import BufferedStorage, DirectStorage, ThreadedStorage
-from headrace.runtime.storage import available_memory, cached_share, choose_storage
-from headrace.runtime.tiers import AlignedBuffer
+from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage, ThreadedStorage
+from headrace.runtime.streaming.storage import available_memory, cached_share, choose_storage
+from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.scheduler.errors import HeadraceError, StoreError
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_a_storage_is_chosen_and_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, requested: str
 ) -> None:
     file = random_file(tmp_path / "weights", 4 * MiB)
-    with caplog.at_level(logging.INFO, "headrace.runtime.storage"):
+    with caplog.at_level(logging.INFO, "headrace.runtime.streaming.storage"):
         storage = choose_storage(CPU, file, PAGE, 2 * MiB, requested)
     try:
         assert storage.name in ("direct", "buffered")
@@ -215,7 +215,7 @@ def test_the_page_cache_counts_only_if_ram_holds_a_pass(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = random_file(tmp_path / "weights", MiB)
-    with caplog.at_level(logging.INFO, "headrace.runtime.storage"):
+    with caplog.at_level(logging.INFO, "headrace.runtime.streaming.storage"):
         choose_storage(CPU, file, 0, MiB, streamed_bytes=MiB).close()
         assert "counted: RAM holds a pass" in caplog.text
         caplog.clear()

@@ -9,11 +9,11 @@ import torch
 from leftovers import our_threads
 from slow_storage import SlowStorage
 
-from headrace.runtime.direct import BufferedStorage
-from headrace.runtime.loads import Storage
 from headrace.runtime.store import Block
-from headrace.runtime.streamer import StreamCounters, Streamer
-from headrace.runtime.tiers import AlignedBuffer, HostTier
+from headrace.runtime.streaming.direct import BufferedStorage
+from headrace.runtime.streaming.loads import Storage
+from headrace.runtime.streaming.streamer import StreamCounters, Streamer
+from headrace.runtime.streaming.tiers import AlignedBuffer, HostTier
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.placement import Tier
 

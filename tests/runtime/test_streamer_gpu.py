@@ -8,12 +8,12 @@ import pytest
 import torch
 from leftovers import our_threads
 
-from headrace.runtime.direct import BufferedStorage, DirectStorage
-from headrace.runtime.loads import Storage
-from headrace.runtime.storage import choose_storage
 from headrace.runtime.store import Block
-from headrace.runtime.streamer import Streamer
-from headrace.runtime.tiers import AlignedBuffer
+from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage
+from headrace.runtime.streaming.loads import Storage
+from headrace.runtime.streaming.storage import choose_storage
+from headrace.runtime.streaming.streamer import Streamer
+from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.scheduler.errors import HeadraceError, StoreError
 from headrace.scheduler.placement import Tier
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from headrace.runtime.matmul_configs import (
+from headrace.runtime.matmul.configs import (
     BUCKETS,
     Config,
     bucket,
     candidates,
     supports,
 )
-from headrace.runtime.matmul_timing import Choice, Problem, fastest
+from headrace.runtime.matmul.timing import Choice, Problem, fastest
 
 log = logging.getLogger(__name__)
 

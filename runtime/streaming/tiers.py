@@ -9,9 +9,9 @@ from typing import Self
 
 import torch
 
-from headrace.runtime.copies import HostCopies
-from headrace.runtime.loads import Load, Storage
 from headrace.runtime.store import ALIGN_BLOCK, Block
+from headrace.runtime.streaming.copies import HostCopies
+from headrace.runtime.streaming.loads import Load, Storage
 from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.scheduler.errors import DoesNotFitError, StoreError
 

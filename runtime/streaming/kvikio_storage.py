@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from headrace.runtime.loads import Load, check_extent, queued_work, too_short
+from headrace.runtime.streaming.loads import Load, check_extent, queued_work, too_short
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
 

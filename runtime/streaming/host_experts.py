@@ -15,10 +15,10 @@ from typing import Self
 
 import torch
 
-from headrace.runtime.copies import Copy, HostCopies
-from headrace.runtime.loads import Load, Storage
-from headrace.runtime.slot_cache import SlotCache
-from headrace.runtime.tiers import AlignedBuffer
+from headrace.runtime.streaming.copies import Copy, HostCopies
+from headrace.runtime.streaming.loads import Load, Storage
+from headrace.runtime.streaming.slot_cache import SlotCache
+from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.placement import Tier

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from headrace.runtime.block_file import Layout, lay_out
-from headrace.runtime.checkpoint import Checkpoint, SourceWeight
-from headrace.runtime.quantize import QUANTIZED, TORCH_DTYPES, Part, parts_of
+from headrace.runtime.conversion.checkpoint import Checkpoint, SourceWeight
+from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, Part, parts_of
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton, load_config
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError

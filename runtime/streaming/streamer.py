@@ -9,9 +9,9 @@ from typing import Protocol, Self
 
 import torch
 
-from headrace.runtime.loads import Load, Storage, drain
 from headrace.runtime.store import Block
-from headrace.runtime.tiers import DeviceRing, HostTier, device_bytes
+from headrace.runtime.streaming.loads import Load, Storage, drain
+from headrace.runtime.streaming.tiers import DeviceRing, HostTier, device_bytes
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.placement import Tier
 

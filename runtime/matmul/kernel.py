@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.runtime.decode_4bit import WORD, decoding, magic, table
-from headrace.runtime.matmul_configs import Codes, Config, bucket
+from headrace.runtime.matmul.configs import Codes, Config, bucket
+from headrace.runtime.matmul.decode_4bit import WORD, decoding, magic, table
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -162,7 +162,7 @@ def _sum_kernel(
 def matmul(x: Tensor, codes: Codes, bias: Tensor | None, config: Config) -> Tensor:
     """x [..., K] times `codes` [N, K], plus bias [N]: [..., N] in the type of x.
 
-    `supports` and `fits` (matmul_configs) say what may be asked for.
+    `supports` and `fits` (in configs) say what may be asked for.
     """
     flat = x.reshape(-1, x.shape[-1])
     rows, columns = len(flat), codes.shape[0]

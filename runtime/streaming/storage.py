@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 import xxhash
 
-from headrace.runtime.direct import BufferedStorage, DirectStorage, OpenFiles
-from headrace.runtime.kvikio_storage import KvikioStorage
-from headrace.runtime.loads import Load, Storage
 from headrace.runtime.store import ALIGN_BLOCK
-from headrace.runtime.tiers import device_bytes
+from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage, OpenFiles
+from headrace.runtime.streaming.kvikio_storage import KvikioStorage
+from headrace.runtime.streaming.loads import Load, Storage
+from headrace.runtime.streaming.tiers import device_bytes
 from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
 

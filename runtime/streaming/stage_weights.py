@@ -9,11 +9,11 @@ from typing import Self
 import torch
 
 from headrace.runtime.expert_extents import SplitBlock, split_block
-from headrace.runtime.expert_streamer import ExpertCounters, ExpertStreamer
-from headrace.runtime.loads import Storage
 from headrace.runtime.model import StageModel
 from headrace.runtime.store import Block, Store
-from headrace.runtime.streamer import StreamCounters, Streamer
+from headrace.runtime.streaming.expert_streamer import ExpertCounters, ExpertStreamer
+from headrace.runtime.streaming.loads import Storage
+from headrace.runtime.streaming.streamer import StreamCounters, Streamer
 from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.scheduler.placement import Plan
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headrace.runtime.matmul_configs import Codes, Config
+from headrace.runtime.matmul.configs import Codes, Config
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def fastest(device: torch.device, problem: Problem, configs: Iterable[Config]) -
     """The fastest way for a problem, of those that give the right product."""
     from triton.runtime.errors import TritonError
 
-    from headrace.runtime.matmul_4bit import matmul
+    from headrace.runtime.matmul.kernel import matmul
 
     x, codes = sample(device, problem)
     timer = Timer(device)

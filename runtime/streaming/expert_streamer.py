@@ -9,12 +9,12 @@ from typing import Self
 import torch
 
 from headrace.runtime.expert_extents import SplitBlock
-from headrace.runtime.host_experts import ExpertKey, HostExperts, Place
-from headrace.runtime.loads import Load, Storage, drain
-from headrace.runtime.slot_cache import SlotCache
 from headrace.runtime.store import Block
-from headrace.runtime.streamer import wait_clock
-from headrace.runtime.tiers import DeviceRing
+from headrace.runtime.streaming.host_experts import ExpertKey, HostExperts, Place
+from headrace.runtime.streaming.loads import Load, Storage, drain
+from headrace.runtime.streaming.slot_cache import SlotCache
+from headrace.runtime.streaming.streamer import wait_clock
+from headrace.runtime.streaming.tiers import DeviceRing
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.placement import Tier, spread
 

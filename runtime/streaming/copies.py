@@ -6,7 +6,7 @@ from typing import Self
 
 import torch
 
-from headrace.runtime.loads import CopyStream, queued_work
+from headrace.runtime.streaming.loads import CopyStream, queued_work
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
 

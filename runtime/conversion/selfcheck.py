@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.conversion.quantize import STORE_DTYPES
+from headrace.runtime.conversion.shrink import VOCABULARY, shrink
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
-from headrace.runtime.quantize import STORE_DTYPES
-from headrace.runtime.shrink import VOCABULARY, shrink
 from headrace.runtime.skeleton import BlockKey, Skeleton
 from headrace.runtime.store import ALIGN_TENSOR, Block, TensorSpec, WeightSpec
 from headrace.scheduler.errors import HeadraceError, UnsupportedModelError

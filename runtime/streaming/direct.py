@@ -14,9 +14,9 @@ from typing import Self
 
 import torch
 
-from headrace.runtime.loads import CopyStream, Load, PendingLoad, check_extent, too_short
 from headrace.runtime.store import ALIGN_BLOCK
-from headrace.runtime.tiers import AlignedBuffer
+from headrace.runtime.streaming.loads import CopyStream, Load, PendingLoad, check_extent, too_short
+from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StoreError
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from headrace.runtime.layer_facts import signature
+from headrace.runtime.conversion.layer_facts import signature
 from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.errors import UnsupportedModelError
 

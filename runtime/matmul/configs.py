@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.runtime.decode_4bit import WORD
+from headrace.runtime.matmul.decode_4bit import WORD
 
 BUCKETS = (16, 32, 64, 128, 256)
 """Rows that a launch may compute; fewer are padded."""

@@ -22,16 +22,16 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from headrace.runtime.block_file import BlockWriter, write_durably
-from headrace.runtime.checkpoint import Checkpoint
-from headrace.runtime.conversion_plan import (
+from headrace.runtime.conversion.checkpoint import Checkpoint
+from headrace.runtime.conversion.journal import Journal, journal_line
+from headrace.runtime.conversion.plan import (
     BlockPlan,
     ConversionPlan,
     Options,
     WeightPlan,
     plan_conversion,
 )
-from headrace.runtime.convert_journal import Journal, journal_line
-from headrace.runtime.quantize import encode_rows, weight_spec
+from headrace.runtime.conversion.quantize import encode_rows, weight_spec
 from headrace.runtime.skeleton import load_config
 from headrace.runtime.store import (
     JOURNAL,

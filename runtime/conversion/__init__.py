@@ -1,0 +1,1 @@
+"""From a checkpoint to a store, and what an architecture has to be for it."""

@@ -1,0 +1,1 @@
+"""Few rows times 4-bit weights."""

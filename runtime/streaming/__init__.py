@@ -1,0 +1,1 @@
+"""Weights on their way: storages, tiers, the ring, experts."""
