@@ -78,6 +78,7 @@ def make_plan(store: Store, slots: int, host_experts: int, sequences: int) -> Pl
         sample_rows=sequences,
         graph_rows=0,
         passes_in_flight=1,
+        ahead=0,
         memory=(StageMemory(0, 0, 0, 0, 0, 0, 0, 0, 0),),
         nvme_bytes_a_pass=(sum(sizes),),
         host_bytes_a_pass=(0,),
