@@ -124,6 +124,10 @@ class Engine:
         self.stats.bound_seconds += least_seconds(self.plan, a_pass.num_tokens, loaded)
         return completions
 
+    def wait_host_tier(self) -> None:
+        """Return when every stage's host RAM is filled: before measuring, for passes go on meanwhile."""
+        self._pipeline.wait_host_tier()
+
     def close(self) -> None:
         try:
             if self.trace is not None:

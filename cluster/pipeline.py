@@ -43,6 +43,9 @@ class Pipeline(Protocol):
         It fails when the pass that it follows does; ask for the result of that one first.
         """
 
+    def wait_host_tier(self) -> None:
+        """Return when every stage has in host RAM what belongs there; passes need not wait for it."""
+
     def close(self) -> None: ...
 
 
@@ -150,6 +153,10 @@ class RayPipeline:
         self._draws.note(a_pass, refs)
         return _RayPending(refs, self._deadline, a_pass.step)
 
+    def wait_host_tier(self) -> None:
+        refs = [actor.wait_host_tier.remote() for actor in self._actors]
+        gather(refs, self._deadline, doing="filling host memory")
+
     def take_traces(self) -> list[Trace | None]:
         """What each stage kept; None for one that is gone or too late."""
         refs = [actor.take_trace.remote() for actor in self._actors]
@@ -213,6 +220,10 @@ class LocalPipeline:
             ]
             self._draws.note(a_pass, futures)
             return _LocalPending(futures)
+
+    def wait_host_tier(self) -> None:
+        for stage in self._stages:
+            stage.wait_host_tier()
 
     def take_traces(self) -> list[Trace | None]:
         return [stage.recorder.take() if stage.recorder else None for stage in self._stages]

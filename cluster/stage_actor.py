@@ -99,6 +99,11 @@ class StageActor:
         known = None if before is None else decode(before, PassResult)
         return encode(self._stage.run(decode(payload, Pass), known))
 
+    def wait_host_tier(self) -> None:
+        """Return when what belongs in host RAM is there."""
+        assert self._stage is not None
+        self._stage.wait_host_tier()
+
     def take_trace(self) -> bytes:
         """The Trace of the newest passes, for a stage that was told to keep one."""
         assert self._stage is not None and self._stage.recorder is not None

@@ -68,6 +68,9 @@ class TracedPipeline:
     def submit(self, a_pass: Pass) -> Pending:
         return _TracedPending(self._pipeline.submit(a_pass), self._tracer, a_pass.step)
 
+    def wait_host_tier(self) -> None:
+        self._pipeline.wait_host_tier()
+
     def close(self) -> None:
         self._pipeline.close()
 

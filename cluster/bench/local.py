@@ -39,6 +39,9 @@ class InlinePipeline:
     def submit(self, a_pass: Pass) -> Pending:
         return _Done([self._stage.run(a_pass)])
 
+    def wait_host_tier(self) -> None:
+        self._stage.wait_host_tier()
+
     def close(self) -> None:
         self._stage.close()
 

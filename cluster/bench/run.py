@@ -215,6 +215,7 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
         started = time.perf_counter()
         engine = stack.enter_context(_open_engine(work, options))
         ready = time.perf_counter() - started
+        engine.wait_host_tier()
         batch, driver = batch_of(engine.plan, work), Driver(engine, meter)
         _generate(driver, min(WARMUP_SEQUENCES, batch), work.prompt, WARMUP_TOKENS, store)
         driver.steps.clear()
@@ -252,6 +253,7 @@ def _generate(driver: Driver, count: int, prompt: int, new: int, store: Store) -
 def run_profile(given: EngineOptions, work: Work, store: Store, trace: Path) -> Breakdown:
     """Two passes of decodes only, by one stage in this thread; the trace goes to a file."""
     with local_engine(options_of(given, work, store), InlinePipeline) as engine:
+        engine.wait_host_tier()
         driver, batch = Driver(engine), batch_of(engine.plan, work)
         driver.add(random_prompts(batch, work.prompt, store.config["vocab_size"]), work.new)
         while driver.step().committed < batch:
