@@ -189,8 +189,8 @@ def _bound(report: JobReport, setting: Setting) -> str:
     work, prediction = report.work, setting.plan.prediction
     rows = report.finished - report.resumed
     text = (
-        f"{rows} row{'s' * (rows != 1)} and {work.output_tokens} tokens took {duration(report.seconds)}. By the plan "
-        f"{TERMS[prediction.bound_by]} sets the pace, at most {prediction.tokens_per_second:.1f} "
+        f"{rows} row{'s' * (rows != 1)} and {work.output_tokens} tokens took "
+        f"{duration(report.seconds)}. By the plan {TERMS[prediction.bound_by]} sets the pace, at most {prediction.tokens_per_second:.1f} "
         f"tokens/s with {prediction.sequences} sequence{'s' * (prediction.sequences != 1)} at a time"
     )
     share = work.share_of_bound
