@@ -17,7 +17,7 @@ from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
 from headrace.cluster.stage_actor import Connection
-from headrace.cluster.tokenizer import load_tokenizer, stop_ids
+from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from headrace.cluster.trace_file import RunTrace, TracedPipeline, check_writable
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.rendezvous import RendezvousServer
@@ -215,6 +215,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             check_writable(options.trace)
         device = resolve_device(options.device, options.address)
         dtype = resolve_dtype(options.dtype, device, store)
+        check_tokenizer(store.path)
         stack.enter_context(ray_cluster(options.stages, options.address))
         actors = stack.enter_context(stage_actors(options.stages, device, store.path.name))
         tokenizer = load_tokenizer(store.path)  # while the actors import models' code

@@ -11,13 +11,18 @@ from headrace.scheduler.errors import StoreError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The fast tokenizer in `path`. StoreError when there is none."""
+def check_tokenizer(path: Path) -> None:
+    """StoreError when there is no tokenizer in `path`; takes no time."""
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise StoreError(
             f"{path} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): copy the model's "
             "tokenizer files into it"
         )
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The fast tokenizer in `path`. StoreError when there is none."""
+    check_tokenizer(path)
     from transformers import AutoTokenizer  # seconds to import: only when a model is opened
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -190,8 +190,9 @@ def _bound(report: JobReport, setting: Setting) -> str:
     rows = report.finished - report.resumed
     text = (
         f"{rows} row{'s' * (rows != 1)} and {work.output_tokens} tokens took "
-        f"{duration(report.seconds)}. By the plan {TERMS[prediction.bound_by]} sets the pace, at most {prediction.tokens_per_second:.1f} "
-        f"tokens/s with {prediction.sequences} sequence{'s' * (prediction.sequences != 1)} at a time"
+        f"{duration(report.seconds)}. By the plan {TERMS[prediction.bound_by]} sets the pace, "
+        f"at most {prediction.tokens_per_second:.1f} tokens/s with {prediction.sequences} "
+        f"sequence{'s' * (prediction.sequences != 1)} at a time"
     )
     share = work.share_of_bound
     return f"{text}; passes reached {share:.0%} of that bound." if share else f"{text}."
