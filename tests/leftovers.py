@@ -14,7 +14,7 @@ def descriptors_of(file: Path) -> int:
     count = 0
     for entry in Path("/proc/self/fd").iterdir():
         try:
-            count += os.readlink(entry) == str(file)
+            count += os.readlink(entry) == str(file.resolve())
         except FileNotFoundError:  # closed by another thread since it was listed
             continue
     return count

@@ -125,6 +125,8 @@ def test_closing_fails_waiting_loads_and_ends_threads(make: Maker, tmp_path: Pat
     file = random_file(tmp_path / "weights", 4 * MiB)
     before = our_threads()
     storage = make(threads=1, chunk_bytes=PAGE)
+    storage.load(file, 0, AlignedBuffer(PAGE).tensor).wait()
+    assert our_threads() > before and descriptors_of(file) == 1
     loads = [storage.load(file, 0, AlignedBuffer(4 * MiB).tensor) for _ in range(20)]
     storage.close()
     storage.close()
