@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from types import TracebackType
 from typing import Self
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.store import LayerShape
-from headrace.runtime.streaming.tiers import device_bytes
 from headrace.scheduler.plan import PAGE_TOKENS
 
 
@@ -42,11 +40,7 @@ class KVStore:
         for layer, shape in shapes.items():
             head_elements = PAGE_TOKENS * (shape.k_dim + shape.v_dim)
             size = (num_pages, shape.kv_heads, head_elements)
-            nbytes = prod(size) * dtype.itemsize
-            memory = device_bytes(nbytes, device)
-            if device.type != "cpu":  # there, the system gives zeroed pages as they are touched
-                memory.zero_()
-            self._buffers[layer] = memory.view(dtype).view(size)
+            self._buffers[layer] = torch.zeros(size, dtype=dtype, device=device)
             self._layers[layer] = _views(self._buffers[layer], shape)
 
     @staticmethod
