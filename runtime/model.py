@@ -19,6 +19,7 @@ from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.matmul.packed_cpu import PackedLayout
+from headrace.runtime.norms import FusedNorms
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
@@ -85,7 +86,9 @@ class StageModel:
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
-        binder = Binder(self._skeleton, weights, self._scratch)
+        # On CPUs, where launches cost nothing, every bit stays transformers' own.
+        norms = FusedNorms(dtype) if device.type == "cuda" else None
+        binder = Binder(self._skeleton, weights, self._scratch, norms)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
         self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
         self._bound: dict[int, Tensor] = {}
