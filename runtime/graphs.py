@@ -86,12 +86,13 @@ class Lane:
     def is_usable(self) -> bool:
         return self._enter is not None
 
-    def load(self, batch: Batch, count: int) -> None:
+    def load(self, micro_batch: MicroBatch, count: int) -> None:
         """Take over a micro-batch of the same shape, of which the first `count` sequences count."""
         assert self._enter is not None
-        if self._model.embeds:
-            self._rows.copy_(self._model.rows(batch))
-        here = batch.onto(self._batch)
+        batch = self._batch
+        pages = batch.page_table.shape[1]
+        here = Batch.build(micro_batch, self._model.device, pages, onto=batch)
+        self._model.rows(here, onto=self._rows)
         self._enter()
         self.prepared = replace(self.prepared, batch=here, x=self._x[:count])
 
@@ -173,7 +174,7 @@ class DecodeGraphs:
         rows = min(padded_rows(len(slices)), self._max_rows)
         if self._failed or len(slices) > rows or any(len(piece.tokens) > 1 for piece in slices):
             return None
-        longest = max(piece.end for piece in slices)
+        longest = max(piece.start for piece in slices) + 1
         pages = min(padded_pages(pages_for(longest)), self._max_pages)
         key = index, rows, pages
         self._loads += 1
@@ -182,14 +183,17 @@ class DecodeGraphs:
         # A row that is there twice writes the same key to the same place, and harms nobody.
         again = replace(slices[-1], sampling=None)
         padded = MicroBatch(slices + (again,) * (rows - len(slices)))
-        batch = Batch.build(padded, self._model.device, pages)
-        lane = self._lanes.get(key) or Lane(self._model, self._kv, self._record, batch)
+        lane = self._lanes.get(key) or self._new_lane(padded, pages)
         if not lane.is_usable:
             return None
         self._lanes[key] = lane
         lane.used = self._loads
-        lane.load(batch, len(slices))
+        lane.load(padded, len(slices))
         return lane
+
+    def _new_lane(self, micro_batch: MicroBatch, pages: int) -> Lane:
+        batch = Batch.build(micro_batch, self._model.device, pages)
+        return Lane(self._model, self._kv, self._record, batch)
 
     def _make_room(self) -> bool:
         """Whether there is room for one more lane, and were it in place of one that is out of use."""

@@ -167,18 +167,19 @@ class StageModel:
         """`prepare` with the tokens' `rows`."""
         return Prepared(batch, *self._skeleton.enter(rows, batch.positions))
 
-    @property
-    def embeds(self) -> bool:
-        return self._table is not None
+    def rows(self, batch: Batch, onto: Tensor | None = None) -> Tensor:
+        """The tokens' rows of the embedding table [T, hidden], or blank ones where there is none.
 
-    def rows(self, batch: Batch) -> Tensor:
-        """The tokens' rows of the embedding table [T, hidden], or blank ones where there is none."""
+        `onto` is where they are copied to, if it is given.
+        """
         if self._table is None:
-            return self._blank.expand(len(batch.tokens), -1)
+            return self._blank.expand(len(batch.tokens), -1) if onto is None else onto
         # A copy from pageable memory would wait for all compute queued before it.
         shape, pinned = (len(batch.tokens), self._table.shape[1]), self.device.type == "cuda"
         rows = torch.empty(shape, dtype=self._table.dtype, pin_memory=pinned)
         torch.index_select(self._table, 0, batch.tokens, out=rows)
+        if onto is not None:
+            return onto.copy_(rows, non_blocking=True)
         return rows.to(self.device, non_blocking=True).to(self.dtype)
 
     def is_static(self, layer: int) -> bool:

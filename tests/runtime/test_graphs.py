@@ -116,10 +116,9 @@ class Counting:
     """A model whose layers add one to hidden states [T, 1]."""
 
     device = torch.device("cpu")
-    embeds = False
 
-    def rows(self, batch: Batch) -> torch.Tensor:
-        return torch.zeros(len(batch.positions), 1)
+    def rows(self, batch: Batch, onto: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.zeros(len(batch.positions), 1) if onto is None else onto.zero_()
 
     def enter(self, rows: torch.Tensor, batch: Batch) -> Prepared:
         return Prepared(batch, rows, ())
