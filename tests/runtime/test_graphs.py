@@ -13,6 +13,7 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.graphs import (
     IDLE,
+    Capture,
     CudaCapture,
     DecodeGraphs,
     Layers,
@@ -115,10 +116,13 @@ def test_decodes_without_room_for_graphs_are_right_too(tmp_path: Path) -> None:
 class Counting:
     """A model whose layers add one to hidden states [T, 1]."""
 
-    device = torch.device("cpu")
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
 
     def rows(self, batch: Batch, onto: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.zeros(len(batch.positions), 1) if onto is None else onto.zero_()
+        if onto is not None:
+            return onto.zero_()
+        return torch.zeros(len(batch.positions), 1, device=self.device)
 
     def enter(self, rows: torch.Tensor, batch: Batch) -> Prepared:
         return Prepared(batch, rows, ())
@@ -136,8 +140,8 @@ class Counting:
 class Lanes:
     """Lanes of a stage of 3 layers; `run` runs them for so many sequences of so many tokens."""
 
-    def __init__(self, capture: CallAgain, lanes: int, layers: int) -> None:
-        model: Any = Counting()
+    def __init__(self, capture: Capture, lanes: int, layers: int, device: str = "cpu") -> None:
+        model: Any = Counting(device)
         self.graphs = DecodeGraphs(
             model,
             KVStore({}, 1, torch.float32, model.device),
@@ -155,7 +159,7 @@ class Lanes:
         lane = self.graphs.lane(index, MicroBatch(tuple(pieces)))
         if lane is not None:
             layers = list(enumerate(self.blocks[slot : slot + 3]))
-            x = lane.run(layers, torch.zeros(sequences, 1))
+            x = lane.run(layers, torch.zeros(sequences, 1, device=lane.prepared.x.device))
             assert x.tolist() == [[3.0]] * sequences
         return lane is not None
 
@@ -223,6 +227,15 @@ def test_cuda_graphs_give_the_same_tokens(
     with local_ring(store, plan, "cuda") as pipeline:
         assert run_all(plan, pipeline, requests) == wanted
     assert not [record for record in caplog.records if record.name.startswith("headrace")]
+
+
+@pytest.mark.gpu
+def test_the_only_lane_on_cuda_makes_room() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        lanes = Lanes(CudaCapture(), lanes=1, layers=4, device="cuda")
+        for sequences in (1, 9, 1, 9):
+            taken = [lanes.run(sequences) for _ in range(IDLE + 4)]
+            assert taken[-1] and lanes.graphs.recorded == 4
 
 
 @pytest.mark.gpu
