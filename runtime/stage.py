@@ -125,7 +125,8 @@ class Stage:
         plan = self._plan
         if capture is None or not plan.graph_rows:
             return None
-        layers = len(self._placement.layers_of(self.config.stage))
+        layers = self._placement.layers_of(self.config.stage)
+        static = sum(map(self._model.is_static, layers))
         return DecodeGraphs(
             self._model,
             self._kv,
@@ -133,7 +134,7 @@ class Stage:
             max_rows=plan.graph_rows,
             max_pages=pages_for(plan.max_context),
             max_lanes=plan.graph_lanes,
-            max_layers=plan.graph_lanes * (layers + 1),
+            max_layers=plan.graph_lanes * (static + 1),
         )
 
     @property

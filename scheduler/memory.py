@@ -90,10 +90,10 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
 
 def graph_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     """What CUDA graphs take of a stage: for each lane its rows and all layers recorded once, and as
-    much as a layer for what precedes them."""
-    recorded = (len(layout.layers[stage]) + 1) * GRAPH_LAYER_BYTES
+    much as a layer for what precedes them. Mixtures are not recorded."""
+    recorded = sum(not shape.is_mixture(layer) for layer in layout.layers[stage])
     rows = LANE_ROWS * layout.graph_rows * shape.hidden_size * shape.compute_bytes
-    return layout.graph_lanes * (recorded + rows)
+    return layout.graph_lanes * ((recorded + 1) * GRAPH_LAYER_BYTES + rows)
 
 
 def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:

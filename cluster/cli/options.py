@@ -94,7 +94,7 @@ class RunOptions:
         typer.Option(
             "--graphs/--no-graphs",
             help="Launch decodes as CUDA graphs. "
-            "[default: on CUDA, where they take little of its memory]",
+            "[default: on CUDA, if they take little memory and most layers have no experts]",
         ),
     ] = None
 
