@@ -39,7 +39,8 @@ class EngineOptions:
     """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
 
     `context` is the longest sequence to be served (prompt and output), None the model's own;
-    `min_sequences` at once have room for their KV, if they can;
+    `min_sequences` at once have room for their KV, if they can; `graphs` launches decodes as CUDA
+    graphs, None wherever they can be had for little memory;
     `address` the Ray cluster to join, None to start one for this engine alone on this machine;
     `trace` a file to write, when the engine closes, for Perfetto.
     """
@@ -58,7 +59,7 @@ class EngineOptions:
     resident_layers: int | None = None
     context: int | None = None
     storage: str = "auto"
-    graphs: bool = False
+    graphs: bool | None = None
     address: str | None = None
     deadline: float = 600.0
     trace: Path | None = None

@@ -1,14 +1,15 @@
 """A micro-batch as attention sees it: packed tokens, their pages, and who may look at what."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch
+from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
 SCORES = 1 << 24
 """Scores that the CPU path holds at once (64 MiB in float32)."""
@@ -23,8 +24,7 @@ class Batch:
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
     with this slice's.  page_table [S, P] int32, padded with 0.
     `tokens` [T] int64 are on the host; `lengths` and `contexts` are the tokens of each slice and context.
-    `max_context` is at least the longest context. `packed` is the memory of all tensors but
-    sample_rows.
+    `max_context` is at least the longest context. `packed` is the memory of all tensors.
     """
 
     tokens: Tensor
@@ -65,70 +65,59 @@ class Batch:
 
     @classmethod
     def build(
-        cls, micro_batch: MicroBatch, device: torch.device, pages: int | None = None
+        cls,
+        micro_batch: MicroBatch,
+        device: torch.device,
+        pages: int | None = None,
+        onto: "Batch | None" = None,
     ) -> "Batch":
-        """One transfer to the device; the caller's stream orders it before its use.
+        """One transfer to the device, queued on the current stream.
 
-        With `pages`, every sequence is given room for so many.
+        With `pages`, every sequence is given room for so many. `onto` gives its memory, which is that
+        of a batch of as many tokens, sequences and pages.
         """
         slices = micro_batch.slices
         lengths = np.array([len(piece.tokens) for piece in slices])
-        ends = np.array([piece.end for piece in slices])
+        ends = np.array([piece.start for piece in slices]) + lengths
         assert len(slices) and lengths.min() > 0, micro_batch
         start = np.concatenate(([0], lengths.cumsum()))
         sequence = np.repeat(np.arange(len(slices)), lengths)
         positions = np.arange(start[-1]) + (ends - start[1:])[sequence]
-        table = _page_table(micro_batch, pages)
+        table = _page_table(slices, -(-ends // PAGE_TOKENS), pages)
         page = table[sequence, positions // PAGE_TOKENS]
         sampled = [i for i, piece in enumerate(slices) if piece.sampling is not None]
-        packed, (positions_, slots, query_start, context, page_table, sample_rows) = _to_device(
+        sample_rows = np.zeros(len(slices), dtype=np.int64)
+        sample_rows[: len(sampled)] = start[1:][sampled] - 1
+        packed, views = _to_device(
             (
                 positions,
                 page.astype(np.int64) * PAGE_TOKENS + positions % PAGE_TOKENS,
                 start.astype(np.int32),
                 ends.astype(np.int32),
                 table,
-                start[1:][sampled] - 1,
+                sample_rows,
             ),
             device,
+            None if onto is None else onto.packed,
         )
         return cls(
-            tokens=torch.tensor([token for piece in slices for token in piece.tokens]),
-            positions=positions_,
-            token_slots=slots,
-            sample_rows=sample_rows,
-            query_start=query_start,
-            context=context,
-            page_table=page_table,
+            tokens=torch.from_numpy(np.array([t for piece in slices for t in piece.tokens])),
+            positions=views[0],
+            token_slots=views[1],
+            sample_rows=views[5][: len(sampled)],
+            query_start=views[2],
+            context=views[3],
+            page_table=views[4],
             lengths=tuple(lengths.tolist()),
             contexts=tuple(ends.tolist()),
             max_context=int(ends.max()) if pages is None else pages * PAGE_TOKENS,
-            packed=packed[: len(packed) - _span(sample_rows.nbytes)],
-        )
-
-    def onto(self, other: "Batch") -> "Batch":
-        """This batch in the memory of `other`, which has as many tokens, sequences and pages.
-
-        The copy is queued on the current stream. `sample_rows` stays where it is.
-        """
-        assert len(self.packed) == len(other.packed), "batches of unlike shapes"
-        other.packed.copy_(self.packed)
-        return replace(
-            self,
-            positions=other.positions,
-            token_slots=other.token_slots,
-            query_start=other.query_start,
-            context=other.context,
-            page_table=other.page_table,
-            packed=other.packed,
-            _decodes={},
+            packed=packed,
         )
 
 
-def _page_table(micro_batch: MicroBatch, width: int | None) -> np.ndarray:
-    used = [-(-piece.end // PAGE_TOKENS) for piece in micro_batch.slices]
-    table = np.zeros((len(used), width or max(used)), dtype=np.int32)
-    for row, piece, pages in zip(table, micro_batch.slices, used, strict=True):
+def _page_table(slices: Sequence[Slice], used: np.ndarray, width: int | None) -> np.ndarray:
+    table = np.zeros((len(used), width or used.max()), dtype=np.int32)
+    for row, piece, pages in zip(table, slices, used.tolist(), strict=True):
         assert len(piece.pages) >= pages, piece
         row[:pages] = piece.pages[:pages]
     return table
@@ -139,20 +128,25 @@ def _span(nbytes: int) -> int:
     return -(-nbytes // 16) * 16
 
 
-def _to_device(arrays: tuple[np.ndarray, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def _to_device(
+    arrays: tuple[np.ndarray, ...], device: torch.device, buffer: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
     """One buffer on `device` (uint8), and the arrays as views of it, one after the other."""
-    spans = [_span(array.nbytes) for array in arrays]
-    ends = np.cumsum(spans)
-    host = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for array, end, span in zip(arrays, ends, spans, strict=True):
-        raw = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        host[end - span : end - span + array.nbytes] = raw
+    starts = [0, *accumulate(_span(array.nbytes) for array in arrays)]
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    raw = host.numpy()
+    for array, start in zip(arrays, starts, strict=False):
+        raw[start : start + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
     # The host allocator keeps a pinned block until the copies recorded on it are done.
-    packed = host.to(device, non_blocking=True)
+    if buffer is None:
+        packed = host.to(device, non_blocking=True)
+    else:
+        assert len(buffer) == len(host), "batches of unlike shapes"
+        packed = buffer.copy_(host, non_blocking=True)
     types = {8: torch.int64, 4: torch.int32}
     return packed, [
-        packed[end - span : end - span + array.nbytes].view(types[array.itemsize]).view(array.shape)
-        for array, end, span in zip(arrays, ends, spans, strict=True)
+        packed[start : start + array.nbytes].view(types[array.itemsize]).view(array.shape)
+        for array, start in zip(arrays, starts, strict=False)
     ]
 
 

@@ -23,6 +23,7 @@ from headrace.runtime.experts import (
     SlotViews,
 )
 from headrace.runtime.linear import QuantLinear, Scratch, Weight
+from headrace.runtime.norms import FusedNorms
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError
@@ -142,7 +143,8 @@ class FetchedStack:
 class Binder:
     """Makes the bindings of a skeleton's blocks, for the tensors of `weights`.
 
-    Linears of these blocks, and the LM head, become QuantLinear on the way.
+    Linears of these blocks, and the LM head, become QuantLinear on the way; with `norms`, RMS norms
+    become FusedNorm.
     """
 
     def __init__(
@@ -150,8 +152,10 @@ class Binder:
         skeleton: Skeleton,
         weights: Mapping[BlockKey, Mapping[str, WeightSpec]],
         scratch: Scratch,
+        norms: FusedNorms | None = None,
     ) -> None:
         self._skeleton = skeleton
+        self._norms = norms
         self._weights = weights
         self._scratch = scratch
         self._places = skeleton.model.state_dict(keep_vars=True)
@@ -198,6 +202,11 @@ class Binder:
             return self.packed(role.module, spec)
         dtype = torch.float32 if role.target in self._float32 else place.dtype
         module = self._skeleton.model.get_submodule(role.module)
+        if self._norms is not None and dtype == place.dtype:
+            fused = self._norms.fused(module)
+            if fused is not None:
+                module = fused
+                self._skeleton.model.set_submodule(role.module, fused)
         return Dense(module, role.attribute, spec, place.shape, dtype)
 
     def packed(self, path: str, spec: WeightSpec) -> PackedLinear:

@@ -23,8 +23,12 @@ from headrace.scheduler.plan import MicroBatch
 
 log = logging.getLogger(__name__)
 
-MAX_GRAPHS = 1024
-"""Graphs that a stage keeps; the driver takes some of the device's memory for each."""
+LEAST_PAGES = 4
+"""Pages that every lane has room for."""
+
+IDLE = 64
+"""A lane makes room for another when it was not used for so many micro-batches for each lane there is.
+So a run whose sizes change for ever spends its time on replaying, not on recording."""
 
 Layers = Sequence[tuple[int, Tensor]]
 
@@ -41,6 +45,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._first: torch.cuda.CUDAGraph | None = None
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -50,15 +55,20 @@ class CudaCapture:
             work()
         finally:
             graph.capture_end()
+        # A pool that no graph is left of cannot be used again.
+        self._first = self._first or graph
         return graph.replay
 
 
-Record = Callable[[Callable[[], None]], Callable[[], None] | None]
-"""Like Capture.record, but None where nothing could be recorded."""
+Record = Callable[[Callable[[], None], int], Callable[[], None] | None]
+"""Like Capture.record for as much as so many layers, but None where nothing could be recorded."""
 
 
 class Lane:
-    """Where one micro-batch of decodes is from pass to pass. Loaded and run on one stream."""
+    """Where one micro-batch of decodes is from pass to pass. Loaded and run on one stream.
+
+    `recorded`: as much as so many layers. `used`: when, as its owner counts.
+    """
 
     def __init__(self, model: StageModel, kv: KVStore, record: Record, batch: Batch) -> None:
         self._model, self._kv, self._record = model, kv, record
@@ -66,7 +76,9 @@ class Lane:
         self._rows = model.rows(batch)
         self.prepared = model.enter(self._rows, batch)
         self._x = self.prepared.x.clone()
-        self._enter = record(self._do_enter)
+        self._enter = record(self._do_enter, 1)
+        self.recorded = 1
+        self.used = 0
         self._warm: set[tuple[int, ...]] = set()
         self._visits: dict[tuple[int, ...], Callable[[], None]] = {}
 
@@ -74,12 +86,13 @@ class Lane:
     def is_usable(self) -> bool:
         return self._enter is not None
 
-    def load(self, batch: Batch, count: int) -> None:
+    def load(self, micro_batch: MicroBatch, count: int) -> None:
         """Take over a micro-batch of the same shape, of which the first `count` sequences count."""
         assert self._enter is not None
-        if self._model.embeds:
-            self._rows.copy_(self._model.rows(batch))
-        here = batch.onto(self._batch)
+        batch = self._batch
+        pages = batch.page_table.shape[1]
+        here = Batch.build(micro_batch, self._model.device, pages, onto=batch)
+        self._model.rows(here, onto=self._rows)
         self._enter()
         self.prepared = replace(self.prepared, batch=here, x=self._x[:count])
 
@@ -101,9 +114,10 @@ class Lane:
             return None
         for layer, block in layers:
             self._model.bind(layer, block)
-        again = self._record(lambda: self._run(layers))
+        again = self._record(lambda: self._run(layers), len(layers))
         if again is not None:
             self._visits[key] = again
+            self.recorded += len(layers)
         return again
 
     def _do_enter(self) -> None:
@@ -121,60 +135,100 @@ class Lane:
 
 
 class DecodeGraphs:
-    """The lanes of a stage, for at most `max_rows` sequences of at most `max_pages` pages each."""
+    """The lanes of a stage, for at most `max_rows` sequences of at most `max_pages` pages each.
+
+    It keeps `max_lanes` lanes, and recordings of as much as `max_layers` layers for all of them:
+    the driver takes some of the device's memory for each. What has no room is not recorded.
+    """
 
     def __init__(
-        self, model: StageModel, kv: KVStore, capture: Capture, max_rows: int, max_pages: int
+        self,
+        model: StageModel,
+        kv: KVStore,
+        capture: Capture,
+        *,
+        max_rows: int,
+        max_pages: int,
+        max_lanes: int,
+        max_layers: int,
     ) -> None:
         self._model, self._kv, self._capture = model, kv, capture
         self._max_rows, self._max_pages = max_rows, max_pages
+        self._max_lanes, self._max_layers = max_lanes, max_layers
         self._lanes: dict[tuple[int, int, int], Lane] = {}
-        self.count = 0
+        self._loads = 0
         self._failed = False
+
+    @property
+    def recorded(self) -> int:
+        """Layers that recordings are kept of; what precedes the layers counts as one."""
+        return sum(lane.recorded for lane in self._lanes.values())
 
     def lane(self, index: int, micro_batch: MicroBatch) -> Lane | None:
         """A lane loaded with a pass's micro-batch `index`; None when there is none for it.
 
-        That is when it holds more than decodes, more of them than lanes have rows, or when a layer
-        cannot be recorded.
+        That is when it holds more than decodes, more of them than lanes have rows, when there is no
+        room for another lane, or when a layer cannot be recorded.
         """
         slices = micro_batch.slices
         rows = min(padded_rows(len(slices)), self._max_rows)
         if self._failed or len(slices) > rows or any(len(piece.tokens) > 1 for piece in slices):
             return None
-        longest = max(piece.end for piece in slices)
-        pages = min(power_of_two(pages_for(longest)), self._max_pages)
+        longest = max(piece.start for piece in slices) + 1
+        pages = min(padded_pages(pages_for(longest)), self._max_pages)
+        key = index, rows, pages
+        self._loads += 1
+        if key not in self._lanes and not self._make_room():
+            return None
         # A row that is there twice writes the same key to the same place, and harms nobody.
         again = replace(slices[-1], sampling=None)
         padded = MicroBatch(slices + (again,) * (rows - len(slices)))
-        batch = Batch.build(padded, self._model.device, pages)
-        key = index, rows, pages
-        if key not in self._lanes:
-            self._lanes[key] = Lane(self._model, self._kv, self._record, batch)
-        lane = self._lanes[key]
+        lane = self._lanes.get(key) or self._new_lane(padded, pages)
         if not lane.is_usable:
             return None
-        lane.load(batch, len(slices))
+        self._lanes[key] = lane
+        lane.used = self._loads
+        lane.load(padded, len(slices))
         return lane
 
-    def _record(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        if self._failed or self.count >= MAX_GRAPHS:
+    def _new_lane(self, micro_batch: MicroBatch, pages: int) -> Lane:
+        batch = Batch.build(micro_batch, self._model.device, pages)
+        return Lane(self._model, self._kv, self._record, batch)
+
+    def _make_room(self) -> bool:
+        """Whether there is room for one more lane, and were it in place of one that is out of use."""
+        if len(self._lanes) < self._max_lanes and self.recorded < self._max_layers:
+            return True
+        oldest = min(self._lanes, key=lambda key: self._lanes[key].used, default=None)
+        if oldest is None or self._loads - self._lanes[oldest].used <= IDLE * len(self._lanes):
+            return False
+        del self._lanes[oldest]
+        return True
+
+    def _record(self, work: Callable[[], None], layers: int) -> Callable[[], None] | None:
+        if self._failed or self.recorded + layers > self._max_layers:
             return None
         try:
-            recorded = self._capture.record(work)
+            return self._capture.record(work)
         except RuntimeError as error:
             self._failed = True
             reason = str(error).splitlines()[0]
             log.warning("decodes are launched kernel by kernel, not as CUDA graphs: %s", reason)
             return None
-        self.count += 1
-        return recorded
 
 
 def padded_rows(count: int) -> int:
     """Few sizes, so that few graphs are made, and little padding."""
     step = 8 if count <= 64 else 32
     return power_of_two(count) if count <= 8 else -(-count // step) * step
+
+
+def padded_pages(count: int) -> int:
+    """Fewer sizes still: what is not read of a page table costs little."""
+    pages = LEAST_PAGES
+    while pages < count:
+        pages *= 4
+    return pages
 
 
 def power_of_two(count: int) -> int:

@@ -19,6 +19,7 @@ from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.matmul.packed_cpu import PackedLayout
+from headrace.runtime.norms import FusedNorms
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
@@ -85,7 +86,9 @@ class StageModel:
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
-        binder = Binder(self._skeleton, weights, self._scratch)
+        # On CPUs, where launches cost nothing, every bit stays transformers' own.
+        norms = FusedNorms(dtype) if device.type == "cuda" else None
+        binder = Binder(self._skeleton, weights, self._scratch, norms)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
         self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
         self._bound: dict[int, Tensor] = {}
@@ -164,18 +167,19 @@ class StageModel:
         """`prepare` with the tokens' `rows`."""
         return Prepared(batch, *self._skeleton.enter(rows, batch.positions))
 
-    @property
-    def embeds(self) -> bool:
-        return self._table is not None
+    def rows(self, batch: Batch, onto: Tensor | None = None) -> Tensor:
+        """The tokens' rows of the embedding table [T, hidden], or blank ones where there is none.
 
-    def rows(self, batch: Batch) -> Tensor:
-        """The tokens' rows of the embedding table [T, hidden], or blank ones where there is none."""
+        `onto` is where they are copied to, if it is given.
+        """
         if self._table is None:
-            return self._blank.expand(len(batch.tokens), -1)
+            return self._blank.expand(len(batch.tokens), -1) if onto is None else onto
         # A copy from pageable memory would wait for all compute queued before it.
         shape, pinned = (len(batch.tokens), self._table.shape[1]), self.device.type == "cuda"
         rows = torch.empty(shape, dtype=self._table.dtype, pin_memory=pinned)
         torch.index_select(self._table, 0, batch.tokens, out=rows)
+        if onto is not None:
+            return onto.copy_(rows, non_blocking=True)
         return rows.to(self.device, non_blocking=True).to(self.dtype)
 
     def is_static(self, layer: int) -> bool:

@@ -1,7 +1,8 @@
 """The two functions that transformers calls in place of its own: attention and experts.
 
 Both are found by name through transformers' registries and told what to do per call or per module,
-so they keep no state. The third plug, QuantLinear, replaces modules and lives in linear.py.
+so they keep no state. Two more plugs replace modules: QuantLinear in linear.py and, on CUDA,
+FusedNorm in norms.py.
 """
 
 from collections.abc import Iterable, Iterator

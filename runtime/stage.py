@@ -125,8 +125,17 @@ class Stage:
         plan = self._plan
         if capture is None or not plan.graph_rows:
             return None
-        pages = pages_for(plan.max_context)
-        return DecodeGraphs(self._model, self._kv, capture, plan.graph_rows, pages)
+        layers = self._placement.layers_of(self.config.stage)
+        static = sum(map(self._model.is_static, layers))
+        return DecodeGraphs(
+            self._model,
+            self._kv,
+            capture,
+            max_rows=plan.graph_rows,
+            max_pages=pages_for(plan.max_context),
+            max_lanes=plan.graph_lanes,
+            max_layers=plan.graph_lanes * (static + 1),
+        )
 
     @property
     def storage_name(self) -> str:

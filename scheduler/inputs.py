@@ -63,6 +63,10 @@ class ModelShape:
         """Whether any layer's experts can be read alone."""
         return any(self.experts)
 
+    def is_mixture(self, layer: int) -> bool:
+        """Whether a token uses only some of the layer's matrices."""
+        return self.layer_active_parameters[layer] < self.layer_parameters[layer]
+
     def experts_of(self, layer: int) -> Experts | None:
         return self.experts[layer] if self.experts else None
 
@@ -146,7 +150,8 @@ class Choices:
     `resident_layers` of each stage stay on its device (all of them, if it has fewer) and the others
     are streamed, whatever room there is; 0 streams everything. Of layers that are split, they stay
     without their experts, which have the room that is left; with 0, room for one layer's to be
-    loaded ahead. `graphs`: decodes as CUDA graphs.
+    loaded ahead. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
+    the device's memory and most layers are no mixtures, which cannot be recorded.
     """
 
     placement: str = "auto"
@@ -154,4 +159,4 @@ class Choices:
     max_sequences: int | None = None
     micro_batches: int | None = None
     resident_layers: int | None = None
-    graphs: bool = False
+    graphs: bool | None = None

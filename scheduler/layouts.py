@@ -15,6 +15,9 @@ TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 GRAPH_ROWS = 256
 """Micro-batches of more decodes keep a GPU busy for longer than launching their kernels takes."""
 
+GRAPH_LANES = 16
+"""Lanes of CUDA graphs for each micro-batch of a pass: for so many sizes."""
+
 LEAST_TOKEN_BUDGET = 64
 
 CYCLIC_VISITS = (1, 2, 4)
@@ -110,17 +113,22 @@ def _cut(
     )
     for token_budget in _token_budgets(kind, micro_batches, choices):
         batches = choices.micro_batches or min(micro_batches, token_budget)
-        graph_rows = GRAPH_ROWS if kind == "cuda" and choices.graphs else 0
-        yield Layout(
-            visits,
-            layers,
-            ring_slots,
-            token_budget,
-            batches,
-            passes,
-            choices.resident_layers,
-            min(graph_rows, -(-token_budget // batches)),
+        layout = Layout(
+            visits, layers, ring_slots, token_budget, batches, passes, choices.resident_layers
         )
+        # Those that were asked for are never left out.
+        yield with_graphs(layout, kind, choices, 1) if choices.graphs else layout
+
+
+def with_graphs(layout: Layout, kind: Kind, choices: Choices, lanes: int = GRAPH_LANES) -> Layout:
+    """The layout with `lanes` of CUDA graphs for each micro-batch; as it is where none can be made."""
+    if kind != "cuda" or choices.graphs is False:
+        return layout
+    return replace(
+        layout,
+        graph_rows=min(GRAPH_ROWS, layout.micro_batch_tokens),
+        graph_lanes=lanes * layout.micro_batches,
+    )
 
 
 def _token_budgets(kind: Kind, micro_batches: int, choices: Choices) -> Iterator[int]:

@@ -13,6 +13,13 @@ LOGIT_ROWS = 256
 LOGIT_BYTES = 6
 """Per logit: the head's own type and float32."""
 
+GRAPH_LAYER_BYTES = 512 << 10
+"""What the driver takes for a layer in a CUDA graph, on the large side: 8 KiB for each of 64 kernels."""
+
+LANE_ROWS = 3
+"""Rows of the hidden size that a lane of decodes keeps per sequence: embedded, in the layers, and
+the rotation's."""
+
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 
@@ -23,7 +30,7 @@ class Layout:
 
     `ring_slots` is for a stage that cannot keep all its layers; `layers[stage]` in ring order.
     `resident` layers of each stage are kept if it is given, else as many as fit. CUDA graphs are made
-    for at most `graph_rows` decodes. `split`: experts are apart from their layers, in slots.
+    for at most `graph_rows` decodes, in `graph_lanes` lanes. `split`: experts are apart from their layers, in slots.
     """
 
     visits: tuple[Visit, ...]
@@ -34,6 +41,7 @@ class Layout:
     passes_in_flight: int
     resident: int | None = None
     graph_rows: int = 0
+    graph_lanes: int = 0
     split: bool = False
 
     @property
@@ -80,6 +88,14 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
     return layer + waiting + (a_logit * shape.vocab_size if has_head else 0)
 
 
+def graph_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """What CUDA graphs take of a stage: for each lane its rows and all layers recorded once, and as
+    much as a layer for what precedes them. Mixtures are not recorded."""
+    recorded = sum(not shape.is_mixture(layer) for layer in layout.layers[stage])
+    rows = LANE_ROWS * layout.graph_rows * shape.hidden_size * shape.compute_bytes
+    return layout.graph_lanes * ((recorded + 1) * GRAPH_LAYER_BYTES + rows)
+
+
 def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     """One KV page over all of the stage's layers."""
     return sum(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
@@ -97,6 +113,7 @@ def _without_weights(shape: ModelShape, layout: Layout, stage: int, pages: int) 
         host_layers=0,
         embed=shape.embed_bytes if stage == layout.visits[0].stage else 0,
         process=0,
+        graphs=graph_bytes(shape, layout, stage),
     )
 
 

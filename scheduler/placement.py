@@ -101,7 +101,7 @@ class StageMemory:
 
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
     kv: pages of this stage's layers.  scratch: one dequantized matrix.  activations: one micro-batch.
-    experts: slots of experts on the device.  host_layers: pinned layers.  host_experts: pinned
+    experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
     experts.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
     """
@@ -117,11 +117,12 @@ class StageMemory:
     process: int
     experts: int = 0
     host_experts: int = 0
+    graphs: int = 0
 
     @property
     def device(self) -> int:
         weights = self.resident + self.ring + self.experts + self.head
-        return weights + self.kv + self.scratch + self.activations
+        return weights + self.kv + self.scratch + self.activations + self.graphs
 
     @property
     def host(self) -> int:
@@ -167,7 +168,7 @@ class Plan:
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes, and `ahead` (0 or 1) that
     are submitted before the tokens of the pass they follow are known. Micro-batches of at most
-    `graph_rows` decodes are replayed as CUDA graphs.
+    `graph_rows` decodes are replayed as CUDA graphs, from at most `graph_lanes` lanes.
 
     Where `expert_slots[stage]` is not 0, the stage's layers whose experts can be read alone are
     split, whatever their tier: what every token needs of them rests in the tier (on the device, too)
@@ -197,3 +198,4 @@ class Plan:
     expert_slot_bytes: int = 0
     expert_slots: tuple[int, ...] = ()
     host_experts: tuple[int, ...] = ()
+    graph_lanes: int = 0

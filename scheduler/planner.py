@@ -8,7 +8,7 @@ the best of each layout is simulated. What goes in is described in headrace.sche
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.experts import loads_ahead
@@ -21,11 +21,12 @@ from headrace.scheduler.inputs import (
     ModelShape,
     Workload,
 )
-from headrace.scheduler.layouts import resident_layouts, streaming_layouts
+from headrace.scheduler.layouts import resident_layouts, streaming_layouts, with_graphs
 from headrace.scheduler.memory import (
     Filling,
     Layout,
     fill,
+    graph_bytes,
     least_memory,
     page_bytes,
 )
@@ -48,6 +49,9 @@ ENOUGH_SEQUENCES = 16
 
 ACTIVATIONS_SHARE = 8
 """Passes are cut until activations take at most one part in so many of the device budget."""
+
+GRAPHS_SHARE = 64
+"""CUDA graphs take at most one part in so many of the device budget, unless they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,22 @@ class _Problem:
             m.activations * ACTIVATIONS_SHARE <= b.device_memory
             for m, b in zip(memory, self.budgets, strict=True)
         )
+
+    def graphed(self, layout: Layout) -> Layout:
+        """The layout with as many lanes of CUDA graphs as are wanted and small beside the budgets."""
+        wanted = with_graphs(layout, self.profiles[0].kind, self.choices)
+        mixtures = sum(map(self.shape.is_mixture, range(self.shape.num_layers)))
+        # For the few other layers, padding costs more than it gains.
+        in_vain = not self.choices.graphs and 2 * mixtures > self.shape.num_layers
+        if in_vain or not wanted.graph_lanes:
+            return layout
+        one = replace(wanted, graph_lanes=1)
+        lanes = min(
+            budget.device_memory // (GRAPHS_SHARE * graph_bytes(self.shape, one, stage))
+            for stage, budget in enumerate(self.budgets)
+        )
+        lanes = min(lanes, wanted.graph_lanes)
+        return replace(wanted, graph_lanes=lanes) if lanes > layout.graph_lanes else layout
 
     def most_pages(self, layout: Layout) -> int:
         """Pages that every stage can hold beside the least of the weights."""
@@ -165,8 +185,17 @@ def _check(problem: _Problem, workload: Workload) -> None:
 
 
 def _roomiest(problem: _Problem, layouts: Iterator[Layout]) -> Layout | None:
-    """Of layouts with ever fewer tokens a pass, the first comfortable one or the last that fits."""
-    fitting = [layout for layout in layouts if problem.fits(layout)]
+    """Of layouts with ever fewer tokens a pass, the first comfortable one or the last that fits.
+
+    CUDA graphs that nobody asked for are left out where they do not fit, too.
+    """
+    fitting = []
+    for layout in layouts:
+        graphed = problem.graphed(layout)
+        if problem.fits(graphed):
+            fitting.append(graphed)
+        elif problem.fits(layout):
+            fitting.append(layout)
     roomy = (layout for layout in fitting if problem.is_roomy(layout))
     return next(roomy, fitting[-1] if fitting else None)
 
@@ -312,6 +341,7 @@ def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
         logit_rows=layout.logit_rows,
         sample_rows=layout.sample_rows,
         graph_rows=layout.graph_rows,
+        graph_lanes=layout.graph_lanes,
         passes_in_flight=layout.passes_in_flight,
         ahead=passes_ahead(candidate.prediction),
         memory=filling.memory,

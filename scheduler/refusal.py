@@ -108,6 +108,7 @@ def _table(case: _Case, need: _Need) -> Iterator[str]:
         ("experts", memory.experts, "slots for those that a pass loads"),
         ("scratch", memory.scratch, "one dequantized matrix"),
         ("activations", memory.activations, f"{layout.token_budget} tokens a pass"),
+        ("graphs", memory.graphs, "CUDA graphs of decodes"),
         ("KV pages", memory.kv, f"one sequence of {case.context} tokens"),
         ("in all", memory.device, f"budget {format_size(need.budget)}"),
     )
@@ -129,6 +130,9 @@ def _ways(case: _Case) -> Iterator[str]:
         if value is not None:
             need = _need(replace(case, choices=freed))
             yield f"no {option} {value}, so that the planner takes less: {need.outcome()}"
+    if choices.graphs:
+        need = _need(replace(case, choices=replace(choices, graphs=False)))
+        yield f"--no-graphs: {need.outcome()}"
 
 
 def _more_stages(case: _Case) -> Iterator[str]:

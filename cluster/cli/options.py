@@ -90,12 +90,13 @@ class RunOptions:
     ] = Dtype.AUTO
 
     graphs: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--graphs/--no-graphs",
-            help="Launch decodes as CUDA graphs. Off until they have been measured.",
+            help="Launch decodes as CUDA graphs. "
+            "[default: on CUDA, if they take little memory and most layers have no experts]",
         ),
-    ] = False
+    ] = None
 
     def engine(self, store: Path, **more: Any) -> "EngineOptions":
         """What the engine takes, with sizes in bytes. HeadraceError for a malformed size."""

@@ -57,6 +57,7 @@ PARTS = (
     ("kv", "KV pages"),
     ("scratch", "one dequantized matrix"),
     ("activations", "activations"),
+    ("graphs", "CUDA graphs of decodes"),
     ("device", "device memory in all"),
     ("host_layers", "layers in host memory"),
     ("host_experts", "experts in host memory"),

@@ -338,6 +338,43 @@ def test_every_plan_keeps_every_budget(
     assert plan.num_pages * 64 >= min(context, shape.max_context)
 
 
+def test_graphs_are_made_on_cuda_where_they_are_small() -> None:
+    plan = plan_of(LLAMA_8B_BF16, 1, 80 * GB)
+    assert plan.graph_rows == 256 and plan.graph_lanes == 16
+    (memory,) = plan.memory
+    assert memory.graphs == 16 * (33 * (512 << 10) + 3 * 256 * 4096 * 2)
+    assert plan_of(LLAMA_8B_BF16, 1, 20 * GB).graph_lanes < 16
+    stages = plan_of(LLAMA_8B_BF16, 2, 40 * GB)
+    assert [m.graphs for m in stages.memory] == [16 * (17 * (512 << 10) + 3 * 256 * 4096 * 2)] * 2
+    for none in (
+        plan_of(LLAMA_8B_BF16, 1, 80 * GB, graphs=False),
+        plan_of(LLAMA_8B_BF16, 1, 2.09 * GB),
+        plan_of(TINY, 1, 80 * GB, profile=CPU),
+    ):
+        assert none.graph_rows == none.graph_lanes == none.memory[0].graphs == 0
+
+
+def test_graphs_of_mixtures_are_made_if_asked_for() -> None:
+    active = tuple(n // 4 for n in LLAMA_8B_BF16.layer_active_parameters)
+    mixture = replace(LLAMA_8B_BF16, layer_active_parameters=active)
+    assert plan_of(mixture, 1, 80 * GB).graph_lanes == 0
+    (memory,) = plan_of(mixture, 1, 80 * GB, graphs=True).memory
+    assert memory.graphs == 16 * ((512 << 10) + 3 * 256 * 4096 * 2)
+    some = replace(
+        mixture, layer_active_parameters=(*active[:8], *LLAMA_8B_BF16.layer_parameters[8:])
+    )
+    assert plan_of(some, 1, 80 * GB).memory[0].graphs == 16 * (
+        25 * (512 << 10) + 3 * 256 * 4096 * 2
+    )
+
+
+def test_graphs_that_were_asked_for_are_made_or_refused() -> None:
+    few = plan_of(LLAMA_8B_BF16, 1, 2.4 * GB, graphs=True, micro_batches=1)
+    assert few.graph_rows > 0 and few.graph_lanes == 1 and few.memory[0].graphs > 0
+    message = refused(LLAMA_8B_BF16, 1, 1.5 * GB, graphs=True)
+    assert re.search(r"^  graphs +[\d.]+ MiB", message, re.MULTILINE) and "--no-graphs" in message
+
+
 def test_shared_hosts() -> None:
     assert GPU.shared_by(2) == replace(GPU, nvme_gbps=3.5)
     assert CPU.shared_by(2).tflops == CPU.tflops / 2
