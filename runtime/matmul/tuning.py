@@ -1,8 +1,8 @@
 """Which way a 4-bit matmul of few rows is fastest: measured on the device once, kept in a file.
 
 Three ways lead to the product: our kernel in one of its configurations, bitsandbytes' fused one, or
-dequantizing and cuBLAS. Our kernel is taken only where it was measured to be the fastest, which
-`tune` does when it is asked to (benchmarks/matmul.py --tune), never while a stage runs.
+dequantizing and cuBLAS. Where nothing was measured, few rows go to our kernel on devices like the one
+that it was tried on. `tune` measures when it is asked to, never while a stage runs.
 """
 
 import fcntl
@@ -36,17 +36,26 @@ VERSION = 1
 LEAST_ELEMENTS = 1 << 20
 """Smaller weights take no time worth measuring."""
 
+KERNEL_ROWS = 64
+KERNEL_MAJOR = 9
+"""Without a measurement up to this many rows, from this compute capability on, our kernel is taken: on
+an H200 it is the fastest (28672 x 8192: 78 us for 16 rows and 121 for 64, by bitsandbytes 374 and 366,
+dequantized 438 for 256). Older devices were not measured, and more rows are close to even."""
+
 FUSED_ROWS = 4
-"""Without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no slower than
+"""Otherwise, without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no slower than
 dequantizing and multiplying (107 against 375 us for one row on an H200, 374 for four)."""
 
 
 class Choices:
     """The ways for one device, from what was measured."""
 
-    def __init__(self, processors: int, shared: int, measured: dict[Problem, Choice]) -> None:
+    def __init__(
+        self, processors: int, shared: int, measured: dict[Problem, Choice], kernel_rows: int = 0
+    ) -> None:
         self._processors = processors
         self._shared = shared
+        self._kernel_rows = kernel_rows
         self._measured = measured
         self._chosen: dict[tuple[str, int, tuple[int, ...], int, torch.dtype], Choice] = {}
 
@@ -56,7 +65,10 @@ class Choices:
         found = torch.cuda.get_device_properties(device)
         runs = found.major >= 8 and _has_triton()
         shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        return cls(found.multi_processor_count, shared if runs else 0, measured if runs else {})
+        if not runs:
+            return cls(found.multi_processor_count, 0, {})
+        rows = KERNEL_ROWS if found.major >= KERNEL_MAJOR else 0
+        return cls(found.multi_processor_count, shared, measured, rows)
 
     def choose(
         self, kind: str, group: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype
@@ -76,6 +88,9 @@ class Choices:
             choice = self._measured.get(problem)
             if choice is not None and choice.path != "dense":
                 return choice
+            tried = self.candidates(problem)
+            if choice is None and rows <= self._kernel_rows and tried:
+                return Choice("kernel", tried[0])
         # bitsandbytes has a kernel for the fewest rows, which a bucket's measurement does not see.
         fused = rows <= FUSED_ROWS and shape[1] % group == 0
         return Choice("bitsandbytes" if fused else "dense")

@@ -97,6 +97,7 @@ def test_in_the_interpreter() -> None:
         (96, 512, 64, 5, Config(64, 32, 2, 4, 2)),  # columns past the end
         (64, 384, 32, 17, Config(32, 16, 3, 4, 2)),  # padded to 32 rows, parts of one step
         (64, 1024, 128, 1, Config(64, 64, 1, 4, 2)),  # K in one piece
+        (32, 512, 64, 9, Config(32, 64, 1, 2, 2)),  # padded to 16 rows
         (32, 1280, 256, 2, Config(32, 16, 3, 4, 2)),  # several steps a scale, uneven parts
     ],
 )
@@ -166,4 +167,4 @@ def test_supported() -> None:
     assert not supports(64, 4096, 257, BF16)
     assert not supports(64, 2880, 1, BF16)  # K is no multiple of 128
     assert not supports(64, 4096, 1, torch.float32)
-    assert [bucket(rows) for rows in (1, 16, 17, 256)] == [16, 16, 32, 256]
+    assert [bucket(rows) for rows in (1, 8, 9, 17, 256)] == [8, 8, 16, 32, 256]
