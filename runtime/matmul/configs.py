@@ -84,7 +84,8 @@ def fits(config: Config, depth: int) -> bool:
 
 def shared_bytes(config: Config, rows: int) -> int:
     """Shared memory of a program: one buffer of ordered rows a stage, and one of codes and scales
-    fewer. Enough for groups of 32, or of 64 with zero points; exact for sm_90."""
+    fewer. Enough for groups of 32, or of 64 with zero points; for sm_90 exact, but for tiles of two
+    warps, which need less."""
     codes = config.columns * config.words * 4
     scales = config.columns * config.words
     ordered = bucket(rows) * config.words * WORD * 2
@@ -110,7 +111,7 @@ def candidates(
     for place, (whole, parts) in enumerate(found):
         most = max(1, depth // (WORD * whole.words) // 2)
         others = () if place else (max(1, parts // 2), min(2 * parts, most))
-        for splits in sorted({parts, *others}, key=lambda n: n != parts):
+        for splits in sorted({parts, *others}, key=lambda n: (n != parts, n)):
             yield replace(whole, splits=splits)
 
 

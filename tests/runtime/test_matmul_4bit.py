@@ -83,6 +83,26 @@ def check(
     assert errors.max() < 16 * bound * typical, (errors.max() / typical).item()
 
 
+def check_together(
+    kind: str, widths: tuple[int, ...], depth: int, rows: int, config: Config, dtype: torch.dtype,
+    device: str, bound: float, *, biased: bool,
+) -> None:  # fmt: skip
+    """One launch for several weights against float64, and bit for bit against one for each."""
+    from headrace.runtime.matmul.kernel import matmul, matmuls
+
+    weights = [make(kind, columns, depth, 64, device) for columns in widths]
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(1, rows, depth, generator=generator).to(device, dtype)
+    biases = [torch.randn(n, generator=generator).to(device, dtype) for n in widths]
+    found = matmuls(x, weights, biases if biased else None, config)
+    for codes, bias, out in zip(weights, biases, found, strict=True):
+        alone = matmul(x, codes, bias if biased else None, config)
+        assert out.is_contiguous() and torch.equal(out, alone)
+        expected = x.double() @ values(codes).T + (bias.double() if biased else 0)
+        assert out.shape == expected.shape and out.dtype == dtype
+        assert (out.double() - expected).norm() < bound * expected.norm()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter() -> None:
@@ -105,6 +125,19 @@ def test_interpreted(
     kind: str, columns: int, depth: int, group: int, rows: int, config: Config
 ) -> None:
     check(kind, columns, depth, group, rows, config, F16, "cpu", 1e-3)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@pytest.mark.parametrize("kind", ["nf4", "int4 with zeros"])
+@pytest.mark.parametrize(
+    ("widths", "rows", "splits", "biased"),
+    [((96, 32, 64), 5, 1, True), ((40, 96, 32), 3, 2, True), ((64, 64), 9, 2, False)],
+)
+def test_interpreted_together(
+    kind: str, widths: tuple[int, ...], rows: int, splits: int, biased: bool
+) -> None:
+    config = Config(32, 32, splits, 2, 2)
+    check_together(kind, widths, 512, rows, config, F16, "cpu", 1e-3, biased=biased)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
@@ -134,6 +167,17 @@ def test_real_sizes(columns: int, depth: int) -> None:
         config = next(candidates(columns, depth, rows, **HOPPER))
         for kind in ("nf4", "int4"):
             check(kind, columns, depth, 64, rows, config, BF16, "cuda", 5e-3, biased=False)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("kind", ["nf4", "int4 with zeros"])
+@pytest.mark.parametrize("widths", [(4096, 1024, 1024), (14336, 14336), (1000, 40, 2000)])
+def test_weights_of_a_launch(kind: str, widths: tuple[int, ...]) -> None:
+    for rows in (1, 8, 16, 32, 64, 128):
+        for config in candidates(sum(widths), 4096, rows, **HOPPER):
+            for biased in (False, True):
+                check_together(kind, widths, 4096, rows, config, BF16, "cuda", 5e-3, biased=biased)
 
 
 def test_table_is_the_formats_own() -> None:
