@@ -18,6 +18,7 @@ from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
+from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
@@ -81,12 +82,16 @@ class StageModel:
         self.config = self._skeleton.config
         self.hidden_size: int = self.config.hidden_size
         self._modules = self._skeleton.layers
+        shared = self._skeleton.shared_inputs()
         _move_buffers(self._skeleton.model, device)
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
         binder = Binder(self._skeleton, weights, self._scratch)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
+        self._groups = {
+            i: grouped(self._modules[i], shared[i], b) for i, b in self._bindings.items()
+        }
         self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
         self._bound: dict[int, Tensor] = {}
         self._slot_views = SlotViews()
@@ -199,8 +204,16 @@ class StageModel:
         )
         with plugs.attending(self._attentions[layer], attend):
             out = self._modules[layer](x[None], *args, **kwargs)
+        for group in self._groups[layer]:
+            group.forget()
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden[0]
+
+    def four_bit_products(self) -> set[tuple[str, int, tuple[int, int]]]:
+        """Format, elements of a scale and [N, K] of every 4-bit product of the layers."""
+        return {
+            found for bindings in self._bindings.values() for found in four_bit_products(bindings)
+        }
 
     def logits(self, x: Tensor) -> Tensor:
         """x [R, hidden], the last layer's output -> [R, vocabulary] float32."""
