@@ -39,6 +39,21 @@ class Codes:
     zeros: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
+
+    `kind` is "nf4" or "fp4": affine codes are stored by no format that can be loaded yet.
+    """
+
+    kind: str
+    group: int
+    columns: int
+    depth: int
+    rows: int
+    dtype: str
+
+
 _TILES = {
     8: ((32, 64, 2, 3), (32, 32, 2, 3)),
     16: ((32, 64, 2, 3), (32, 32, 2, 3)),

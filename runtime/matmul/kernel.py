@@ -13,14 +13,17 @@ CPUs with TRITON_INTERPRET=1, where the decoding is arithmetic instead of PTX.
 # Kernels are Triton's dialect: their arguments are pointers and scalars of a launch.
 # mypy: disable-error-code="no-untyped-def"
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import AsyncCompileMode
 
-from headrace.runtime.matmul.configs import Codes, Config, bucket
+from headrace.runtime.matmul.configs import Codes, Config, Problem, bucket
 from headrace.runtime.matmul.decode_4bit import WORD, decoding, magic, table
 
 SUM_BLOCK = 512
@@ -204,11 +207,13 @@ def matmuls(
     ordered = _ordered(flat, bucket(rows), weights[0].kind == "int4")
     elements = rows * sum(widths)
     out = x.new_empty(elements)
+    tiles = sum(triton.cdiv(width, config.columns) for width in widths)
+    run = _matmul_kernel[(tiles, config.splits)]
     if config.splits == 1:
-        _launch(ordered, weights, biases, out, rows, config)
+        _launch(run, ordered, weights, biases, out, rows, config)
     else:
         parts = out.new_empty(config.splits * elements, dtype=torch.float32)
-        _launch(ordered, weights, biases, parts, rows, config)
+        _launch(run, ordered, weights, biases, parts, rows, config)
         grid = (triton.cdiv(elements, SUM_BLOCK),)
         _sum_kernel[grid](parts, out, elements, config.splits, BLOCK=SUM_BLOCK, num_warps=4)
     pieces = out.split([rows * width for width in widths])
@@ -227,16 +232,35 @@ def _ordered(x: Tensor, rows: int, affine: bool) -> Tensor:
     return out
 
 
+def compile_ahead(
+    device: torch.device, jobs: Iterable[tuple[Problem, Config]], threads: int
+) -> None:
+    """Compile what products of one weight need, in threads. What fails fails again when it runs.
+
+    Triton releases the interpreter's lock for most of the time, and what it compiles depends on
+    types, sizes and alignment, not on values: tensors of a few bytes will do.
+    """
+    with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for problem, config in jobs:
+            x = torch.empty(1, 1, dtype=getattr(torch, problem.dtype), device=device)
+            size = (problem.columns, problem.depth)
+            packed = torch.empty(4, dtype=torch.uint8, device=device)
+            codes = Codes(problem.kind, packed, packed.view(torch.float32), problem.group, size)
+            out = x.float() if config.splits > 1 else x
+            run = partial(_matmul_kernel.warmup, grid=(1,))
+            _launch(run, x, [codes], None, out, problem.rows, config)
+
+
 def _launch(
-    ordered: Tensor, weights: Sequence[Codes], biases: Sequence[Tensor] | None, out: Tensor,
-    rows: int, config: Config,
+    run: Callable[..., object], ordered: Tensor, weights: Sequence[Codes],
+    biases: Sequence[Tensor] | None, out: Tensor, rows: int, config: Config,
 ) -> None:  # fmt: skip
     first = weights[0]
     depth, widths = first.shape[1], tuple(codes.shape[0] for codes in weights)
     how = decoding(first.kind, ordered.dtype, first.zeros is not None)
     asm = how.asm if ordered.is_cuda else ""
     look_up = not how.affine and not asm
-    _matmul_kernel[(sum(triton.cdiv(n, config.columns) for n in widths), config.splits)](
+    run(
         ordered,
         tuple(codes.packed.view(-1).view(torch.int32) for codes in weights),
         tuple(codes.scales for codes in weights),
@@ -249,7 +273,7 @@ def _launch(
         AFFINE=how.affine, ZEROS=how.zeros, MAGIC=magic(ordered.dtype), GROUP=first.group,
         PARTIAL=config.splits > 1, EVEN=all(n % config.columns == 0 for n in widths),
         BIAS=biases is not None, COUNT=len(weights),
-        BLOCK_N=config.columns, BLOCK_M=ordered.shape[1], WORDS=config.words,
+        BLOCK_N=config.columns, BLOCK_M=bucket(rows), WORDS=config.words,
         GROUPS=max(1, WORD * config.words // first.group),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headrace.runtime.matmul.configs import Codes, Config
+from headrace.runtime.matmul.configs import Codes, Config, Problem
 
 log = logging.getLogger(__name__)
 
@@ -19,21 +19,6 @@ REPEATS = 15
 FLUSH_BYTES = 256 << 20  # more than any device caches
 
 Path_ = Literal["kernel", "bitsandbytes", "dense"]
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
-
-    `kind` is "nf4" or "fp4": affine codes are stored by no format that can be loaded yet.
-    """
-
-    kind: str
-    group: int
-    columns: int
-    depth: int
-    rows: int
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
@@ -22,15 +24,16 @@ import torch
 from headrace.runtime.matmul.configs import (
     BUCKETS,
     Config,
+    Problem,
     bucket,
     candidates,
     supports,
 )
-from headrace.runtime.matmul.timing import Choice, Problem, fastest
+from headrace.runtime.matmul.timing import Choice, fastest
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the cache file; what other kernels measured is measured again."""
 
 LEAST_ELEMENTS = 1 << 20
@@ -41,6 +44,9 @@ KERNEL_MAJOR = 9
 """Without a measurement up to this many rows, from this compute capability on, our kernel is taken: on
 an H200 it is the fastest (28672 x 8192: 78 us for 16 rows and 121 for 64, by bitsandbytes 374 and 366,
 dequantized 438 for 256). Older devices were not measured, and more rows are close to even."""
+
+COMPILERS = 8
+"""Threads that compile at once."""
 
 FUSED_ROWS = 4
 """Otherwise, without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no slower than
@@ -58,6 +64,11 @@ class Choices:
         self._kernel_rows = kernel_rows
         self._measured = measured
         self._chosen: dict[tuple[str, int, tuple[int, ...], int, torch.dtype], Choice] = {}
+
+    @property
+    def runs(self) -> bool:
+        """Whether our kernel runs on the device."""
+        return self._shared > 0
 
     @classmethod
     def of(cls, device: torch.device, measured: dict[Problem, Choice]) -> "Choices":
@@ -95,6 +106,12 @@ class Choices:
         fused = rows <= FUSED_ROWS and shape[1] % group == 0
         return Choice("bitsandbytes" if fused else "dense")
 
+    def adopt(self, measured: dict[Problem, Choice]) -> None:
+        """Choose by these measurements from now on."""
+        if self._shared:
+            self._measured = measured
+            self._chosen.clear()
+
     def candidates(self, problem: Problem) -> list[Config]:
         """The configurations of our kernel that are worth measuring for a problem."""
         size = (problem.columns, problem.depth, problem.rows)
@@ -112,45 +129,66 @@ def _has_triton() -> bool:
 
 @cache
 def choices(device: torch.device) -> Choices:
-    """The ways for a CUDA device, read once; `tune` reads them again."""
+    """The ways for a CUDA device, read once; `tune` adds to them."""
     return Choices.of(device, load(_cache_file(device)))
 
 
 def tune(device: torch.device, problems: Iterable[Problem]) -> None:
     """Measure the problems that the cache file lacks. One process of a machine does, others wait.
 
-    Takes a minute the first time, mostly for compiling; and device memory for the largest weight in
-    4-bit and in 16-bit form, which is free again afterwards.
+    Takes seconds the first time, half of them for compiling; and device memory for the largest
+    weight in 4-bit and in 16-bit form, which is free again afterwards. Where it fails, the reason is
+    logged and the choices stay what they were.
     """
     wanted = {p for p in problems if p.columns * p.depth >= LEAST_ELEMENTS}
+    device = torch.empty(0, device=device).device  # with its index, as tensors have it
     file = _cache_file(device)
-    measured = load(file)
-    if not _has_triton() or wanted <= measured.keys():
+    if not wanted or not choices(device).runs:
         return
-    with _alone(file):
-        measured = load(file)
-        known = Choices.of(device, {})
-        for problem in sorted(wanted - measured.keys(), key=lambda p: (p.columns, p.depth, p.rows)):
-            try:
-                measured[problem] = fastest(device, problem, known.candidates(problem))
-            except torch.OutOfMemoryError:
-                log.warning("no device memory to measure %s", problem)
-            else:
-                log.info("%s: %s", problem, measured[problem])
-        save(file, measured)
+    try:
+        with _alone(file):
+            measured = load(file)
+            missing = sorted(wanted - measured.keys(), key=lambda p: (p.rows, p.columns, p.depth))
+            if missing:
+                measured |= _measured(device, missing)
+                save(file, measured)
+        choices(device).adopt(measured)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        log.warning("4-bit matmuls were not measured: %s", error)
     torch.cuda.empty_cache()
-    choices.cache_clear()
+
+
+def _measured(device: torch.device, problems: Sequence[Problem]) -> dict[Problem, Choice]:
+    from headrace.runtime.matmul.kernel import compile_ahead
+
+    started, known = time.perf_counter(), choices(device)
+    tried = {problem: known.candidates(problem) for problem in problems}
+    jobs = [(problem, config) for problem in problems for config in tried[problem]]
+    compile_ahead(device, jobs, min(COMPILERS, os.cpu_count() or 1))
+    compiled, found = time.perf_counter(), {}
+    for problem in problems:
+        try:
+            found[problem] = fastest(device, problem, tried[problem])
+        except torch.OutOfMemoryError:
+            log.warning("no device memory to measure %s", problem)
+        else:
+            log.debug("%s: %s", problem, found[problem])
+    ended = time.perf_counter()
+    text = "measured %d sizes of 4-bit matmuls in %.1f s, after %.1f s for compiling"
+    log.info(text, len(found), ended - compiled, compiled - started)
+    return found
 
 
 def problems(
-    weights: Iterable[tuple[str, int, tuple[int, ...]]], dtype: torch.dtype
+    weights: Iterable[tuple[str, int, tuple[int, int]]], rows: int, dtype: torch.dtype
 ) -> Iterator[Problem]:
-    """Every problem of 4-bit weights (kind, group, shape [..., N, K]) that has a kernel."""
-    for kind, group, (*_, columns, depth) in weights:
-        for rows in BUCKETS:
-            if supports(group, depth, rows, dtype):
+    """Every problem of at most `rows` rows times 4-bit weights (kind, group, [N, K]) that has a kernel."""
+    sizes = [size for size in BUCKETS if size <= bucket(min(rows, BUCKETS[-1]))]
+    for kind, group, (columns, depth) in weights:
+        for size in sizes:
+            if supports(group, depth, size, dtype):
                 name = str(dtype).removeprefix("torch.")
-                yield Problem(kind, group, columns, depth, rows, name)
+                yield Problem(kind, group, columns, depth, size, name)
 
 
 def _cache_file(device: torch.device) -> Path:
@@ -190,7 +228,7 @@ def save(file: Path, measured: dict[Problem, Choice]) -> None:
         temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
-        log.warning("%s: cannot be written (%s): nothing measured is used", file, error)
+        log.warning("%s: cannot be written (%s): every start measures again", file, error)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from headrace.runtime.matmul.configs import (
     supports,
 )
 from headrace.runtime.matmul.decode_4bit import decoding, table
+from headrace.runtime.matmul.tuning import choices, load, problems, tune
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -178,6 +180,25 @@ def test_weights_of_a_launch(kind: str, widths: tuple[int, ...]) -> None:
         for config in candidates(sum(widths), 4096, rows, **HOPPER):
             for biased in (False, True):
                 check_together(kind, widths, 4096, rows, config, BF16, "cuda", 5e-3, biased=biased)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = torch.device("cuda", 0)
+    wanted = list(problems([("nf4", 64, (6144, 4096)), ("fp4", 64, (4096, 2048))], 16, BF16))
+    tune(device, wanted)
+    (file,) = tmp_path.glob("headrace/*.json")
+    measured = load(file)
+    assert measured.keys() == set(wanted)
+    assert all(choice.microseconds > 0 for choice in measured.values())
+    before = file.stat().st_mtime_ns
+    tune(torch.device("cuda"), wanted)
+    assert file.stat().st_mtime_ns == before
+    first = next(iter(measured))
+    found = choices(device).choose(first.kind, 64, (first.columns, first.depth), first.rows, BF16)
+    assert found == measured[first] or measured[first].path == "dense"
 
 
 def test_table_is_the_formats_own() -> None:

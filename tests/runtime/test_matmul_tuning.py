@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.runtime.matmul.configs import Config
-from headrace.runtime.matmul.timing import Choice, Problem
+from headrace.runtime.matmul.configs import Config, Problem
+from headrace.runtime.matmul.timing import Choice
 from headrace.runtime.matmul.tuning import Choices, load, problems, save
 
 BF16 = torch.bfloat16
@@ -79,6 +79,18 @@ def test_kept_in_a_file(tmp_path: Path) -> None:
 
 
 def test_problems_of_a_stage() -> None:
-    found = set(problems([("nf4", 64, SHAPE), ("nf4", 64, SHAPE), ("nf4", 64, (8, 64, 96))], BF16))
-    assert {problem.rows for problem in found} == {8, 16, 32, 64, 128, 256}
-    assert len(found) == 6 and PROBLEM in found
+    weights = {("nf4", 64, SHAPE), ("nf4", 64, (64, 96))}
+    found = list(problems(weights, 20, BF16))
+    assert [problem.rows for problem in found] == [8, 16, 32] and PROBLEM in found
+    assert len(list(problems(weights, 4096, BF16))) == 6
+
+
+def test_what_was_measured_later_counts() -> None:
+    choices = Choices(*HOPPER, {}, kernel_rows=64)
+    assert choices.choose("nf4", 64, SHAPE, 16, BF16).microseconds == 0
+    fastest = Choice("kernel", CONFIG, 9.5)
+    choices.adopt({PROBLEM: fastest})
+    assert choices.choose("nf4", 64, SHAPE, 16, BF16) is fastest
+    without = Choices(132, 0, {})
+    without.adopt({PROBLEM: fastest})
+    assert without.choose("nf4", 64, SHAPE, 16, BF16).path == "dense"
