@@ -32,6 +32,7 @@ from headrace.runtime.matmul.configs import (
     Codes,
     Config,
     Problem,
+    Product,
     bucket,
     candidates,
     fits,
@@ -177,7 +178,9 @@ def split(config: Config, shape: tuple[int, int]) -> Iterator[Config]:
 def compile_one(job: tuple[Problem, Config]) -> None:
     """Fill Triton's cache, for one part of K and for several."""
     problem, config = job
-    compile_ahead(CUDA, [(problem, replace(config, splits=splits)) for splits in (1, 2)], 1)
+    product = Product(problem.kind, problem.group, (problem.columns,), problem.depth)
+    jobs = [(product, problem.rows, replace(config, splits=splits)) for splits in (1, 2)]
+    compile_ahead(CUDA, jobs, torch.bfloat16, 1)
 
 
 def search(kind: str, group: int, rows: int) -> Iterator[dict[str, Any]]:
@@ -217,15 +220,14 @@ def run_tune(path: Path, decodes: int) -> None:
     model = StageModel(
         store, layers, device=CUDA, dtype=dtype, with_embedding=False, with_head=False
     )
-    wanted = list(problems(model.four_bit_products(), decodes, dtype))
+    products = model.four_bit_products()
     started = time.perf_counter()
-    tune(CUDA, wanted)
-    print(f"{len(wanted)} sizes in {time.perf_counter() - started:.1f} s")
-    for problem in wanted:
-        choice = choices(torch.device("cuda", torch.cuda.current_device())).choose(
-            problem.kind, problem.group, (problem.columns, problem.depth), problem.rows, dtype
-        )
-        print(f"{problem}: {choice}")
+    tune(CUDA, products, decodes, dtype)
+    print(f"{time.perf_counter() - started:.1f} s")
+    known = choices(torch.device("cuda", torch.cuda.current_device()))
+    for product, p in problems(products, decodes, dtype):
+        choice = known.choose(p.kind, p.group, (p.columns, p.depth), p.rows, dtype)
+        print(f"{product}, {p.rows} rows: {choice}")
 
 
 def main() -> None:

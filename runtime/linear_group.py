@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from headrace.runtime.binding import Binding, PackedLinear
 from headrace.runtime.linear import QuantLinear
+from headrace.runtime.matmul.configs import Product
 from headrace.runtime.store import WeightSpec
 
 FOUR_BIT = ("nf4", "fp4")
@@ -74,20 +75,23 @@ def grouped(
     return tuple(made)
 
 
-def four_bit_products(bindings: Iterable[Binding]) -> Iterator[tuple[str, int, tuple[int, int]]]:
-    """Format, elements of a scale and [N, K] of a layer's 4-bit products; a group's are one, with N
-    in all."""
+def four_bit_products(bindings: Iterable[Binding]) -> Iterator[Product]:
+    """A layer's products with 4-bit weights, a group's as one."""
     groups: dict[LinearGroup, list[WeightSpec]] = defaultdict(list)
     for binding in bindings:
-        group = binding.module.group if isinstance(binding, PackedLinear) else None
+        linear = binding.module if isinstance(binding, PackedLinear) else None
         for spec in binding.factors:
             if spec.format not in FOUR_BIT:
                 continue
-            if group is not None:
-                groups[group].append(spec)
+            if linear is not None and linear.group is not None:
+                groups[linear.group].append(spec)
             else:
-                columns, depth = spec.shape[-2:]
-                yield spec.format, spec.blocksize, (columns, depth)
-    for specs in groups.values():
-        columns, depth = sum(spec.shape[0] for spec in specs), specs[0].shape[1]
-        yield specs[0].format, specs[0].blocksize, (columns, depth)
+                yield _product([spec], linear)
+    for group, specs in groups.items():
+        yield _product(specs, group.linears[0])
+
+
+def _product(specs: Sequence[WeightSpec], linear: QuantLinear | None) -> Product:
+    columns = tuple(spec.shape[-2] for spec in specs)
+    biased = linear is not None and linear.bias is not None
+    return Product(specs[0].format, specs[0].blocksize, columns, specs[0].shape[-1], biased)

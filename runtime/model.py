@@ -19,6 +19,7 @@ from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.linear_group import four_bit_products, grouped
+from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
@@ -209,8 +210,8 @@ class StageModel:
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden[0]
 
-    def four_bit_products(self) -> set[tuple[str, int, tuple[int, int]]]:
-        """Format, elements of a scale and [N, K] of every 4-bit product of the layers."""
+    def four_bit_products(self) -> set[Product]:
+        """The layers' products with 4-bit weights."""
         return {
             found for bindings in self._bindings.values() for found in four_bit_products(bindings)
         }

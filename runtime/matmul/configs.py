@@ -40,6 +40,17 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """What is multiplied in one launch: weights [N, K] of one format, an N each, and biases."""
+
+    kind: str
+    group: int
+    widths: tuple[int, ...]
+    depth: int
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import AsyncCompileMode
 
-from headrace.runtime.matmul.configs import Codes, Config, Problem, bucket
+from headrace.runtime.matmul.configs import Codes, Config, Product, bucket
 from headrace.runtime.matmul.decode_4bit import WORD, decoding, magic, table
 
 SUM_BLOCK = 512
@@ -233,22 +233,29 @@ def _ordered(x: Tensor, rows: int, affine: bool) -> Tensor:
 
 
 def compile_ahead(
-    device: torch.device, jobs: Iterable[tuple[Problem, Config]], threads: int
+    device: torch.device,
+    jobs: Iterable[tuple[Product, int, Config]],
+    dtype: torch.dtype,
+    threads: int,
 ) -> None:
-    """Compile what products of one weight need, in threads. What fails fails again when it runs.
+    """Compile what products run for so many rows, in threads. What fails fails again when it runs.
 
     Triton releases the interpreter's lock for most of the time, and what it compiles depends on
     types, sizes and alignment, not on values: tensors of a few bytes will do.
     """
+    x = torch.empty(1, dtype=dtype, device=device)
+    parts = torch.empty(1, dtype=torch.float32, device=device)
+    packed = torch.empty(4, dtype=torch.uint8, device=device)
+    run = partial(_matmul_kernel.warmup, grid=(1,))
     with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        for problem, config in jobs:
-            x = torch.empty(1, 1, dtype=getattr(torch, problem.dtype), device=device)
-            size = (problem.columns, problem.depth)
-            packed = torch.empty(4, dtype=torch.uint8, device=device)
-            codes = Codes(problem.kind, packed, packed.view(torch.float32), problem.group, size)
-            out = x.float() if config.splits > 1 else x
-            run = partial(_matmul_kernel.warmup, grid=(1,))
-            _launch(run, x, [codes], None, out, problem.rows, config)
+        for product, rows, config in jobs:
+            weights = [
+                Codes(product.kind, packed, parts, product.group, (width, product.depth))
+                for width in product.widths
+            ]
+            whole = config.splits == 1
+            biases = [x] * len(weights) if product.biased else None
+            _launch(run, x, weights, biases, x if whole else parts, rows, config)
 
 
 def _launch(

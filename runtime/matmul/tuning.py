@@ -12,7 +12,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
@@ -25,6 +25,7 @@ from headrace.runtime.matmul.configs import (
     BUCKETS,
     Config,
     Problem,
+    Product,
     bucket,
     candidates,
     supports,
@@ -133,38 +134,61 @@ def choices(device: torch.device) -> Choices:
     return Choices.of(device, load(_cache_file(device)))
 
 
-def tune(device: torch.device, problems: Iterable[Problem]) -> None:
-    """Measure the problems that the cache file lacks. One process of a machine does, others wait.
+def tune(
+    device: torch.device, products: Collection[Product], rows: int, dtype: torch.dtype
+) -> None:
+    """Measure what the cache file lacks of products with at most `rows` rows, and compile what they
+    will run. One process of a machine measures, others wait.
 
     Takes seconds the first time, half of them for compiling; and device memory for the largest
     weight in 4-bit and in 16-bit form, which is free again afterwards. Where it fails, the reason is
     logged and the choices stay what they were.
     """
-    wanted = {p for p in problems if p.columns * p.depth >= LEAST_ELEMENTS}
     device = torch.empty(0, device=device).device  # with its index, as tensors have it
-    file = _cache_file(device)
-    if not wanted or not choices(device).runs:
+    known, threads = choices(device), min(COMPILERS, os.cpu_count() or 1)
+    if not known.runs:
         return
+    from headrace.runtime.matmul.kernel import compile_ahead
+
     try:
-        with _alone(file):
-            measured = load(file)
-            missing = sorted(wanted - measured.keys(), key=lambda p: (p.rows, p.columns, p.depth))
-            if missing:
-                measured |= _measured(device, missing)
-                save(file, measured)
-        choices(device).adopt(measured)
+        wanted = {p for _, p in problems(products, rows, dtype)}
+        _measure(device, {p for p in wanted if p.columns * p.depth >= LEAST_ELEMENTS}, threads)
+        chosen = (
+            (product, p.rows, known.choose(p.kind, p.group, (p.columns, p.depth), p.rows, dtype))
+            for product, p in problems(products, rows, dtype)
+        )
+        jobs = [(product, m, how.config) for product, m, how in chosen if how.config is not None]
+        compile_ahead(device, jobs, dtype, threads)
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         log.warning("4-bit matmuls were not measured: %s", error)
     torch.cuda.empty_cache()
 
 
-def _measured(device: torch.device, problems: Sequence[Problem]) -> dict[Problem, Choice]:
+def _measure(device: torch.device, wanted: set[Problem], threads: int) -> None:
+    file = _cache_file(device)
+    with _alone(file):
+        measured = load(file)
+        missing = sorted(wanted - measured.keys(), key=lambda p: (p.rows, p.columns, p.depth))
+        if missing:
+            measured |= _measured(device, missing, threads)
+            save(file, measured)
+    choices(device).adopt(measured)
+
+
+def _measured(
+    device: torch.device, problems: Sequence[Problem], threads: int
+) -> dict[Problem, Choice]:
+    """How to solve problems of one type of values."""
     from headrace.runtime.matmul.kernel import compile_ahead
 
     started, known = time.perf_counter(), choices(device)
     tried = {problem: known.candidates(problem) for problem in problems}
-    jobs = [(problem, config) for problem in problems for config in tried[problem]]
-    compile_ahead(device, jobs, min(COMPILERS, os.cpu_count() or 1))
+    jobs = [
+        (Product(p.kind, p.group, (p.columns,), p.depth), p.rows, config)
+        for p in problems
+        for config in tried[p]
+    ]
+    compile_ahead(device, jobs, getattr(torch, problems[0].dtype), threads)
     compiled, found = time.perf_counter(), {}
     for problem in problems:
         try:
@@ -180,15 +204,19 @@ def _measured(device: torch.device, problems: Sequence[Problem]) -> dict[Problem
 
 
 def problems(
-    weights: Iterable[tuple[str, int, tuple[int, int]]], rows: int, dtype: torch.dtype
-) -> Iterator[Problem]:
-    """Every problem of at most `rows` rows times 4-bit weights (kind, group, [N, K]) that has a kernel."""
+    products: Iterable[Product], rows: int, dtype: torch.dtype
+) -> Iterator[tuple[Product, Problem]]:
+    """Products with every number of rows up to `rows`, as far as there is a kernel for them.
+
+    Several weights take as long as one with the columns of all.
+    """
     sizes = [size for size in BUCKETS if size <= bucket(min(rows, BUCKETS[-1]))]
-    for kind, group, (columns, depth) in weights:
+    name = str(dtype).removeprefix("torch.")
+    for product in products:
+        kind, group, depth = product.kind, product.group, product.depth
         for size in sizes:
             if supports(group, depth, size, dtype):
-                name = str(dtype).removeprefix("torch.")
-                yield Problem(kind, group, columns, depth, size, name)
+                yield product, Problem(kind, group, sum(product.widths), depth, size, name)
 
 
 def _cache_file(device: torch.device) -> Path:

@@ -16,6 +16,7 @@ from headrace.runtime.conversion import layer_facts
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.linear import QuantLinear, RawWeight, Scratch, Weight
 from headrace.runtime.linear_group import LinearGroup
+from headrace.runtime.matmul.configs import Product
 from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.plan import Slice
 
@@ -156,9 +157,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_products_of_a_model(store: Path) -> None:
-    qkv, out, gate_up, down = (512, 256), (256, 256), (1280, 256), (256, 640)
+    qkv, out, gate_up, down = (256, 128, 128), (256,), (640, 640), (256,)
     found = WholeModel(store).model.four_bit_products()
-    assert found == {("nf4", 64, shape) for shape in (qkv, out, gate_up, down)}
+    sizes = ((qkv, 256), (out, 256), (gate_up, 256), (down, 640))
+    assert found == {Product("nf4", 64, widths, depth) for widths, depth in sizes}
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from headrace.runtime.matmul.configs import (
     BUCKETS,
     Codes,
     Config,
+    Product,
     bucket,
     candidates,
     fits,
@@ -187,14 +188,18 @@ def test_weights_of_a_launch(kind: str, widths: tuple[int, ...]) -> None:
 def test_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = torch.device("cuda", 0)
-    wanted = list(problems([("nf4", 64, (6144, 4096)), ("fp4", 64, (4096, 2048))], 16, BF16))
-    tune(device, wanted)
+    products = [
+        Product("nf4", 64, (4096, 1024, 1024), 4096, biased=True),
+        Product("fp4", 64, (4096,), 2048),
+    ]
+    tune(device, products, 16, BF16)
+    wanted = [problem for _, problem in problems(products, 16, BF16)]
     (file,) = tmp_path.glob("headrace/*.json")
     measured = load(file)
     assert measured.keys() == set(wanted)
     assert all(choice.microseconds > 0 for choice in measured.values())
     before = file.stat().st_mtime_ns
-    tune(torch.device("cuda"), wanted)
+    tune(torch.device("cuda"), products, 16, BF16)
     assert file.stat().st_mtime_ns == before
     first = next(iter(measured))
     found = choices(device).choose(first.kind, 64, (first.columns, first.depth), first.rows, BF16)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.runtime.matmul.configs import Config, Problem
+from headrace.runtime.matmul.configs import Config, Problem, Product
 from headrace.runtime.matmul.timing import Choice
 from headrace.runtime.matmul.tuning import Choices, load, problems, save
 
@@ -79,10 +79,11 @@ def test_kept_in_a_file(tmp_path: Path) -> None:
 
 
 def test_problems_of_a_stage() -> None:
-    weights = {("nf4", 64, SHAPE), ("nf4", 64, (64, 96))}
-    found = list(problems(weights, 20, BF16))
-    assert [problem.rows for problem in found] == [8, 16, 32] and PROBLEM in found
-    assert len(list(problems(weights, 4096, BF16))) == 6
+    whole, odd = Product("nf4", 64, (2048, 1024, 1024), 4096), Product("nf4", 64, (64,), 96)
+    found = list(problems([whole, odd], 20, BF16))
+    assert [problem.rows for _, problem in found] == [8, 16, 32]
+    assert (whole, PROBLEM) in found
+    assert len(list(problems([whole, odd], 4096, BF16))) == 6
 
 
 def test_what_was_measured_later_counts() -> None:
