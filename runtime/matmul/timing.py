@@ -51,7 +51,10 @@ def sample(device: torch.device, problem: Problem) -> tuple[Tensor, Codes]:
 
 
 def fastest(device: torch.device, problem: Problem, configs: Iterable[Config]) -> Choice:
-    """The fastest way for a problem, of those that give the right product."""
+    """The fastest way for a problem, of those that give the right product.
+
+    Raises RuntimeError, as torch does, when there is too little device memory for it.
+    """
     from triton.runtime.errors import TritonError
 
     from headrace.runtime.matmul.kernel import matmul
@@ -70,7 +73,7 @@ def fastest(device: torch.device, problem: Problem, configs: Iterable[Config]) -
                 log.warning("%s: %s gives wrong products and is not used", problem, config)
                 continue
             micros = timer(lambda config=config: matmul(x, codes, None, config))  # type: ignore[misc]
-        except (TritonError, RuntimeError) as error:  # too large for the device
+        except TritonError as error:  # too large for the device
             log.info("%s: %s does not run here: %s", problem, config, error)
             continue
         found.append(Choice("kernel", config, micros))

@@ -190,13 +190,17 @@ def _measured(
     ]
     compile_ahead(device, jobs, getattr(torch, problems[0].dtype), threads)
     compiled, found = time.perf_counter(), {}
+    failed: RuntimeError | None = None
     for problem in problems:
         try:
             found[problem] = fastest(device, problem, tried[problem])
-        except torch.OutOfMemoryError:
-            log.warning("no device memory to measure %s", problem)
+        except RuntimeError as error:  # no device memory for it, most of all
+            failed = error
         else:
             log.debug("%s: %s", problem, found[problem])
+    if failed is not None:
+        missing, reason = len(problems) - len(found), str(failed).splitlines()[0]
+        log.warning("%d sizes of 4-bit matmuls were not measured: %s", missing, reason)
     ended = time.perf_counter()
     text = "measured %d sizes of 4-bit matmuls in %.1f s, after %.1f s for compiling"
     log.info(text, len(found), ended - compiled, compiled - started)
