@@ -1,13 +1,16 @@
 """Time 4-bit matmuls of few rows on a GPU: our kernel, bitsandbytes', tinygemm, and cuBLAS.
 
-    python benchmarks/matmul.py [--rows 1,2,4,8,16,32,64] [--kinds nf4,int4] [--json FILE]
-    python benchmarks/matmul.py --search FILE [--rows 16,32,64] [--kinds nf4]
-    python benchmarks/matmul.py --tune STORE
+    python benchmarks/matmul.py [--rows 1,2,4,8,16,32,64,128,256] [--kinds nf4,int4] [--json FILE]
+    python benchmarks/matmul.py --group [--rows 1,8,16,32,64,128]
+    python benchmarks/matmul.py --search FILE [--rows 8,16,32,64,128,256] [--kinds nf4]
+    python benchmarks/matmul.py --tune STORE [--decodes 256]
 
-The first prints microseconds of every way, the caches flushed before each call, for the
-configurations that a stage would try. `--search` tries many more, compiled by all cores first, saves
-every time with its configuration as JSON, and prints the best ones of each size. `--tune` measures
-the 4-bit matrices of a store and keeps the fastest way of each for the stages of this machine.
+The first prints microseconds of every way, the caches flushed before each call; "default" is our
+kernel as it runs where nothing was measured, "tuned" the fastest that a stage tries when it starts.
+`--group` compares one launch for all weights that multiply the same rows with one for each.
+`--search` tries many more configurations, compiled by all cores first, saves every time with its
+configuration as JSON, and prints the best ones of each size. `--tune` measures the 4-bit products of
+a store as a stage that has all layers would, and says how long it took.
 """
 
 import argparse
@@ -15,23 +18,38 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from headrace.runtime.matmul.configs import Codes, Config, bucket, candidates, fits, shared_bytes
-from headrace.runtime.matmul.kernel import matmul
-from headrace.runtime.matmul.timing import Problem, Timer, dequantized, fused, sample
-from headrace.runtime.matmul.tuning import problems, tune
+from headrace.runtime.matmul.configs import (
+    Codes,
+    Config,
+    Problem,
+    Product,
+    bucket,
+    candidates,
+    fits,
+    shared_bytes,
+)
+from headrace.runtime.matmul.kernel import compile_ahead, matmul, matmuls
+from headrace.runtime.matmul.timing import Timer, dequantized, fused, sample
+from headrace.runtime.matmul.tuning import choices, problems, tune
+from headrace.runtime.model import StageModel
 from headrace.runtime.store import Store
 
 SHAPES = ((28672, 8192), (14336, 4096), (4096, 4096))
 CUDA = torch.device("cuda")
-WAVES = (1, 2, 3, 4, 6, 8, 12)
+GROUPS = (((4096, 1024, 1024), 4096), ((14336, 14336), 4096))
+"""q, k and v, and gate and up, of a Llama of 8B."""
+
+WAVES = (1, 2, 4, 8)
 
 
 def limits() -> tuple[int, int]:
@@ -79,15 +97,16 @@ def tinygemm(x: Tensor, codes: Codes, timer: Timer) -> float:
 
 
 def best(
-    x: Tensor, codes: Codes, expected: Tensor, configs: Sequence[Config], timer: Timer
+    x: Tensor, codes: Codes, expected: Tensor, configs: Iterable[Config], timer: Timer
 ) -> Iterator[tuple[float, float, Config]]:
-    """(microseconds, relative error, configuration) of those that run."""
+    """(microseconds, relative error, configuration) of those that fit the device."""
     for config in configs:
         try:
             wrong = error(matmul(x, codes, None, config), expected)
-            yield timer(lambda config=config: matmul(x, codes, None, config)), wrong, config  # type: ignore[misc]
-        except Exception as unable:  # noqa: BLE001 - too large for the device, and worth seeing
-            print(f"{config}: {str(unable).splitlines()[0]}")
+        except OutOfResources as unable:
+            print(f"{config}: {unable}")
+            continue
+        yield timer(lambda config=config: matmul(x, codes, None, config)), wrong, config  # type: ignore[misc]
 
 
 def compare(kind: str, group: int, shape: tuple[int, int], rows: int) -> dict[str, Any]:
@@ -97,7 +116,7 @@ def compare(kind: str, group: int, shape: tuple[int, int], rows: int) -> dict[st
     runs = [run for run in best(x, codes, reference(x, codes), configs, timer) if run[1] < 0.02]
     micros, wrong, config = min(runs, key=lambda run: run[0])
     dense = torch.randn(shape, dtype=x.dtype, device=CUDA)
-    times = {"ours": micros, "unmeasured": runs[0][0]}
+    times = {"default": runs[0][0], "tuned": micros}
     times["cublas bf16"] = timer(lambda: x @ dense.T)
     times["tinygemm"] = tinygemm(x, codes, timer)
     if kind != "int4":
@@ -106,23 +125,45 @@ def compare(kind: str, group: int, shape: tuple[int, int], rows: int) -> dict[st
     moved = codes.packed.nbytes + codes.scales.nbytes
     found = ", ".join(f"{name} {value:.1f}" for name, value in times.items())
     print(
-        f"{kind} {shape[0]} x {shape[1]}, {rows:3d} rows: {found} us; ours {moved / micros / 1e3:.0f}"
+        f"{kind} {shape[0]} x {shape[1]}, {rows:3d} rows: {found} us; tuned {moved / micros / 1e3:.0f}"
         f" GB/s, error {wrong:.4f}, {config}",
         flush=True,
     )
     return {"kind": kind, "shape": shape, "rows": rows, "times": times, "config": asdict(config)}
 
 
+def default(codes: Codes, columns: int, rows: int) -> Config:
+    return next(candidates(columns, codes.shape[1], rows, *limits()))
+
+
+def compare_group(kind: str, group: int, widths: Sequence[int], depth: int, rows: int) -> None:
+    """Weights that multiply the same rows: one launch for all, and one for each."""
+    made = [sample(CUDA, Problem(kind, group, n, depth, rows, "bfloat16")) for n in widths]
+    x, weights = made[0][0], [codes for _, codes in made]
+    timer = Timer(CUDA)
+    shared = default(weights[0], sum(widths), rows)
+    own = [default(codes, codes.shape[0], rows) for codes in weights]
+    together = timer(lambda: matmuls(x, weights, None, shared))
+    apart = timer(lambda: [matmul(x, c, None, how) for c, how in zip(weights, own, strict=True)])
+    size = "+".join(map(str, widths))
+    print(
+        f"{kind} {size} x {depth}, {rows:3d} rows: together {together:.1f}, apart {apart:.1f} us, "
+        f"{shared}",
+        flush=True,
+    )
+
+
 def space(rows: int) -> Iterator[Config]:
     """Tiles worth compiling; splits are chosen by shape."""
-    widths = ((32, 2), (32, 4), (64, 4), (128, 4), (128, 8), (256, 8))
-    for (columns, warps), words, stages in itertools.product(widths, (16, 32, 64), (2, 3, 4, 5, 6)):
+    widths = ((32, 2), (64, 4), (128, 4), (128, 8), (256, 8))
+    for (columns, warps), words, stages in itertools.product(widths, (16, 32, 64), (2, 3, 4)):
         values = columns * words // warps  # decoded by a thread in a step: registers
         accumulators = columns * bucket(rows) // warps
         wasteful = rows > 32 and columns == 32  # every warp decodes the same codes
         config = Config(columns, words, 1, warps, stages)
         small = shared_bytes(config, rows) <= limits()[1]
-        if values <= 1024 and accumulators <= 4096 and small and not wasteful:
+        fewest = 256 if rows > 64 else 512
+        if fewest <= values <= 1024 and accumulators <= 4096 and small and not wasteful:
             yield config
 
 
@@ -131,19 +172,15 @@ def split(config: Config, shape: tuple[int, int]) -> Iterator[Config]:
     tiles = -(-shape[0] // config.columns)
     counts = {max(1, min(round(limits()[0] * waves / tiles), steps // 2)) for waves in WAVES}
     for splits in sorted(counts):
-        yield Config(config.columns, config.words, splits, config.warps, config.stages)
+        yield replace(config, splits=splits)
 
 
-def compile_ahead(job: tuple[str, int, int, Config]) -> None:
-    """Fill Triton's cache; what is compiled depends on no size but the rows'."""
-    kind, group, rows, config = job
-    x, codes = sample(CUDA, Problem(kind, group, 1024, 4096, rows, "bfloat16"))
-    for splits in (1, 2):
-        variant = Config(config.columns, config.words, splits, config.warps, config.stages)
-        try:
-            matmul(x, codes, None, variant)
-        except Exception as unable:  # noqa: BLE001 - shown again when it is timed
-            print(f"{config}: {str(unable).splitlines()[0]}", flush=True)
+def compile_one(job: tuple[Problem, Config]) -> None:
+    """Fill Triton's cache, for one part of K and for several."""
+    problem, config = job
+    product = Product(problem.kind, problem.group, (problem.columns,), problem.depth)
+    jobs = [(product, problem.rows, replace(config, splits=splits)) for splits in (1, 2)]
+    compile_ahead(CUDA, jobs, torch.bfloat16, 1)
 
 
 def search(kind: str, group: int, rows: int) -> Iterator[dict[str, Any]]:
@@ -159,51 +196,67 @@ def search(kind: str, group: int, rows: int) -> Iterator[dict[str, Any]]:
                    "error": wrong, "config": asdict(config)}  # fmt: skip
 
 
-def four_bit(store: Store) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Format, block size and shape of each 4-bit matrix or stack of them."""
-    for block in store.layers:
-        for spec in block.weights.values():
-            if spec.format in ("nf4", "fp4") and len(spec.shape) >= 2:
-                yield spec.format, spec.blocksize, spec.shape
-
-
 def run_search(file: Path, kinds: Sequence[str], group: int, rows: Sequence[int]) -> None:
-    jobs = [(kind, group, m, tile) for kind in kinds for m in rows for tile in space(m)]
+    jobs = [
+        # What is compiled depends on no size but the rows'.
+        (Problem(kind, group, 1024, 4096, m, "bfloat16"), tile)
+        for kind in kinds
+        for m in rows
+        for tile in space(m)
+    ]
     print(f"compiling {2 * len(jobs)} kernels", flush=True)
     workers = min(16, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        pool.map(compile_ahead, jobs, chunksize=1)
+        pool.map(compile_one, jobs, chunksize=1)
     found: list[dict[str, Any]] = []
     for kind, m in itertools.product(kinds, rows):
         found += search(kind, group, m)
         file.write_text(json.dumps(found), encoding="utf-8")  # what there is, if time runs out
 
 
+def run_tune(path: Path, decodes: int) -> None:
+    store = Store.open(path)
+    layers, dtype = range(len(store.layers)), torch.bfloat16
+    model = StageModel(
+        store, layers, device=CUDA, dtype=dtype, with_embedding=False, with_head=False
+    )
+    products = model.four_bit_products()
+    started = time.perf_counter()
+    tune(CUDA, products, decodes, dtype)
+    print(f"{time.perf_counter() - started:.1f} s")
+    known = choices(torch.device("cuda", torch.cuda.current_device()))
+    for product, p in problems(products, decodes, dtype):
+        choice = known.choose(p.kind, p.group, (p.columns, p.depth), p.rows, dtype)
+        print(f"{product}, {p.rows} rows: {choice}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", help="comma-separated; a search takes 16, 32 and 64")
+    parser.add_argument("--rows", help="comma-separated")
     parser.add_argument("--kinds", default="nf4")
-    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--blocksize", type=int, default=64, help="elements of a scale")
     parser.add_argument("--json", type=Path, help="where to save the comparison")
+    parser.add_argument("--group", action="store_true")
     parser.add_argument("--search", type=Path, metavar="FILE")
     parser.add_argument("--tune", type=Path, metavar="STORE")
+    parser.add_argument("--decodes", type=int, default=256, help="of a micro-batch, to tune for")
     args = parser.parse_args()
-    kinds = args.kinds.split(",")
-    given = args.rows or ("16,32,64" if args.search else "1,2,4,8,16,32,64")
+    kinds, group = args.kinds.split(","), args.blocksize
+    given = args.rows or ("8,16,32,64,128,256" if args.search else "1,2,4,8,16,32,64,128,256")
     rows = [int(m) for m in given.split(",")]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if args.tune:
-        tune(CUDA, problems(four_bit(Store.open(args.tune)), torch.bfloat16))
-        return
-    if args.search:
-        run_search(args.search, kinds, args.group, rows)
-        return
-    found = [
-        compare(kind, args.group, shape, m)
-        for kind, shape, m in itertools.product(kinds, SHAPES, rows)
-    ]
-    if args.json:
-        args.json.write_text(json.dumps(found), encoding="utf-8")
+        run_tune(args.tune, args.decodes)
+    elif args.search:
+        run_search(args.search, kinds, group, rows)
+    elif args.group:
+        for kind, (widths, depth), m in itertools.product(kinds, GROUPS, rows):
+            compare_group(kind, group, widths, depth, m)
+    else:
+        sizes = itertools.product(kinds, SHAPES, rows)
+        found = [compare(kind, group, shape, m) for kind, shape, m in sizes]
+        if args.json:
+            args.json.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

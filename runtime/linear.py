@@ -5,25 +5,25 @@ a run of output rows is dequantized into a reused scratch buffer and multiplied 
 """
 
 from abc import ABC, abstractmethod
-from functools import cache
+from collections.abc import Sequence
 from math import gcd, prod
+from typing import TYPE_CHECKING
 
 import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.dequantize import dequantize_4bit
 from headrace.runtime.matmul.configs import Codes
-from headrace.runtime.matmul.tuning import choices
+from headrace.runtime.matmul.few_rows import multiply
+from headrace.runtime.product import product
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StoreError
 
-PADDED_ROWS = 16
-"""From this many rows MKL's float32 kernels sum in one order; below, if not asked otherwise, a row's
-bits change with the number of rows. Measured with MKL 2024.2, in one thread, for 17 shapes."""
+if TYPE_CHECKING:
+    from headrace.runtime.linear_group import LinearGroup
 
 
 class Scratch:
@@ -115,6 +115,17 @@ class Weight(ABC):
             out[..., start:stop] = self.rows(start, stop)._times(x, some, scratch)
         return out
 
+    def together(
+        self,
+        others: Sequence["Weight"],
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        scratch: Scratch | None = None,
+    ) -> tuple[Tensor, ...] | None:
+        """x times this weight and each of `others`, plus biases, in one launch; None where there is
+        none for them or it is not faster."""
+        return None
+
     def _times(
         self, x: Tensor, bias: Tensor | None, scratch: Scratch | None, *, transposed: bool = False
     ) -> Tensor:
@@ -126,7 +137,7 @@ class Weight(ABC):
             with tracer.span(Kind.DEQUANT):
                 values = self.dense(x.dtype, scratch)
         with tracer.span(Kind.MATMUL):
-            return _product(x, values.mT if transposed else values, bias)
+            return product(x, values.mT if transposed else values, bias)
 
     def _rows_at_once(self, dtype: torch.dtype, scratch: Scratch | None) -> int:
         """Rows that fit the scratch; all when they need none."""
@@ -192,6 +203,15 @@ class FourBitWeight(Weight):
         self._first = 0
 
     @property
+    def kind(self) -> str:
+        return self._spec.format
+
+    @property
+    def group(self) -> int:
+        """Elements of a scale."""
+        return self._spec.blocksize
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.uint8
 
@@ -248,59 +268,28 @@ class FourBitWeight(Weight):
         scratch: Scratch | None = None,
         transposed: bool = False,
     ) -> Tensor:
-        if not x.is_cuda or transposed or x.dtype == torch.float32:
-            return super().linear(x, bias, scratch, transposed)
-        kind, group, rows = self._spec.format, self._spec.blocksize, x.shape[:-1].numel()
-        choice = choices(x.device).choose(kind, group, self.shape, rows, x.dtype)
-        if choice.path == "dense":
-            return super().linear(x, bias, scratch, transposed)
-        if choice.config is not None:
-            from headrace.runtime.matmul.kernel import matmul  # Triton, where there is CUDA
+        found = None if transposed else multiply(x, [self], [bias], _tracer(scratch))
+        return super().linear(x, bias, scratch, transposed) if found is None else found[0]
 
-            columns, depth = self.shape
-            codes = Codes(kind, self._packed, self._scales(), group, (columns, depth))
-            with _tracer(scratch).span(Kind.MATMUL, "few rows"):
-                return matmul(x, codes, bias, choice.config)
-        # Never on CPUs, where the vector kernel wants another layout and is silently wrong.
-        with _tracer(scratch).span(Kind.MATMUL, "fused"):
-            out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-                x,
-                self._packed.view(-1, 1),
-                tuple(self.shape),
-                self._scales(),
-                self._spec.blocksize,
-                self._spec.format,
-                bias,
-            )
-        return out
+    def together(
+        self,
+        others: Sequence[Weight],
+        x: Tensor,
+        biases: Sequence[Tensor | None],
+        scratch: Scratch | None = None,
+    ) -> tuple[Tensor, ...] | None:
+        weights = [self, *(weight for weight in others if isinstance(weight, FourBitWeight))]
+        if len(weights) <= len(others):
+            return None
+        return multiply(x, weights, biases, _tracer(scratch))
+
+    def codes(self) -> Codes:
+        columns, depth = self.shape
+        return Codes(self.kind, self._packed, self._scales(), self.group, (columns, depth))
 
 
 def _tracer(scratch: Scratch | None) -> Tracer:
     return NULL_TRACER if scratch is None else scratch.tracer
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. In float32 on a CPU a row's result does not depend on the other rows of x."""
-    rows = x.shape[:-1].numel()
-    if rows == 1 and x.dtype == torch.bfloat16 and not x.is_cuda and bias is None:
-        # A sixth faster than F.linear where the weight comes from memory: 128256 x 2048.
-        return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-    if x.is_cuda or x.dtype != torch.float32 or rows >= PADDED_ROWS or rows >= _least_rows():
-        return F.linear(x, weight, bias)
-    flat = F.pad(x.reshape(rows, -1), (0, 0, 0, PADDED_ROWS - rows))
-    return F.linear(flat, weight, bias)[:rows].view(*x.shape[:-1], -1)
-
-
-@cache
-def _least_rows() -> int:
-    """1 where few rows are multiplied with the same sums as many, as MKL does when it is asked to
-    (headrace.runtime); else PADDED_ROWS. Found by trying."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(PADDED_ROWS, 640, generator=generator)
-    weight = torch.randn(256, 640, generator=generator)
-    many = F.linear(x, weight)
-    same = all(torch.equal(F.linear(x[:n], weight), many[:n]) for n in (1, 2, 5, 11))
-    return 1 if same else PADDED_ROWS
 
 
 def parts_of(spec: WeightSpec, block: Tensor) -> dict[str, Tensor]:
@@ -327,11 +316,16 @@ class QuantLinear(nn.Module):
         self.weight: Weight | None = None
         self.bias: nn.Parameter | None
         self.register_parameter("bias", linear.bias)
-        self._scratch = scratch
+        self.scratch = scratch
+        self.group: LinearGroup | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.weight is not None, "a layer ran before its weights were bound"
-        return self.weight.linear(x, self.bias, self._scratch)
+        if self.group is not None:
+            found = self.group.take(self, x)
+            if found is not None:
+                return found
+        return self.weight.linear(x, self.bias, self.scratch)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

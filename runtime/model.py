@@ -18,6 +18,8 @@ from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.linear import RawWeight, Scratch, Weight
+from headrace.runtime.linear_group import four_bit_products, grouped
+from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.norms import FusedNorms
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
@@ -82,6 +84,7 @@ class StageModel:
         self.config = self._skeleton.config
         self.hidden_size: int = self.config.hidden_size
         self._modules = self._skeleton.layers
+        shared = self._skeleton.shared_inputs()
         _move_buffers(self._skeleton.model, device)
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
@@ -90,6 +93,9 @@ class StageModel:
         norms = FusedNorms(dtype) if device.type == "cuda" else None
         binder = Binder(self._skeleton, weights, self._scratch, norms)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
+        self._groups = {
+            i: grouped(self._modules[i], shared[i], b) for i, b in self._bindings.items()
+        }
         self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
         self._bound: dict[int, Tensor] = {}
         self._slot_views = SlotViews()
@@ -203,8 +209,16 @@ class StageModel:
         )
         with plugs.attending(self._attentions[layer], attend):
             out = self._modules[layer](x[None], *args, **kwargs)
+        for group in self._groups[layer]:
+            group.forget()
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden[0]
+
+    def four_bit_products(self) -> set[Product]:
+        """The layers' products with 4-bit weights."""
+        return {
+            found for bindings in self._bindings.values() for found in four_bit_products(bindings)
+        }
 
     def logits(self, x: Tensor) -> Tensor:
         """x [R, hidden], the last layer's output -> [R, vocabulary] float32."""

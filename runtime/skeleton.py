@@ -7,10 +7,10 @@ model's own forward with stand-ins for its layers. Nothing here knows an archite
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -24,6 +24,8 @@ from headrace.runtime.conversion import layer_facts
 from headrace.runtime.stand_ins import StandIns, swapped
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
+
+T = TypeVar("T")
 
 BlockKey = int | Literal["embed", "head"]
 """A layer's index, or what comes before the first and after the last layer."""
@@ -216,6 +218,23 @@ class Skeleton:
 
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         """Each layer's KV shape, learnt by running one layer of each kind up to its attention."""
+
+        def learn(layer: nn.Module, x: Tensor, args: Any, kwargs: Any) -> LayerShape:
+            kv = layer_facts.kv_shape(layer, x, args, kwargs)
+            return LayerShape(*kv, *layer_facts.sizes(layer, self.config))
+
+        return self._learn(learn)
+
+    def shared_inputs(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Each layer's linears that multiply the same tensor, by their names in the layer.
+
+        To be asked for before any of them is replaced.
+        """
+        return self._learn(layer_facts.shared_inputs)
+
+    def _learn(self, learn: Callable[[nn.Module, Tensor, Any, Any], T]) -> tuple[T, ...]:
+        """What `learn` finds of each layer, given one row and what the model gives it beside it.
+        Layers of one kind are looked at once."""
         rows = torch.zeros(1, self.config.hidden_size, dtype=self.dtype)
         try:
             x, calls = self.enter(rows, torch.zeros(1, dtype=torch.int64))
@@ -223,15 +242,14 @@ class Skeleton:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot prepare its layers' arguments: {error}"
             ) from error
-        learnt: dict[tuple[object, ...], LayerShape] = {}
-        shapes = []
+        learnt: dict[tuple[object, ...], T] = {}
+        found = []
         for layer, (args, kwargs) in zip(self.layers, calls, strict=True):
             key = layer_facts.signature(layer)
             if key not in learnt:
-                kv = layer_facts.kv_shape(layer, x, args, kwargs)
-                learnt[key] = LayerShape(*kv, *layer_facts.sizes(layer, self.config))
-            shapes.append(learnt[key])
-        return tuple(shapes)
+                learnt[key] = learn(layer, x, args, kwargs)
+            found.append(learnt[key])
+        return tuple(found)
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype) -> Any:

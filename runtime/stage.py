@@ -16,6 +16,7 @@ from headrace.runtime.graphs import Capture, CudaCapture, DecodeGraphs, Lane
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.matmul.packed_cpu import choose_layout
+from headrace.runtime.matmul.tuning import tune
 from headrace.runtime.model import Prepared, StageModel
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
@@ -98,6 +99,7 @@ class Stage:
             with_head=config.stage == self._placement.last_stage,
             tracer=self.tracer,
         )
+        self._tune(dtype)
         shapes = {layer: store.layer_shapes[layer] for layer in layers}
         self._kv = KVStore(shapes, self._plan.num_pages, dtype, self.device)
         self._weights = opened.enter_context(
@@ -112,6 +114,12 @@ class Stage:
             )
         )
         self._pack(dtype)
+
+    def _tune(self, dtype: torch.dtype) -> None:
+        """Find the fastest way to multiply, while the device is empty and nothing else runs on it."""
+        if self.device.type == "cuda":
+            decodes = -(-self._plan.max_sequences // self._plan.micro_batches)
+            tune(self.device, self._model.four_bit_products(), decodes, dtype)
 
     def _pack(self, dtype: torch.dtype) -> None:
         """Resident layers take the layout that decodes fastest."""

@@ -26,26 +26,29 @@ class WholeModel:
         dtype: torch.dtype = torch.float32,
         pages: int = 64,
         layout: PackedLayout | None = None,
+        device: torch.device = CPU,
     ) -> None:
+        self._device = device
         store = Store.open(path)
         layers = range(len(store.layers))
         self._layers = layers
-        self._model = StageModel(
-            store, layers, device=CPU, dtype=dtype, with_embedding=True, with_head=True
+        self.model = StageModel(
+            store, layers, device=device, dtype=dtype, with_embedding=True, with_head=True
         )
         for layer in layers:
             data = torch.frombuffer(store.read_block(store.layers[layer]), dtype=torch.uint8)
+            data = data.to(device)
             if layout is not None:
-                self._model.pack(layer, data, layout)
-            self._model.bind(layer, data)
-        self._kv = KVStore(dict(enumerate(store.layer_shapes)), pages, dtype, CPU)
+                self.model.pack(layer, data, layout)
+            self.model.bind(layer, data)
+        self._kv = KVStore(dict(enumerate(store.layer_shapes)), pages, dtype, device)
 
     @torch.inference_mode()
     def logits(self, slices: Sequence[Slice]) -> Tensor:
         """One micro-batch; the logits of all its tokens [T, vocabulary]."""
-        batch = Batch.build(MicroBatch(tuple(slices)), CPU)
-        prepared = self._model.prepare(batch)
+        batch = Batch.build(MicroBatch(tuple(slices)), self._device)
+        prepared = self.model.prepare(batch)
         x = prepared.x
         for layer in self._layers:
-            x = self._model.run_layer(layer, x, prepared, self._kv)
-        return self._model.logits(x)
+            x = self.model.run_layer(layer, x, prepared, self._kv)
+        return self.model.logits(x)

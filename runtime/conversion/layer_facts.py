@@ -1,12 +1,18 @@
 """What can be learnt of a decoder layer without weights: its kind, its sizes, the shape of its KV."""
 
+import logging
+from collections import defaultdict
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from headrace.runtime import names, plugs
 from headrace.scheduler.errors import UnsupportedModelError
+
+log = logging.getLogger(__name__)
 
 
 def signature(layer: nn.Module) -> tuple[object, ...]:
@@ -77,6 +83,51 @@ def kv_shape(
         f"{name} has no attention that transformers' attention interface reaches "
         "(a linear-attention or state-space layer needs state that Headrace does not keep)"
     )
+
+
+def shared_inputs(
+    layer: nn.Module, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[str, ...], ...]:
+    """Names of the linears that get the very same tensor, two or more each, in the order of calls.
+
+    Learnt by running the layer, whose parameters are on the meta device, as far as that goes; the
+    arguments are those of `kv_shape`.
+    """
+    calls: list[tuple[str, Tensor, int]] = []
+    hooks = [
+        module.register_forward_pre_hook(partial(_note, calls, name))
+        for name, module in layer.named_modules()
+        if type(module) is nn.Linear
+    ]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+        return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+    try:
+        # Tensors made in inference mode do not count how often they were written to.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            plugs.attending(plugs.attention_modules(layer), attend),
+        ):
+            layer(_to_meta(x[None]), *_to_meta(args), **_to_meta(kwargs))
+    except Exception as error:  # noqa: BLE001 - what needs values cannot run; what precedes it has
+        log.debug("%s was run in part only: %s", type(layer).__name__, error)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, given, version in calls:
+        found[id(given), version].append(name)
+    return tuple(tuple(dict.fromkeys(names)) for names in found.values() if len(set(names)) > 1)
+
+
+def _note(
+    calls: list[tuple[str, Tensor, int]], name: str, _: nn.Module, given: tuple[Any, ...]
+) -> None:
+    """Remember a linear's input, with how often it was written to; it is kept, so its id is its own."""
+    if given:
+        calls.append((name, given[0], given[0]._version))
 
 
 def _to_meta(value: Any) -> Any:

@@ -1,18 +1,15 @@
 """What the few-row 4-bit matmul is asked for, and the ways to run it. No Triton in here."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from headrace.runtime.matmul.decode_4bit import WORD
 
-BUCKETS = (16, 32, 64, 128, 256)
+BUCKETS = (8, 16, 32, 64, 128, 256)
 """Rows that a launch may compute; fewer are padded."""
-
-WAVES = (1, 2, 4, 8)
-"""Programs per multiprocessor that are tried, reached by splitting K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +39,54 @@ class Codes:
     zeros: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What is multiplied in one launch: weights [N, K] of one format, an N each, and biases."""
+
+    kind: str
+    group: int
+    widths: tuple[int, ...]
+    depth: int
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
+
+    `kind` is "nf4" or "fp4": affine codes are stored by no format that can be loaded yet.
+    """
+
+    kind: str
+    group: int
+    columns: int
+    depth: int
+    rows: int
+    dtype: str
+
+
 _TILES = {
-    16: ((64, 32, 4, 4), (128, 32, 8, 4), (32, 32, 2, 4), (64, 64, 4, 3)),
-    32: ((64, 32, 4, 4), (128, 32, 8, 3), (64, 16, 4, 5)),
-    64: ((128, 32, 8, 3), (64, 32, 4, 3), (128, 16, 8, 4)),
-    128: ((128, 16, 8, 3), (64, 16, 4, 3)),
+    8: ((32, 64, 2, 3), (32, 32, 2, 3)),
+    16: ((32, 64, 2, 3), (32, 32, 2, 3)),
+    32: ((128, 32, 4, 3), (128, 64, 8, 3)),
+    64: ((256, 32, 8, 3), (128, 32, 8, 3)),
+    128: ((256, 16, 8, 3), (128, 32, 8, 2)),
     256: ((128, 16, 8, 2), (64, 16, 4, 2)),
 }
 """(columns, words, warps, stages), by rows; the first is taken where nothing was measured.
 
-Chosen from what compiles for sm_90 without spills, with two or more programs a multiprocessor.
+Those for 16 and 64 rows were the fastest of a search on an H200; the others are like them (32 words a
+thread, eight warps a multiprocessor) and compile for sm_90 without spills.
 """
+
+RESIDENT = 3
+"""Programs of a multiprocessor that are worth having parts for."""
+
+MANY = 4
+"""Parts of K beyond which the next tile is tried first."""
+
+UNEVEN = 1.1
+"""By how much the largest part of K may exceed the mean."""
 
 
 def bucket(rows: int) -> int:
@@ -76,7 +110,8 @@ def fits(config: Config, depth: int) -> bool:
 
 def shared_bytes(config: Config, rows: int) -> int:
     """Shared memory of a program: one buffer of ordered rows a stage, and one of codes and scales
-    fewer. Enough for groups of 32, or of 64 with zero points; exact for sm_90."""
+    fewer. Enough for groups of 32, or of 64 with zero points; for sm_90 exact, but for tiles of two
+    warps, which need less."""
     codes = config.columns * config.words * 4
     scales = config.columns * config.words
     ordered = bucket(rows) * config.words * WORD * 2
@@ -86,36 +121,50 @@ def shared_bytes(config: Config, rows: int) -> int:
 def candidates(
     columns: int, depth: int, rows: int, processors: int, shared: int
 ) -> Iterator[Config]:
-    """Configurations worth trying, the one to take without trying first.
+    """The few configurations worth trying, the one to take without trying first.
 
-    `shared` is the shared memory in bytes that a program may have.
+    `columns` are those of all weights of a launch, `shared` is the shared memory in bytes that a
+    program may have.
     """
-    seen = set()
+    found: list[tuple[Config, int]] = []
     for tile in _TILES[bucket(rows)]:
-        for waves in (WAVES[1], *WAVES):
-            for config in _shrunk(tile, columns, depth, rows, processors * waves, shared):
-                if config not in seen:
-                    seen.add(config)
-                    yield config
+        whole = _fitting(tile, depth, rows, shared)
+        if whole is not None and all(whole != other for other, _ in found):
+            slots = processors * _resident(whole, rows, shared)
+            found.append((whole, _parts(depth, columns, whole, slots)))
+    # Few columns want a narrow tile rather than many parts.
+    found.sort(key=lambda each: each[1] > MANY)
+    for place, (whole, parts) in enumerate(found):
+        most = max(1, depth // (WORD * whole.words) // 2)
+        others = () if place else (max(1, parts // 2), min(2 * parts, most))
+        for splits in sorted({parts, *others}, key=lambda n: (n != parts, n)):
+            yield replace(whole, splits=splits)
 
 
-def _shrunk(
-    tile: tuple[int, int, int, int], columns: int, depth: int, rows: int, programs: int, shared: int
-) -> Iterator[Config]:
-    """The tile with splits for about `programs` programs, made to fit K and the device; or none."""
-    width, words, warps, stages = tile
+def _parts(depth: int, columns: int, config: Config, slots: int) -> int:
+    """The most parts of K, nearly even ones of two steps at least, that all run at once."""
+    steps = depth // (WORD * config.words)
+    most = max(1, min(slots // -(-columns // config.columns), steps // 2))
+    return next(n for n in range(most, 0, -1) if -(-steps // n) * n <= UNEVEN * steps)
+
+
+def _resident(config: Config, rows: int, shared: int) -> int:
+    """Programs that a multiprocessor runs at once."""
+    return min(RESIDENT, shared // shared_bytes(config, rows))
+
+
+def _fitting(tile: tuple[int, int, int, int], depth: int, rows: int, shared: int) -> Config | None:
+    """The tile, made to fit K and the device; None where it cannot be."""
+    columns, words, warps, stages = tile
     while depth % (WORD * words):
         words //= 2
     while True:
-        steps = depth // (WORD * words)
-        splits = max(1, min(round(programs / -(-columns // width)), steps // 2))
-        config = Config(width, words, splits, warps, stages)
+        config = Config(columns, words, 1, warps, stages)
         if shared_bytes(config, rows) <= shared:
-            yield config
-            return
+            return config
         if stages > 2:
             stages -= 1
         elif words > 16:
             words //= 2
         else:
-            return
+            return None

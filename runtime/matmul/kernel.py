@@ -1,8 +1,9 @@
-"""Few rows times a 4-bit weight, on CUDA: out = x W^T, on the bytes as bitsandbytes stores them.
+"""Few rows times 4-bit weights, on CUDA: out = x W^T, on the bytes as bitsandbytes stores them.
 
 The weight is the left operand (out^T = W x^T): its decoded values go from registers to the tensor
 cores, and few rows cost a narrow right operand. A program owns BLOCK_N output columns and a part of
 K; parts are summed afterwards in a fixed order, so that results do not change from run to run.
+Weights that multiply the same rows share a launch: each program finds out which is its own.
 
 A step reads [BLOCK_N, WORDS] words of eight codes. Each gives eight operands of [BLOCK_N, WORDS]
 values, see decode_4bit; the scale is multiplied in before the product, as in dequantizing. Runs on
@@ -12,13 +13,21 @@ CPUs with TRITON_INTERPRET=1, where the decoding is arithmetic instead of PTX.
 # Kernels are Triton's dialect: their arguments are pointers and scalars of a launch.
 # mypy: disable-error-code="no-untyped-def"
 
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import AsyncCompileMode
 
-from headrace.runtime.matmul.configs import Codes, Config, bucket
+from headrace.runtime.matmul.configs import Codes, Config, Product, bucket
 from headrace.runtime.matmul.decode_4bit import WORD, decoding, magic, table
+
+SUM_BLOCK = 512
+"""Elements that a program sums."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -88,25 +97,48 @@ def _arithmetic(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _matmul_kernel(
-    x, packed, scales, zeros, table_at, bias, out, rows, columns, depth, scales_a_row, splits,
+    x, packed, scales, zeros, biases, widths, table_at, out, rows, depth, scales_a_row, splits,
     ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, AFFINE: tl.constexpr, ZEROS: tl.constexpr,
     MAGIC: tl.constexpr, GROUP: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, WORDS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    BIAS: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    WORDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of out, from one part of K; x is in planes [8, BLOCK_M, K / 8].
+    """BLOCK_N columns of one of COUNT products, from one part of K; x is in planes
+    [8, BLOCK_M, K / 8].
 
-    `depth` is K / 8, in words.
+    The first five after x are tuples, one entry a weight; `widths` are their N. `depth` is K / 8, in
+    words. `out` holds one [rows, N] after another, and that once for each part.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    packed_at, scales_at, columns = packed[0], scales[0], widths[0]
+    zeros_at = zeros[0] if ZEROS else scales_at
+    bias_at = biases[0] if BIAS else x
+    first = 0  # column of all products, and program, that this weight begins with
+    total = widths[0]
+    programs = tl.cdiv(widths[0], BLOCK_N)
+    begin = 0
+    for i in tl.static_range(1, COUNT):
+        here = tile >= programs
+        packed_at = tl.where(here, packed[i], packed_at)
+        scales_at = tl.where(here, scales[i], scales_at)
+        if ZEROS:
+            zeros_at = tl.where(here, zeros[i], zeros_at)
+        if BIAS:
+            bias_at = tl.where(here, biases[i], bias_at)
+        columns = tl.where(here, widths[i], columns)
+        first = tl.where(here, total, first)
+        begin = tl.where(here, programs, begin)
+        total += widths[i]
+        programs += tl.cdiv(widths[i], BLOCK_N)
+    n = (tile - begin) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     word = tl.arange(0, WORDS)
-    part = tl.program_id(1)
     steps = depth // WORDS
     # Columns past the end repeat the last one and are not stored.
     row = n if EVEN else tl.minimum(n, columns - 1)
-    words_at = packed + row[:, None].to(tl.int64) * depth + word[None, :]
+    words_at = packed_at + row[:, None].to(tl.int64) * depth + word[None, :]
     of_row = row[:, None] * scales_a_row + tl.arange(0, GROUPS)[None, :]
     x_at = x + m[:, None] * depth + word[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -116,10 +148,10 @@ def _matmul_kernel(
             group = of_row + step * GROUPS
         else:
             group = of_row + step // (GROUP // (8 * WORDS))
-        scale = _widen(tl.load(scales + group).to(DTYPE), GROUPS, BLOCK_N, WORDS)
+        scale = _widen(tl.load(scales_at + group).to(DTYPE), GROUPS, BLOCK_N, WORDS)
         minus = scale
         if ZEROS:
-            minus = (-MAGIC - tl.load(zeros + group)).to(DTYPE)
+            minus = (-MAGIC - tl.load(zeros_at + group)).to(DTYPE)
             minus = _widen(minus, GROUPS, BLOCK_N, WORDS)
         if ASM != "":
             planes = _planes(words, scale, minus, ASM, CONSTRAINTS, ZEROS)
@@ -134,28 +166,24 @@ def _matmul_kernel(
                 left = left.to(tl.float32)
                 right = right.to(tl.float32)
             acc = tl.dot(left, tl.trans(right), acc)
-    keep = (m < rows)[None, :] & (n < columns)[:, None]
     if BIAS:
-        acc += tl.load(bias + row).to(tl.float32)[:, None]
+        bias = tl.load(bias_at + row).to(tl.float32)
+        acc += tl.where(part == 0, bias, 0.0)[:, None]
+    keep = (m < rows)[None, :] & (n < columns)[:, None]
+    to = out + rows * first + m[None, :] * columns + n[:, None]
     if PARTIAL:
-        to = out + (part * rows + m[None, :]) * columns + n[:, None]
-    else:
-        to = out + m[None, :] * columns + n[:, None]
+        to += part * rows * total
     tl.store(to, acc.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["elements", "splits"])
-def _sum_kernel(
-    parts, bias, out, elements, columns, splits, BIAS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _sum_kernel(parts, out, elements, splits, BLOCK: tl.constexpr):
     """The parts of K in ascending order."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(splits):
         total += tl.load(parts + part * elements + at, mask=inside, other=0.0)
-    if BIAS:
-        total += tl.load(bias + at % columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -164,21 +192,32 @@ def matmul(x: Tensor, codes: Codes, bias: Tensor | None, config: Config) -> Tens
 
     `supports` and `fits` (in configs) say what may be asked for.
     """
+    return matmuls(x, [codes], None if bias is None else [bias], config)[0]
+
+
+def matmuls(
+    x: Tensor, weights: Sequence[Codes], biases: Sequence[Tensor] | None, config: Config
+) -> tuple[Tensor, ...]:
+    """x [..., K] times each of `weights` [N, K], which differ in nothing but N, in one launch.
+
+    All have a bias [N] or none has. The products share their memory.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    rows, columns = len(flat), codes.shape[0]
-    ordered = _ordered(flat, bucket(rows), codes.kind == "int4")
-    out = x.new_empty(*x.shape[:-1], columns)
+    rows, widths = len(flat), [codes.shape[0] for codes in weights]
+    ordered = _ordered(flat, bucket(rows), weights[0].kind == "int4")
+    elements = rows * sum(widths)
+    out = x.new_empty(elements)
+    tiles = sum(triton.cdiv(width, config.columns) for width in widths)
+    run = _matmul_kernel[(tiles, config.splits)]
     if config.splits == 1:
-        _launch(ordered, codes, bias, out, rows, config)
-        return out
-    parts = torch.empty(config.splits, rows, columns, dtype=torch.float32, device=x.device)
-    _launch(ordered, codes, None, parts, rows, config)
-    elements, block = rows * columns, 512
-    _sum_kernel[(triton.cdiv(elements, block),)](
-        parts, bias, out, elements, columns, config.splits,
-        BIAS=bias is not None, BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    return out
+        _launch(run, ordered, weights, biases, out, rows, config)
+    else:
+        parts = out.new_empty(config.splits * elements, dtype=torch.float32)
+        _launch(run, ordered, weights, biases, parts, rows, config)
+        grid = (triton.cdiv(elements, SUM_BLOCK),)
+        _sum_kernel[grid](parts, out, elements, config.splits, BLOCK=SUM_BLOCK, num_warps=4)
+    pieces = out.split([rows * width for width in widths])
+    return tuple(p.view(*x.shape[:-1], n) for p, n in zip(pieces, widths, strict=True))
 
 
 def _ordered(x: Tensor, rows: int, affine: bool) -> Tensor:
@@ -193,22 +232,55 @@ def _ordered(x: Tensor, rows: int, affine: bool) -> Tensor:
     return out
 
 
-def _launch(
-    ordered: Tensor, codes: Codes, bias: Tensor | None, out: Tensor, rows: int, config: Config
+def compile_ahead(
+    device: torch.device,
+    jobs: Iterable[tuple[Product, int, Config]],
+    dtype: torch.dtype,
+    threads: int,
 ) -> None:
-    columns, depth = codes.shape
-    how = decoding(codes.kind, ordered.dtype, codes.zeros is not None)
+    """Compile what products run for so many rows, in threads. What fails fails again when it runs.
+
+    Triton releases the interpreter's lock for most of the time, and what it compiles depends on
+    types, sizes and alignment, not on values: tensors of a few bytes will do.
+    """
+    x = torch.empty(1, dtype=dtype, device=device)
+    parts = torch.empty(1, dtype=torch.float32, device=device)
+    packed = torch.empty(4, dtype=torch.uint8, device=device)
+    run = partial(_matmul_kernel.warmup, grid=(1,))
+    with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for product, rows, config in jobs:
+            weights = [
+                Codes(product.kind, packed, parts, product.group, (width, product.depth))
+                for width in product.widths
+            ]
+            whole = config.splits == 1
+            biases = [x] * len(weights) if product.biased else None
+            _launch(run, x, weights, biases, x if whole else parts, rows, config)
+
+
+def _launch(
+    run: Callable[..., object], ordered: Tensor, weights: Sequence[Codes],
+    biases: Sequence[Tensor] | None, out: Tensor, rows: int, config: Config,
+) -> None:  # fmt: skip
+    first = weights[0]
+    depth, widths = first.shape[1], tuple(codes.shape[0] for codes in weights)
+    how = decoding(first.kind, ordered.dtype, first.zeros is not None)
     asm = how.asm if ordered.is_cuda else ""
     look_up = not how.affine and not asm
-    values = table(codes.kind, ordered.dtype) if look_up else None
-    grid = (triton.cdiv(columns, config.columns), config.splits)
-    _matmul_kernel[grid](
-        ordered, codes.packed.view(-1).view(torch.int32), codes.scales, codes.zeros, values, bias,
-        out, rows, columns, depth // WORD, depth // codes.group, config.splits,
+    run(
+        ordered,
+        tuple(codes.packed.view(-1).view(torch.int32) for codes in weights),
+        tuple(codes.scales for codes in weights),
+        tuple(codes.zeros for codes in weights) if how.zeros else None,
+        None if biases is None else tuple(biases),
+        widths,
+        table(first.kind, ordered.dtype) if look_up else None,
+        out, rows, depth // WORD, depth // first.group, config.splits,
         ASM=asm, CONSTRAINTS=how.constraints,
-        AFFINE=how.affine, ZEROS=how.zeros, MAGIC=magic(ordered.dtype), GROUP=codes.group,
-        PARTIAL=config.splits > 1, EVEN=columns % config.columns == 0, BIAS=bias is not None,
-        BLOCK_N=config.columns, BLOCK_M=ordered.shape[1], WORDS=config.words,
-        GROUPS=max(1, WORD * config.words // codes.group),
+        AFFINE=how.affine, ZEROS=how.zeros, MAGIC=magic(ordered.dtype), GROUP=first.group,
+        PARTIAL=config.splits > 1, EVEN=all(n % config.columns == 0 for n in widths),
+        BIAS=biases is not None, COUNT=len(weights),
+        BLOCK_N=config.columns, BLOCK_M=bucket(rows), WORDS=config.words,
+        GROUPS=max(1, WORD * config.words // first.group),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headrace.runtime.matmul.configs import Codes, Config
+from headrace.runtime.matmul.configs import Codes, Config, Problem
 
 log = logging.getLogger(__name__)
 
@@ -19,21 +19,6 @@ REPEATS = 15
 FLUSH_BYTES = 256 << 20  # more than any device caches
 
 Path_ = Literal["kernel", "bitsandbytes", "dense"]
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
-
-    `kind` is "nf4" or "fp4": affine codes are stored by no format that can be loaded yet.
-    """
-
-    kind: str
-    group: int
-    columns: int
-    depth: int
-    rows: int
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +51,10 @@ def sample(device: torch.device, problem: Problem) -> tuple[Tensor, Codes]:
 
 
 def fastest(device: torch.device, problem: Problem, configs: Iterable[Config]) -> Choice:
-    """The fastest way for a problem, of those that give the right product."""
+    """The fastest way for a problem, of those that give the right product.
+
+    Raises RuntimeError, as torch does, when there is too little device memory for it.
+    """
     from triton.runtime.errors import TritonError
 
     from headrace.runtime.matmul.kernel import matmul
@@ -85,7 +73,7 @@ def fastest(device: torch.device, problem: Problem, configs: Iterable[Config]) -
                 log.warning("%s: %s gives wrong products and is not used", problem, config)
                 continue
             micros = timer(lambda config=config: matmul(x, codes, None, config))  # type: ignore[misc]
-        except (TritonError, RuntimeError) as error:  # too large for the device
+        except TritonError as error:  # too large for the device
             log.info("%s: %s does not run here: %s", problem, config, error)
             continue
         found.append(Choice("kernel", config, micros))

@@ -1,8 +1,8 @@
 """Which way a 4-bit matmul of few rows is fastest: measured on the device once, kept in a file.
 
 Three ways lead to the product: our kernel in one of its configurations, bitsandbytes' fused one, or
-dequantizing and cuBLAS. Our kernel is taken only where it was measured to be the fastest, which
-`tune` does when it is asked to (benchmarks/matmul.py --tune), never while a stage runs.
+dequantizing and cuBLAS. Where nothing was measured, few rows go to our kernel on devices like the one
+that it was tried on. `tune` measures when it is asked to, never while a stage runs.
 """
 
 import fcntl
@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import subprocess
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
@@ -22,33 +24,52 @@ import torch
 from headrace.runtime.matmul.configs import (
     BUCKETS,
     Config,
+    Problem,
+    Product,
     bucket,
     candidates,
     supports,
 )
-from headrace.runtime.matmul.timing import Choice, Problem, fastest
+from headrace.runtime.matmul.timing import Choice, fastest
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the cache file; what other kernels measured is measured again."""
 
 LEAST_ELEMENTS = 1 << 20
 """Smaller weights take no time worth measuring."""
 
+KERNEL_ROWS = 64
+KERNEL_MAJOR = 9
+"""Without a measurement up to this many rows, from this compute capability on, our kernel is taken: on
+an H200 it is the fastest (28672 x 8192: 78 us for 16 rows and 121 for 64, by bitsandbytes 374 and 366,
+dequantized 438 for 256). Older devices were not measured, and more rows are close to even."""
+
+COMPILERS = 8
+"""Threads that compile at once."""
+
 FUSED_ROWS = 4
-"""Without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no slower than
+"""Otherwise, without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no slower than
 dequantizing and multiplying (107 against 375 us for one row on an H200, 374 for four)."""
 
 
 class Choices:
     """The ways for one device, from what was measured."""
 
-    def __init__(self, processors: int, shared: int, measured: dict[Problem, Choice]) -> None:
+    def __init__(
+        self, processors: int, shared: int, measured: dict[Problem, Choice], kernel_rows: int = 0
+    ) -> None:
         self._processors = processors
         self._shared = shared
+        self._kernel_rows = kernel_rows
         self._measured = measured
         self._chosen: dict[tuple[str, int, tuple[int, ...], int, torch.dtype], Choice] = {}
+
+    @property
+    def runs(self) -> bool:
+        """Whether our kernel runs on the device."""
+        return self._shared > 0
 
     @classmethod
     def of(cls, device: torch.device, measured: dict[Problem, Choice]) -> "Choices":
@@ -56,7 +77,10 @@ class Choices:
         found = torch.cuda.get_device_properties(device)
         runs = found.major >= 8 and _has_triton()
         shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        return cls(found.multi_processor_count, shared if runs else 0, measured if runs else {})
+        if not runs:
+            return cls(found.multi_processor_count, 0, {})
+        rows = KERNEL_ROWS if found.major >= KERNEL_MAJOR else 0
+        return cls(found.multi_processor_count, shared, measured, rows)
 
     def choose(
         self, kind: str, group: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype
@@ -76,9 +100,18 @@ class Choices:
             choice = self._measured.get(problem)
             if choice is not None and choice.path != "dense":
                 return choice
+            tried = self.candidates(problem)
+            if choice is None and rows <= self._kernel_rows and tried:
+                return Choice("kernel", tried[0])
         # bitsandbytes has a kernel for the fewest rows, which a bucket's measurement does not see.
         fused = rows <= FUSED_ROWS and shape[1] % group == 0
         return Choice("bitsandbytes" if fused else "dense")
+
+    def adopt(self, measured: dict[Problem, Choice]) -> None:
+        """Choose by these measurements from now on."""
+        if self._shared:
+            self._measured = measured
+            self._chosen.clear()
 
     def candidates(self, problem: Problem) -> list[Config]:
         """The configurations of our kernel that are worth measuring for a problem."""
@@ -97,45 +130,97 @@ def _has_triton() -> bool:
 
 @cache
 def choices(device: torch.device) -> Choices:
-    """The ways for a CUDA device, read once; `tune` reads them again."""
+    """The ways for a CUDA device, read once; `tune` adds to them."""
     return Choices.of(device, load(_cache_file(device)))
 
 
-def tune(device: torch.device, problems: Iterable[Problem]) -> None:
-    """Measure the problems that the cache file lacks. One process of a machine does, others wait.
+def tune(
+    device: torch.device, products: Collection[Product], rows: int, dtype: torch.dtype
+) -> None:
+    """Measure what the cache file lacks of products with at most `rows` rows, and compile what they
+    will run. One process of a machine measures, others wait.
 
-    Takes a minute the first time, mostly for compiling; and device memory for the largest weight in
-    4-bit and in 16-bit form, which is free again afterwards.
+    Takes seconds the first time, half of them for compiling; and device memory for the largest
+    weight in 4-bit and in 16-bit form, which is free again afterwards. Where it fails, the reason is
+    logged and the choices stay what they were.
     """
-    wanted = {p for p in problems if p.columns * p.depth >= LEAST_ELEMENTS}
-    file = _cache_file(device)
-    measured = load(file)
-    if not _has_triton() or wanted <= measured.keys():
+    device = torch.empty(0, device=device).device  # with its index, as tensors have it
+    known, threads = choices(device), min(COMPILERS, os.cpu_count() or 1)
+    if not known.runs:
         return
+    from headrace.runtime.matmul.kernel import compile_ahead
+
+    try:
+        wanted = {p for _, p in problems(products, rows, dtype)}
+        _measure(device, {p for p in wanted if p.columns * p.depth >= LEAST_ELEMENTS}, threads)
+        chosen = (
+            (product, p.rows, known.choose(p.kind, p.group, (p.columns, p.depth), p.rows, dtype))
+            for product, p in problems(products, rows, dtype)
+        )
+        jobs = [(product, m, how.config) for product, m, how in chosen if how.config is not None]
+        compile_ahead(device, jobs, dtype, threads)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        log.warning("4-bit matmuls were not measured: %s", error)
+    torch.cuda.empty_cache()
+
+
+def _measure(device: torch.device, wanted: set[Problem], threads: int) -> None:
+    file = _cache_file(device)
     with _alone(file):
         measured = load(file)
-        known = Choices.of(device, {})
-        for problem in sorted(wanted - measured.keys(), key=lambda p: (p.columns, p.depth, p.rows)):
-            try:
-                measured[problem] = fastest(device, problem, known.candidates(problem))
-            except torch.OutOfMemoryError:
-                log.warning("no device memory to measure %s", problem)
-            else:
-                log.info("%s: %s", problem, measured[problem])
-        save(file, measured)
-    torch.cuda.empty_cache()
-    choices.cache_clear()
+        missing = sorted(wanted - measured.keys(), key=lambda p: (p.rows, p.columns, p.depth))
+        if missing:
+            measured |= _measured(device, missing, threads)
+            save(file, measured)
+    choices(device).adopt(measured)
+
+
+def _measured(
+    device: torch.device, problems: Sequence[Problem], threads: int
+) -> dict[Problem, Choice]:
+    """How to solve problems of one type of values."""
+    from headrace.runtime.matmul.kernel import compile_ahead
+
+    started, known = time.perf_counter(), choices(device)
+    tried = {problem: known.candidates(problem) for problem in problems}
+    jobs = [
+        (Product(p.kind, p.group, (p.columns,), p.depth), p.rows, config)
+        for p in problems
+        for config in tried[p]
+    ]
+    compile_ahead(device, jobs, getattr(torch, problems[0].dtype), threads)
+    compiled, found = time.perf_counter(), {}
+    failed: RuntimeError | None = None
+    for problem in problems:
+        try:
+            found[problem] = fastest(device, problem, tried[problem])
+        except RuntimeError as error:  # no device memory for it, most of all
+            failed = error
+        else:
+            log.debug("%s: %s", problem, found[problem])
+    if failed is not None:
+        missing, reason = len(problems) - len(found), str(failed).splitlines()[0]
+        log.warning("%d sizes of 4-bit matmuls were not measured: %s", missing, reason)
+    ended = time.perf_counter()
+    text = "measured %d sizes of 4-bit matmuls in %.1f s, after %.1f s for compiling"
+    log.info(text, len(found), ended - compiled, compiled - started)
+    return found
 
 
 def problems(
-    weights: Iterable[tuple[str, int, tuple[int, ...]]], dtype: torch.dtype
-) -> Iterator[Problem]:
-    """Every problem of 4-bit weights (kind, group, shape [..., N, K]) that has a kernel."""
-    for kind, group, (*_, columns, depth) in weights:
-        for rows in BUCKETS:
-            if supports(group, depth, rows, dtype):
-                name = str(dtype).removeprefix("torch.")
-                yield Problem(kind, group, columns, depth, rows, name)
+    products: Iterable[Product], rows: int, dtype: torch.dtype
+) -> Iterator[tuple[Product, Problem]]:
+    """Products with every number of rows up to `rows`, as far as there is a kernel for them.
+
+    Several weights take as long as one with the columns of all.
+    """
+    sizes = [size for size in BUCKETS if size <= bucket(min(rows, BUCKETS[-1]))]
+    name = str(dtype).removeprefix("torch.")
+    for product in products:
+        kind, group, depth = product.kind, product.group, product.depth
+        for size in sizes:
+            if supports(group, depth, size, dtype):
+                yield product, Problem(kind, group, sum(product.widths), depth, size, name)
 
 
 def _cache_file(device: torch.device) -> Path:
@@ -175,7 +260,7 @@ def save(file: Path, measured: dict[Problem, Choice]) -> None:
         temporary.write_text(json.dumps(records, indent=1), encoding="utf-8")
         temporary.replace(file)
     except OSError as error:
-        log.warning("%s: cannot be written (%s): nothing measured is used", file, error)
+        log.warning("%s: cannot be written (%s): every start measures again", file, error)
 
 
 @contextmanager

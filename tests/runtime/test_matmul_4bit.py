@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from headrace.runtime.matmul.configs import (
     BUCKETS,
     Codes,
     Config,
+    Product,
     bucket,
     candidates,
     fits,
@@ -20,6 +22,7 @@ from headrace.runtime.matmul.configs import (
     supports,
 )
 from headrace.runtime.matmul.decode_4bit import decoding, table
+from headrace.runtime.matmul.tuning import choices, load, problems, tune
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -83,6 +86,26 @@ def check(
     assert errors.max() < 16 * bound * typical, (errors.max() / typical).item()
 
 
+def check_together(
+    kind: str, widths: tuple[int, ...], depth: int, rows: int, config: Config, dtype: torch.dtype,
+    device: str, bound: float, *, biased: bool,
+) -> None:  # fmt: skip
+    """One launch for several weights against float64, and bit for bit against one for each."""
+    from headrace.runtime.matmul.kernel import matmul, matmuls
+
+    weights = [make(kind, columns, depth, 64, device) for columns in widths]
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(1, rows, depth, generator=generator).to(device, dtype)
+    biases = [torch.randn(n, generator=generator).to(device, dtype) for n in widths]
+    found = matmuls(x, weights, biases if biased else None, config)
+    for codes, bias, out in zip(weights, biases, found, strict=True):
+        alone = matmul(x, codes, bias if biased else None, config)
+        assert out.is_contiguous() and torch.equal(out, alone)
+        expected = x.double() @ values(codes).T + (bias.double() if biased else 0)
+        assert out.shape == expected.shape and out.dtype == dtype
+        assert (out.double() - expected).norm() < bound * expected.norm()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter() -> None:
@@ -97,6 +120,7 @@ def test_in_the_interpreter() -> None:
         (96, 512, 64, 5, Config(64, 32, 2, 4, 2)),  # columns past the end
         (64, 384, 32, 17, Config(32, 16, 3, 4, 2)),  # padded to 32 rows, parts of one step
         (64, 1024, 128, 1, Config(64, 64, 1, 4, 2)),  # K in one piece
+        (32, 512, 64, 9, Config(32, 64, 1, 2, 2)),  # padded to 16 rows
         (32, 1280, 256, 2, Config(32, 16, 3, 4, 2)),  # several steps a scale, uneven parts
     ],
 )
@@ -104,6 +128,19 @@ def test_interpreted(
     kind: str, columns: int, depth: int, group: int, rows: int, config: Config
 ) -> None:
     check(kind, columns, depth, group, rows, config, F16, "cpu", 1e-3)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@pytest.mark.parametrize("kind", ["nf4", "int4 with zeros"])
+@pytest.mark.parametrize(
+    ("widths", "rows", "splits", "biased"),
+    [((96, 32, 64), 5, 1, True), ((40, 96, 32), 3, 2, True), ((64, 64), 9, 2, False)],
+)
+def test_interpreted_together(
+    kind: str, widths: tuple[int, ...], rows: int, splits: int, biased: bool
+) -> None:
+    config = Config(32, 32, splits, 2, 2)
+    check_together(kind, widths, 512, rows, config, F16, "cpu", 1e-3, biased=biased)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
@@ -133,6 +170,40 @@ def test_real_sizes(columns: int, depth: int) -> None:
         config = next(candidates(columns, depth, rows, **HOPPER))
         for kind in ("nf4", "int4"):
             check(kind, columns, depth, 64, rows, config, BF16, "cuda", 5e-3, biased=False)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("kind", ["nf4", "int4 with zeros"])
+@pytest.mark.parametrize("widths", [(4096, 1024, 1024), (14336, 14336), (1000, 40, 2000)])
+def test_weights_of_a_launch(kind: str, widths: tuple[int, ...]) -> None:
+    for rows in (1, 8, 16, 32, 64, 128):
+        for config in candidates(sum(widths), 4096, rows, **HOPPER):
+            for biased in (False, True):
+                check_together(kind, widths, 4096, rows, config, BF16, "cuda", 5e-3, biased=biased)
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = torch.device("cuda", 0)
+    products = [
+        Product("nf4", 64, (4096, 1024, 1024), 4096, biased=True),
+        Product("fp4", 64, (4096,), 2048),
+    ]
+    tune(device, products, 16, BF16)
+    wanted = [problem for _, problem in problems(products, 16, BF16)]
+    (file,) = tmp_path.glob("headrace/*.json")
+    measured = load(file)
+    assert measured.keys() == set(wanted)
+    assert all(choice.microseconds > 0 for choice in measured.values())
+    before = file.stat().st_mtime_ns
+    tune(torch.device("cuda"), products, 16, BF16)
+    assert file.stat().st_mtime_ns == before
+    first = next(iter(measured))
+    found = choices(device).choose(first.kind, 64, (first.columns, first.depth), first.rows, BF16)
+    assert found == measured[first] or measured[first].path == "dense"
 
 
 def test_table_is_the_formats_own() -> None:
@@ -166,4 +237,4 @@ def test_supported() -> None:
     assert not supports(64, 4096, 257, BF16)
     assert not supports(64, 2880, 1, BF16)  # K is no multiple of 128
     assert not supports(64, 4096, 1, torch.float32)
-    assert [bucket(rows) for rows in (1, 16, 17, 256)] == [16, 16, 32, 256]
+    assert [bucket(rows) for rows in (1, 8, 9, 17, 256)] == [8, 8, 16, 32, 256]
