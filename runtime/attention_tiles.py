@@ -8,8 +8,8 @@ import torch
 MIN_ROWS = 16
 """The smallest side of a tensor-core product."""
 
-# Tried in this order, the first that fits: (rows, keys, warps, stages). Rows are halved to what the
-# queries fill, but not below 64 here: from 64 rows on Hopper's asynchronous products are used.
+# (rows, keys, warps, stages), of which the first that fits is taken, with no more rows than queries
+# fill. From 64 rows on, Hopper's asynchronous products are used.
 _LONG = ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
 _BRIEF = _LONG[2:]  # few tiles of keys: small programs hide each other's start and end
 _FEW = ((32, 64, 4, 3), (32, 64, 4, 2), (32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2))
@@ -20,6 +20,7 @@ _LONG_KEYS = 1024
 _START = 2  # what a program costs beside its tiles
 _MERGE = 4
 _MAX_SPLITS = 64
+_MAX_PROGRAMS = 16  # a processor, that splitting makes
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,4 +123,5 @@ def choose_splits(programs: int, visible: int, tile: Tile, limits: DeviceLimits)
         busiest = max(-(-programs * splits // limits.processors), full)
         return busiest * (-(-tiles // splits) + _START) + (_MERGE if splits > 1 else 0)
 
-    return min(range(1, min(tiles, _MAX_SPLITS) + 1), key=cost)
+    most = min(tiles, _MAX_SPLITS, max(1, _MAX_PROGRAMS * limits.processors // programs))
+    return min(range(1, most + 1), key=cost)

@@ -87,12 +87,39 @@ def attend(
     assert rule.scaling > 0, rule  # the largest product is the largest score
     q = _rows(q)
     out = q.new_empty(*q.shape[:2], kv.v.shape[-1])
-    short = max(1, MIN_ROWS // (q.shape[1] // kv.k.shape[1]))
+    short = short_queries(q.shape[1] // kv.k.shape[1])
     if batch.min_query <= short:
         _launch(q, kv, batch, rule, out, short, one=True, splits=splits, tile=tile)
     if batch.max_query > short:
         _launch(q, kv, batch, rule, out, short, one=False, splits=splits, tile=tile)
     return out
+
+
+def short_queries(group: int) -> int:
+    """Queries that one block of the smallest tile holds."""
+    return max(1, MIN_ROWS // group)
+
+
+def choose(
+    q: Tensor, kv: LayerKV, batch: Batch, rule: Rule, *, one: bool, tile: Tile | None = None
+) -> tuple[Tile, int]:
+    """The tile, unless it is given, and the number of splits of one of attend's two launches.
+
+    `one`: that for sequences of few queries.
+    """
+    kv_heads, window, visible = kv.k.shape[1], rule.sliding_window, batch.max_context
+    group, v_dim = q.shape[1] // kv_heads, kv.v.shape[-1]
+    queries = min(short_queries(group), batch.max_query) if one else batch.max_query
+    limits = DeviceLimits.of(q.device)
+    if tile is None:
+        seen = visible if window is None else min(visible, window + queries)
+        tile = choose_tile(queries, seen, group, q.shape[2], v_dim, q.element_size(), limits)
+    block_q = tile.rows // group
+    seen = visible if window is None else min(visible, window + block_q)
+    blocks = len(batch.lengths)
+    if not one:
+        blocks = max(blocks, -(-q.shape[0] // block_q))
+    return tile, choose_splits(blocks * kv_heads, seen, tile, limits)
 
 
 def _launch(
@@ -102,19 +129,10 @@ def _launch(
     """Attend for the sequences of at most `short` queries (`one` block each), or for the others."""
     sequences, kv_heads, window = len(batch.lengths), kv.k.shape[1], rule.sliding_window
     group, k_dim, v_dim = q.shape[1] // kv_heads, q.shape[2], kv.v.shape[-1]
-    queries = min(short, batch.max_query) if one else batch.max_query
-    visible = batch.max_context
-    if window is not None:
-        visible = min(visible, window + queries)
-    limits = DeviceLimits.of(q.device)
-    if tile is None:
-        tile = choose_tile(queries, visible, group, k_dim, v_dim, q.element_size(), limits)
+    chosen, parts = choose(q, kv, batch, rule, one=one, tile=tile)
+    tile, splits = chosen, splits or parts
     block_q = tile.rows // group
     blocks = sequences if one else q.shape[0] // block_q + sequences
-    if splits is None:
-        busy = sequences if one else max(sequences, -(-q.shape[0] // block_q))
-        seen = visible if window is None else min(visible, window + block_q)
-        splits = choose_splits(busy * kv_heads, seen, tile, limits)
     partial, stats = _parts(out, blocks * kv_heads * splits, tile) if splits > 1 else (out, out)
     sinks = out if rule.sinks is None else rule.sinks
     scale = rule.scaling if rule.softcap is not None else rule.scaling * _LOG2_E
@@ -132,7 +150,7 @@ def _launch(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
-        merge_kernel[(blocks, kv_heads, min(block_q, queries) * group)](
+        merge_kernel[(blocks, kv_heads, min(block_q, batch.max_query) * group)](
             out, partial, stats, sinks, batch.query_start, sequences, splits,
             DV=v_dim, BLOCK_M=tile.rows, BLOCK_V=tile.dim_v, BLOCK_S=power_of_two(splits), **flags,
         )  # fmt: skip
