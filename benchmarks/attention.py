@@ -1,95 +1,228 @@
 """Time paged attention on a GPU, in the shape of a 70B model, against what the device could do.
 
-    python benchmarks/attention.py [--bandwidth 4.0e12] [--compute 8.0e14]
+    python benchmarks/attention.py [--bandwidth 4.0e12] [--compute 8.0e14] [--json FILE]
+    python benchmarks/attention.py --search [--json FILE]
 
 Decodes are bound by reading keys and values, prefill by the matrix products of the causal half.
-The bounds are measured first: a copy in device memory, and a product of matrices in bf16.
+The bounds are measured first: a copy in device memory, and a product of matrices in bf16. Times are
+the device's alone, the caches flushed before each call. `--search` also times tiles and splits around
+those that are chosen, compiled by all cores first.
 """
 
 import argparse
-from collections.abc import Callable
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from headrace.runtime import attention_triton
 from headrace.runtime.attention import Rule
+from headrace.runtime.attention_tiles import DeviceLimits, Tile, shared_bytes
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_store import KVStore, LayerKV
+from headrace.runtime.matmul.timing import Timer
 from headrace.runtime.probe import matmul_tflops, memory_gbps
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
 HEADS, KV_HEADS, DIM = 64, 8, 128
+GROUP = HEADS // KV_HEADS
 SHAPE = LayerShape(KV_HEADS, DIM, DIM, 0, 0, 0)
+RULE = Rule(DIM**-0.5)
 CUDA = torch.device("cuda")
+TOLERANCE = 0.02  # relative, of results in bfloat16
+SHOWN = 5
 
 
-def seconds(work: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of one call, by events."""
-    for _ in range(3):
-        work()
-    times: list[float] = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Sequences alike: tokens in pages, and new ones."""
+
+    sequences: int
+    past: int
+    new: int
+
+    @property
+    def is_decode(self) -> bool:
+        return self.new <= attention_triton.short_queries(GROUP)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of keys and values, queries and results, each once."""
+        kept = self.sequences * (self.past + self.new) * KV_HEADS
+        return 2 * DIM * 2 * (kept + self.sequences * self.new * HEADS)
+
+    @property
+    def flops(self) -> int:
+        scores = self.sequences * (self.new * self.past + self.new * (self.new + 1) // 2)
+        return 4 * scores * HEADS * DIM
+
+    def __str__(self) -> str:
+        return f"{self.sequences:4d} sequences, {self.past:5d} + {self.new:4d} tokens"
 
 
-def run(sequences: int, past: int, new: int, bandwidth: float, compute: float) -> None:
-    end = past + new
-    pages = -(-end // PAGE_TOKENS)
-    order = torch.randperm(sequences * pages).tolist()
+CASES = (
+    Case(256, 159, 1), Case(256, 1023, 1), Case(128, 4095, 1), Case(16, 4095, 1),
+    Case(8, 32767, 1), Case(1, 32767, 1), Case(32, 1016, 8), Case(128, 0, 256), Case(4, 0, 4096),
+    Case(1, 30720, 2048),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Bytes/s and FLOP/s."""
+
+    bandwidth: float
+    compute: float
+
+    def micros(self, case: Case) -> float:
+        return max(case.moved / self.bandwidth, case.flops / self.compute) * 1e6
+
+
+@contextmanager
+def tensors(case: Case) -> Iterator[tuple[Tensor, LayerKV, Batch]]:
+    """Random queries, keys and values, in pages in random order."""
+    pages = -(-(case.past + case.new) // PAGE_TOKENS)
+    order = torch.randperm(case.sequences * pages).tolist()
     slices = tuple(
-        Slice(i, past, (0,) * new, tuple(order[i * pages : (i + 1) * pages]), None)
-        for i in range(sequences)
+        Slice(i, case.past, (0,) * case.new, tuple(order[i * pages : (i + 1) * pages]), None)
+        for i in range(case.sequences)
     )
     batch = Batch.build(MicroBatch(slices), CUDA)
-    tokens = sequences * new
-    with KVStore({0: SHAPE}, sequences * pages, torch.bfloat16, CUDA) as store:
+    with KVStore({0: SHAPE}, case.sequences * pages, torch.bfloat16, CUDA) as store:
         kv = store.layer(0)
         kv.k.normal_()
         kv.v.normal_()
-        q = torch.randn(tokens, HEADS, DIM, dtype=torch.bfloat16, device=CUDA)
+        rows = case.sequences * case.new
+        yield torch.randn(rows, HEADS, DIM, dtype=torch.bfloat16, device=CUDA), kv, batch
+
+
+def measure(case: Case, bounds: Bounds, timer: Timer) -> dict[str, Any]:
+    with tensors(case) as (q, kv, batch):
         k, v = (q[:, :KV_HEADS].contiguous() for _ in range(2))
-        rule = Rule(DIM**-0.5)
-        writing = seconds(lambda: attention_triton.write(k, v, kv, batch))
-        attending = seconds(lambda: attention_triton.attend(q, kv, batch, rule))
-    moved = sequences * end * KV_HEADS * DIM * 2 * 2 + 2 * q.nbytes
-    scores = sequences * (new * past + new * (new + 1) // 2)
-    flops = 4 * scores * HEADS * DIM
-    bound = max(moved / bandwidth, flops / compute)
+        tile, splits = attention_triton.choose(q, kv, batch, RULE, one=case.is_decode)
+        micros = timer(lambda: attention_triton.attend(q, kv, batch, RULE))
+        writing = timer(lambda: attention_triton.write(k, v, kv, batch))
+    share = bounds.micros(case) / micros
     print(
-        f"{sequences:4d} sequences, {past:5d} + {new:4d} tokens: attend {attending * 1e6:8.1f} us, "
-        f"{moved / attending / 1e9:7.0f} GB/s, {flops / attending / 1e12:6.1f} TFLOP/s, "
-        f"{bound / attending:5.0%} of the bound; write {writing * 1e6:6.1f} us"
+        f"{case}: attend {micros:8.1f} us, {case.moved / micros / 1e3:7.0f} GB/s, "
+        f"{case.flops / micros / 1e6:6.1f} TFLOP/s, {share:5.0%} of the bound; "
+        f"write {writing:6.1f} us; {splits} splits, {tile}",
+        flush=True,
     )
+    return {"case": asdict(case), "us": micros, "share": share, "write_us": writing,
+            "tile": asdict(tile), "splits": splits}  # fmt: skip
+
+
+def tiles(decode: bool) -> Iterator[Tile]:
+    """Tiles worth compiling, that fit the device."""
+    limits = DeviceLimits.of(CUDA)
+    found: Iterator[Tile]
+    if decode:
+        found = (
+            Tile(16, keys, DIM, DIM, warps, stages, peel=False)
+            for keys, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
+        )
+    else:
+        found = (
+            Tile(rows, keys, DIM, DIM, max(4, rows // 16), stages, peel)
+            for rows, keys, stages, peel in itertools.product(
+                (32, 64, 128, 256), (32, 64, 128), (2, 3), (False, True)
+            )
+        )
+    return (tile for tile in found if shared_bytes(tile, 2, limits) <= limits.shared_memory)
+
+
+def around(tile: Tile, splits: int) -> list[int]:
+    """Splits worth timing where `splits` are chosen; blocks of many rows are not split."""
+    if tile.rows > 64:
+        return [splits]
+    return sorted({1, max(1, splits // 2), splits, splits * 3 // 2, splits * 2})
+
+
+def compile_ahead(job: tuple[bool, Tile]) -> None:
+    """Fill Triton's cache; what is compiled depends on no size but the tile's."""
+    decode, tile = job
+    with tensors(Case(2, 64, 1 if decode else 8)) as (q, kv, batch):
+        for splits in (1, 2) if tile.rows <= 64 else (1,):
+            run(q, kv, batch, splits, tile)
+
+
+def run(q: Tensor, kv: LayerKV, batch: Batch, splits: int, tile: Tile) -> Tensor | None:
+    """None if the device cannot take the tile."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        return attention_triton.attend(q, kv, batch, RULE, splits, tile)
+    except OutOfResources:
+        return None
+
+
+def search(case: Case, bounds: Bounds, timer: Timer) -> Iterator[dict[str, Any]]:
+    """Every tile and split that runs, fastest first."""
+    found: list[tuple[float, float, int, Tile]] = []
+    with tensors(case) as (q, kv, batch):
+        expected = attention_triton.attend(q, kv, batch, RULE).float()
+        for tile in tiles(case.is_decode):
+            _, chosen = attention_triton.choose(q, kv, batch, RULE, one=case.is_decode, tile=tile)
+            for splits in around(tile, chosen):
+                out = run(q, kv, batch, splits, tile)
+                if out is None:
+                    continue
+                error = float((out.float() - expected).norm() / expected.norm())
+                work = (q, kv, batch, splits, tile)
+                micros = timer(lambda work=work: run(*work), repeats=7)  # type: ignore[misc]
+                found.append((micros, error, splits, tile))
+    for rank, (micros, error, splits, tile) in enumerate(sorted(found, key=lambda run: run[0])):
+        share, wrong = bounds.micros(case) / micros, "" if error < TOLERANCE else " WRONG"
+        if rank < SHOWN or wrong:
+            print(f"    {micros:8.1f} us, {share:5.0%}, error {error:.4f}{wrong}, "
+                  f"{splits} splits, {tile}", flush=True)  # fmt: skip
+        yield {"us": micros, "share": share, "error": error, "splits": splits,
+               "tile": asdict(tile)}  # fmt: skip
+
+
+def prepare() -> None:
+    jobs = [(decode, tile) for decode in (False, True) for tile in tiles(decode)]
+    print(f"compiling {len(jobs)} tiles", flush=True)
+    workers = min(16, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        pool.map(compile_ahead, jobs, chunksize=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bandwidth", type=float, help="bytes/s; measured when left out")
     parser.add_argument("--compute", type=float, help="FLOP/s; measured when left out")
+    parser.add_argument("--search", action="store_true", help="time other tiles and splits too")
+    parser.add_argument("--json", type=Path, help="where to save all times")
     args = parser.parse_args()
-    bandwidth = args.bandwidth or memory_gbps(CUDA) * 1e9
-    compute = args.compute or matmul_tflops(CUDA, torch.bfloat16) * 1e12
-    print(
-        f"{torch.cuda.get_device_name()}: {bandwidth / 1e9:.0f} GB/s, {compute / 1e12:.0f} TFLOP/s"
+    bounds = Bounds(
+        args.bandwidth or memory_gbps(CUDA) * 1e9,
+        args.compute or matmul_tflops(CUDA, torch.bfloat16) * 1e12,
     )
-    for sequences, past, new in (
-        (256, 159, 1),
-        (256, 1023, 1),
-        (16, 4095, 1),
-        (1, 32767, 1),
-        (32, 1016, 8),
-        (128, 0, 256),
-        (4, 0, 4096),
-        (1, 30720, 2048),
-    ):
-        run(sequences, past, new, bandwidth, compute)
+    print(
+        f"{torch.cuda.get_device_name()}: {bounds.bandwidth / 1e9:.0f} GB/s, "
+        f"{bounds.compute / 1e12:.0f} TFLOP/s"
+    )
+    if args.search:
+        prepare()
+    timer = Timer(CUDA)
+    found: list[dict[str, Any]] = []
+    for case in CASES:
+        found.append(measure(case, bounds, timer))
+        if args.search:
+            found[-1]["runs"] = list(search(case, bounds, timer))
+        if args.json:  # what there is, if time runs out
+            args.json.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Block sizes for the attention kernels, fitted to a device before a launch; nothing is tried out."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,13 +8,28 @@ import torch
 MIN_ROWS = 16
 """The smallest side of a tensor-core product."""
 
-_SPLIT_TOKENS = 256  # a part of the keys that is worth a program
+# (rows, keys, warps, stages), of which the first that fits is taken, with no more rows than queries
+# fill. From 64 rows on, Hopper's asynchronous products are used.
+_LONG = ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
+_BRIEF = _LONG[2:]  # few tiles of keys: small programs hide each other's start and end
+_FEW = ((32, 64, 4, 3), (32, 64, 4, 2), (32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2))
+_EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))
+_LONG_KEYS = 1024
+
+# In the time that a tile takes at a processor's share of the memory's bandwidth.
+_START = 2  # what a program costs beside its tiles
+_MERGE = 4
 _MAX_SPLITS = 64
+_MAX_PROGRAMS = 16  # a processor, that splitting makes
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's block: rows of queries, keys a step, padded dims; warps and pipeline stages."""
+    """One program's block: rows of queries, keys a step, padded dims; warps and pipeline stages.
+
+    A row is one query of one of the heads that share a key head. `peel`: keys that every row sees
+    are taken without masks, in a loop of their own.
+    """
 
     rows: int
     keys: int
@@ -21,57 +37,91 @@ class Tile:
     dim_v: int
     warps: int
     stages: int
+    peel: bool
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLimits:
-    """Streaming multiprocessors, and bytes of shared memory that one block may have."""
+    """Streaming multiprocessors, bytes of shared memory that one block may have, and Hopper's wgmma."""
 
     processors: int
     shared_memory: int
+    wgmma: bool
 
     @classmethod
     def of(cls, device: torch.device) -> "DeviceLimits":
         if device.type != "cuda":
-            return cls(processors=8, shared_memory=96 * 1024)  # Triton's interpreter has no limits
+            return cls(8, 96 * 1024, False)  # Triton's interpreter has no limits
         found = torch.cuda.get_device_properties(device)
         shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        return cls(found.multi_processor_count, shared)
+        return cls(found.multi_processor_count, shared, found.major == 9)
 
 
 def power_of_two(at_least: int) -> int:
     return 1 << max(at_least - 1, 0).bit_length()
 
 
+def padded_dim(dim: int) -> int:
+    return max(MIN_ROWS, power_of_two(dim))
+
+
+def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits) -> int:
+    """Shared memory for the queries and for the keys and values in flight.
+
+    Triton's pipeline keeps stages - 1 tiles, and one more where products read them asynchronously.
+    """
+    ahead = tile.stages if limits.wgmma and tile.rows >= 64 and itemsize == 2 else tile.stages - 1
+    step = tile.keys * (tile.dim_k + tile.dim_v)
+    return (tile.rows * tile.dim_k + max(ahead, 1) * step) * itemsize
+
+
 def choose_tile(
-    max_query: int, group: int, k_dim: int, v_dim: int, itemsize: int, limits: DeviceLimits
-) -> Tile:
-    """Rows to cover the queries; keys and stages to fill most of the shared memory.
+    queries: int, visible: int, group: int, k_dim: int, v_dim: int, itemsize: int,
+    limits: DeviceLimits,
+) -> Tile:  # fmt: skip
+    """For sequences of at most `queries` queries, each of which sees at most `visible` keys.
 
-    A row is one query of one of the `group` heads that share a key head. Decodes are bound by
-    loads, which want more stages; prefill by the tensor cores, which want more rows, as long as
-    the accumulators [rows, v_dim] stay in registers.
+    Decodes are bound by loads, which want more stages; prefill by the tensor cores, which want more
+    rows and keys, as long as scores and sums [rows, v_dim] stay in registers.
     """
-    dim_k, dim_v = max(MIN_ROWS, power_of_two(k_dim)), max(MIN_ROWS, power_of_two(v_dim))
-    most = 32 if itemsize == 4 else 128 if max(dim_k, dim_v) <= 128 else 64
-    needed = power_of_two(max(MIN_ROWS, group * max_query))
-    rows = max(min(needed, most), power_of_two(group))
-    budget = limits.shared_memory * 9 // 10 - rows * dim_k * itemsize
-    shapes = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2), (16, 1))
-    # Triton's pipeline keeps stages - 1 tiles in shared memory. Exact float32 products are made in
-    # registers, which 64 keys exhaust.
-    for keys, stages in shapes[2:] if itemsize == 4 else shapes:
-        if keys * (dim_k + dim_v) * itemsize * max(stages - 1, 1) <= budget:
-            break
-    warps = 8 if rows >= 128 or rows * dim_v > 64 * 128 else 4
-    return Tile(rows, keys, dim_k, dim_v, warps, stages)
+    dims = padded_dim(k_dim), padded_dim(v_dim)
+    needed = max(MIN_ROWS, power_of_two(group * queries))
+    found = list(_candidates(needed, visible, power_of_two(group), dims, itemsize))
+    budget = limits.shared_memory * 9 // 10
+    return next(
+        (tile for tile in found if shared_bytes(tile, itemsize, limits) <= budget), found[-1]
+    )
 
 
-def choose_splits(programs: int, visible: int, limits: DeviceLimits) -> int:
-    """Parts to cut the keys into, a power of two.
+def _candidates(
+    needed: int, visible: int, group: int, dims: tuple[int, int], itemsize: int
+) -> Iterator[Tile]:
+    """Best first. Exact float32 products are made in registers, which many keys exhaust."""
+    many = needed >= 64 and itemsize < 4
+    wide = max(dims) > 128
+    long = needed >= 128 and visible >= _LONG_KEYS and not wide
+    shapes = (_LONG if long else _BRIEF) if many else _EXACT if itemsize == 4 else _FEW
+    for rows, keys, warps, stages in shapes:
+        rows = max(min(rows, needed), group)
+        if rows * dims[1] > 64 * 128:
+            warps = 8
+        elif rows < 128:
+            warps = 4
+        yield Tile(rows, keys, *dims, warps, stages, peel=many and visible >= 8 * keys)
 
-    Enough for two programs a processor, but no more than `visible` keys are worth.
+
+def choose_splits(programs: int, visible: int, tile: Tile, limits: DeviceLimits) -> int:
+    """Parts to cut the keys of `programs` programs into.
+
+    The busiest processor's tiles are what counts, and it is full with two programs, or with one
+    that is bound by the tensor cores.
     """
-    fill = 2 * limits.processors // max(programs, 1)
-    wanted = max(1, min(fill, -(-visible // _SPLIT_TOKENS), _MAX_SPLITS))
-    return 1 << wanted.bit_length() - 1
+    tiles = -(-visible // tile.keys)
+    full = 1 if tile.rows >= 64 else 2
+
+    def cost(splits: int) -> int:
+        busiest = max(-(-programs * splits // limits.processors), full)
+        return busiest * (-(-tiles // splits) + _START) + (_MERGE if splits > 1 else 0)
+
+    most = min(tiles, _MAX_SPLITS, max(1, _MAX_PROGRAMS * limits.processors // programs))
+    return min(range(1, most + 1), key=cost)

@@ -13,7 +13,13 @@ import torch
 from attention_cases import CASES, Case, make
 from interpreter import run_interpreted
 
-from headrace.runtime.attention_tiles import DeviceLimits, choose_splits, choose_tile
+from headrace.runtime.attention_tiles import (
+    DeviceLimits,
+    Tile,
+    choose_splits,
+    choose_tile,
+    shared_bytes,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -30,18 +36,23 @@ DEVICES = [
         ],
     ),
 ]
-HOPPER = DeviceLimits(processors=132, shared_memory=232448)
-ADA = DeviceLimits(processors=128, shared_memory=101376)
+HOPPER = DeviceLimits(processors=132, shared_memory=232448, wgmma=True)
+ADA = DeviceLimits(processors=128, shared_memory=101376, wgmma=False)
 SMALL = ((0, 3), (62, 4), (64, 1), (130, 1), (0, 1), (40, 19))
 DECODES = ((300, 1), (0, 1), (63, 1), (64, 1))
 
 
-def check(case: Case, device: str, dtype: torch.dtype, splits: int | None) -> None:
+LONG = ((200, 1), (0, 70), (127, 3))
+
+
+def check(
+    case: Case, device: str, dtype: torch.dtype, splits: int | None, tile: Tile | None = None
+) -> None:
     from headrace.runtime import attention_triton
 
     real = make(case, dtype, torch.device(device))
     attention_triton.write(real.k, real.v, real.kv, real.batch)
-    out = attention_triton.attend(real.q, real.kv, real.batch, real.rule, splits)
+    out = attention_triton.attend(real.q, real.kv, real.batch, real.rule, splits, tile)
     bound = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.cpu().double(), real.expected, atol=bound, rtol=bound)
 
@@ -69,11 +80,36 @@ def test_mixed_batches(case: Case, splits: int | None, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("splits", [1, 4, None])
+@pytest.mark.parametrize("splits", [1, 3, 4, None])
 def test_decodes_split_and_merge(splits: int | None, device: str) -> None:
     """More parts than a short context has tiles: the empty ones must weigh nothing."""
     check(Case(DECODES, heads=4, kv_heads=2, k_dim=16, v_dim=16, sinks=True), device,
           torch.float32, splits)  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("case", "splits", "tile"),
+    [
+        (Case(LONG, 5, 1, 16, 16), 1, Tile(64, 64, 16, 16, 4, 2, peel=True)),
+        (Case(LONG, 7, 1, 24, 16, sinks=True), 2, Tile(128, 128, 32, 16, 8, 2, peel=True)),
+        (Case(LONG, 8, 1, 16, 16, sinks=True), 1, Tile(64, 128, 16, 16, 4, 3, peel=True)),
+        (Case(LONG, 2, 2, 192, 128), 1, Tile(64, 16, 256, 128, 8, 1, peel=True)),
+        (Case(LONG, 4, 1, 16, 16, window=70), 2, Tile(64, 128, 16, 16, 4, 2, peel=True)),
+        (Case(LONG, 3, 1, 16, 32, softcap=3.0), 1, Tile(16, 128, 16, 32, 4, 2, peel=False)),
+    ],
+    ids=["5 share", "7 share, split", "across pages", "as in MLA", "window", "softcap"],
+)
+def test_tiles(case: Case, splits: int, tile: Tile, device: str) -> None:
+    """Tiles within a page and across pages, with those that every row sees apart."""
+    check(case, device, torch.float32 if device == "cpu" else torch.bfloat16, splits, tile)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_sequences_than_are_counted_at_once(device: str) -> None:
+    spans = ((3, 2),) + ((3, 1),) * 258 + ((5, 2),)
+    tile = Tile(64, 16, 16, 16, warps=4, stages=2, peel=False)
+    check(Case(spans, 16, 1, 16, 16), device, torch.float32, 1, tile)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -113,18 +149,20 @@ def test_long_slices_on_every_tile(dim: int, device: str) -> None:
 
 def test_tiles_fit_the_shared_memory() -> None:
     for limits in (HOPPER, ADA):
-        for dim, queries, itemsize in itertools.product(
-            (16, 64, 96, 128, 192, 256), (1, 16, 4096), (2, 4)
+        for dim, queries, visible, itemsize in itertools.product(
+            (16, 64, 96, 128, 192, 256), (1, 16, 4096), (160, 32768), (2, 4)
         ):
-            tile = choose_tile(queries, 8, dim, dim, itemsize, limits)
-            step = tile.keys * (tile.dim_k + tile.dim_v) * itemsize
-            loads = step * max(tile.stages - 1, 1)
-            assert loads + tile.rows * tile.dim_k * itemsize <= limits.shared_memory
-            assert tile.rows >= 16 and 64 % tile.keys == 0
+            tile = choose_tile(queries, visible, 8, dim, dim, itemsize, limits)
+            assert shared_bytes(tile, itemsize, limits) <= limits.shared_memory
+            assert tile.rows >= 16
 
 
-def test_splits_fill_the_device_with_parts_worth_a_program() -> None:
-    assert choose_splits(256 * 8, 4096, HOPPER) == 1
-    assert choose_splits(8, 32768, HOPPER) == 32
-    assert choose_splits(8, 300, HOPPER) == 2
-    assert choose_splits(1, 1, HOPPER) == 1
+def test_splits_load_all_processors_alike() -> None:
+    decode = choose_tile(1, 4096, 8, 128, 128, 2, HOPPER)
+    assert choose_splits(256 * 8, 4096, decode, HOPPER) == 1
+    assert choose_splits(1, 1, decode, HOPPER) == 1
+    for programs, visible in ((64, 32768), (8, 32768), (128, 4096), (1024, 4096), (264, 4096)):
+        parts = choose_splits(programs, visible, decode, HOPPER)
+        tiles = -(-visible // decode.keys)
+        busiest = -(-programs * parts // 132) * -(-tiles // parts)
+        assert busiest <= 1.25 * programs * tiles / 132, (programs, visible, parts)

@@ -1,0 +1,275 @@
+"""The kernels of paged attention; see attention_triton.
+
+Rows of a block are queries (token * GROUP + head in group) and keys come in tiles of BLOCK_N. Scores
+are in base 2. Runs on CPUs with TRITON_INTERPRET=1.
+"""
+
+# Kernels are Triton's dialect: their arguments are pointers and scalars of a launch.
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+
+_CHUNK = tl.constexpr(256)
+
+
+@triton.jit
+def _find(query_start, num_sequences, block, BLOCK_Q: tl.constexpr):
+    """The sequence that owns a block: s owns those from query_start[s] // BLOCK_Q + s on.
+
+    Counted, since the loads of a binary search would wait for each other.
+    """
+    found = block * 0 - 1
+    for start in tl.range(0, num_sequences, _CHUNK, num_stages=1):
+        sequence = start + tl.arange(0, _CHUNK)
+        there = sequence < num_sequences
+        first = tl.load(query_start + sequence, mask=there, other=0) // BLOCK_Q + sequence
+        found += tl.sum((there & (first <= block)).to(tl.int32), 0)
+    return found
+
+
+@triton.jit
+def _locate(
+    query_start, num_sequences, block, BLOCK_Q: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr
+):  # fmt: skip
+    """A block's sequence, its first token's row, its length, and the block's first query.
+
+    ONE: block b is sequence b's only one; those of more than SKIP tokens are left out (length 0).
+    Otherwise those of at most SKIP tokens are left out, and so are blocks past the end.
+    """
+    if ONE:
+        sequence = block
+        query = block * 0
+    else:
+        sequence = _find(query_start, num_sequences, block, BLOCK_Q)
+        query = (block - tl.load(query_start + sequence) // BLOCK_Q - sequence) * BLOCK_Q
+    first = tl.load(query_start + sequence)
+    length = tl.load(query_start + sequence + 1) - first
+    if ONE:
+        length = tl.where(length > SKIP, 0, length)
+    else:
+        length = tl.where((length <= SKIP) | (query >= length), 0, length)
+    return sequence, first, length, query
+
+
+@triton.jit
+def _pages_of(table, tile, last, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
+    """The page of a tile, or of each of its keys when it spans several; `last` is the last in use."""
+    if BLOCK_N > PAGE:
+        at = tile * (BLOCK_N // PAGE) + tl.arange(0, BLOCK_N) // PAGE
+    else:
+        at = tile * BLOCK_N // PAGE
+    return tl.load(table + tl.minimum(at, last)).to(tl.int64)
+
+
+@triton.jit
+def _load_tile(
+    pages, page, page_stride, tile, fresh, DTYPE: tl.constexpr, MASK: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Keys or values [BLOCK_N, BLOCK] of one head, as they are multiplied.
+
+    Whatever pages hold is read and decoded here. `pages` points at the head's part of page 0.
+    MASK: rows that are not fresh are zeros.
+    """
+    n = tl.arange(0, BLOCK_N)
+    dim = tl.arange(0, BLOCK)
+    if BLOCK_N > PAGE:
+        at = (pages + page * page_stride + n % PAGE * DIM)[:, None] + dim[None, :]
+    else:
+        first = pages + page * page_stride + tile * BLOCK_N % PAGE * DIM
+        at = first + n[:, None] * DIM + dim[None, :]
+    if MASK and DIM < BLOCK:
+        stored = tl.load(at, mask=fresh[:, None] & (dim < DIM)[None, :], other=0.0)
+    elif MASK:
+        stored = tl.load(at, mask=fresh[:, None], other=0.0)
+    elif DIM < BLOCK:
+        stored = tl.load(at, mask=(dim < DIM)[None, :], other=0.0)
+    else:
+        stored = tl.load(at)
+    return stored.to(DTYPE)
+
+
+@triton.jit
+def _bend(score, softcap):
+    """softcap * tanh(score / softcap), in base 2."""
+    decay = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(score) / softcap)
+    bent = softcap * 1.4426950408889634 * (1.0 - decay) / (1.0 + decay)
+    return tl.where(score < 0, -bent, bent)
+
+
+@triton.jit
+def _attend_tiles(
+    acc, top, weight, rows, position, tile, tiles, total, table, k_pages, v_pages, k_page, v_page,
+    scale, softcap, window,
+    DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add key tiles [tile, tiles) to (sum of weighted values, max, sum of weights).
+
+    Unless MASKED, every row sees every key of them.
+    """
+    last = (total - 1) // PAGE
+    page = _pages_of(table, tile, last, BLOCK_N, PAGE)
+    for i in range(tile, tiles):
+        # Read a tile ahead: in the same step, keys and values would wait for it, and Triton would
+        # spend the pipeline's stages on it.
+        next_page = _pages_of(table, i + 1, last, BLOCK_N, PAGE)
+        key = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        fresh = key < total
+        # Behind the context's end lies what an earlier owner left. Scores of such keys are
+        # replaced, but 0 * nan is nan, so values are masked.
+        keys = _load_tile(
+            k_pages, page, k_page, i, fresh, rows.dtype, False, DK, BLOCK_K, BLOCK_N, PAGE
+        )
+        values = _load_tile(
+            v_pages, page, v_page, i, fresh, rows.dtype, MASKED, DV, BLOCK_V, BLOCK_N, PAGE
+        )
+        score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
+        unit = scale
+        if SOFTCAP:
+            score = _bend(score * scale, softcap)
+            unit = 1.0
+        if MASKED:
+            visible = key[None, :] <= position[:, None]
+            if WINDOW:
+                visible = visible & (key[None, :] > position[:, None] - window)
+            score = tl.where(visible, score, float("-inf"))
+
+        new_top = tl.maximum(top, tl.max(score, 1) * unit)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+        share = tl.exp2(score * unit - base[:, None])
+        keep = tl.exp2(top - base)
+        weight = weight * keep + tl.sum(share, 1)
+        acc = acc * keep[:, None]
+        acc = tl.dot(share.to(rows.dtype), values, acc, input_precision="ieee")
+        top = new_top
+        page = next_page
+    return acc, top, weight
+
+
+@triton.jit
+def _share(first, last, part, parts):
+    """A part's tiles of [first, last)."""
+    count = last - first
+    return first + part * count // parts, first + (part + 1) * count // parts
+
+
+@triton.jit(do_not_specialize=["num_sequences", "table_row", "window", "splits"])
+def attend_kernel(
+    q, k_pages, v_pages, out, partial, stats, sinks, query_start, context, page_table,
+    num_sequences, table_row, q_token, q_head, k_page, k_head, v_page, v_head,
+    scale, softcap, window, splits,
+    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SPLIT: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr, PEEL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows against one part of their keys.
+
+    PEEL: tiles that every row sees are a loop of their own, which has no masks.
+    """
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    # A sequence's last blocks have the most keys, and start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence, first, length, query = _locate(query_start, num_sequences, block, BLOCK_Q, ONE, SKIP)
+    if length == 0:
+        return
+    kv_head = tl.program_id(1)
+    total = tl.load(context + sequence)
+
+    row = tl.arange(0, BLOCK_M)
+    query_of_row = query + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    alive = (row < BLOCK_Q * GROUP) & (query_of_row < length)
+    token = (first + query_of_row).to(tl.int64)
+    dk = tl.arange(0, BLOCK_K)
+    dv = tl.arange(0, BLOCK_V)
+    q_at = q + (token * q_token + head * q_head)[:, None] + dk[None, :]
+    q_mask = alive[:, None] if DK == BLOCK_K else alive[:, None] & (dk < DK)[None, :]
+    rows = tl.load(q_at, mask=q_mask, other=0.0)
+
+    # Keys that any row of the block sees, in tiles; this program takes its share of them.
+    start = total - length + query
+    tile = tl.maximum(start - window + 1, 0) // BLOCK_N if WINDOW else 0
+    tiles = tl.cdiv(tl.minimum(start + BLOCK_Q, total), BLOCK_N)
+    if SPLIT:
+        tile, tiles = _share(tile, tiles, tl.program_id(2), splits)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    position = start + row // GROUP
+    table = page_table + sequence.to(tl.int64) * table_row
+    k_pages += kv_head.to(tl.int64) * k_head
+    v_pages += kv_head.to(tl.int64) * v_head
+    if PEEL:
+        tl.static_assert(not WINDOW)
+        seen = tl.minimum(tl.maximum((start + 1) // BLOCK_N, tile), tiles)
+        acc, top, weight = _attend_tiles(
+            acc, top, weight, rows, position, tile, seen, total, table,
+            k_pages, v_pages, k_page, v_page, scale, softcap, window,
+            DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, False,
+        )  # fmt: skip
+        tile = seen
+    acc, top, weight = _attend_tiles(
+        acc, top, weight, rows, position, tile, tiles, total, table,
+        k_pages, v_pages, k_page, v_page, scale, softcap, window,
+        DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, True,
+    )  # fmt: skip
+
+    if SPLIT:
+        at = (block * tl.num_programs(1) + kv_head).to(tl.int64) * splits + tl.program_id(2)
+        at = at * BLOCK_M + row
+        tl.store(stats + 2 * at, top, mask=alive)
+        tl.store(stats + 2 * at + 1, weight, mask=alive)
+        tl.store(partial + at[:, None] * BLOCK_V + dv[None, :], acc, mask=alive[:, None])
+    else:
+        if SINKS:
+            # A logit that takes weight and gives no value.
+            sink = tl.load(sinks + head, mask=alive, other=0.0).to(tl.float32) * 1.4426950408889634
+            new_top = tl.maximum(top, sink)
+            keep = tl.exp2(top - new_top)
+            weight = weight * keep + tl.exp2(sink - new_top)
+            acc = acc * keep[:, None]
+        acc = acc / tl.where(alive, weight, 1.0)[:, None]
+        at = (token * tl.num_programs(1) * GROUP + head)[:, None] * DV + dv[None, :]
+        mask = alive[:, None] if DV == BLOCK_V else alive[:, None] & (dv < DV)[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "splits"])
+def merge_kernel(
+    out, partial, stats, sinks, query_start, num_sequences, splits,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """One row: its parts, at most BLOCK_S, weighted by their share of the sum of weights."""
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
+    block = tl.program_id(0)
+    _, first, length, query = _locate(query_start, num_sequences, block, BLOCK_Q, ONE, SKIP)
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2)
+    if query + row // GROUP >= length:
+        return
+    head = kv_head * GROUP + row % GROUP
+    part = tl.arange(0, BLOCK_S)
+    dv = tl.arange(0, BLOCK_V)
+    there = part < splits
+    at = ((block * tl.num_programs(1) + kv_head).to(tl.int64) * splits + part) * BLOCK_M + row
+    tops = tl.load(stats + 2 * at, mask=there, other=float("-inf"))
+    weights = tl.load(stats + 2 * at + 1, mask=there, other=0.0)
+    accs = tl.load(partial + at[:, None] * BLOCK_V + dv[None, :], mask=there[:, None], other=0.0)
+    top = tl.max(tops, 0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    keep = tl.exp2(tops - top)
+    weight = tl.sum(weights * keep, 0)
+    if SINKS:
+        weight += tl.exp2(sink - top)
+    result = tl.sum(accs * keep[:, None], 0) / weight
+    token = (first + query + row // GROUP).to(tl.int64)
+    to = (token * tl.num_programs(1) * GROUP + head) * DV + dv
+    tl.store(out + to, result.to(out.dtype.element_ty), mask=dv < DV)
