@@ -1,6 +1,6 @@
 """One stage's share of the model: transformers' own layers, run one at a time on packed rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -25,6 +25,9 @@ from headrace.runtime.norms import FusedNorms
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
+
+ReadBlock = Callable[[Block, torch.device], Tensor]
+"""The bytes of a block (uint8) on a device, when they are there; they are the caller's to keep."""
 
 SCRATCH_BYTES = 512 << 20
 """Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
@@ -63,7 +66,8 @@ class StageModel:
 
     Layer weights live in buffers that others own, and `bind` points a layer at one.
     With `with_embedding` the embedding table is held in host memory; with `with_head` the final norm
-    and the head are held on the device. Methods run on the current stream.
+    and the head are held on the device; `read` gets their bytes, by default from the store.
+    Methods run on the current stream.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class StageModel:
         dtype: torch.dtype,
         with_embedding: bool,
         with_head: bool,
+        read: ReadBlock | None = None,
         tracer: Tracer = NULL_TRACER,
     ) -> None:
         self.device = device
@@ -102,10 +107,12 @@ class StageModel:
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
         self._table: Tensor | None = None
         self._with_head = with_head
+        read = read or partial(_read, store)
         if with_embedding or len(store.embed.weights) > 1 or (with_head and self._skeleton.tied):
-            self._load_embedding(store, binder, with_embedding, with_head)
+            data = read(store.embed, torch.device("cpu"))
+            self._load_embedding(data, binder, with_embedding, with_head)
         if with_head:
-            data = _read(store, store.head).to(device)
+            data = read(store.head, device)
             for binding in binder.bindings("head"):
                 binding.bind(data)
 
@@ -115,9 +122,9 @@ class StageModel:
         return rope.context_limit(self.config)
 
     def _load_embedding(
-        self, store: Source, binder: Binder, with_table: bool, with_head: bool
+        self, data: Tensor, binder: Binder, with_table: bool, with_head: bool
     ) -> None:
-        data, spec = _read(store, store.embed), binder.table()
+        spec = binder.table()
         if with_table:
             # A view of the bytes read, unless the table is quantized.
             weight = Weight.view(spec, data)
@@ -250,8 +257,8 @@ def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str
     return weights | {"embed": store.embed.weights, "head": store.head.weights}
 
 
-def _read(store: Source, block: Block) -> Tensor:
-    return torch.frombuffer(store.read_block(block), dtype=torch.uint8)
+def _read(store: Source, block: Block, device: torch.device) -> Tensor:
+    return torch.frombuffer(store.read_block(block), dtype=torch.uint8).to(device)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
