@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +12,6 @@ from headrace.runtime import plugs, rope
 from headrace.runtime.attention import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder, ExpertStack
-from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
@@ -22,15 +20,13 @@ from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.norms import FusedNorms
+from headrace.runtime.shape import scratch_elements
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
 
 ReadBlock = Callable[[Block, torch.device], Tensor]
 """The bytes of a block (uint8) on a device, when they are there; they are the caller's to keep."""
-
-SCRATCH_BYTES = 512 << 20
-"""Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
 
 
 class Source(Protocol):
@@ -231,23 +227,6 @@ class StageModel:
         """x [R, hidden], the last layer's output -> [R, vocabulary] float32."""
         assert self._with_head, "this stage has no head"
         return self._skeleton.leave(x)
-
-
-def scratch_elements(
-    layers: Iterable[Block], dtype: torch.dtype, cap_bytes: int = SCRATCH_BYTES
-) -> int:
-    """Elements of the largest matrix that has to be dequantized (an expert counts alone), capped.
-
-    Only layers count: the head, which may be far larger, is multiplied in slices of as much.
-    """
-    sizes = [
-        prod(spec.shape[-2:])
-        for block in layers
-        for spec in block.weights.values()
-        if len(spec.shape) >= 2
-        and (spec.format != "raw" or TORCH_DTYPES[spec.parts["data"].dtype] != dtype)
-    ]
-    return min(max(sizes, default=0), cap_bytes // dtype.itemsize)
 
 
 def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str, WeightSpec]]:
