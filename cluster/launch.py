@@ -169,7 +169,9 @@ def stage_device(device: str) -> str:
 
 
 def _discover(actors: Sequence[Any], store: Store, device: str) -> list[Discovery]:
-    """One after the other: stages of one machine would measure each other."""
+    """One after the other, when all are there: stages of one machine would measure each other."""
+    opening = [actor.open.remote(stage_device(device)) for actor in actors]
+    gather(opening, START_SECONDS, doing="starting")
     arguments = (stage_device(device), str(store.path.resolve()))
     found = []
     for i, actor in enumerate(actors):
@@ -254,11 +256,11 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         times.ended("Ray")
         device, dtype = resolving.result()
         actors = stack.enter_context(stage_actors(options.stages, device, store.path.name))
-        shape, tokenizer = measuring.result(), loading.result()
-        times.ended("models' code here")
         found = _discover(actors, store, device)
         times.ended("stages")
-        plan = plan_run(options, device, found, shape)
+        tokenizer = loading.result()
+        plan = plan_run(options, device, found, measuring.result())
+        times.ended("tokenizer and plan")
         _load(actors, plan, options, device, dtype, found)
         times.ended(f"reading {read_at_start(plan)}")
         _connect(actors, options, stack)

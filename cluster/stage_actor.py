@@ -57,6 +57,15 @@ class StageActor:
     def __repr__(self) -> str:  # what the Ray dashboard shows
         return self._name
 
+    def open(self, device: str) -> None:
+        """Import what runs, without models' code, and open the device: seconds that stages share."""
+        import torch
+
+        import headrace.runtime.stage  # noqa: F401
+
+        if device.startswith("cuda"):
+            torch.cuda.mem_get_info(device)  # makes the context
+
     def discover(self, device: str, store: str) -> bytes:
         return encode(discover(device, store))
 

@@ -17,7 +17,7 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.drawn_tokens import DrawnTokens
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
-from headrace.runtime.matmul.tuning import tune, tuning_bytes
+from headrace.runtime.matmul.room import tuning_bytes
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
@@ -160,6 +160,8 @@ class Stage:
     def _tune(self, dtype: torch.dtype) -> None:
         """Find the fastest way to multiply, while no kernels run on the device."""
         if self.device.type == "cuda":
+            from headrace.runtime.matmul.tuning import tune
+
             decodes = -(-self._plan.max_sequences // self._plan.micro_batches)
             tune(self.device, self._model.four_bit_products(), decodes, dtype)
 

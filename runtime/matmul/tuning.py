@@ -30,7 +30,7 @@ from headrace.runtime.matmul.configs import (
     candidates,
     supports,
 )
-from headrace.runtime.matmul.timing import FLUSH_BYTES, Choice, fastest
+from headrace.runtime.matmul.timing import Choice, fastest
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +162,6 @@ def tune(
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         log.warning("4-bit matmuls were not measured: %s", error)
     torch.cuda.empty_cache()
-
-
-def tuning_bytes(layer_bytes: int, parameters: int, dtype: torch.dtype) -> int:
-    """Device memory that suffices to tune a layer's products, each of some of its weights."""
-    return layer_bytes + parameters * dtype.itemsize + FLUSH_BYTES
 
 
 def _measure(device: torch.device, wanted: set[Problem], threads: int) -> None:
