@@ -9,12 +9,12 @@ MIN_ROWS = 16
 """The smallest side of a tensor-core product."""
 
 # (rows, keys, warps, stages), of which the first that fits is taken, with no more rows than queries
-# fill. From 64 rows on, Hopper's asynchronous products are used. The first of each was within 3 % of
-# the fastest of a search on an H200 (benchmarks/attention.py --search), of _LONG within 8 %.
+# fill. From 64 rows on, Hopper's asynchronous products are used. The first of each was within 8 % of
+# the fastest of a search on an H200 (benchmarks/attention.py --search).
 _LONG = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
 _BRIEF = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2))
-_FEW = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2))
-_EXACT = (*_FEW, (32, 16, 4, 1))
+_EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))
+_FEW = ((32, 32, 4, 4), *_EXACT)
 _LONG_KEYS = 1024
 
 # In the time that a tile takes at a processor's share of the memory's bandwidth.
