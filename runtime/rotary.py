@@ -113,7 +113,9 @@ class Rotary:
         return self._original(*args, **kwargs)
 
     def _form(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Form | None:
-        if any(x.device.type != self._device for x in (q, k, cos, sin)) or q.dtype not in _TYPES:
+        if any(x.device.type != self._device for x in (q, k, cos, sin)):
+            return None
+        if q.dim() != 4 or q.dtype not in _TYPES:
             return None
         batch, _, tokens, dim = q.shape
         width = cos.shape[-1]

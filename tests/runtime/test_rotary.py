@@ -156,12 +156,13 @@ def test_each_shape_is_tried_once_and_other_calls_go_to_the_original() -> None:
     rotary(*(x.to("meta") for x in (q, k, cos, sin)))
     rotary(*(x.double() for x in (q, k, cos, sin)))
     rotary(*(torch.cat([x, x]) for x in (q, k, cos, sin)))
-    assert len(rotate.forms) == 2 and len(calls) == 8
+    rotary(q[0], k[0], cos[:, None], sin[:, None])
+    assert len(rotate.forms) == 2 and len(calls) == 9
     assert calls[2:] == [
         {"unsqueeze_dim": 2},
         {},
         {"q": q, "k": k, "cos": cos, "sin": sin},
-        *[{}] * 3,
+        *[{}] * 4,
     ]
 
 
