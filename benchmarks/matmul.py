@@ -1,9 +1,9 @@
 """Time 4-bit matmuls of few rows on a GPU: our kernel, bitsandbytes', tinygemm, and cuBLAS.
 
-    python benchmarks/matmul.py [--rows 1,2,4,8,16,32,64,128,256] [--kinds nf4,int4] [--json FILE]
+    python benchmarks/matmul.py [--rows 1,2,4,8,16,32,64,128] [--kinds nf4,int4] [--json FILE]
     python benchmarks/matmul.py --group [--rows 1,8,16,32,64,128]
-    python benchmarks/matmul.py --search FILE [--rows 8,16,32,64,128,256] [--kinds nf4]
-    python benchmarks/matmul.py --tune STORE [--decodes 256]
+    python benchmarks/matmul.py --search FILE [--rows 8,16,32,64,128] [--kinds nf4]
+    python benchmarks/matmul.py --tune STORE [--decodes 128]
 
 The first prints microseconds of every way, the caches flushed before each call; "default" is our
 kernel as it runs where nothing was measured, "tuned" the fastest that a stage tries when it starts.
@@ -239,10 +239,10 @@ def main() -> None:
     parser.add_argument("--group", action="store_true")
     parser.add_argument("--search", type=Path, metavar="FILE")
     parser.add_argument("--tune", type=Path, metavar="STORE")
-    parser.add_argument("--decodes", type=int, default=256, help="of a micro-batch, to tune for")
+    parser.add_argument("--decodes", type=int, default=128, help="of a micro-batch, to tune for")
     args = parser.parse_args()
     kinds, group = args.kinds.split(","), args.blocksize
-    given = args.rows or ("8,16,32,64,128,256" if args.search else "1,2,4,8,16,32,64,128,256")
+    given = args.rows or ("8,16,32,64,128" if args.search else "1,2,4,8,16,32,64,128")
     rows = [int(m) for m in given.split(",")]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     if args.tune:

@@ -9,11 +9,12 @@ MIN_ROWS = 16
 """The smallest side of a tensor-core product."""
 
 # (rows, keys, warps, stages), of which the first that fits is taken, with no more rows than queries
-# fill. From 64 rows on, Hopper's asynchronous products are used.
-_LONG = ((128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
-_BRIEF = _LONG[2:]  # few tiles of keys: small programs hide each other's start and end
-_FEW = ((32, 64, 4, 3), (32, 64, 4, 2), (32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2))
+# fill. From 64 rows on, Hopper's asynchronous products are used. The first of each was within 8 % of
+# the fastest of a search on an H200 (benchmarks/attention.py --search).
+_LONG = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
+_BRIEF = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2))
 _EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))
+_FEW = ((32, 32, 4, 4), *_EXACT)
 _LONG_KEYS = 1024
 
 # In the time that a tile takes at a processor's share of the memory's bandwidth.
@@ -81,8 +82,8 @@ def choose_tile(
 ) -> Tile:  # fmt: skip
     """For sequences of at most `queries` queries, each of which sees at most `visible` keys.
 
-    Decodes are bound by loads, which want more stages; prefill by the tensor cores, which want more
-    rows and keys, as long as scores and sums [rows, v_dim] stay in registers.
+    Decodes are bound by loads, which small programs keep under way best; prefill by the tensor
+    cores, which want more rows and keys, as long as scores and sums [rows, v_dim] stay in registers.
     """
     dims = padded_dim(k_dim), padded_dim(v_dim)
     needed = max(MIN_ROWS, power_of_two(group * queries))
@@ -98,16 +99,15 @@ def _candidates(
 ) -> Iterator[Tile]:
     """Best first. Exact float32 products are made in registers, which many keys exhaust."""
     many = needed >= 64 and itemsize < 4
-    wide = max(dims) > 128
-    long = needed >= 128 and visible >= _LONG_KEYS and not wide
+    long = visible >= _LONG_KEYS and max(dims) <= 128
     shapes = (_LONG if long else _BRIEF) if many else _EXACT if itemsize == 4 else _FEW
     for rows, keys, warps, stages in shapes:
         rows = max(min(rows, needed), group)
         if rows * dims[1] > 64 * 128:
             warps = 8
-        elif rows < 128:
-            warps = 4
-        yield Tile(rows, keys, *dims, warps, stages, peel=many and visible >= 8 * keys)
+        elif rows == MIN_ROWS and itemsize < 4:
+            warps = 2
+        yield Tile(rows, keys, *dims, warps, stages, peel=many and visible >= 16 * keys)
 
 
 def choose_splits(programs: int, visible: int, tile: Tile, limits: DeviceLimits) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.norms import FusedNorms
+from headrace.runtime.rotary import FusedRotary
 from headrace.runtime.shape import scratch_elements
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
@@ -98,6 +100,10 @@ class StageModel:
             i: grouped(self._modules[i], shared[i], b) for i, b in self._bindings.items()
         }
         self._attentions = {i: plugs.attention_modules(self._modules[i]) for i in self._bindings}
+        if device.type == "cuda":
+            rotary = FusedRotary()
+            for module in chain.from_iterable(self._attentions.values()):
+                rotary.install(module)
         self._bound: dict[int, Tensor] = {}
         self._slot_views = SlotViews()
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)

@@ -2,7 +2,8 @@
 
 Both are found by name through transformers' registries and told what to do per call or per module,
 so they keep no state. Two more plugs replace modules: QuantLinear in linear.py and, on CUDA,
-FusedNorm in norms.py.
+FusedNorm in norms.py. The last, also on CUDA, replaces a function that attention modules call:
+Rotary in rotary.py.
 """
 
 from collections.abc import Iterable, Iterator

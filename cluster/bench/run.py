@@ -44,6 +44,9 @@ MOST_SEQUENCES = 256
 WARMUP_SEQUENCES, WARMUP_TOKENS = 8, 2
 PROFILED_PASSES = 2
 
+BRIEFLY = 2.0
+"""Seconds to read from the drive before the run; for longer after one that streamed from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -210,7 +213,8 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
             stack.enter_context(ray_cluster(options.stages, None))
             with hop_actors(device) as actors:
                 hop = measure_hop(actors)
-        profile = measure_profile(device, options.stages, disk_gbps(blocks), largest, hop)
+        disk = disk_gbps(blocks, BRIEFLY)
+        profile = measure_profile(device, options.stages, disk, largest, hop)
         meter = DeviceMeter()
         started = time.perf_counter()
         engine = stack.enter_context(_open_engine(work, options))

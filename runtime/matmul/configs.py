@@ -8,8 +8,8 @@ from torch import Tensor
 
 from headrace.runtime.matmul.decode_4bit import WORD
 
-BUCKETS = (8, 16, 32, 64, 128, 256)
-"""Rows that a launch may compute; fewer are padded."""
+BUCKETS = (8, 16, 32, 64, 128)
+"""Rows that a launch may compute; fewer are padded. For 256 dequantizing was faster on an H200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,17 +66,16 @@ class Problem:
 
 
 _TILES = {
-    8: ((32, 64, 2, 3), (32, 32, 2, 3)),
-    16: ((32, 64, 2, 3), (32, 32, 2, 3)),
-    32: ((128, 32, 4, 3), (128, 64, 8, 3)),
+    8: ((32, 64, 2, 3),),
+    16: ((32, 64, 2, 3),),
+    32: ((64, 32, 4, 3), (128, 64, 8, 3)),
     64: ((256, 32, 8, 3), (128, 32, 8, 3)),
-    128: ((256, 16, 8, 3), (128, 32, 8, 2)),
-    256: ((128, 16, 8, 2), (64, 16, 4, 2)),
+    128: ((128, 32, 8, 2), (256, 16, 8, 3)),
 }
 """(columns, words, warps, stages), by rows; the first is taken where nothing was measured.
 
-Those for 16 and 64 rows were the fastest of a search on an H200; the others are like them (32 words a
-thread, eight warps a multiprocessor) and compile for sm_90 without spills.
+The fastest of a search on an H200 (benchmarks/matmul.py --search), where they also compile without
+spills.
 """
 
 RESIDENT = 3

@@ -40,11 +40,10 @@ VERSION = 2
 LEAST_ELEMENTS = 1 << 20
 """Smaller weights take no time worth measuring."""
 
-KERNEL_ROWS = 64
 KERNEL_MAJOR = 9
-"""Without a measurement up to this many rows, from this compute capability on, our kernel is taken: on
-an H200 it is the fastest (28672 x 8192: 78 us for 16 rows and 121 for 64, by bitsandbytes 374 and 366,
-dequantized 438 for 256). Older devices were not measured, and more rows are close to even."""
+"""From this compute capability on, our kernel is taken without a measurement: on an H200 it is the
+fastest (28672 x 8192: 72 us for 4 rows, 78 for 16, 122 for 64 and 197 for 128; by bitsandbytes 373, 378,
+368 and 380). Older devices were not measured."""
 
 COMPILERS = 8
 """Threads that compile at once."""
@@ -58,11 +57,15 @@ class Choices:
     """The ways for one device, from what was measured."""
 
     def __init__(
-        self, processors: int, shared: int, measured: dict[Problem, Choice], kernel_rows: int = 0
+        self,
+        processors: int,
+        shared: int,
+        measured: dict[Problem, Choice],
+        by_default: bool = False,
     ) -> None:
         self._processors = processors
         self._shared = shared
-        self._kernel_rows = kernel_rows
+        self._by_default = by_default
         self._measured = measured
         self._chosen: dict[tuple[str, int, tuple[int, ...], int, torch.dtype], Choice] = {}
 
@@ -79,8 +82,8 @@ class Choices:
         shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
         if not runs:
             return cls(found.multi_processor_count, 0, {})
-        rows = KERNEL_ROWS if found.major >= KERNEL_MAJOR else 0
-        return cls(found.multi_processor_count, shared, measured, rows)
+        by_default = found.major >= KERNEL_MAJOR
+        return cls(found.multi_processor_count, shared, measured, by_default)
 
     def choose(
         self, kind: str, group: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype
@@ -101,7 +104,7 @@ class Choices:
             if choice is not None and choice.path != "dense":
                 return choice
             tried = self.candidates(problem)
-            if choice is None and rows <= self._kernel_rows and tried:
+            if choice is None and self._by_default and tried:
                 return Choice("kernel", tried[0])
         # bitsandbytes has a kernel for the fewest rows, which a bucket's measurement does not see.
         fused = rows <= FUSED_ROWS and shape[1] % group == 0

@@ -28,7 +28,7 @@ def test_what_was_measured_is_taken() -> None:
 
 def test_where_dequantizing_is_fastest_the_fewest_rows_are_fused() -> None:
     fewest = replace(PROBLEM, rows=8)
-    choices = Choices(*HOPPER, {fewest: Choice("dense", None, 20.0)}, kernel_rows=64)
+    choices = Choices(*HOPPER, {fewest: Choice("dense", None, 20.0)}, by_default=True)
     assert choices.choose("nf4", 64, SHAPE, 8, BF16).path == "dense"
     assert choices.choose("nf4", 64, SHAPE, 4, BF16).path == "bitsandbytes"
 
@@ -49,14 +49,17 @@ def test_the_rule_without_measuring(rows: int, path: str) -> None:
         ((28672, 8192), 64, Config(256, 32, 1, 8, 3)),
         ((14336, 4096), 64, Config(256, 32, 2, 8, 3)),
         ((4096, 4096), 64, Config(128, 32, 4, 8, 3)),
+        ((14336, 4096), 32, Config(64, 32, 1, 4, 3)),
+        ((14336, 4096), 128, Config(128, 32, 1, 8, 2)),
+        ((4096, 4096), 128, Config(128, 32, 4, 8, 2)),
     ],
 )
 def test_our_kernel_without_measuring(shape: tuple[int, int], rows: int, config: Config) -> None:
-    choices = Choices(*HOPPER, {}, kernel_rows=64)
+    choices = Choices(*HOPPER, {}, by_default=True)
     assert choices.choose("nf4", 64, shape, rows, BF16) == Choice("kernel", config)
-    assert choices.choose("nf4", 64, shape, 65, BF16).path == "dense"
+    assert choices.choose("nf4", 64, shape, 129, BF16).path == "dense"
     measured = Problem("nf4", 64, *shape, rows, "bfloat16")
-    choices = Choices(*HOPPER, {measured: Choice("dense", None, 9.0)}, kernel_rows=64)
+    choices = Choices(*HOPPER, {measured: Choice("dense", None, 9.0)}, by_default=True)
     assert choices.choose("nf4", 64, shape, rows, BF16).path == "dense"
 
 
@@ -83,11 +86,11 @@ def test_problems_of_a_stage() -> None:
     found = list(problems([whole, odd], 20, BF16))
     assert [problem.rows for _, problem in found] == [8, 16, 32]
     assert (whole, PROBLEM) in found
-    assert len(list(problems([whole, odd], 4096, BF16))) == 6
+    assert len(list(problems([whole, odd], 4096, BF16))) == 5
 
 
 def test_what_was_measured_later_counts() -> None:
-    choices = Choices(*HOPPER, {}, kernel_rows=64)
+    choices = Choices(*HOPPER, {}, by_default=True)
     assert choices.choose("nf4", 64, SHAPE, 16, BF16).microseconds == 0
     fastest = Choice("kernel", CONFIG, 9.5)
     choices.adopt({PROBLEM: fastest})

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from plan_checks import check
 
 from headrace.scheduler.errors import DoesNotFitError
+from headrace.scheduler.memory import GRAPH_LAYER_BYTES
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.planner import (
     Budget,
@@ -342,10 +343,12 @@ def test_graphs_are_made_on_cuda_where_they_are_small() -> None:
     plan = plan_of(LLAMA_8B_BF16, 1, 80 * GB)
     assert plan.graph_rows == 256 and plan.graph_lanes == 16
     (memory,) = plan.memory
-    assert memory.graphs == 16 * (33 * (512 << 10) + 3 * 256 * 4096 * 2)
+    assert memory.graphs == 16 * (33 * GRAPH_LAYER_BYTES + 3 * 256 * 4096 * 2)
     assert plan_of(LLAMA_8B_BF16, 1, 20 * GB).graph_lanes < 16
     stages = plan_of(LLAMA_8B_BF16, 2, 40 * GB)
-    assert [m.graphs for m in stages.memory] == [16 * (17 * (512 << 10) + 3 * 256 * 4096 * 2)] * 2
+    assert [m.graphs for m in stages.memory] == [
+        16 * (17 * GRAPH_LAYER_BYTES + 3 * 256 * 4096 * 2)
+    ] * 2
     for none in (
         plan_of(LLAMA_8B_BF16, 1, 80 * GB, graphs=False),
         plan_of(LLAMA_8B_BF16, 1, 2.09 * GB),
@@ -359,12 +362,12 @@ def test_graphs_of_mixtures_are_made_if_asked_for() -> None:
     mixture = replace(LLAMA_8B_BF16, layer_active_parameters=active)
     assert plan_of(mixture, 1, 80 * GB).graph_lanes == 0
     (memory,) = plan_of(mixture, 1, 80 * GB, graphs=True).memory
-    assert memory.graphs == 16 * ((512 << 10) + 3 * 256 * 4096 * 2)
+    assert memory.graphs == 16 * (GRAPH_LAYER_BYTES + 3 * 256 * 4096 * 2)
     some = replace(
         mixture, layer_active_parameters=(*active[:8], *LLAMA_8B_BF16.layer_parameters[8:])
     )
     assert plan_of(some, 1, 80 * GB).memory[0].graphs == 16 * (
-        25 * (512 << 10) + 3 * 256 * 4096 * 2
+        25 * GRAPH_LAYER_BYTES + 3 * 256 * 4096 * 2
     )
 
 
