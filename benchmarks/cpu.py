@@ -25,6 +25,7 @@ from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.shapes import SHAPES, config_of
 from headrace.cluster.discovery import discover
 from headrace.cluster.launch import EngineOptions, plan_run
+from headrace.runtime.shape import model_shape
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
@@ -67,8 +68,8 @@ class Decoder:
 
 def make_stage(store: Store, sequences: int, max_sequences: int, pages: int, threads: int) -> Stage:
     options = EngineOptions(store.path, device="cpu", dtype="bfloat16", max_sequences=sequences)
-    found = discover("cpu", str(store.path.resolve()), "bfloat16")
-    plan = plan_run(options, "cpu", [found])
+    found = discover("cpu", str(store.path.resolve()))
+    plan = plan_run(options, "cpu", [found], model_shape(store, torch.bfloat16))
     assert not any(plan.nvme_bytes_a_pass), "the model does not fit this machine's memory"
     return Stage(
         StageConfig(

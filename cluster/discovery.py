@@ -1,19 +1,21 @@
-"""What a process finds where it runs, and in the store that it can read there."""
+"""What a process finds where it runs, on the drive of the store that it can read there, too."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
-from headrace.runtime.store import Store
-from headrace.scheduler.inputs import DeviceProfile, ModelShape
+from headrace.scheduler.inputs import DeviceProfile
+
+MODEL_CODE_BYTES = 240 << 20
+"""What importing models' code takes (transformers, bitsandbytes and parts of torch)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """Sizes of the model, speeds, and memory in bytes; `process` is what the process takes itself."""
+    """Speeds, and memory in bytes; `process` is what the process takes itself."""
 
     node: str
     device_free: int
@@ -21,28 +23,26 @@ class Discovery:
     process: int
     cores: int
     profile: DeviceProfile
-    shape: ModelShape
 
 
-def discover(device: str, store: str, dtype: str) -> Discovery:
-    """Look at the device, the memory, the drive and the model, which computes in `dtype`.
+def discover(device: str, store: str) -> Discovery:
+    """Look at the device, the memory and the drive. Seconds the first time, then remembered.
 
-    Seconds the first time, then remembered. Imports what a stage runs: its code stays in memory, and
-    so is counted.
+    Models' code is counted as if it were in memory: a stage imports it while it reads weights.
     """
+    import torch
+
     from headrace.runtime.probe import probe_device
-    from headrace.runtime.shape import model_shape
 
     profile = probe_device(torch.device(device), Path(store))
-    shape = model_shape(Store.open(Path(store)), getattr(torch, dtype))
     host_free = psutil.virtual_memory().available
+    imported = "headrace.runtime.model" in sys.modules
     cuda = device.startswith("cuda")
     return Discovery(
         node=os.uname().nodename,
         device_free=torch.cuda.mem_get_info(device)[0] if cuda else host_free,
         host_free=host_free,
-        process=psutil.Process().memory_info().rss,
+        process=psutil.Process().memory_info().rss + (0 if imported else MODEL_CODE_BYTES),
         cores=len(os.sched_getaffinity(0)),
         profile=profile,
-        shape=shape,
     )

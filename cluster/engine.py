@@ -4,12 +4,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
 from headrace.cluster.pipeline import Pending, Pipeline
-from headrace.cluster.trace_file import RunTrace
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import StageError
@@ -17,6 +16,9 @@ from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from headrace.cluster.trace_file import RunTrace  # imports torch: a driver has no time yet
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ class Engine:
         *,
         stop_ids: frozenset[int],
         digest: str,
-        trace: RunTrace | None = None,
+        trace: "RunTrace | None" = None,
     ) -> None:
         self.plan = plan
         self.model_digest = digest

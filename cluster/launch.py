@@ -1,30 +1,33 @@
-"""Starts an engine: processes first, then what they measure, then the plan, then the weights."""
+"""Starts an engine: processes first, then what they measure, then the plan, then the weights.
+
+Nothing here imports torch before Ray is starting: both take seconds, and need not take them in turn.
+"""
 
 import logging
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.engine import Engine
-from headrace.cluster.pipeline import RayPipeline, gather
+from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
 from headrace.cluster.stage_actor import Connection
+from headrace.cluster.start_times import StartTimes, read_at_start
 from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
-from headrace.cluster.trace_file import RunTrace, TracedPipeline, check_writable
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.rendezvous import RendezvousServer
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.inputs import Budget, Choices, Workload
+from headrace.scheduler.inputs import Budget, Choices, ModelShape, Workload
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.planner import make_plan
 
@@ -70,6 +73,8 @@ def resolve_device(device: str, address: str | None = None) -> str:
 
     With the `address` of a cluster, CUDA only has to be there.
     """
+    import torch
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
@@ -116,14 +121,16 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
     return result
 
 
-def plan_run(options: EngineOptions, device: str, found: Sequence[Discovery]) -> Plan:
-    """The plan of a run on what was found. DoesNotFitError when there is none; HeadraceError when
+def plan_run(
+    options: EngineOptions, device: str, found: Sequence[Discovery], shape: ModelShape
+) -> Plan:
+    """The plan of a run of `shape` on what was found. DoesNotFitError when there is none; HeadraceError when
     CUDA graphs are asked for without CUDA."""
     if options.graphs and device == "cpu":
         raise HeadraceError("--graphs makes CUDA graphs, and the stages are on cpu: leave it out")
     shared = Counter(discovery.node for discovery in found)
     return make_plan(
-        found[0].shape,
+        shape,
         [discovery.profile.shared_by(shared[discovery.node]) for discovery in found],
         budgets(options, device, found),
         Workload(context=options.context, min_sequences=options.min_sequences),
@@ -142,8 +149,18 @@ def local_plan(options: EngineOptions, store: Store) -> Plan:
     """The plan of stages that are all on this machine. HeadraceError when there is none."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
-    found = discover(stage_device(device), str(store.path.resolve()), dtype)
-    return plan_run(options, device, [found] * options.stages)
+    shape = shape_in(store, dtype)  # first: what it imports is counted by what follows
+    found = discover(stage_device(device), str(store.path.resolve()))
+    return plan_run(options, device, [found] * options.stages, shape)
+
+
+def shape_in(store: Store, dtype: str) -> ModelShape:
+    """The model's sizes when it computes in the type of that name. Takes seconds, to import."""
+    import torch
+
+    from headrace.runtime.shape import model_shape
+
+    return model_shape(store, getattr(torch, dtype))
 
 
 def stage_device(device: str) -> str:
@@ -151,9 +168,11 @@ def stage_device(device: str) -> str:
     return "cuda:0" if device == "cuda" else "cpu"
 
 
-def _discover(actors: Sequence[Any], store: Store, device: str, dtype: str) -> list[Discovery]:
-    """One after the other: stages of one machine would measure each other."""
-    arguments = (stage_device(device), str(store.path.resolve()), dtype)
+def _discover(actors: Sequence[Any], store: Store, device: str) -> list[Discovery]:
+    """One after the other, when all are there: stages of one machine would measure each other."""
+    opening = [actor.open.remote(stage_device(device)) for actor in actors]
+    gather(opening, START_SECONDS, doing="starting")
+    arguments = (stage_device(device), str(store.path.resolve()))
     found = []
     for i, actor in enumerate(actors):
         ref = actor.discover.remote(*arguments)
@@ -207,32 +226,74 @@ def loopback() -> str:
     return "lo" if "lo" in names else names[0]
 
 
+def _resolve(options: EngineOptions, store: Store) -> tuple[str, str]:
+    device = resolve_device(options.device, options.address)
+    return device, resolve_dtype(options.dtype, device, store)
+
+
+@contextmanager
+def _beside() -> Iterator[ThreadPoolExecutor]:
+    """A thread for what takes seconds while Ray does; what it has not begun is not done at the end."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-start")
+    try:
+        yield thread
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
 @contextmanager
 def running_engine(options: EngineOptions) -> Iterator[Engine]:
     """An engine ready for requests. Everything it started is gone when the block ends."""
     with ExitStack() as stack:
         store = Store.open(options.store)
-        if options.trace is not None:
-            check_writable(options.trace)
-        device = resolve_device(options.device, options.address)
-        dtype = resolve_dtype(options.dtype, device, store)
-        check_tokenizer(store.path)
+        _check_files(options)
+        times = StartTimes()
+        beside = stack.enter_context(_beside())
+        resolving = beside.submit(_resolve, options, store)
+        measuring = beside.submit(lambda: shape_in(store, resolving.result()[1]))
+        loading = beside.submit(load_tokenizer, store.path)
         stack.enter_context(ray_cluster(options.stages, options.address))
+        times.ended("Ray")
+        device, dtype = resolving.result()
         actors = stack.enter_context(stage_actors(options.stages, device, store.path.name))
-        tokenizer = load_tokenizer(store.path)  # while the actors import models' code
-        found = _discover(actors, store, device, dtype)
-        plan = plan_run(options, device, found)
+        found = _discover(actors, store, device)
+        times.ended("stages")
+        tokenizer = loading.result()
+        plan = plan_run(options, device, found, measuring.result())
+        times.ended("tokenizer and plan")
         _load(actors, plan, options, device, dtype, found)
+        times.ended(f"reading {read_at_start(plan)}")
         _connect(actors, options, stack)
-        pipeline = RayPipeline(actors, plan, options.deadline)
-        trace = RunTrace(options.trace, pipeline) if options.trace is not None else None
-        yield stack.enter_context(
-            Engine(
-                plan,
-                pipeline if trace is None else TracedPipeline(pipeline, trace.driver),
-                tokenizer,
-                stop_ids=stop_ids(store, tokenizer),
-                digest=store.digest,
-                trace=trace,
-            )
-        )
+        times.ended("connecting")
+        log.info("%s", times)
+        yield stack.enter_context(_engine(actors, plan, options, store, tokenizer))
+
+
+def _check_files(options: EngineOptions) -> None:
+    """HeadraceError for what a run would miss or could not write; takes no time."""
+    check_tokenizer(options.store)
+    if options.trace is not None:
+        from headrace.cluster.trace_file import check_writable
+
+        check_writable(options.trace)
+
+
+def _engine(
+    actors: Sequence[Any], plan: Plan, options: EngineOptions, store: Store, tokenizer: Any
+) -> Engine:
+    ring = RayPipeline(actors, plan, options.deadline)
+    pipeline: Pipeline = ring
+    trace = None
+    if options.trace is not None:
+        from headrace.cluster.trace_file import RunTrace, TracedPipeline
+
+        trace = RunTrace(options.trace, ring)
+        pipeline = TracedPipeline(ring, trace.driver)
+    return Engine(
+        plan,
+        pipeline,
+        tokenizer,
+        stop_ids=stop_ids(store, tokenizer),
+        digest=store.digest,
+        trace=trace,
+    )

@@ -34,8 +34,8 @@ def ray_cluster(stages: int, address: str | None) -> Iterator[None]:
     if address is not None:
         _knock(address)
     else:
-        cores = max(stages, os.cpu_count() or 1)
-        arguments = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+        # Ray starts a worker for each of its CPUs at once; more than the stages would be idle.
+        arguments = {"address": "local", "num_cpus": stages, "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
     except (ConnectionError, RuntimeError, TimeoutError) as error:

@@ -8,8 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from headrace.cluster.discovery import discover
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.rendezvous import Rendezvous
@@ -45,8 +43,7 @@ class Connection:
 class StageActor:
     """One process, one device. It starts empty, so that the plan can be made from what it measures.
 
-    The driver, too, imports this class, but has no use for models: their code is imported here, in
-    the seconds in which the driver opens its tokenizer.
+    The driver imports this class, too, before Ray starts: so torch comes later.
     """
 
     def __init__(self, name: str) -> None:
@@ -54,16 +51,23 @@ class StageActor:
         # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _return_large_blocks()
-        import headrace.runtime.stage  # noqa: F401
-
         self._name = name
         self._stage: Stage | None = None
 
     def __repr__(self) -> str:  # what the Ray dashboard shows
         return self._name
 
-    def discover(self, device: str, store: str, dtype: str) -> bytes:
-        return encode(discover(device, store, dtype))
+    def open(self, device: str) -> None:
+        """Import what runs, without models' code, and open the device: seconds that stages share."""
+        import torch
+
+        import headrace.runtime.stage  # noqa: F401
+
+        if device.startswith("cuda"):
+            torch.cuda.mem_get_info(device)  # makes the context
+
+    def discover(self, device: str, store: str) -> bytes:
+        return encode(discover(device, store))
 
     def load(self, payload: bytes) -> str:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
@@ -116,6 +120,8 @@ class StageActor:
     @staticmethod
     def _cap_device_memory(config: StageConfig) -> None:
         """Make the plan's device memory a limit that the allocator enforces."""
+        import torch
+
         device = torch.device(config.device)
         total = torch.cuda.get_device_properties(device).total_memory
         budget = config.device_memory

@@ -1,10 +1,9 @@
 """One stage's share of the model: transformers' own layers, run one at a time on packed rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +13,6 @@ from headrace.runtime import plugs, rope
 from headrace.runtime.attention import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder, ExpertStack
-from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
@@ -24,12 +22,13 @@ from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.norms import FusedNorms
 from headrace.runtime.rotary import FusedRotary
+from headrace.runtime.shape import scratch_elements
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
 
-SCRATCH_BYTES = 512 << 20
-"""Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
+ReadBlock = Callable[[Block, torch.device], Tensor]
+"""The bytes of a block (uint8) on a device, when they are there; they are the caller's to keep."""
 
 
 class Source(Protocol):
@@ -65,7 +64,8 @@ class StageModel:
 
     Layer weights live in buffers that others own, and `bind` points a layer at one.
     With `with_embedding` the embedding table is held in host memory; with `with_head` the final norm
-    and the head are held on the device. Methods run on the current stream.
+    and the head are held on the device; `read` gets their bytes, by default from the store.
+    Methods run on the current stream.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class StageModel:
         dtype: torch.dtype,
         with_embedding: bool,
         with_head: bool,
+        read: ReadBlock | None = None,
         tracer: Tracer = NULL_TRACER,
     ) -> None:
         self.device = device
@@ -108,10 +109,12 @@ class StageModel:
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
         self._table: Tensor | None = None
         self._with_head = with_head
+        read = read or partial(_read, store)
         if with_embedding or len(store.embed.weights) > 1 or (with_head and self._skeleton.tied):
-            self._load_embedding(store, binder, with_embedding, with_head)
+            data = read(store.embed, torch.device("cpu"))
+            self._load_embedding(data, binder, with_embedding, with_head)
         if with_head:
-            data = _read(store, store.head).to(device)
+            data = read(store.head, device)
             for binding in binder.bindings("head"):
                 binding.bind(data)
 
@@ -121,9 +124,9 @@ class StageModel:
         return rope.context_limit(self.config)
 
     def _load_embedding(
-        self, store: Source, binder: Binder, with_table: bool, with_head: bool
+        self, data: Tensor, binder: Binder, with_table: bool, with_head: bool
     ) -> None:
-        data, spec = _read(store, store.embed), binder.table()
+        spec = binder.table()
         if with_table:
             # A view of the bytes read, unless the table is quantized.
             weight = Weight.view(spec, data)
@@ -232,23 +235,6 @@ class StageModel:
         return self._skeleton.leave(x)
 
 
-def scratch_elements(
-    layers: Iterable[Block], dtype: torch.dtype, cap_bytes: int = SCRATCH_BYTES
-) -> int:
-    """Elements of the largest matrix that has to be dequantized (an expert counts alone), capped.
-
-    Only layers count: the head, which may be far larger, is multiplied in slices of as much.
-    """
-    sizes = [
-        prod(spec.shape[-2:])
-        for block in layers
-        for spec in block.weights.values()
-        if len(spec.shape) >= 2
-        and (spec.format != "raw" or TORCH_DTYPES[spec.parts["data"].dtype] != dtype)
-    ]
-    return min(max(sizes, default=0), cap_bytes // dtype.itemsize)
-
-
 def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str, WeightSpec]]:
     weights: dict[BlockKey, Mapping[str, WeightSpec]] = {
         layer: store.layers[layer].weights for layer in layers
@@ -256,8 +242,8 @@ def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str
     return weights | {"embed": store.embed.weights, "head": store.head.weights}
 
 
-def _read(store: Source, block: Block) -> Tensor:
-    return torch.frombuffer(store.read_block(block), dtype=torch.uint8)
+def _read(store: Source, block: Block, device: torch.device) -> Tensor:
+    return torch.frombuffer(store.read_block(block), dtype=torch.uint8).to(device)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -1,13 +1,17 @@
-"""How the two ends of an edge find each other: a key-value store, and a process group of the two."""
+"""How the two ends of an edge find each other: a key-value store, and a process group of the two.
+
+torch is imported when it is needed: a driver knows the names here before it has the time for that.
+"""
 
 import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +22,9 @@ class Rendezvous:
     port: int
     epoch: int
 
-    def store(self, edge: tuple[int, int], timeout: timedelta) -> dist.Store:
+    def store(self, edge: tuple[int, int], timeout: timedelta) -> "dist.Store":
+        import torch.distributed as dist
+
         tcp = dist.TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
         )
@@ -29,6 +35,8 @@ class RendezvousServer:
     """The key-value store behind a Rendezvous. It lives with the scheduler and binds one address."""
 
     def __init__(self, host: str) -> None:
+        import torch.distributed as dist
+
         # Bound here because TCPStore by itself listens on every interface.
         listener = socket.create_server((host, 0))
         self.host, self.port = host, int(listener.getsockname()[1])
@@ -49,9 +57,11 @@ class RendezvousServer:
 
 
 def edge_group(
-    rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: torch.device, interface: str
+    rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: "torch.device", interface: str
 ) -> Any:
     """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist."""
+    import torch.distributed as dist
+
     store = rendezvous.store(edge, timedelta(seconds=120))
     if device.type == "cuda":
         # A dead peer must be an error of ours, not torch's watchdog ending this process.

@@ -1,16 +1,22 @@
 """A store's sizes, as the planner wants them."""
 
+from collections.abc import Iterable
+from math import prod
+
 import torch
 from transformers import PretrainedConfig
 
+from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.kv_store import KVStore
-from headrace.runtime.model import scratch_elements
 from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.inputs import Experts, ModelShape
+
+SCRATCH_BYTES = 512 << 20
+"""Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
 
 
 def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
@@ -34,6 +40,23 @@ def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
         needs_scratch=largest > 0,
         experts=tuple(_experts(block, experts_per_token(config)) for block in store.layers),
     )
+
+
+def scratch_elements(
+    layers: Iterable[Block], dtype: torch.dtype, cap_bytes: int = SCRATCH_BYTES
+) -> int:
+    """Elements of the largest matrix that has to be dequantized (an expert counts alone), capped.
+
+    Only layers count: the head, which may be far larger, is multiplied in slices of as much.
+    """
+    sizes = [
+        prod(spec.shape[-2:])
+        for block in layers
+        for spec in block.weights.values()
+        if len(spec.shape) >= 2
+        and (spec.format != "raw" or TORCH_DTYPES[spec.parts["data"].dtype] != dtype)
+    ]
+    return min(max(sizes, default=0), cap_bytes // dtype.itemsize)
 
 
 def _experts(block: Block, per_token: int) -> Experts | None:

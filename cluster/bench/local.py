@@ -16,6 +16,7 @@ from headrace.cluster.launch import (
 )
 from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
+from headrace.runtime.shape import model_shape
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
@@ -59,8 +60,8 @@ def local_engine(
     store = Store.open(options.store)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
-    found = discover(stage_device(device), str(store.path.resolve()), dtype)
-    plan = plan_run(options, device, [found])
+    found = discover(stage_device(device), str(store.path.resolve()))
+    plan = plan_run(options, device, [found], model_shape(store, getattr(torch, dtype)))
     config = StageConfig(
         store=str(store.path),
         stage=0,

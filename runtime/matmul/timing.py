@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.matmul.configs import Codes, Config, Problem
+from headrace.runtime.matmul.room import FLUSH_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +17,6 @@ TOLERANCE = 0.02
 """Relative error of a product, in bfloat16, beyond which a configuration is not used."""
 
 REPEATS = 15
-FLUSH_BYTES = 256 << 20  # more than any device caches
 
 Path_ = Literal["kernel", "bitsandbytes", "dense"]
 

@@ -4,18 +4,20 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from headrace.runtime.expert_extents import SplitBlock, split_block
-from headrace.runtime.model import StageModel
 from headrace.runtime.store import Block, Store
 from headrace.runtime.streaming.expert_streamer import ExpertCounters, ExpertStreamer
 from headrace.runtime.streaming.loads import Storage
 from headrace.runtime.streaming.streamer import StreamCounters, Streamer
 from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.scheduler.placement import Plan
+
+if TYPE_CHECKING:
+    from headrace.runtime.model import StageModel  # seconds to import, in which weights can be read
 
 NO_EXPERTS = ExpertCounters(0, 0, 0.0, 0, 0)
 
@@ -60,10 +62,10 @@ def most_streamed(store: Store, plan: Plan) -> int:
 
 
 class StageWeights:
-    """Holds a stage's layers for its visits, and has split layers of `model` fetch their experts.
+    """Holds a stage's layers for its visits, and has split layers of a model fetch their experts.
 
-    The storage stays the caller's. Raises StoreError and DoesNotFitError, as Streamer and
-    ExpertStreamer do.
+    The constructor begins to load them, `attach` names the model before the first visit. The storage
+    stays the caller's. Raises StoreError and DoesNotFitError, as Streamer and ExpertStreamer do.
     """
 
     def __init__(
@@ -72,14 +74,13 @@ class StageWeights:
         plan: Plan,
         stage: int,
         *,
-        model: StageModel,
         storage: Storage,
         device: torch.device,
         tracer: Tracer = NULL_TRACER,
     ) -> None:
         placement = plan.placement
         visits = [placement.visits[v].layers for v in placement.visits_of(stage)]
-        splits = split_layers(store, plan, stage)
+        self._splits = splits = split_layers(store, plan, stage)
         blocks = {layer: store.layers[layer] for layer in placement.layers_of(stage)}
         self._split_visits = [[i for i in layers if i in splits] for layers in visits]
         self._experts: ExpertStreamer | None = None
@@ -110,13 +111,21 @@ class StageWeights:
                         tracer=tracer,
                     )
                 )
-                for layer, split in splits.items():
-                    model.split(layer, split.experts, partial(self._experts.fetch, layer))
             self._opened = opened.pop_all()
+
+    def attach(self, model: "StageModel") -> None:
+        """Have the split layers of `model` fetch their experts here."""
+        if self._experts is not None:
+            for layer, split in self._splits.items():
+                model.split(layer, split.experts, partial(self._experts.fetch, layer))
 
     def _held(self, splits: Mapping[int, SplitBlock]) -> int:
         """The most experts of a visit."""
         return max(sum(len(splits[i].experts) for i in layers) for layers in self._split_visits)
+
+    def wait_resident(self) -> None:
+        """Return when the layers that stay where they are are there. Raises StoreError."""
+        self._layers.wait_resident()
 
     @property
     def resident(self) -> Mapping[int, torch.Tensor]:

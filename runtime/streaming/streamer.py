@@ -142,12 +142,12 @@ class Streamer:
     """One stage's weights: resident ones on the device, the others passing through the ring.
 
     `visits` are this stage's, as layer indices in ring order; `blocks` and `tiers` have its layers.
-    The constructor returns when the resident layers are on the device; the ring is being filled
-    by then, and the host tier in the background. Not thread-safe: one thread computes. The
-    storage stays the caller's and must outlive the streamer.
+    The constructor begins to load the resident layers, then the ring, and the host tier in the
+    background; `wait_resident` and the first hold() wait for the resident ones. Not thread-safe: one
+    thread computes. The storage stays the caller's and must outlive the streamer.
 
-    Raises StoreError for weights that cannot be read and DoesNotFitError for memory that is not
-    there; later on, hold() raises them.
+    Raises DoesNotFitError for device memory that is not there; waiting raises it for host memory,
+    and StoreError for weights that cannot be read.
     """
 
     def __init__(
@@ -195,19 +195,24 @@ class Streamer:
             sizes = {i: self._blocks[i].nbytes for i in order}
             ring = DeviceRing(ring_slots, slot_bytes, self._device)
             self._ring = Prefetcher(order, sizes, ring, self._begin)
-        for load in self._resident_loads:
-            load.wait()
-        self._resident_loads.clear()
-        self._synchronize()
 
     def _load_resident(self, layer: int) -> None:
         block = self._blocks[layer]
         memory = self._resident[layer] = device_bytes(block.nbytes, self._device)
         self._resident_loads.append(self._storage.load(block.file, block.data_offset, memory))
 
+    def wait_resident(self) -> None:
+        """Return when the resident layers are on the device. Raises StoreError."""
+        if self._resident_loads:
+            for load in self._resident_loads:
+                load.wait()
+            self._resident_loads.clear()
+            self._synchronize()
+
     @property
     def resident(self) -> Mapping[int, torch.Tensor]:
         """The bytes of the layers that stay where they are; what they hold is the caller's affair."""
+        self.wait_resident()
         return self._resident
 
     def _begin(self, layer: int, dest: torch.Tensor) -> Load:
@@ -229,6 +234,7 @@ class Streamer:
         assert visit == self._position, f"visit {visit} held, {self._position} is next"
         layers = self._visits[visit]
         streamed = [layer for layer in layers if self._tiers[layer] is not Tier.DEVICE]
+        self.wait_resident()
         weights = self._resident | self._wait(streamed)
         self._position = (visit + 1) % len(self._visits)
         try:

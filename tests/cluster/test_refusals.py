@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from architectures import tiny_config
 from commands import STORIES
+from leftovers import our_threads
 from transformers import AutoModelForCausalLM
 
 from headrace.cluster.cli.main import main
@@ -96,6 +98,16 @@ def test_no_tokenizer(refused: Refused, store: Path, checkpoint: Path, rows: Pat
     said = refused("generate", store, "--input", rows, "--output", output, "--device", "cpu")
     assert "has no tokenizer" in said and "copy the model's tokenizer files into it" in said
     assert "has no tokenizer" in refused("convert", checkpoint, store.parent / "new")
+
+
+def test_a_damaged_tokenizer(refused: Refused, store: Path, rows: Path) -> None:
+    """Found while Ray starts, and told when what was started is gone."""
+    (store / "tokenizer.json").write_text("{")
+    output = store.parent / "out.jsonl"
+    said = refused("generate", store, "--input", rows, "--output", output, "--device", "cpu")
+    assert "tokenizer" in said and str(store) in said
+    assert not ray.is_initialized()
+    assert not any(t.name.startswith("headrace-start") for t in our_threads())
 
 
 def test_an_unknown_architecture(refused: Refused, checkpoint: Path, tmp_path: Path) -> None:

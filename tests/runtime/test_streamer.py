@@ -200,15 +200,17 @@ def test_a_truncated_layer_fails_its_visit_every_time(tmp_path: Path, tier: Tier
                 pass
 
 
-def test_a_damaged_resident_layer_fails_the_start(tmp_path: Path) -> None:
+def test_a_damaged_resident_layer_fails_the_wait_for_it(tmp_path: Path) -> None:
     blocks = make_blocks(tmp_path)
     os.truncate(blocks[2].file, 2 * PAGE)
     before = our_threads()
     with (
         BufferedStorage(CPU, threads=1) as storage,
-        pytest.raises(StoreError, match="layer-00002"),
+        make_streamer(blocks, MIXED, PAIRS, storage) as streamer,
     ):
-        make_streamer(blocks, MIXED, PAIRS, storage)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="layer-00002"):
+                streamer.wait_resident()
     assert our_threads() == before
 
 
