@@ -32,15 +32,19 @@ class Stats(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ComputeSplit:
-    """Seconds that one stage computed, by what; the rest of its computing is none of them."""
+    """Seconds that one stage computed, by what; the rest of its computing is none of them.
+
+    What CUDA graphs do cannot be told apart.
+    """
 
     dequant: float
     matmul: float
     attention: float
+    graphs: float = 0.0
 
     @property
     def known(self) -> float:
-        return self.dequant + self.matmul + self.attention
+        return self.dequant + self.matmul + self.attention + self.graphs
 
 
 class JobTrace(Protocol):

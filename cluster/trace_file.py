@@ -140,6 +140,7 @@ def _split(trace: Trace | None) -> ComputeSplit | None:
         seconds.get(Kind.DEQUANT, 0.0),
         seconds.get(Kind.MATMUL, 0.0),
         seconds.get(Kind.ATTENTION, 0.0),
+        seconds.get(Kind.GRAPH, 0.0),
     )
 
 

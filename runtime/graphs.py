@@ -18,6 +18,7 @@ from torch import Tensor
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
+from headrace.runtime.trace import Kind
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import MicroBatch
 
@@ -106,7 +107,8 @@ class Lane:
             self._warm.add(key)
             self._run(layers)
         else:
-            again()
+            with self._model.tracer.span(Kind.GRAPH):
+                again()
         return self._x[: len(x)]
 
     def _recorded(self, key: tuple[int, ...], layers: Layers) -> Callable[[], None] | None:

@@ -81,7 +81,7 @@ class StageModel:
         tracer: Tracer = NULL_TRACER,
     ) -> None:
         self.device = device
-        self._tracer = tracer
+        self.tracer = tracer
         self.dtype = dtype
         self._skeleton = Skeleton(parse_config(store.config, "the store's config.json"), dtype)
         self.config = self._skeleton.config
@@ -214,7 +214,7 @@ class StageModel:
         """x [T, hidden] -> [T, hidden]; writes the batch's keys and values to the layer's pages."""
         args, kwargs = prepared.calls[layer]
         attend = partial(
-            paged_attention, kv=kv.layer(layer), batch=prepared.batch, tracer=self._tracer
+            paged_attention, kv=kv.layer(layer), batch=prepared.batch, tracer=self.tracer
         )
         with plugs.attending(self._attentions[layer], attend):
             out = self._modules[layer](x[None], *args, **kwargs)

@@ -20,6 +20,7 @@ class Kind(str, Enum):
     DEQUANT = "dequant"
     MATMUL = "matmul"
     ATTENTION = "attention"
+    GRAPH = "CUDA graph"
     SAMPLE = "sample"
     READ = "read"
     COPY = "copy"

@@ -75,8 +75,11 @@ def _add_split(
         "dequant": lambda split, _: split.dequant,
         "matmul": lambda split, _: split.matmul,
         "attention": lambda split, _: split.attention,
+        "CUDA graphs": lambda split, _: split.graphs,
         "other": lambda split, one: max(computing(one) - split.known, 0.0),
     }
+    if not any(split.graphs for split in splits if split is not None):
+        del parts["CUDA graphs"]
     for name, part in parts.items():
         cells = (
             "-" if split is None else _time(part(split, one), report.seconds)

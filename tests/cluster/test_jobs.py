@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
@@ -465,13 +465,15 @@ def test_the_final_table() -> None:
 
 
 def test_a_trace_splits_what_was_computed() -> None:
-    console = Console(file=StringIO(), width=80)
-    console.print(final_table(make_report(), SETTING, [ComputeSplit(0.5, 1.5, 0.25), None]))
-    assert isinstance(console.file, StringIO)
     assert (
         "computing 3.0s 30% 0.0s 0% dequant 0.5s 5% - matmul 1.5s 15% - attention 0.2s 2% - "
         "other 0.8s 8% -"
-    ) in cells_of(console.file.getvalue())
+    ) in table_of(make_report(), [ComputeSplit(0.5, 1.5, 0.25), None])
+
+
+def test_graphs_have_a_row_where_there_are_any() -> None:
+    text = table_of(make_report(), [ComputeSplit(0.0, 0.5, 0.0, 2.0), None])
+    assert "attention 0.0s 0% - CUDA graphs 2.0s 20% - other 0.5s 5% -" in text
 
 
 def test_experts_have_rows_of_their_own() -> None:
@@ -501,6 +503,13 @@ def test_many_stages_stay_within_eighty_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("wait for weights") == 3
     assert "stage 8" in cells_of(text)
+
+
+def table_of(report: JobReport, splits: Sequence[ComputeSplit | None]) -> str:
+    console = Console(file=StringIO(), width=80)
+    console.print(final_table(report, SETTING, splits))
+    assert isinstance(console.file, StringIO)
+    return cells_of(console.file.getvalue())
 
 
 def cells_of(text: str) -> str:
