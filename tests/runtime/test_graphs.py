@@ -23,6 +23,7 @@ from headrace.runtime.graphs import (
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import Prepared
 from headrace.runtime.store import Store
+from headrace.runtime.trace import NULL_TRACER
 from headrace.scheduler.memory import GRAPH_LAYER_BYTES
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Tier
@@ -115,6 +116,8 @@ def test_decodes_without_room_for_graphs_are_right_too(tmp_path: Path) -> None:
 
 class Counting:
     """A model whose layers add one to hidden states [T, 1]."""
+
+    tracer = NULL_TRACER
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
