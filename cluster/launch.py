@@ -263,7 +263,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         times.ended("tokenizer and plan")
         _load(actors, plan, options, device, dtype, found)
         times.ended(f"reading {read_at_start(plan)}")
-        _connect(actors, options, stack)
+        if plan.placement.edges:  # a single stage has none
+            _connect(actors, options, stack)
         times.ended("connecting")
         log.info("%s", times)
         yield stack.enter_context(_engine(actors, plan, options, store, tokenizer))

@@ -2,10 +2,12 @@
 
 Why no wait is circular. All transfers of a run have one global order: by pass, then visit, then
 micro-batch. Every stage works through its own part of that order, and who sends and who receives
-follows from the pass and the placement, which all stages share. A send never blocks: it is queued,
-and the sender goes on. A receive waits only for a send that precedes it in the global order, and a
-pass that follows another for the tokens that this one drew, at the end of its part. So the earliest unfinished operation can always proceed, also around the wrap-around edge of a cycle. Sends
-of one pass are collected while the next one runs, which bounds the buffers held.
+follows from the pass and the placement, which all stages share. A receive waits only for a send that
+precedes it in the global order, and a pass that follows another for the tokens that this one drew, at
+the end of its part. A send is queued and the sender goes on, but waits until the send before the last
+few has been received: there are more of these than micro-batches in a pass, so that the receive belongs
+to an earlier visit or pass and precedes the send, too. So the earliest unfinished operation can always
+proceed, also around the wrap-around edge of a cycle, and few buffers are held.
 
 Each operation has a deadline; a peer that does not answer in time is a StageError, never a hang.
 """
@@ -28,10 +30,8 @@ class Sender(Protocol):
     """The near end of an edge that carries hidden states to another stage."""
 
     def send(self, x: torch.Tensor) -> None:
-        """Queue `x` [tokens, hidden]; returns at once. `x` must not be written to afterwards."""
-
-    def collect(self) -> None:
-        """Wait for every send queued before the previous call to `collect`."""
+        """Queue `x` [tokens, hidden], then wait for a send before it. `x` must not be written to
+        afterwards."""
 
     def close(self) -> None: ...
 
@@ -116,17 +116,19 @@ class _Edge:
 
 
 class _Sender(_Edge):
-    """Keeps what is on its way until it has been collected."""
+    """Keeps what is on its way: the last `window` sends, more than a pass has micro-batches."""
 
-    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer) -> None:
+    def __init__(
+        self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer, window: int
+    ) -> None:
         super().__init__(group, edge, deadline, tracer)
+        self._window = window
         self._queued: deque[tuple[torch.Tensor, Any]] = deque()
-        self._previous = 0
 
-    def collect(self) -> None:
-        for _ in range(self._previous):
+    def _keep(self, x: torch.Tensor, work: Any) -> None:
+        self._queued.append((x, work))
+        if len(self._queued) > self._window:
             self._wait(self._queued.popleft()[1])
-        self._previous = len(self._queued)
 
 
 class GlooSender(_Sender):
@@ -135,7 +137,8 @@ class GlooSender(_Sender):
     def send(self, x: torch.Tensor) -> None:
         raw, tag = x.contiguous().view(torch.uint8), self._tag()
         with self._breaking(), self._span(Kind.SEND, tag, raw):
-            self._queued.append((raw, self._group.send([raw], 1, tag)))
+            work = self._group.send([raw], 1, tag)
+        self._keep(raw, work)
 
 
 class GlooReceiver(_Edge):
@@ -166,17 +169,19 @@ class NcclSender(_Sender):
 
     _needs_abort = True
 
-    def __init__(self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer) -> None:
-        super().__init__(group, edge, deadline, tracer)
+    def __init__(
+        self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer, window: int
+    ) -> None:
+        super().__init__(group, edge, deadline, tracer, window)
         self._watching = torch.cuda.Stream() if tracer.on else None
 
     def send(self, x: torch.Tensor) -> None:
         x = x.contiguous()
         with self._breaking():
             work = self._group.send([x], 1, 0)
-            self._queued.append((x, work))
             if self._watching is not None:
                 self._watch(self._watching, work, x)
+        self._keep(x, work)
 
     def _watch(self, stream: torch.cuda.Stream, work: Any, x: torch.Tensor) -> None:
         """Time a transfer, from what was computed before it to its end, on a stream of its own."""
@@ -233,7 +238,8 @@ def connect(
 ) -> tuple[dict[int, Sender], dict[int, Receiver]]:
     """Open this stage's ends of `edges`, in one order on all stages so that none waits in a circle.
 
-    `ring` lends the receive buffers; `interface` names the network interface for Gloo, or "" for
+    `ring` lends the receive buffers, one more than a pass has micro-batches, and as many sends are
+    kept; `interface` names the network interface for Gloo, or "" for
     its default. Returns senders and receivers by peer stage.
     """
     senders: dict[int, Sender] = {}
@@ -250,7 +256,7 @@ def connect(
             cuda = device.type == "cuda"
             if stage == source:
                 senders[target] = (NcclSender if cuda else GlooSender)(
-                    group, edge, deadline, tracer
+                    group, edge, deadline, tracer, ring.depth
                 )
             else:
                 receivers[source] = (NcclReceiver if cuda else GlooReceiver)(

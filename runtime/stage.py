@@ -303,8 +303,6 @@ class Stage:
         return drawn
 
     def _finish(self) -> None:
-        for sender in self._senders.values():
-            sender.collect()
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()

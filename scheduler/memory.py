@@ -78,13 +78,17 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
 
     A layer holds per token of its micro-batch about six rows of the hidden size (residual, normed
     input, query, key and value, attention output, projection) and three of the MLP (gate, up and
-    their product). Hidden states of the other micro-batches wait between visits, once in a buffer
-    to receive and once in one to send. Logits are made and sampled a few rows at a time; attention
-    works tile by tile. CUDA graphs have their own memory for a layer's.
+    their product). Between visits the hidden states of all micro-batches wait; with several stages
+    in buffers to receive, one more than micro-batches, and as many are kept that were sent. Logits
+    are made and sampled a few rows at a time; attention works tile by tile. CUDA graphs have their
+    own memory for a layer's.
     """
     columns = 6 * shape.hidden_size + 3 * shape.intermediate_size
     layer = (layout.micro_batch_tokens + layout.graph_rows) * columns * shape.compute_bytes
-    waiting = 2 * layout.token_budget * shape.hidden_size * shape.compute_bytes
+    tokens = layout.token_budget
+    if len(layout.layers) > 1:
+        tokens = 2 * (layout.token_budget + layout.micro_batch_tokens)
+    waiting = tokens * shape.hidden_size * shape.compute_bytes
     a_logit = layout.logit_rows * LOGIT_BYTES + layout.sample_rows * SAMPLE_BYTES
     return layer + waiting + (a_logit * shape.vocab_size if has_head else 0)
 

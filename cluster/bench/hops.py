@@ -73,7 +73,6 @@ class HopActor:
             else:
                 x = self._receiver.recv(len(x))
                 self._sender.send(x)
-            self._sender.collect()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

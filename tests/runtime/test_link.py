@@ -69,8 +69,6 @@ def travel(placement: Placement, stage: int, ends: Ends, seed: int, passes: int)
                 time.sleep(rng.choice([0.0, 0.0, 0.002]))
                 if visit + 1 < len(placement.visits):
                     senders[placement.visits[visit + 1].stage].send(x + 1)
-        for sender in senders.values():
-            sender.collect()
     return checked
 
 
