@@ -1,39 +1,29 @@
-"""One stage: executes its part of each pass. It decides nothing; pass and placement decide.
-
-Importing models' code takes seconds. It is imported when the first weights are being read.
-"""
+"""One stage: executes its part of each pass. It decides nothing; pass and placement decide."""
 
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.drawn_tokens import DrawnTokens
-from headrace.runtime.kv_store import KVStore
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
-from headrace.runtime.matmul.room import tuning_bytes
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
-from headrace.runtime.store import Store
-from headrace.runtime.streaming.block_reads import BlockReads
-from headrace.runtime.streaming.stage_weights import StageWeights, most_streamed
-from headrace.runtime.streaming.storage import Storage, choose_storage
+from headrace.runtime.stage_start import StageStart, make_graphs
 from headrace.runtime.streaming.streamer import wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
-from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
 
 if TYPE_CHECKING:
-    from headrace.runtime.graphs import Capture, DecodeGraphs, Lane
-    from headrace.runtime.model import Prepared, ReadBlock, StageModel
+    from headrace.runtime.graphs import Capture, Lane
+    from headrace.runtime.model import Prepared
 
 
 @dataclass(slots=True)
@@ -74,126 +64,18 @@ class Stage:
         with self._on_device(), ExitStack() as opened:
             self.recorder = make_recorder(self.device) if config.trace else None
             self.tracer: Tracer = self.recorder or NULL_TRACER
-            self._build(Store.open(Path(config.store)), opened)
-            self._graphs = self._make_graphs(capture)
+            parts = StageStart(config, self.device, self.tracer).make(opened)
+            self._storage, self._weights = parts.storage, parts.weights
+            self._model, self._kv = parts.model, parts.kv
+            self._graphs = make_graphs(config, parts, capture or self._capture())
             self._opened = opened.pop_all()
 
-    def _build(self, store: Store, opened: ExitStack) -> None:
-        """In such an order that the drive has something to read all the time."""
-        config, layers = self.config, self._placement.layers_of(self.config.stage)
-        dtype = getattr(torch, config.dtype)
-        self._storage = self._choose_storage(store)
-        opened.callback(self._storage.close)
-        ends = opened.enter_context(self._read_ends(store))
-        tunes_beside = self._tunes_beside(store, dtype)
-        if tunes_beside:
-            self._weights = opened.enter_context(self._make_weights(store))
-        self._model = self._make_model(store, dtype, ends.take)
-        self._tune(dtype)
-        if not tunes_beside:
-            self._weights = opened.enter_context(self._make_weights(store))
-        self._weights.attach(self._model)
-        shapes = {layer: store.layer_shapes[layer] for layer in layers}
-        self._kv = KVStore(shapes, self._plan.num_pages, dtype, self.device)
-        self._weights.wait_resident()
-        self._pack(dtype)
-
-    def _choose_storage(self, store: Store) -> Storage:
-        layers = self._placement.layers_of(self.config.stage)
-        sample = max((store.layers[layer] for layer in layers), key=lambda block: block.nbytes)
-        return choose_storage(
-            self.device,
-            sample.file,
-            sample.data_offset,
-            sample.nbytes,
-            self.config.storage,
-            streamed_bytes=most_streamed(store, self._plan),
-            tracer=self.tracer,
-        )
-
-    def _read_ends(self, store: Store) -> BlockReads:
-        """Begins to read what lies before and after the layers, where this stage needs it."""
-        reads, stage, placement = BlockReads(self._storage), self.config.stage, self._placement
-        head = stage == placement.last_stage
-        if stage == placement.first_stage or (head and store.tied):
-            reads.begin(store.embed, torch.device("cpu"))
-        if head:
-            reads.begin(store.head, self.device)
-        return reads
-
-    def _make_weights(self, store: Store) -> StageWeights:
-        return StageWeights(
-            store,
-            self._plan,
-            self.config.stage,
-            storage=self._storage,
-            device=self.device,
-            tracer=self.tracer,
-        )
-
-    def _make_model(self, store: Store, dtype: torch.dtype, read: "ReadBlock") -> "StageModel":
-        from headrace.runtime.model import StageModel
-
-        stage, placement = self.config.stage, self._placement
-        return StageModel(
-            store,
-            placement.layers_of(stage),
-            device=self.device,
-            dtype=dtype,
-            with_embedding=stage == placement.first_stage,
-            with_head=stage == placement.last_stage,
-            read=read,
-            tracer=self.tracer,
-        )
-
-    def _tunes_beside(self, store: Store, dtype: torch.dtype) -> bool:
-        """Whether the device has room to try products while it holds weights; KV comes later."""
-        memory = self._plan.memory[self.config.stage]
-        taken = memory.resident + memory.ring + memory.experts + memory.head + memory.scratch
-        layers = self._placement.layers_of(self.config.stage)
-        needed = max(
-            tuning_bytes(store.layers[layer].nbytes, store.layer_shapes[layer].parameters, dtype)
-            for layer in layers
-        )
-        return self.device.type == "cpu" or taken + needed <= self.config.device_memory
-
-    def _tune(self, dtype: torch.dtype) -> None:
-        """Find the fastest way to multiply, while no kernels run on the device."""
-        if self.device.type == "cuda":
-            from headrace.runtime.matmul.tuning import tune
-
-            decodes = -(-self._plan.max_sequences // self._plan.micro_batches)
-            tune(self.device, self._model.four_bit_products(), decodes, dtype)
-
-    def _pack(self, dtype: torch.dtype) -> None:
-        """Resident layers take the layout that decodes fastest."""
-        from headrace.runtime.matmul.packed_cpu import choose_layout
-
-        resident = self._weights.resident
-        layout = choose_layout(self.device, dtype, self._plan.max_sequences) if resident else None
-        if layout is not None:
-            for layer, data in resident.items():
-                self._model.pack(layer, data, layout)
-
-    def _make_graphs(self, capture: "Capture | None") -> "DecodeGraphs | None":
-        from headrace.runtime.graphs import CudaCapture, DecodeGraphs
-
-        plan = self._plan
-        if self._compute is not None:
-            capture = capture or CudaCapture()
-        if capture is None or not plan.graph_rows:
+    def _capture(self) -> "Capture | None":
+        if self._compute is None:
             return None
-        layers = self._placement.layers_of(self.config.stage)
-        static = sum(map(self._model.is_static, layers))
-        return DecodeGraphs(
-            self._model,
-            self._kv,
-            capture,
-            max_rows=plan.graph_rows,
-            max_pages=pages_for(plan.max_context),
-            max_lanes=plan.graph_lanes,
-            max_layers=plan.graph_lanes * (static + 1),
-        )
+        from headrace.runtime.graphs import CudaCapture
+
+        return CudaCapture()
 
     @property
     def storage_name(self) -> str:
