@@ -31,7 +31,8 @@ class Layout:
 
     `ring_slots` is for a stage that cannot keep all its layers; `layers[stage]` in ring order.
     `resident` layers of each stage are kept if it is given, else as many as fit. CUDA graphs are made
-    for at most `graph_rows` decodes, in `graph_lanes` lanes. `split`: experts are apart from their layers, in slots.
+    for at most `graph_rows` decodes, in `graph_lanes` lanes. `split`: experts are apart from their
+    layers, in slots.
     """
 
     visits: tuple[Visit, ...]
@@ -86,7 +87,7 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
     columns = 6 * shape.hidden_size + 3 * shape.intermediate_size
     layer = (layout.micro_batch_tokens + layout.graph_rows) * columns * shape.compute_bytes
     tokens = layout.token_budget
-    if len(layout.layers) > 1:
+    if layout.num_stages > 1:
         tokens = 2 * (layout.token_budget + layout.micro_batch_tokens)
     waiting = tokens * shape.hidden_size * shape.compute_bytes
     a_logit = layout.logit_rows * LOGIT_BYTES + layout.sample_rows * SAMPLE_BYTES

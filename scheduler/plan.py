@@ -20,7 +20,8 @@ class Sampling:
 
     `history` carries the request's tokens so far (prompt and output) when a penalty needs them and
     is empty otherwise; `num_prompt` says how many of them are prompt. Where the slice's token
-    FOLLOWS, it is missing at the end of `history`, too. The random number is a function of (seed, position) alone, so that running a pass again draws the same token.
+    FOLLOWS, it is missing at the end of `history`, too. The random number is a function of (seed,
+    position) alone, so that running a pass again draws the same token.
     """
 
     temperature: float

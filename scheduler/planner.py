@@ -3,12 +3,13 @@
 Memory goes first to what a run cannot do without (head, ring, scratch, activations), then to KV
 pages, then to resident layers, then to experts of split ones; host RAM goes to pinned layers and
 experts. Layers are split where they are streamed and their experts can be read alone. How far pages
-go before layers is searched: a few page counts for each of a few layouts are filled and predicted by the formula, and
-the best of each layout is simulated. What goes in is described in headrace.scheduler.inputs.
+go before layers is searched: a few page counts for each of a few layouts are filled and predicted by
+the formula, and the best of each layout is simulated. What goes in is described in
+headrace.scheduler.inputs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.experts import loads_ahead
@@ -21,18 +22,16 @@ from headrace.scheduler.inputs import (
     ModelShape,
     Workload,
 )
-from headrace.scheduler.layouts import resident_layouts, streaming_layouts, with_graphs
+from headrace.scheduler.layouts import resident_layouts, streaming_layouts
 from headrace.scheduler.memory import (
     Filling,
     Layout,
     fill,
-    graph_bytes,
-    least_memory,
-    page_bytes,
 )
 from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
+from headrace.scheduler.problem import Problem
 from headrace.scheduler.refusal import refusal
 from headrace.scheduler.simulate import simulate
 
@@ -46,74 +45,6 @@ WORTH_IT = 1.02
 
 ENOUGH_SEQUENCES = 16
 """With KV for this many sequences beside the whole model, nothing is streamed."""
-
-ACTIVATIONS_SHARE = 8
-"""Passes are cut until activations take at most one part in so many of the device budget."""
-
-GRAPHS_SHARE = 64
-"""CUDA graphs take at most one part in so many of the device budget, unless they were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Problem:
-    shape: ModelShape
-    profiles: tuple[DeviceProfile, ...]
-    budgets: tuple[Budget, ...]
-    context: int
-    max_sequences: int | None
-    min_sequences: int
-    choices: Choices
-
-    @property
-    def pages(self) -> int:
-        """KV pages of one sequence."""
-        return -(-self.context // PAGE_TOKENS)
-
-    def wanted(self, layout: Layout) -> int:
-        """Sequences at once, over all passes in flight, beyond which none can be scheduled."""
-        a_pass = self.choices.max_sequences or layout.token_budget
-        total = min(a_pass, layout.token_budget) * layout.passes_in_flight
-        return min(total, self.max_sequences or total)
-
-    def fits(self, layout: Layout) -> bool:
-        """Whether every stage has room for one sequence beside the least of the weights."""
-        memory = (
-            least_memory(self.shape, layout, stage, self.pages)
-            for stage in range(layout.num_stages)
-        )
-        return all(m.device <= b.device_memory for m, b in zip(memory, self.budgets, strict=True))
-
-    def is_roomy(self, layout: Layout) -> bool:
-        """Whether activations leave most of every budget to pages and layers."""
-        memory = (least_memory(self.shape, layout, stage, 0) for stage in range(layout.num_stages))
-        return all(
-            m.activations * ACTIVATIONS_SHARE <= b.device_memory
-            for m, b in zip(memory, self.budgets, strict=True)
-        )
-
-    def graphed(self, layout: Layout) -> Layout:
-        """The layout with as many lanes of CUDA graphs as are wanted and small beside the budgets."""
-        wanted = with_graphs(layout, self.profiles[0].kind, self.choices)
-        mixtures = sum(map(self.shape.is_mixture, range(self.shape.num_layers)))
-        # For the few other layers, padding costs more than it gains.
-        in_vain = not self.choices.graphs and 2 * mixtures > self.shape.num_layers
-        if in_vain or not wanted.graph_lanes:
-            return layout
-        one = replace(wanted, graph_lanes=1)
-        lanes = min(
-            budget.device_memory // (GRAPHS_SHARE * graph_bytes(self.shape, one, stage))
-            for stage, budget in enumerate(self.budgets)
-        )
-        lanes = min(lanes, wanted.graph_lanes)
-        return replace(wanted, graph_lanes=lanes) if lanes > layout.graph_lanes else layout
-
-    def most_pages(self, layout: Layout) -> int:
-        """Pages that every stage can hold beside the least of the weights."""
-        return min(
-            (budget.device_memory - least_memory(self.shape, layout, stage, 0).device)
-            // page_bytes(self.shape, layout, stage)
-            for stage, budget in enumerate(self.budgets)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +68,7 @@ def make_plan(
     make it fit, or when a choice is impossible (more stages than layers).
     """
     assert len(profiles) == len(budgets) > 0
-    problem = _Problem(
+    problem = Problem(
         shape,
         tuple(profiles),
         tuple(budgets),
@@ -155,7 +86,7 @@ def make_plan(
     return _plan(problem, best)
 
 
-def _check(problem: _Problem, workload: Workload) -> None:
+def _check(problem: Problem, workload: Workload) -> None:
     choices = problem.choices
     if choices.placement not in PLACEMENTS:
         raise DoesNotFitError(f"--placement {choices.placement} is none of {', '.join(PLACEMENTS)}")
@@ -184,7 +115,7 @@ def _check(problem: _Problem, workload: Workload) -> None:
         )
 
 
-def _roomiest(problem: _Problem, layouts: Iterator[Layout]) -> Layout | None:
+def _roomiest(problem: Problem, layouts: Iterator[Layout]) -> Layout | None:
     """Of layouts with ever fewer tokens a pass, the first comfortable one or the last that fits.
 
     CUDA graphs that nobody asked for are left out where they do not fit, too.
@@ -200,7 +131,7 @@ def _roomiest(problem: _Problem, layouts: Iterator[Layout]) -> Layout | None:
     return next(roomy, fitting[-1] if fitting else None)
 
 
-def _resident(problem: _Problem, enough: int) -> _Candidate | None:
+def _resident(problem: Problem, enough: int) -> _Candidate | None:
     """Everything resident, if that leaves KV for `enough` sequences (or all that are wanted)."""
     kind = problem.profiles[0].kind
     layouts = resident_layouts(
@@ -215,7 +146,7 @@ def _resident(problem: _Problem, enough: int) -> _Candidate | None:
     return _search_pages(problem, layout)
 
 
-def _best(problem: _Problem) -> _Candidate | None:
+def _best(problem: Problem) -> _Candidate | None:
     """By simulation the fastest; of those as good as it, the simplest (whole layers, or split ones
     whose experts need not wait for another micro-batch), then the one with the most tokens a pass,
     then the one with the deepest ring.
@@ -255,7 +186,7 @@ def _spare(candidate: _Candidate) -> tuple[bool, bool, int, int]:
     )
 
 
-def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
+def _search_pages(problem: Problem, layout: Layout) -> _Candidate:
     """More pages serve more sequences a pass, fewer pages leave more layers resident.
 
     Few sequences that reach other experts each are hardly faster together; but a pass that computes
@@ -278,7 +209,7 @@ def _search_pages(problem: _Problem, layout: Layout) -> _Candidate:
     return found[best]
 
 
-def _candidate(problem: _Problem, layout: Layout, sequences: int) -> _Candidate:
+def _candidate(problem: Problem, layout: Layout, sequences: int) -> _Candidate:
     num_pages = sequences * problem.pages
     filling = fill(problem.shape, layout, problem.budgets, num_pages)
     assert filling is not None, "the least memory was checked to fit"
@@ -287,7 +218,7 @@ def _candidate(problem: _Problem, layout: Layout, sequences: int) -> _Candidate:
     return _Candidate(layout, filling, num_pages, prediction)
 
 
-def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
+def _simulated_rate(problem: Problem, candidate: _Candidate) -> float:
     layout, filling = candidate.layout, candidate.filling
     decode = Decode.of(layout, candidate.prediction.sequences, problem.context)
     times = timing(
@@ -313,7 +244,7 @@ def _simulated_rate(problem: _Problem, candidate: _Candidate) -> float:
     return decode.sequences / seconds
 
 
-def _plan(problem: _Problem, candidate: _Candidate) -> Plan:
+def _plan(problem: Problem, candidate: _Candidate) -> Plan:
     layout, filling, pools = candidate.layout, candidate.filling, candidate.filling.pools
     held = problem.shape.held_bytes(split=layout.split)
     sequences = -(-candidate.prediction.sequences // layout.passes_in_flight)

@@ -1,0 +1,78 @@
+"""What is asked of the planner, and what of a layout follows from it."""
+
+from dataclasses import dataclass, replace
+
+from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape
+from headrace.scheduler.layouts import with_graphs
+from headrace.scheduler.memory import Layout, graph_bytes, least_memory, page_bytes
+from headrace.scheduler.plan import PAGE_TOKENS
+
+ACTIVATIONS_SHARE = 8
+"""Passes are cut until activations take at most one part in so many of the device budget."""
+
+GRAPHS_SHARE = 64
+"""CUDA graphs take at most one part in so many of the device budget, unless they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Everything that a plan depends on: one profile and one budget for each stage."""
+
+    shape: ModelShape
+    profiles: tuple[DeviceProfile, ...]
+    budgets: tuple[Budget, ...]
+    context: int
+    max_sequences: int | None
+    min_sequences: int
+    choices: Choices
+
+    @property
+    def pages(self) -> int:
+        """KV pages of one sequence."""
+        return -(-self.context // PAGE_TOKENS)
+
+    def wanted(self, layout: Layout) -> int:
+        """Sequences at once, over all passes in flight, beyond which none can be scheduled."""
+        a_pass = self.choices.max_sequences or layout.token_budget
+        total = min(a_pass, layout.token_budget) * layout.passes_in_flight
+        return min(total, self.max_sequences or total)
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether every stage has room for one sequence beside the least of the weights."""
+        memory = (
+            least_memory(self.shape, layout, stage, self.pages)
+            for stage in range(layout.num_stages)
+        )
+        return all(m.device <= b.device_memory for m, b in zip(memory, self.budgets, strict=True))
+
+    def is_roomy(self, layout: Layout) -> bool:
+        """Whether activations leave most of every budget to pages and layers."""
+        memory = (least_memory(self.shape, layout, stage, 0) for stage in range(layout.num_stages))
+        return all(
+            m.activations * ACTIVATIONS_SHARE <= b.device_memory
+            for m, b in zip(memory, self.budgets, strict=True)
+        )
+
+    def graphed(self, layout: Layout) -> Layout:
+        """The layout with as many lanes of CUDA graphs as are wanted and small beside the budgets."""
+        wanted = with_graphs(layout, self.profiles[0].kind, self.choices)
+        mixtures = sum(map(self.shape.is_mixture, range(self.shape.num_layers)))
+        # For the few other layers, padding costs more than it gains.
+        in_vain = not self.choices.graphs and 2 * mixtures > self.shape.num_layers
+        if in_vain or not wanted.graph_lanes:
+            return layout
+        one = replace(wanted, graph_lanes=1)
+        lanes = min(
+            budget.device_memory // (GRAPHS_SHARE * graph_bytes(self.shape, one, stage))
+            for stage, budget in enumerate(self.budgets)
+        )
+        lanes = min(lanes, wanted.graph_lanes)
+        return replace(wanted, graph_lanes=lanes) if lanes > layout.graph_lanes else layout
+
+    def most_pages(self, layout: Layout) -> int:
+        """Pages that every stage can hold beside the least of the weights."""
+        return min(
+            (budget.device_memory - least_memory(self.shape, layout, stage, 0).device)
+            // page_bytes(self.shape, layout, stage)
+            for stage, budget in enumerate(self.budgets)
+        )
