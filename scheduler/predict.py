@@ -27,13 +27,12 @@ TURNAROUND = 0.008
 sequences: the driver commits, schedules, encodes and calls. A ring with slots to spare loads through
 them."""
 
-TURNAROUND_AHEAD = 0.001
-"""The same for a pass that waits at the stage already, which answers and takes the next call: 0.7 ms
-with 64 sequences and 1.2 ms with 256, measured between the passes of a stage on CPU."""
+TURNAROUND_AHEAD = 0.0035
+"""The same for a pass that waits at the stage already, which answers and takes the next call. Like the next
+one from a trace of two H200s with 256 sequences; 0.7 ms were measured on CPU with 64."""
 
-TURNAROUND_BETWEEN = 0.002
-"""The same where another stage embeds, to which Ray takes the answer: 0.8 to 2.5 ms, measured on CPU
-between two processes of one machine."""
+TURNAROUND_BETWEEN = 0.005
+"""The same where another stage embeds, to which Ray takes the answer."""
 
 AHEAD_BELOW = 1.0
 """Seconds of a pass. In longer ones the turn is lost among the loads, and a new request would wait
