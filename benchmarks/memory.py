@@ -135,7 +135,8 @@ def measure_run(store: Path, arguments: argparse.Namespace, table: Table) -> Non
 def stage_pids(llm: LLM) -> list[int]:
     """Process ids in the order of the stages; Ray starts workers in any order."""
     actors = llm._engine._pipeline._actors  # type: ignore[attr-defined]
-    return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
+    pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
+    return list(map(int, pids))
 
 
 def gb(size: float) -> str:
