@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from headrace.runtime.binding import Binding, PackedLinear
+from headrace.runtime.binding import Binding, ExpertStack, PackedLinear
 from headrace.runtime.linear import QuantLinear
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.store import WeightSpec
@@ -80,15 +80,28 @@ def four_bit_products(bindings: Iterable[Binding]) -> Iterator[Product]:
     groups: dict[LinearGroup, list[WeightSpec]] = defaultdict(list)
     for binding in bindings:
         linear = binding.module if isinstance(binding, PackedLinear) else None
-        for spec in binding.factors:
-            if spec.format not in FOUR_BIT:
+        for specs in _together(binding):
+            if any(spec.format not in FOUR_BIT for spec in specs):
                 continue
             if linear is not None and linear.group is not None:
-                groups[linear.group].append(spec)
+                groups[linear.group] += specs
             else:
-                yield _product([spec], linear)
-    for group, specs in groups.items():
-        yield _product(specs, group.linears[0])
+                yield _product(specs, linear)
+    for group, members in groups.items():
+        yield _product(members, group.linears[0])
+
+
+def _together(binding: Binding) -> Iterator[tuple[WeightSpec, ...]]:
+    """A binding's factors: an expert's gate and up as one where they are alike, others each alone."""
+    specs = binding.factors
+    if specs and isinstance(binding, ExpertStack):
+        for enter in binding.specs.enter:
+            if len({(spec.format, spec.blocksize) for spec in enter}) == 1:
+                yield enter
+            else:
+                yield from ((spec,) for spec in enter)
+        specs = binding.specs.leave
+    yield from ((spec,) for spec in specs)
 
 
 def _product(specs: Sequence[WeightSpec], linear: QuantLinear | None) -> Product:

@@ -163,6 +163,16 @@ def test_products_of_a_model(store: Path) -> None:
     assert found == {Product("nf4", 64, widths, depth) for widths, depth in sizes}
 
 
+def test_products_of_a_mixture(tmp_path: Path) -> None:
+    config = tiny_config("mixtral", hidden_size=256, intermediate_size=640, head_dim=64)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "from")
+    convert(tmp_path / "from", tmp_path / "store", format="nf4", allow_missing_tokenizer=True)
+    found = WholeModel(tmp_path / "store").model.four_bit_products()
+    assert Product("nf4", 64, (640, 640), 256) in found and Product("nf4", 64, (256,), 640) in found
+    assert Product("nf4", 64, (640,), 256) not in found
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("tokens", [1, 8, 40, 200])
