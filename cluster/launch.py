@@ -262,7 +262,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         plan = plan_run(options, device, found, measuring.result())
         times.ended("tokenizer and plan")
         _load(actors, plan, options, device, dtype, found)
-        times.ended(f"loading, {read_at_start(plan)} of it read,")
+        times.ended(f"loading {read_at_start(plan)} and models' code")
         if plan.placement.edges:  # a single stage has none
             _connect(actors, options, stack)
         times.ended("connecting")
