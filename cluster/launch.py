@@ -124,8 +124,10 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
 def plan_run(
     options: EngineOptions, device: str, found: Sequence[Discovery], shape: ModelShape
 ) -> Plan:
-    """The plan of a run of `shape` on what was found. DoesNotFitError when there is none; HeadraceError when
-    CUDA graphs are asked for without CUDA."""
+    """The plan of a run of `shape` on what was found.
+
+    DoesNotFitError when there is none; HeadraceError when CUDA graphs are asked for without CUDA.
+    """
     if options.graphs and device == "cpu":
         raise HeadraceError("--graphs makes CUDA graphs, and the stages are on cpu: leave it out")
     shared = Counter(discovery.node for discovery in found)

@@ -9,8 +9,8 @@ MIN_ROWS = 16
 """The smallest side of a tensor-core product."""
 
 # (rows, keys, warps, stages), of which the first that fits is taken, with no more rows than queries
-# fill. From 64 rows on, Hopper's asynchronous products are used. The first of each was within 8 % of
-# the fastest of a search on an H200 (benchmarks/attention.py --search).
+# fill. From 64 rows on, Hopper's asynchronous products are used. But for float32
+# (_EXACT), the first was within 8 % of the fastest of a search on an H200 (benchmarks/attention.py).
 _LONG = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
 _BRIEF = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2))
 _EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))

@@ -74,8 +74,7 @@ _TILES = {
 }
 """(columns, words, warps, stages), by rows; the first is taken where nothing was measured.
 
-The fastest of a search on an H200 (benchmarks/matmul.py --search), where they also compile without
-spills.
+The fastest for some size, or nearly, of a search on an H200 (benchmarks/matmul.py --search).
 """
 
 RESIDENT = 3

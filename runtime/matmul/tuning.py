@@ -42,15 +42,15 @@ LEAST_ELEMENTS = 1 << 20
 
 KERNEL_MAJOR = 9
 """From this compute capability on, our kernel is taken without a measurement: on an H200 it is the
-fastest (28672 x 8192: 72 us for 4 rows, 78 for 16, 122 for 64 and 197 for 128; by bitsandbytes 373, 378,
-368 and 380). Older devices were not measured."""
+fastest, also with the first tile that fits (28672 x 8192: 73 us for 4 rows, 80 for 16, 122 for 64 and
+238 for 128; by bitsandbytes 373, 378, 368 and 380). Older devices were not measured."""
 
 COMPILERS = 8
 """Threads that compile at once."""
 
 FUSED_ROWS = 4
-"""Otherwise, without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no slower than
-dequantizing and multiplying (107 against 375 us for one row on an H200, 374 for four)."""
+"""Otherwise, without a measurement up to this many rows bitsandbytes' fused kernel is taken: it is no
+slower than dequantizing and multiplying (107 against 375 us for one row on an H200, 374 for four)."""
 
 
 class Choices:
@@ -143,8 +143,8 @@ def tune(
     """Measure what the cache file lacks of products with at most `rows` rows, and compile what they
     will run. One process of a machine measures, others wait.
 
-    Takes seconds the first time, half of them for compiling; and device memory for the largest
-    weight in 4-bit and in 16-bit form, which is free again afterwards. Where it fails, the reason is
+    Takes seconds the first time, to compile and to measure, and device memory for the largest weight
+    in 4-bit and in 16-bit form, which is free again afterwards. Where it fails, the reason is
     logged and the choices stay what they were.
     """
     device = torch.empty(0, device=device).device  # with its index, as tensors have it
