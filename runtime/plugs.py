@@ -1,8 +1,8 @@
 """The two functions that transformers calls in place of its own: attention and experts.
 
 Both are found by name through transformers' registries and told what to do per call or per module,
-so they keep no state. Two more plugs replace modules: QuantLinear in linear.py and, on CUDA,
-FusedNorm in norms.py. The last, also on CUDA, replaces a function that attention modules call:
+so they keep no state. Two more plugs replace modules: QuantLinear in linear.py and, but for float32
+on CPUs, FusedNorm in norms.py. The last, on CUDA, replaces a function that attention modules call:
 Rotary in rotary.py.
 """
 

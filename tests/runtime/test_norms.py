@@ -10,6 +10,7 @@ import torch
 from architectures import SUPPORTED, tiny_config, tiny_model
 from interpreter import run_interpreted
 from torch import nn
+from whole import WholeModel
 
 from headrace.runtime.binding import Binder
 from headrace.runtime.conversion.convert import convert
@@ -18,6 +19,7 @@ from headrace.runtime.norms import FusedNorm, FusedNorms
 from headrace.runtime.plugs import no_grad_parameter
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Store, WeightSpec
+from headrace.scheduler.plan import Slice
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -155,6 +157,20 @@ def test_interpreted(size: int, offset: int, dtype: torch.dtype) -> None:
         got = rms_norm(x, weight, 1e-6, offset)
         assert got.is_contiguous() and (got.shape, got.dtype) == (x.shape, dtype)
         assert torch.allclose(got.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_on_cpus_norms_stay_as_they_are_in_float32_only(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "checkpoint")
+    path = tmp_path / "store"
+    convert(tmp_path / "checkpoint", path, format="keep", allow_missing_tokenizer=True)
+    slices = [Slice(0, 0, tuple(range(3, 20)), (0,), None)]
+    exact, rounded = WholeModel(path), WholeModel(path, dtype=torch.bfloat16)
+    for whole, fused in ((exact, False), (rounded, True)):
+        modules = whole.model._skeleton.model.modules()
+        assert any(isinstance(module, FusedNorm) for module in modules) == fused
+    want = exact.logits(slices)
+    assert (rounded.logits(slices) - want).norm() < 0.03 * want.norm()
 
 
 @pytest.mark.gpu
