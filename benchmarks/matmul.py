@@ -49,6 +49,9 @@ CUDA = torch.device("cuda")
 GROUPS = (((4096, 1024, 1024), 4096), ((14336, 14336), 4096))
 """q, k and v, and gate and up, of a Llama of 8B."""
 
+SEARCHED = (*SHAPES, (6144, 4096), (28672, 4096), (4096, 14336))
+"""And what such a Llama multiplies in one launch."""
+
 WAVES = (1, 2, 4, 8)
 
 
@@ -185,7 +188,7 @@ def compile_one(job: tuple[Problem, Config]) -> None:
 
 def search(kind: str, group: int, rows: int) -> Iterator[dict[str, Any]]:
     timer = Timer(CUDA)
-    for shape in SHAPES:
+    for shape in SEARCHED:
         x, codes = sample(CUDA, Problem(kind, group, *shape, rows, "bfloat16"))
         configs = [c for tile in space(rows) for c in split(tile, shape) if fits(c, shape[1])]
         runs = sorted(best(x, codes, reference(x, codes), configs, timer), key=lambda run: run[0])
