@@ -1,10 +1,10 @@
-"""Decodes as CUDA graphs: a visit's kernels are recorded once and then launched together.
+"""Decodes as CUDA graphs: some layers' kernels are recorded once and then launched together.
 
 A decoder layer is some sixty small kernels. Launching them from Python takes longer than a GPU takes
 to run them for a few hundred decodes, and a graph of them is one launch. A graph holds addresses, so
 what it reads and writes has to stay in place: a Lane owns the metadata and the hidden states of one
-micro-batch of a pass, padded to one of a few sizes, and records each visit once for each place that
-the visit's weights can lie in.
+micro-batch of a pass, padded to one of a few sizes, and records a few layers at a time, once for each
+place that their weights can lie in.
 """
 
 import logging
@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 
 LEAST_PAGES = 4
 """Pages that every lane has room for."""
+
+LAYERS = 4
+"""Layers of a graph. The device begins when a launch ends, which takes 0.6 ms for 32 layers on an H200,
+and goes on to compute longer than the next launches take."""
 
 IDLE = 64
 """A lane makes room for another when it was not used for so many micro-batches for each lane there is.
@@ -81,7 +85,7 @@ class Lane:
         self.recorded = 1
         self.used = 0
         self._warm: set[tuple[int, ...]] = set()
-        self._visits: dict[tuple[int, ...], Callable[[], None]] = {}
+        self._replays: dict[tuple[int, ...], Callable[[], None]] = {}
 
     @property
     def is_usable(self) -> bool:
@@ -100,8 +104,13 @@ class Lane:
     def run(self, layers: Layers, x: Tensor) -> Tensor:
         """Run a visit's layers on x [count, hidden]; returns the same, valid until the next run."""
         self._take(x)
+        for start in range(0, len(layers), LAYERS):
+            self._run_or_replay(layers[start : start + LAYERS])
+        return self._x[: len(x)]
+
+    def _run_or_replay(self, layers: Layers) -> None:
         key = (layers[0][0], *(block.data_ptr() for _, block in layers))
-        again = self._visits.get(key) or self._recorded(key, layers)
+        again = self._replays.get(key) or self._recorded(key, layers)
         if again is None:
             # Kernels are compiled and tuned now, which a recording could not do.
             self._warm.add(key)
@@ -109,7 +118,6 @@ class Lane:
         else:
             with self._model.tracer.span(Kind.GRAPH):
                 again()
-        return self._x[: len(x)]
 
     def _recorded(self, key: tuple[int, ...], layers: Layers) -> Callable[[], None] | None:
         if key not in self._warm or not all(self._model.is_static(layer) for layer, _ in layers):
@@ -118,7 +126,7 @@ class Lane:
             self._model.bind(layer, block)
         again = self._record(lambda: self._run(layers), len(layers))
         if again is not None:
-            self._visits[key] = again
+            self._replays[key] = again
             self.recorded += len(layers)
         return again
 
