@@ -18,6 +18,7 @@ from torch import Tensor
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
+from headrace.runtime.ready import ReadyBatch
 from headrace.runtime.trace import Kind
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import MicroBatch
@@ -91,12 +92,10 @@ class Lane:
     def is_usable(self) -> bool:
         return self._enter is not None
 
-    def load(self, micro_batch: MicroBatch, count: int) -> None:
-        """Take over a micro-batch of the same shape, of which the first `count` sequences count."""
+    def load(self, batch: Batch, count: int) -> None:
+        """Take over a batch on the host of the same shape, of which the first `count` rows count."""
         assert self._enter is not None
-        batch = self._batch
-        pages = batch.page_table.shape[1]
-        here = Batch.build(micro_batch, self._model.device, pages, onto=batch)
+        here = batch.to(self._model.device, onto=self._batch)
         self._model.rows(here, onto=self._rows)
         self._enter()
         self.prepared = replace(self.prepared, batch=here, x=self._x[:count])
@@ -174,11 +173,10 @@ class DecodeGraphs:
         """Layers that recordings are kept of; what precedes the layers counts as one."""
         return sum(lane.recorded for lane in self._lanes.values())
 
-    def lane(self, index: int, micro_batch: MicroBatch) -> Lane | None:
-        """A lane loaded with a pass's micro-batch `index`; None when there is none for it.
+    def ready(self, micro_batch: MicroBatch) -> ReadyBatch | None:
+        """The micro-batch padded for a lane, on any thread.
 
-        That is when it holds more than decodes, more of them than lanes have rows, when there is no
-        room for another lane, or when a layer cannot be recorded.
+        None when it holds more than decodes, or more of them than lanes have rows.
         """
         slices = micro_batch.slices
         rows = min(padded_rows(len(slices)), self._max_rows)
@@ -186,24 +184,31 @@ class DecodeGraphs:
             return None
         longest = max(piece.start for piece in slices) + 1
         pages = min(padded_pages(pages_for(longest)), self._max_pages)
-        key = index, rows, pages
-        self._loads += 1
-        if key not in self._lanes and not self._make_room():
-            return None
         # A row that is there twice writes the same key to the same place, and harms nobody.
         again = replace(slices[-1], sampling=None)
         padded = MicroBatch(slices + (again,) * (rows - len(slices)))
-        lane = self._lanes.get(key) or self._new_lane(padded, pages)
+        return ReadyBatch.build(micro_batch, self._model.device, padded, pages)
+
+    def lane(self, index: int, ready: ReadyBatch) -> Lane | None:
+        """A lane loaded with a pass's micro-batch `index`, which `ready` padded.
+
+        None when there is no room for another lane, or when a layer cannot be recorded.
+        """
+        rows, pages = ready.batch.page_table.shape
+        key = index, rows, pages
+        self._loads += 1
+        if self._failed or (key not in self._lanes and not self._make_room()):
+            return None
+        lane = self._lanes.get(key) or self._new_lane(ready.batch)
         if not lane.is_usable:
             return None
         self._lanes[key] = lane
         lane.used = self._loads
-        lane.load(padded, len(slices))
+        lane.load(ready.batch, len(ready.micro_batch.slices))
         return lane
 
-    def _new_lane(self, micro_batch: MicroBatch, pages: int) -> Lane:
-        batch = Batch.build(micro_batch, self._model.device, pages)
-        return Lane(self._model, self._kv, self._record, batch)
+    def _new_lane(self, batch: Batch) -> Lane:
+        return Lane(self._model, self._kv, self._record, batch.to(self._model.device))
 
     def _make_room(self) -> bool:
         """Whether there is room for one more lane, and were it in place of one that is out of use."""
