@@ -14,8 +14,9 @@ from headrace.scheduler.placement import Placement, Visit
 FEW_SLOTS = 8
 """Experts under way at once where none has to stay for another micro-batch."""
 
-MAX_PASSING = 32
-"""Slots for what passes; more than keep a drive busy had better keep something."""
+MAX_PASSING, PASSING_BYTES = 32, 1 << 30
+"""Slots for what passes, and bytes of them; more than keep a drive and a link busy had better keep
+something."""
 
 RECENT, LIKELY = 8, 7
 """An expert that at least LIKELY of the RECENT last passes reached is loaded before its layer's router
@@ -74,12 +75,13 @@ def transit_slots(
     return a_visit if micro_batches > 1 else min(a_visit, FEW_SLOTS)
 
 
-def passing_slots(slots: int, held: int = 0) -> int:
+def passing_slots(slots: int, slot_bytes: int, held: int = 0) -> int:
     """How many of a stage's slots are for what is on its way and not worth keeping.
 
     `held` experts of a visit stay for its next micro-batch.
     """
-    return min(slots, max(4, held, min(slots // 4, MAX_PASSING)))
+    enough = min(slots // 4, MAX_PASSING, PASSING_BYTES // slot_bytes)
+    return min(slots, max(4, held, enough))
 
 
 def slots_ahead(passing: int) -> int:
@@ -102,7 +104,7 @@ def layer_loads(
         total, slots = num_experts(shape, layers), pools.device[stage]
         if not total:
             continue
-        passing = _passing(shape, placement, stage, slots, micro_batches)
+        passing = _passing(shape, placement, stage, pools, micro_batches)
         kept = total if slots >= total else slots - passing
         missing = 1.0 - kept / total
         in_host = min(1.0, pools.host[stage] / max(1, total - kept))
@@ -115,10 +117,10 @@ def layer_loads(
 
 
 def _passing(
-    shape: ModelShape, placement: Placement, stage: int, slots: int, micro_batches: int
+    shape: ModelShape, placement: Placement, stage: int, pools: ExpertPools, micro_batches: int
 ) -> int:
     held = layers_at_once(shape, placement.visits, stage) if micro_batches > 1 else 0
-    return passing_slots(slots, held)
+    return passing_slots(pools.device[stage], pools.slot_bytes, held)
 
 
 def _loads(experts: Experts, rows: float, missing: float, in_host: float, room: int) -> Loads:
@@ -138,12 +140,12 @@ def loads_ahead(
     micro_batches: int,
 ) -> tuple[int, ...]:
     """Layers that each stage can hold or load at once when experts are loaded ahead of routers."""
-    return tuple(
-        _ahead(
-            shape, placement, stage, _passing(shape, placement, stage, slots, micro_batches), ring
-        )
-        for stage, (slots, ring) in enumerate(zip(pools.device, ring_slots, strict=True))
+    passing = (
+        _passing(shape, placement, stage, pools, micro_batches)
+        for stage in range(placement.num_stages)
     )
+    pairs = enumerate(zip(passing, ring_slots, strict=True))
+    return tuple(_ahead(shape, placement, stage, few, ring) for stage, (few, ring) in pairs)
 
 
 def _ahead(shape: ModelShape, placement: Placement, stage: int, passing: int, ring: int) -> int:

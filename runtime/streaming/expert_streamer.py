@@ -68,7 +68,7 @@ class ExpertStreamer:
             for expert, extent in enumerate(splits[layer].experts)
         }
         self._device, self._tracer = device, tracer
-        self._transit = passing_slots(slots, held)
+        self._transit = passing_slots(slots, slot_bytes, held)
         self._cache: SlotCache[ExpertKey] = SlotCache(
             slots=slots, transit=self._transit, keys=len(self._places)
         )

@@ -86,7 +86,7 @@ def test_only_what_is_asked_for_is_read(
     blocks: dict[int, Block], storage: SlowStorage, slots: int
 ) -> None:
     with open_experts(blocks, storage, slots) as streamer:
-        assert len(storage.extents) == slots - passing_slots(slots)
+        assert len(storage.extents) == slots - passing_slots(slots, EXTENT)
         here = set(storage.extents)
         del storage.extents[:]
         fetches = [(2, [0, 3, 6]), (3, [1, 7]), (7, [2])]
@@ -114,7 +114,7 @@ def test_scans_hit_the_experts_that_are_kept(
     """Not one byte more is loaded than passes that reach every expert need."""
     everything = [(layer, range(EXPERTS)) for layer in LAYERS]
     with open_experts(blocks, storage, slots=12) as streamer:
-        kept = 12 - passing_slots(12)
+        kept = 12 - passing_slots(12, EXTENT)
         for _ in range(20):
             run_pass(streamer, everything, blocks)
         streamer.take_counters()

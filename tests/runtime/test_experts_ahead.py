@@ -81,7 +81,7 @@ def test_a_habit_is_loaded_unasked(blocks: dict[int, Block], storage: SlowStorag
         streamer.begin_pass(LAYERS)
         for layer, following in ((2, 3), (3, 7), (7, 2)):
             list(streamer.fetch(layer, HABIT))
-            most = slots_ahead(passing_slots(4))
+            most = slots_ahead(passing_slots(4, EXTENT))
             begun = set(storage.extents[-most:])
             assert begun == experts_of(blocks, following, HABIT[:most])
 
@@ -120,7 +120,7 @@ def test_what_was_loaded_unasked_makes_room_for_nothing_that_is_asked_for(
         streamer.begin_pass(LAYERS)
         list(streamer.fetch(2, HABIT))
         list(streamer.fetch(3, []))
-        ahead = set(storage.extents[-slots_ahead(passing_slots(4)) :])
+        ahead = set(storage.extents[-slots_ahead(passing_slots(4, EXTENT)) :])
         assert ahead <= experts_of(blocks, 7, HABIT)
         streamer.begin_pass(LAYERS)
         del storage.extents[:]
@@ -136,7 +136,7 @@ def test_a_wrong_guess_is_moved_but_not_needed(
     with open_experts(blocks, storage, slots=4) as streamer:
         for _ in range(RECENT):
             run_pass(streamer, HABIT)
-        ahead = slots_ahead(passing_slots(4))
+        ahead = slots_ahead(passing_slots(4, EXTENT))
         streamer.take_counters()
         run_pass(streamer, (0,))
         counters = streamer.take_counters()

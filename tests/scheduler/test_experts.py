@@ -73,7 +73,7 @@ def test_one_sequence_loads_the_experts_it_reaches() -> None:
     traffic = plan.prediction.experts
     assert traffic is not None
     assert traffic.reached == pytest.approx(94 * 8)
-    kept = plan.expert_slots[0] - passing_slots(plan.expert_slots[0])
+    kept = plan.expert_slots[0] - passing_slots(plan.expert_slots[0], plan.expert_slot_bytes)
     assert traffic.loaded == pytest.approx(94 * 8 * (1 - kept / (94 * 128)))
     needed = sum(plan.nvme_bytes_a_pass) + traffic.loaded * plan.expert_slot_bytes
     assert plan.prediction.terms["nvme"] == pytest.approx(needed / 7e9)
@@ -178,9 +178,19 @@ def test_experts_are_loaded_ahead_where_nearly_all_are_reached() -> None:
     assert loads_ahead(MIXTRAL, few, large, (8,), 1) == (2,)
 
 
+def test_few_slots_are_for_what_passes() -> None:
+    sizes = [passing_slots(n, QWEN3_235B.expert_bytes) for n in (1, 4, 8, 40, 128, 4000)]
+    assert sizes == [1, 4, 4, 10, 32, 32]
+    assert passing_slots(4000, 128 << 20) == 8
+    assert passing_slots(4000, 4 << 30) == 4
+    assert passing_slots(4000, 4096, held=200) == 200
+    assert passing_slots(100, 4096, held=200) == 100
+
+
 def test_host_memory_takes_its_share_of_what_is_missing() -> None:
     placement = Placement(1, contiguous_visits(32, 1, 1), (Tier.DEVICE,) * 32)
-    pools = ExpertPools(MIXTRAL.expert_bytes, (64 + 21,), (128,))
+    assert passing_slots(64 + 10, MIXTRAL.expert_bytes) == 10
+    pools = ExpertPools(MIXTRAL.expert_bytes, (64 + 10,), (128,))
     loads = layer_loads(MIXTRAL, placement, pools, 1, 1)[5]
     assert loads.loaded == pytest.approx(2 * 0.75)
     assert loads.host_bytes == pytest.approx(2 * loads.nvme_bytes)  # 128 of the other 192
