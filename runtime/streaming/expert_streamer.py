@@ -76,7 +76,7 @@ class ExpertStreamer:
         self._unused: set[ExpertKey] = set()  # loaded, but not fetched since
         self._pinned: set[ExpertKey] = set()  # for the fetch at hand
         self._ahead: set[ExpertKey] = set()  # pinned for fetches to come, in transit slots
-        self._most_ahead = slots_ahead(self._transit)
+        self._most_ahead = slots_ahead(self._transit) if slots < len(self._places) else 0
         self._history = {layer: ReachHistory() for layer in blocks}
         self._order: tuple[int, ...] = ()
         self._fetches = self._passes = 0
@@ -197,8 +197,7 @@ class ExpertStreamer:
         while likely and len(self._ahead) < self._most_ahead:
             key = likely[0]
             if key in self._cache:
-                if key not in self._ahead:
-                    self._cache.pin(key)
+                self._cache.pin(key)
             elif not self._begin(key):
                 break
             self._ahead.add(likely.popleft())
