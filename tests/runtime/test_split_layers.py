@@ -25,7 +25,8 @@ SPLIT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olm
          "minimax_m2")  # fmt: skip
 STACKED = ("gpt_oss", "granitemoe")
 LENGTHS = (1, 5, 20, 70)
-NEW_TOKENS = 6
+NEW_TOKENS = 12
+"""More passes than it takes to tell which experts are likely."""
 
 WHOLE: dict[str, Any] = {"tier": Tier.DEVICE}
 FEW_RINGS: list[dict[str, Any]] = [
