@@ -92,17 +92,19 @@ def _attend(q: Tensor, kv: LayerKV, batch: Batch, rule: Rule) -> Tensor:
 
 def _attend_decodes(q: Tensor, kv: LayerKV, group: Decodes, rule: Rule) -> Tensor:
     """[G, heads, k_dim] to [G, heads, v_dim]."""
-    rows = group.head_rows(kv.k.shape[1])
+    count, heads, _ = q.shape
+    kv_heads = kv.k.shape[1]
+    rows = group.head_rows(kv_heads)
     k, v = _gather(kv.k, rows, q.dtype), _gather(kv.v, rows, q.dtype)
     # What an earlier owner left behind a context's end may be anything, and 0 * nan is nan.
     for values in (k, v):
-        last = values[:, :, -PAGE_TOKENS:]
         if group.kept is None:
-            last.masked_fill_(group.stale, 0)
+            values[:, :, -PAGE_TOKENS:].masked_fill_(group.stale, 0)
         else:
-            last[:, :, group.kept :].zero_()
-    mask = group.mask(q.shape[1] // k.shape[1])
-    return _softmax_attention(q[:, None], k, v, mask, rule)[:, 0]
+            values[:, :, group.kept :].zero_()
+    mask = group.mask(heads // kv_heads, q.dtype)
+    out = _softmax_attention(q.reshape(count, kv_heads, heads // kv_heads, -1), k, v, mask, rule)
+    return out.reshape(count, heads, -1)
 
 
 def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rule) -> Tensor:
@@ -123,9 +125,8 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
         high = start + i + block.shape[0]
         seen = slice(low - base, high - base)
         visible = visible_keys(positions[None], torch.arange(low, high)[None], rule.sliding_window)
-        mask = group_mask(visible, q.shape[1] // k.shape[1])
-        part = _softmax_attention(block[None], k[:, :, seen], v[:, :, seen], mask, rule)
-        out[i : i + step] = part[0]
+        mask = group_mask(visible, q.shape[1] // k.shape[1], q.dtype)
+        out[i : i + step] = _attend_rows(block, k[:, :, seen], v[:, :, seen], mask, rule)
     return out
 
 
@@ -135,21 +136,24 @@ def _gather(pages: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return picked.view(*rows.shape[:2], -1, pages.shape[-1]).to(dtype)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """q [G, n, heads, Dk], k [G, kv_heads, L, Dk], v [G, kv_heads, L, Dv] to [G, n, heads, Dv].
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """q [n, heads, Dk], k [1, kv_heads, L, Dk], v [1, kv_heads, L, Dv] to [n, heads, Dv].
 
-    `mask` is a group_mask. The queries of a group of heads become rows of one matrix, so that each key is read once.
+    The queries of a group of heads become rows of one matrix, so that each key is read once.
     """
-    count, rows, heads, _ = q.shape
-    group = heads // k.shape[1]
-    packed = q.reshape(count, rows, k.shape[1], group, -1)
-    packed = packed.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [G, kv_heads, group * n, Dk]
+    rows, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    packed = q.reshape(rows, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
+    out = _softmax_attention(packed.flatten(1, 2)[None], k, v, mask, rule)
+    return out.view(heads, rows, -1).transpose(0, 1)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """q [G, kv_heads, n, Dk], k [G, kv_heads, L, Dk], v [G, kv_heads, L, Dv] to
+    [G, kv_heads, n, Dv]. `mask` is a group_mask."""
     if rule.softcap is None and rule.sinks is None:
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=rule.scaling)
-    else:
-        out = _explicit_attention(packed, k, v, mask, rule)
-    out = out.view(count, -1, group, rows, v.shape[-1])
-    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling)
+    return _explicit_attention(q, k, v, mask, rule)
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
@@ -157,7 +161,7 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rul
     scores = (q.float() @ k.float().mT) * rule.scaling
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores + mask
     if rule.sinks is not None:
         kv_heads = k.shape[1]
         sinks = rule.sinks.float().view(kv_heads, -1)

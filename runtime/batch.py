@@ -174,8 +174,8 @@ class Decodes:
     """One query of each of G sequences that see equally many pages, n.
 
     rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  stale
-    [G, 1, 64, 1]: keys of the last page past the context's end; `kept` of its keys are not, where
-    that is the same for all.  visible [G, 1, n * 64].
+    [G, 1, 64, 1]: keys of the last page past the context's end; `kept` of all pages' keys are not,
+    where that is the same for all.  visible [G, 1, n * 64].
     """
 
     rows: Tensor
@@ -184,7 +184,7 @@ class Decodes:
     kept: int | None
     visible: Tensor
     _head_rows: dict[int, Tensor] = field(default_factory=dict)
-    _masks: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def head_rows(self, heads: int) -> Tensor:
         """`head_rows` of the table, made once for all layers."""
@@ -192,11 +192,12 @@ class Decodes:
             self._head_rows[heads] = head_rows(self.table, heads)
         return self._head_rows[heads]
 
-    def mask(self, group: int) -> Tensor:
+    def mask(self, group: int, dtype: torch.dtype) -> Tensor:
         """`group_mask` of what is visible, made once for all layers."""
-        if group not in self._masks:
-            self._masks[group] = group_mask(self.visible, group)
-        return self._masks[group]
+        key = group, dtype
+        if key not in self._masks:
+            self._masks[key] = group_mask(self.visible, group, dtype)
+        return self._masks[key]
 
 
 def _group_decodes(batch: Batch, window: int | None, width: int) -> Iterator[Decodes]:
@@ -217,7 +218,7 @@ def _decode_group(batch: Batch, members: Tensor, pages: int, window: int | None)
     first = position // PAGE_TOKENS + 1 - pages
     table = batch.page_table[members[:, None], first[:, None] + torch.arange(pages)].long()
     keys = first[:, None] * PAGE_TOKENS + torch.arange(pages * PAGE_TOKENS)  # [G, n * 64]
-    kept = position % PAGE_TOKENS + 1
+    kept = position + 1 - first * PAGE_TOKENS
     return Decodes(
         rows=batch.query_start[members].long(),
         table=table,
@@ -244,6 +245,8 @@ def head_rows(table: Tensor, heads: int) -> Tensor:
     return table[:, None, :] * heads + torch.arange(heads)[:, None]
 
 
-def group_mask(visible: Tensor, group: int) -> Tensor:
-    """[G, n, L] to [G, 1, group * n, L], for `group` query heads that share a key head."""
-    return visible[:, None].repeat(1, 1, group, 1)
+def group_mask(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """[G, n, L] to [G, 1, group * n, L], for `group` query heads that share a key head: what is added
+    to scores, 0 or -inf, which scaled_dot_product_attention would otherwise make at each call."""
+    added = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return added[:, None].repeat(1, 1, group, 1)

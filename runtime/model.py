@@ -93,8 +93,9 @@ class StageModel:
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
-        # On CPUs, where launches cost nothing, every bit stays transformers' own.
-        norms = FusedNorms(dtype) if device.type == "cuda" else None
+        # In float32 on CPUs every bit stays transformers' own.
+        exact = device.type == "cpu" and dtype == torch.float32
+        norms = None if exact else FusedNorms(dtype)
         binder = Binder(self._skeleton, weights, self._scratch, norms)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
         self._groups = {

@@ -100,13 +100,15 @@ def attending(modules: Iterable[nn.Module], attend: Attend) -> Iterator[None]:
 
     Keyword arguments would do for most architectures, but some layers do not hand them on.
     """
+    # An attribute set by nn.Module is first looked for among parameters, buffers and modules.
+    places = [vars(module) for module in modules]
     try:
-        for module in modules:
-            setattr(module, ATTEND, attend)
+        for place in places:
+            place[ATTEND] = attend
         yield
     finally:
-        for module in modules:
-            setattr(module, ATTEND, None)
+        for place in places:
+            place[ATTEND] = None
 
 
 def register() -> None:
