@@ -1,0 +1,67 @@
+"""Rows of the embedding table: from host memory, to wherever they are needed."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from interpreter import run_interpreted
+
+from headrace.runtime.embedding import EmbeddingTable
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+TOKENS = torch.tensor([5, 0, 96, 5])
+
+
+def table(dtype: torch.dtype, width: int = 1500) -> torch.Tensor:
+    return torch.randn(97, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def check(values: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    with EmbeddingTable(values, device, dtype) as rows:
+        wanted = values[TOKENS].to(dtype)
+        got = rows.rows(TOKENS)
+        assert got.dtype == dtype and got.device.type == device.type
+        assert torch.equal(got.cpu(), wanted)
+        onto = torch.zeros_like(got)
+        assert rows.rows(TOKENS, onto) is onto
+        assert torch.equal(onto.cpu(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cpu(dtype: torch.dtype) -> None:
+    check(table(torch.bfloat16), dtype, torch.device("cpu"))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that run")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_in_the_interpreter() -> None:
+    run_interpreted(__file__, "interpreted")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted(dtype: torch.dtype) -> None:
+    from headrace.runtime.embedding_triton import gather
+
+    values, out = table(torch.float16), torch.empty(4, 1500, dtype=dtype)
+    gather(values, TOKENS, out)
+    assert torch.equal(out, values[TOKENS].to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda(dtype: torch.dtype) -> None:
+    values = table(torch.bfloat16)
+    for _ in range(2):  # what was pinned can be pinned again when it was closed
+        check(values, dtype, torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+def test_a_row_that_changes_is_read_again() -> None:
+    values = table(torch.float32)
+    with EmbeddingTable(values, torch.device("cuda", 0), torch.float32) as rows:
+        first = rows.rows(TOKENS).cpu()
+        values += 1.0
+        assert torch.equal(rows.rows(TOKENS).cpu(), first + 1.0)
