@@ -38,7 +38,7 @@ class EmbeddingTable:
             found = self._table.index_select(0, tokens)
             return found.to(self._dtype) if onto is None else onto.copy_(found)
         # Imported where it is needed: installations without a GPU have no Triton.
-        from headrace.runtime.embedding_triton import gather
+        from headrace.runtime.zero_copy import gather
 
         self._pinning.result()
         if onto is None:

@@ -1,16 +1,10 @@
 """Rows of the embedding table: from host memory, to wherever they are needed."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
-from interpreter import run_interpreted
 
 from headrace.runtime.embedding import EmbeddingTable
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 TOKENS = torch.tensor([5, 0, 96, 5])
 
 
@@ -32,22 +26,6 @@ def check(values: torch.Tensor, dtype: torch.dtype, device: torch.device) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_cpu(dtype: torch.dtype) -> None:
     check(table(torch.bfloat16), dtype, torch.device("cpu"))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "interpreted")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_interpreted(dtype: torch.dtype) -> None:
-    from headrace.runtime.embedding_triton import gather
-
-    values, out = table(torch.float16), torch.empty(4, 1500, dtype=dtype)
-    gather(values, TOKENS, out)
-    assert torch.equal(out, values[TOKENS].to(dtype))
 
 
 @pytest.mark.gpu
