@@ -24,7 +24,7 @@ class Batch:
     sample_rows [R] int64: the packed row of each sampling slice's last token.
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
     with this slice's.  page_table [S, P] int32, padded with 0.
-    `tokens` [T] int64 stay on the host; `lengths` and `contexts` are the tokens of each slice and context.
+    `tokens` [T] int64 stay on the host, pinned for a CUDA device; `lengths` and `contexts` are the tokens of each slice and context.
     `max_context` is at least the longest context. `packed` is the memory of all tensors.
     """
 
@@ -99,7 +99,7 @@ class Batch:
             pinned,
         )
         return cls(
-            tokens=torch.from_numpy(np.array([t for piece in slices for t in piece.tokens])),
+            tokens=_pack((np.array([t for piece in slices for t in piece.tokens]),), pinned)[1][0],
             positions=views[0],
             token_slots=views[1],
             sample_rows=views[5][: len(sampled)],

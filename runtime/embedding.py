@@ -32,7 +32,8 @@ class EmbeddingTable:
     def rows(self, tokens: Tensor, onto: Tensor | None = None) -> Tensor:
         """The rows of `tokens` [T] (int64, on the host): [T, hidden], written `onto` if it is given.
 
-        On CUDA queued on the current stream. Raises DoesNotFitError when the table cannot be pinned.
+        On CUDA queued on the current stream, which reads `tokens`, too: they are pinned, and are to be
+        kept until it has. Raises DoesNotFitError when the table cannot be pinned.
         """
         if self._pinning is None:
             found = self._table.index_select(0, tokens)
@@ -44,8 +45,8 @@ class EmbeddingTable:
         if onto is None:
             shape = len(tokens), self._table.shape[1]
             onto = torch.empty(shape, dtype=self._dtype, device=self._device)
-        # A copy from pageable memory would wait for all compute queued before it.
-        gather(self._table, tokens.pin_memory().to(self._device, non_blocking=True), onto)
+        assert tokens.is_pinned()
+        gather(self._table, tokens, onto)
         return onto
 
     def close(self) -> None:

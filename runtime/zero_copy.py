@@ -33,7 +33,7 @@ def _store_kernel(x, out, count, BLOCK: tl.constexpr):
 
 
 def gather(table: Tensor, tokens: Tensor, out: Tensor) -> None:
-    """out [T, hidden] from table [vocabulary, hidden], pinned, by tokens [T] on the device."""
+    """out [T, hidden] from table [vocabulary, hidden] by tokens [T], both of them pinned."""
     rows, width = out.shape
     assert table.is_contiguous() and out.is_contiguous()
     _gather_kernel[(rows, triton.cdiv(width, _BLOCK))](
