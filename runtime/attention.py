@@ -4,12 +4,10 @@ A query at position p sees the keys at positions (p - window, p] of its own sequ
 causal and sliding-window masks.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.runtime.attention_quantized import attend_quantized
 from headrace.runtime.batch import (
     SCORES,
     Batch,
@@ -19,29 +17,17 @@ from headrace.runtime.batch import (
     head_rows,
     visible_keys,
 )
-from headrace.runtime.kv_store import LayerKV
+from headrace.runtime.kv_store import LayerKV, QuantizedKV
+from headrace.runtime.softmax import Rule, softmax_attention
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import PAGE_TOKENS
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How scores become weights: softmax over tanh(s * scaling / softcap) * softcap, and sinks.
-
-    `sinks` [query_heads] are extra logits that take weight and give no value (gpt-oss).
-    """
-
-    scaling: float
-    sliding_window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 def paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv: LayerKV,
+    kv: LayerKV | QuantizedKV,
     batch: Batch,
     *,
     scaling: float,
@@ -50,7 +36,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     tracer: Tracer = NULL_TRACER,
 ) -> Tensor:
-    """Write k and v into their pages, then attend over the pages.
+    """Write k and v into their pages and attend over the pages. What a query sees is kv_store's rule.
 
     q [T, query_heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim], any strides; returns
     [T, query_heads, v_dim] in q's dtype. Query head h reads key head h // (query_heads / kv_heads).
@@ -62,8 +48,9 @@ def paged_attention(
             # Imported where it is needed: installations without a GPU have no Triton.
             from headrace.runtime import attention_triton
 
-            attention_triton.write(k, v, kv, batch)
-            return attention_triton.attend(q, kv, batch, rule)
+            return attention_triton.attend_batch(q, k, v, kv, batch, rule)
+        if isinstance(kv, QuantizedKV):
+            return attend_quantized(q, k, v, kv, batch, rule)
         _write(k, v, kv, batch)
         return _attend(q, kv, batch, rule)
 
@@ -102,7 +89,7 @@ def _attend_decodes(q: Tensor, kv: LayerKV, group: Decodes, rule: Rule) -> Tenso
         else:
             last[:, :, group.kept :].zero_()
     mask = group.mask(q.shape[1] // k.shape[1])
-    return _softmax_attention(q[:, None], k, v, mask, rule)[:, 0]
+    return softmax_attention(q[:, None], k, v, mask, rule)[:, 0]
 
 
 def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rule) -> Tensor:
@@ -124,7 +111,7 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
         seen = slice(low - base, high - base)
         visible = visible_keys(positions[None], torch.arange(low, high)[None], rule.sliding_window)
         mask = group_mask(visible, q.shape[1] // k.shape[1])
-        part = _softmax_attention(block[None], k[:, :, seen], v[:, :, seen], mask, rule)
+        part = softmax_attention(block[None], k[:, :, seen], v[:, :, seen], mask, rule)
         out[i : i + step] = part[0]
     return out
 
@@ -133,36 +120,3 @@ def _gather(pages: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """[P, heads, 64, D] pages and their [G, heads, n] rows to [G, heads, n * 64, D], in one copy."""
     picked = pages.flatten(0, 1).index_select(0, rows.flatten())
     return picked.view(*rows.shape[:2], -1, pages.shape[-1]).to(dtype)
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """q [G, n, heads, Dk], k [G, kv_heads, L, Dk], v [G, kv_heads, L, Dv] to [G, n, heads, Dv].
-
-    `mask` is a group_mask. The queries of a group of heads become rows of one matrix, so that each key is read once.
-    """
-    count, rows, heads, _ = q.shape
-    group = heads // k.shape[1]
-    packed = q.reshape(count, rows, k.shape[1], group, -1)
-    packed = packed.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [G, kv_heads, group * n, Dk]
-    if rule.softcap is None and rule.sinks is None:
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=rule.scaling)
-    else:
-        out = _explicit_attention(packed, k, v, mask, rule)
-    out = out.view(count, -1, group, rows, v.shape[-1])
-    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """Scores in float32, for what scaled_dot_product_attention has no argument for."""
-    scores = (q.float() @ k.float().mT) * rule.scaling
-    if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if rule.sinks is not None:
-        kv_heads = k.shape[1]
-        sinks = rule.sinks.float().view(kv_heads, -1)
-        sinks = sinks.repeat_interleave(q.shape[2] // sinks.shape[1], dim=1)  # [kv_heads, rows]
-        column = sinks[None, :, :, None].expand(len(q), -1, -1, -1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
-    return (weights @ v.float()).to(q.dtype)

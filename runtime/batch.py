@@ -22,7 +22,7 @@ class Batch:
     positions [T] int64.  token_slots [T] int64: page * 64 + offset, where the token's key goes.
     sample_rows [R] int64: the packed row of each sampling slice's last token.
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
-    with this slice's.  page_table [S, P] int32, padded with 0.
+    with this slice's.  page_table [S, P] int32, padded with 0.  tails [S] int32: each sequence's slot.
     `tokens` [T] int64 are on the host; `lengths` and `contexts` are the tokens of each slice and context.
     `max_context` is at least the longest context. `packed` is the memory of all tensors.
     """
@@ -34,6 +34,7 @@ class Batch:
     query_start: Tensor
     context: Tensor
     page_table: Tensor
+    tails: Tensor
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
     max_context: int
@@ -96,6 +97,7 @@ class Batch:
                 ends.astype(np.int32),
                 table,
                 sample_rows,
+                np.array([piece.tail for piece in slices], dtype=np.int32),
             ),
             device,
             None if onto is None else onto.packed,
@@ -108,6 +110,7 @@ class Batch:
             query_start=views[2],
             context=views[3],
             page_table=views[4],
+            tails=views[6],
             lengths=tuple(lengths.tolist()),
             contexts=tuple(ends.tolist()),
             max_context=int(ends.max()) if pages is None else pages * PAGE_TOKENS,
@@ -154,13 +157,16 @@ def _to_device(
 class Decodes:
     """One query of each of G sequences that see equally many pages, n.
 
-    rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  stale
+    rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  tails [G]: their
+    sequences' slots.  offsets [G]: their places in the last page.  stale
     [G, 1, 64, 1]: keys of the last page past the context's end; `kept` of its keys are not, where
     that is the same for all.  visible [G, 1, n * 64].
     """
 
     rows: Tensor
     table: Tensor
+    tails: Tensor
+    offsets: Tensor
     stale: Tensor
     kept: int | None
     visible: Tensor
@@ -202,6 +208,8 @@ def _decode_group(batch: Batch, members: Tensor, pages: int, window: int | None)
     return Decodes(
         rows=batch.query_start[members].long(),
         table=table,
+        tails=batch.tails[members].long(),
+        offsets=position % PAGE_TOKENS,
         kept=int(kept[0]) if bool((kept == kept[0]).all()) else None,
         stale=(keys > position[:, None])[:, None, -PAGE_TOKENS:, None],
         visible=visible_keys(position[:, None], keys, window),

@@ -16,6 +16,7 @@ from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StageError
+from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -93,10 +94,13 @@ def manual_plan(
     host_experts: int = 0,
     passes_in_flight: int = 1,
     ahead: int = 0,
+    kv_format: str = "fp32",
+    num_tails: int = 16,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
-    With `expert_slots` on each stage, streamed layers are split where they can be.
+    With `expert_slots` on each stage, streamed layers are split where they can be. `num_tails` counts
+    where `kv_format` is quantized.
     """
     num_layers = len(store.layers)
     tiers = (tier,) * num_layers if isinstance(tier, Tier) else tuple(tier)
@@ -139,6 +143,8 @@ def manual_plan(
         expert_slot_bytes=max(expert_bytes),
         expert_slots=(expert_slots,) * stages,
         host_experts=(host_experts,) * stages,
+        kv_format=kv_format,
+        num_tails=num_tails if FORMATS[kv_format].is_quantized else 0,
     )
 
 
