@@ -47,4 +47,4 @@ def _known(piece: Slice, drawn: dict[int, int]) -> Slice:
     if sampling is not None and sampling.history:
         sampling = replace(sampling, history=(*sampling.history, token))
     # Two times as fast as replace(), and a device waits for it.
-    return Slice(piece.request, piece.start, (token,), piece.pages, sampling)
+    return Slice(piece.request, piece.start, (token,), piece.pages, sampling, piece.tail)

@@ -53,9 +53,9 @@ class ModelShape:
     max_context: int
     compute_bytes: int
     needs_scratch: bool
+    kv_format: str
     experts: tuple[Experts | None, ...] = ()
     layer_tail_bytes: tuple[int, ...] = ()
-    kv_format: str = ""
 
     @property
     def num_layers(self) -> int:

@@ -183,6 +183,7 @@ class Plan:
     slot_bytes: int
     ring_slots: tuple[int, ...]
     num_pages: int
+    kv_format: str
     max_context: int
     token_budget: int
     max_sequences: int
@@ -201,5 +202,4 @@ class Plan:
     expert_slots: tuple[int, ...] = ()
     host_experts: tuple[int, ...] = ()
     graph_lanes: int = 0
-    kv_format: str = ""
     num_tails: int = 0

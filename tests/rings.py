@@ -2,7 +2,7 @@
 
 import queue
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,23 @@ class LocalEdge:
 
     def close(self) -> None:
         self._queue.put(None)
+
+
+class CallAgain:
+    """What a CUDA graph does, without CUDA: the same work on the same memory."""
+
+    def __init__(self) -> None:
+        self.replays: list[int] = []
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.replays.append(0)
+        place = len(self.replays) - 1
+
+        def again() -> None:
+            self.replays[place] += 1
+            work()
+
+        return again
 
 
 NO_PREDICTION = Prediction(

@@ -15,6 +15,7 @@ from headrace.scheduler.planner import make_plan
 CPU = DeviceProfile("cpu", 1.5, 8.0, 0.05, 20.0, 3e-4, 4.8)
 SHAPE = ModelShape(
     layer_bytes=(200704,) * 8,
+    kv_format="bf16",
     layer_kv_bytes=(16384,) * 8,
     layer_parameters=(49152,) * 8,
     layer_active_parameters=(49152,) * 8,

@@ -35,7 +35,9 @@ def check(
         for x, ours, theirs in zip(whole, (kv.k, kv.v), (wanted.k, wanted.v), strict=True):
             keep_past(theirs, x, piece)
             close = 0.0 if device == "cpu" else 0.2  # divisions are rounded otherwise there
-            torch.testing.assert_close(stored(ours, piece), stored(theirs, piece), atol=close, rtol=0)
+            torch.testing.assert_close(
+                stored(ours, piece), stored(theirs, piece), atol=close, rtol=0
+            )
             left = piece.end % PAGE_TOKENS
             assert torch.equal(ours.tails[piece.tail, :, :left], theirs.tails[piece.tail, :, :left])
 
