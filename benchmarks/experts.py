@@ -21,6 +21,7 @@ from headrace.runtime.expert_extents import SplitBlock, split_block
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
+from headrace.scheduler.kv_format import PLAIN
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -29,7 +30,6 @@ from headrace.scheduler.placement import (
     Tier,
     contiguous_visits,
 )
-from headrace.scheduler.kv_format import PLAIN
 from headrace.scheduler.plan import MicroBatch, Pass, Sampling, Slice, StageTimes
 
 SMALL = (

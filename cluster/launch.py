@@ -28,7 +28,7 @@ from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, ModelShape, Workload
-from headrace.scheduler.kv_format import resolve_kv_format
+from headrace.scheduler.kv_format import check_kv_format, resolve_kv_format
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.planner import make_plan
 
@@ -238,9 +238,7 @@ def loopback() -> str:
 
 def _resolve(options: EngineOptions, store: Store) -> tuple[str, str]:
     device = resolve_device(options.device, options.address)
-    dtype = resolve_dtype(options.dtype, device, store)
-    resolve_kv_format(options.kv_format, dtype)  # an error of the user's, before anything starts
-    return device, dtype
+    return device, resolve_dtype(options.dtype, device, store)
 
 
 @contextmanager
@@ -258,7 +256,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
     """An engine ready for requests. Everything it started is gone when the block ends."""
     with ExitStack() as stack:
         store = Store.open(options.store)
-        _check_files(options)
+        _check(options)
         times = StartTimes()
         beside = stack.enter_context(_beside())
         resolving = beside.submit(_resolve, options, store)
@@ -282,9 +280,10 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         yield stack.enter_context(_engine(actors, plan, options, store, tokenizer))
 
 
-def _check_files(options: EngineOptions) -> None:
-    """HeadraceError for what a run would miss or could not write; takes no time."""
+def _check(options: EngineOptions) -> None:
+    """HeadraceError for what a run would miss, could not write or does not know; takes no time."""
     check_tokenizer(options.store)
+    check_kv_format(options.kv_format)
     if options.trace is not None:
         from headrace.cluster.trace_file import check_writable
 

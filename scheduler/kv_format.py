@@ -68,9 +68,14 @@ FORMATS = {
 }
 
 
-def resolve_kv_format(choice: str, dtype: str) -> KVFormat:
-    """The format of `choice` where `dtype` is computed in. HeadraceError if it is none of KV_FORMATS."""
+def check_kv_format(choice: str) -> None:
+    """HeadraceError if it is none of KV_FORMATS."""
     if choice not in KV_FORMATS:
         names = f"{', '.join(KV_FORMATS[:-1])} or {KV_FORMATS[-1]}"
         raise HeadraceError(f"--kv-format must be {names}, not {choice!r}")
+
+
+def resolve_kv_format(choice: str, dtype: str) -> KVFormat:
+    """The format of `choice` where `dtype` is computed in. HeadraceError if it is none of KV_FORMATS."""
+    check_kv_format(choice)
     return FORMATS[PLAIN[dtype] if choice == "auto" else choice]
