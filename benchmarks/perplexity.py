@@ -7,14 +7,17 @@ those before it in the window. Everything is computed in float32 on the CPU. The
 is transformers' own number for the checkpoint.
 
 With --kv-format the weights stay as they are and each row is a format of KV pages. `agree` is the share
-of tokens whose most likely one is the first row's.
+of tokens whose most likely one is the first row's. A second table says why keys are rotated and values
+are not.
 """
 
 import argparse
+import itertools
 import logging
 import math
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,9 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_codes import Rotation, dequantize, quantize
+from headrace.runtime.kv_store import KVStore, LayerKV
 from headrace.runtime.model import StageModel
 from headrace.runtime.store import Store
+from headrace.scheduler.kv_format import FORMATS as KV
 from headrace.scheduler.kv_format import KV_FORMATS, resolve_kv_format
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
@@ -83,6 +88,14 @@ class Ours:
         for rows in x.split(LOGIT_ROWS):
             yield self._model.logits(rows)
 
+    def keys_and_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of the last window, layer by layer. Pages have to be of the compute type."""
+        for layer in self._layers:
+            kv = self._kv.layer(layer)
+            assert isinstance(kv, LayerKV)
+            yield "keys", kv.k
+            yield "values", kv.v
+
 
 class Reference:
     """transformers' model."""
@@ -132,6 +145,31 @@ def measure_kv(model: Path, kv_formats: list[str], texts: dict[str, list[int]]) 
     return table
 
 
+def measure_errors(model: Path, texts: dict[str, list[int]]) -> Table:
+    """What quantizing does to the keys and values of the texts' first windows, rotated before or not."""
+    squares: dict[tuple[str, str, bool], float] = defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(model, Path(folder) / "store", format="keep")
+        ours = Ours(Path(folder) / "store")
+        for text in texts.values():
+            perplexity(ours, text[:WINDOW])
+            for name, x in ours.keys_and_values():
+                squares[name, "", False] += x.square().sum().item()
+                for fmt, turned in itertools.product(("int8", "int4"), (False, True)):
+                    y = Rotation.of(x.shape[-1], x.dtype, CPU).keys(x) if turned else x
+                    error = dequantize(*quantize(y, KV[fmt]), KV[fmt]) - y
+                    scale = y.square().sum() / x.square().sum()
+                    squares[name, fmt, turned] += (error.square().sum() / scale).item()
+    table = Table("relative error of", "int8", "int8, rotated", "int4", "int4, rotated")
+    for name in ("keys", "values"):
+        found = (
+            math.sqrt(squares[name, fmt, turned] / squares[name, "", False])
+            for fmt, turned in itertools.product(("int8", "int4"), (False, True))
+        )
+        table.add_row(name, *(f"{error:.2%}" for error in found))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=EXAMPLES / "stories-9m")
@@ -146,6 +184,7 @@ def main() -> None:
     }
     if arguments.kv_format:
         Console().print(measure_kv(arguments.model, arguments.kv_format, texts))
+        Console().print(measure_errors(arguments.model, texts))
         return
     table = Table("weights", *(f"{name}, {len(text)} tokens" for name, text in texts.items()))
     table.add_column("bytes of the layers", justify="right")
