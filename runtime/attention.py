@@ -7,7 +7,7 @@ causal and sliding-window masks.
 import torch
 from torch import Tensor
 
-from headrace.runtime.attention_quantized import attend_quantized
+from headrace.runtime.attention_quantized import attend_newest
 from headrace.runtime.batch import (
     SCORES,
     Batch,
@@ -44,15 +44,30 @@ def paged_attention(
     """
     rule = Rule(scaling, sliding_window, softcap, sinks)
     with tracer.span(Kind.ATTENTION):
-        if q.is_cuda:
-            # Imported where it is needed: installations without a GPU have no Triton.
-            from headrace.runtime import attention_triton
-
-            return attention_triton.attend_batch(q, k, v, kv, batch, rule)
         if isinstance(kv, QuantizedKV):
-            return attend_quantized(q, k, v, kv, batch, rule)
+            return _attend_quantized(q, k, v, kv, batch, rule)
+        if q.is_cuda:
+            # Imported where they are needed: installations without a GPU have no Triton.
+            from headrace.runtime import attention_triton, kv_write_triton
+
+            kv_write_triton.write(k, v, kv, batch)
+            return attention_triton.attend(q, kv, batch, rule)
         _write(k, v, kv, batch)
         return _attend(q, kv, batch, rule)
+
+
+def _attend_quantized(
+    q: Tensor, k: Tensor, v: Tensor, kv: QuantizedKV, batch: Batch, rule: Rule
+) -> Tensor:
+    """In the compute type, to which keys and values are rounded where they are not of it."""
+    queries, k, v = (x.to(kv.dtype) for x in (q, k, v))
+    if kv.k.rotation is not None:
+        queries, k = kv.k.rotation.queries(queries), kv.k.rotation.keys(k)
+    if q.is_cuda:
+        from headrace.runtime import attention_triton
+
+        return attention_triton.attend_newest(queries, k, v, kv, batch, rule).to(q.dtype)
+    return attend_newest(queries, k, v, kv, batch, rule).to(q.dtype)
 
 
 def _write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:

@@ -26,15 +26,13 @@ from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import PAGE_TOKENS
 
 
-def attend_quantized(
+def attend_newest(
     q: Tensor, k: Tensor, v: Tensor, kv: QuantizedKV, batch: Batch, rule: Rule
 ) -> Tensor:
     """Attend, quantize the pages that k and v fill, and keep the rest of them in tails.
 
-    Shapes are paged_attention's.
+    Shapes are paged_attention's, types the compute type; q and k are rotated.
     """
-    if kv.k.rotation is not None:
-        q, k = kv.k.rotation.queries(q), kv.k.rotation.keys(k)
     out = q.new_empty(*q.shape[:2], kv.v_dim)
     start = 0
     for sequence, length in enumerate(batch.lengths):

@@ -26,22 +26,20 @@ from headrace.runtime.attention_tiles import (
 )
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import LayerKV, QuantizedKV
-from headrace.runtime.kv_write_triton import fill, keep, rows, write
+from headrace.runtime.kv_write_triton import fill, keep, rows
 from headrace.runtime.softmax import Rule
 from headrace.scheduler.plan import PAGE_TOKENS
 
 _LOG2_E = 1.4426950408889634
 
 
-def attend_batch(
-    q: Tensor, k: Tensor, v: Tensor, kv: LayerKV | QuantizedKV, batch: Batch, rule: Rule
+def attend_newest(
+    q: Tensor, k: Tensor, v: Tensor, kv: QuantizedKV, batch: Batch, rule: Rule
 ) -> Tensor:
-    """Write k and v into their pages and attend over the pages. Shapes are paged_attention's."""
-    if isinstance(kv, LayerKV):
-        write(k, v, kv, batch)
-        return attend(q, kv, batch, rule)
-    if kv.k.rotation is not None:
-        q, k = kv.k.rotation.queries(q), kv.k.rotation.keys(k)
+    """Attend, quantize the pages that k and v fill, and keep the rest of them in tails.
+
+    Shapes are paged_attention's, types the compute type; q and k are rotated.
+    """
     k, v = rows(k), rows(v)
     fill(k, v, kv, batch)
     out = attend(q, kv, batch, rule, newest=(k, v))

@@ -67,6 +67,11 @@ class QuantizedKV:
     v: Coded
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return self.k.tails.dtype
+
+    @property
     def kv_heads(self) -> int:
         return self.k.tails.shape[1]
 

@@ -35,7 +35,7 @@ class Scheduler:
     the pages of all tokens that a request has, so that only decodes need more, and only younger
     requests give theirs up: at once, or when they come back if they are in flight, for which they are
     not scheduled again. With nothing in flight, the oldest running request can therefore always go
-    on, and if none runs all pages are free for the oldest one that waits.
+    on, and if none runs all pages and tails are free for the oldest one that waits.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:

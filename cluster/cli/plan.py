@@ -99,6 +99,8 @@ def _summary(plan: Plan) -> Table:
         "KV",
         f"{plan.num_pages} pages of 64 tokens in {plan.kv_format}; context up to {plan.max_context}",
     )
+    if plan.num_tails:
+        table.add_row("", f"{plan.num_tails} sequences at once have room for their newest page")
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
     if nvme + host:
         slots = f"{max(plan.ring_slots)} slots of {format_size(plan.slot_bytes)}"

@@ -108,6 +108,22 @@ def test_batches_equal_the_reference(fmt: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("wide", [False, True])
+def test_bfloat16_is_close(wide: bool, fmt: str) -> None:
+    """Also where a model hands on queries and keys that are wider than the compute type."""
+    real = make_quantized(CASES["everything"], FORMATS[fmt], torch.bfloat16, CPU)
+    rule = real.rule
+    q, k = (x.float() if wide else x for x in (real.q, real.k))
+    out = paged_attention(
+        q, k, real.v, real.kv, real.batch,
+        scaling=rule.scaling, sliding_window=rule.sliding_window, softcap=rule.softcap,
+        sinks=rule.sinks,
+    )  # fmt: skip
+    assert out.dtype == q.dtype
+    torch.testing.assert_close(out.double(), expected(real), atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED)
 def test_a_full_page_is_never_written_again(fmt: str) -> None:
     """A page of the sequence is as it was when it was filled, whatever came after."""
     q, k, v = inputs(2)
