@@ -25,7 +25,7 @@ RINGS: list[dict[str, Any]] = [
     {"stages": 1, "token_budget": 16, "ahead": 1},
     {"stages": 2, "cyclic": True, "token_budget": 100, "passes_in_flight": 2, "ahead": 1},
     {"stages": 3, "token_budget": 40, "num_tails": 2},
-    {"stages": 1, "tier": Tier.DEVICE, "token_budget": 70, "num_pages": 6},
+    {"stages": 1, "tier": Tier.DEVICE, "token_budget": 70, "num_pages": 5},
     {"stages": 1, "tier": Tier.DEVICE, "graph_rows": 8, "ahead": 1},
 ]
 
