@@ -57,7 +57,7 @@ class Decoder:
         )
         a_pass = Pass(self.step, (MicroBatch(tuple(slices)),))
         started = time.perf_counter()
-        self.stage.run(a_pass)
+        self.stage.run(self.stage.prepare(a_pass))
         self.seconds.append(time.perf_counter() - started)
         self.position += tokens
         self.step += 1

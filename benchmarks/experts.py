@@ -114,7 +114,10 @@ def measure(store: Store, plan: Plan, arguments: argparse.Namespace) -> list[Sta
     with Stage(config) as stage:
         stage.wait_host_tier()
         steps = range(min(WARM_UP + arguments.passes, plan.max_context))
-        times = [stage.run(decode(step, plan.max_sequences, vocab)).times for step in steps]
+        times = [
+            stage.run(stage.prepare(decode(step, plan.max_sequences, vocab))).times
+            for step in steps
+        ]
     return times[WARM_UP:]
 
 

@@ -49,6 +49,9 @@ CUDA = torch.device("cuda")
 GROUPS = (((4096, 1024, 1024), 4096), ((14336, 14336), 4096))
 """q, k and v, and gate and up, of a Llama of 8B."""
 
+SEARCHED = (*SHAPES, (6144, 4096), (28672, 4096), (4096, 14336))
+"""And what such a Llama multiplies in one launch."""
+
 WAVES = (1, 2, 4, 8)
 
 
@@ -185,7 +188,7 @@ def compile_one(job: tuple[Problem, Config]) -> None:
 
 def search(kind: str, group: int, rows: int) -> Iterator[dict[str, Any]]:
     timer = Timer(CUDA)
-    for shape in SHAPES:
+    for shape in SEARCHED:
         x, codes = sample(CUDA, Problem(kind, group, *shape, rows, "bfloat16"))
         configs = [c for tile in space(rows) for c in split(tile, shape) if fits(c, shape[1])]
         runs = sorted(best(x, codes, reference(x, codes), configs, timer), key=lambda run: run[0])
@@ -196,18 +199,39 @@ def search(kind: str, group: int, rows: int) -> Iterator[dict[str, Any]]:
                    "error": wrong, "config": asdict(config)}  # fmt: skip
 
 
-def run_search(file: Path, kinds: Sequence[str], group: int, rows: Sequence[int]) -> None:
-    jobs = [
-        # What is compiled depends on no size but the rows'.
-        (Problem(kind, group, 1024, 4096, m, "bfloat16"), tile)
-        for kind in kinds
-        for m in rows
-        for tile in space(m)
-    ]
+def compile_all(jobs: Sequence[tuple[Problem, Config]]) -> None:
     print(f"compiling {2 * len(jobs)} kernels", flush=True)
     workers = min(16, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(compile_one, jobs, chunksize=1)
+
+
+def compile_jobs(
+    kind: str, group: int, rows: int, configs: Iterable[Config]
+) -> list[tuple[Problem, Config]]:
+    """What is to be compiled, which depends on no size but the rows'."""
+    problem = Problem(kind, group, 1024, 4096, rows, "bfloat16")
+    return [(problem, tile) for tile in {replace(config, splits=1) for config in configs}]
+
+
+def run_comparison(kinds: Sequence[str], group: int, rows: Sequence[int]) -> list[dict[str, Any]]:
+    jobs = [
+        job
+        for kind, m in {(kind, bucket(m)) for kind in kinds for m in rows}
+        for job in compile_jobs(
+            kind, group, m, (c for shape in SHAPES for c in candidates(*shape, m, *limits()))
+        )
+    ]
+    compile_all(jobs)
+    return [
+        compare(kind, group, shape, m) for kind, shape, m in itertools.product(kinds, SHAPES, rows)
+    ]
+
+
+def run_search(file: Path, kinds: Sequence[str], group: int, rows: Sequence[int]) -> None:
+    compile_all(
+        [job for kind in kinds for m in rows for job in compile_jobs(kind, group, m, space(m))]
+    )
     found: list[dict[str, Any]] = []
     for kind, m in itertools.product(kinds, rows):
         found += search(kind, group, m)
@@ -253,8 +277,7 @@ def main() -> None:
         for kind, (widths, depth), m in itertools.product(kinds, GROUPS, rows):
             compare_group(kind, group, widths, depth, m)
     else:
-        sizes = itertools.product(kinds, SHAPES, rows)
-        found = [compare(kind, group, shape, m) for kind, shape, m in sizes]
+        found = run_comparison(kinds, group, rows)
         if args.json:
             args.json.write_text(json.dumps(found), encoding="utf-8")
 

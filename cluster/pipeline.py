@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
 
+from headrace.cluster.stage_actor import PASSES
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.trace import Trace
 from headrace.scheduler.errors import HeadraceError, StageError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult
 
-if TYPE_CHECKING:
-    from headrace.runtime.stage import Stage  # seconds to import, and drivers of actors have no use
+if TYPE_CHECKING:  # seconds to import, and drivers of actors have no use
+    from headrace.runtime.ready import Ready
+    from headrace.runtime.stage import Stage
 
 TRACE_SECONDS = 30.0
 """How long stages may take to finish the passes under way and hand over their traces."""
@@ -147,7 +149,9 @@ class RayPipeline:
         payload = encode(a_pass)
         # Names show in ps and on the dashboard. Ray keeps statistics by name, so there are few.
         refs = [
-            actor.run.options(name=f"stage {i}").remote(payload, self._draws.needed(a_pass, i))
+            actor.run.options(name=f"stage {i}", concurrency_group=PASSES).remote(
+                payload, self._draws.needed(a_pass, i)
+            )
             for i, actor in enumerate(self._actors)
         ]
         self._draws.note(a_pass, refs)
@@ -197,8 +201,8 @@ class _LocalPending:
         return [future.result() for future in self._futures]
 
 
-def _run(stage: "Stage", a_pass: Pass, before: Future[PassResult] | None) -> PassResult:
-    return stage.run(a_pass, None if before is None else before.result())
+def _run(stage: "Stage", ready: "Ready", before: Future[PassResult] | None) -> PassResult:
+    return stage.run(ready, None if before is None else before.result())
 
 
 class LocalPipeline:
@@ -215,7 +219,7 @@ class LocalPipeline:
     def submit(self, a_pass: Pass) -> Pending:
         with self._lock:  # all stages see passes in one order
             futures = [
-                thread.submit(_run, stage, a_pass, self._draws.needed(a_pass, i))
+                thread.submit(_run, stage, stage.prepare(a_pass), self._draws.needed(a_pass, i))
                 for i, (thread, stage) in enumerate(zip(self._threads, self._stages, strict=True))
             ]
             self._draws.note(a_pass, futures)

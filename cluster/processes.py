@@ -11,7 +11,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from headrace.cluster.stage_actor import StageActor
+from headrace.cluster.stage_actor import CONCURRENCY, StageActor
 from headrace.scheduler.errors import HeadraceError
 
 START_SECONDS = 180.0
@@ -89,7 +89,7 @@ def stage_actors(stages: int, device: str, model: str) -> Iterator[list[Any]]:
                 f"Ray could not reserve {stages} x {bundle} within {START_SECONDS:.0f} s: "
                 "another job holds them; wait for it or lower --stages"
             )
-        remote = ray.remote(StageActor)
+        remote = ray.remote(concurrency_groups=CONCURRENCY)(StageActor)
         for i in range(stages):
             name = f"stage {i} of {stages}, {model}"  # numbered as in every message
             actors.append(

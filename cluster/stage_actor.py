@@ -6,9 +6,11 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.cluster.discovery import discover
+from headrace.cluster.stage_thread import StageThread
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
@@ -32,6 +34,12 @@ def _return_large_blocks() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
+PASSES = "passes"
+"""The group of calls that are passes: one runs, and one is made ready. Others come in between."""
+
+CONCURRENCY = {PASSES: 2}
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """How a stage reaches its neighbours. `interface` is Gloo's network interface or ""."""
@@ -52,6 +60,7 @@ class StageActor:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _return_large_blocks()
         self._name = name
+        self._thread = StageThread()
         self._stage: Stage | None = None
 
     def __repr__(self) -> str:  # what the Ray dashboard shows
@@ -64,10 +73,10 @@ class StageActor:
         import headrace.runtime.stage  # noqa: F401
 
         if device.startswith("cuda"):
-            torch.cuda.mem_get_info(device)  # makes the context
+            self._thread.do(torch.cuda.mem_get_info, device)  # makes the context
 
     def discover(self, device: str, store: str) -> bytes:
-        return encode(discover(device, store))
+        return encode(self._thread.do(discover, device, store))
 
     def load(self, payload: bytes) -> str:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
@@ -76,7 +85,7 @@ class StageActor:
         config = decode(payload, StageConfig)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
-        self._stage = Stage(config)
+        self._stage = self._thread.do(Stage, config)
         return self._stage.storage_name
 
     def connect(self, payload: bytes) -> None:
@@ -98,10 +107,15 @@ class StageActor:
         stage.connect(*ends)
 
     def run(self, payload: bytes, before: bytes | None = None) -> bytes:
-        """One pass: a Pass in, and the PassResult that it needs; a PassResult out."""
+        """One pass: a Pass in, and the PassResult that it needs; a PassResult out.
+
+        A call made while a pass runs makes the next one ready, so that the device need not wait.
+        """
         assert self._stage is not None
+        stage, a_pass = self._stage, decode(payload, Pass)
         known = None if before is None else decode(before, PassResult)
-        return encode(self._stage.run(decode(payload, Pass), known))
+        work = partial(stage.run, stage.prepare(a_pass), known)
+        return encode(self._thread.run(a_pass.step, stage.config.deadline, work))
 
     def wait_host_tier(self) -> None:
         """Return when what belongs in host RAM is there."""
@@ -111,7 +125,7 @@ class StageActor:
     def take_trace(self) -> bytes:
         """The Trace of the newest passes, for a stage that was told to keep one."""
         assert self._stage is not None and self._stage.recorder is not None
-        return encode(self._stage.recorder.take())
+        return encode(self._thread.do(self._stage.recorder.take))
 
     def clock(self) -> int:
         """This node's wall clock, in nanoseconds."""

@@ -18,7 +18,7 @@ from headrace.runtime.batch import (
     visible_keys,
 )
 from headrace.runtime.kv_store import LayerKV, QuantizedKV
-from headrace.runtime.softmax import Rule, softmax_attention
+from headrace.runtime.softmax import Rule, attend_rows, softmax_attention
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import PAGE_TOKENS
 
@@ -94,17 +94,19 @@ def _attend(q: Tensor, kv: LayerKV, batch: Batch, rule: Rule) -> Tensor:
 
 def _attend_decodes(q: Tensor, kv: LayerKV, group: Decodes, rule: Rule) -> Tensor:
     """[G, heads, k_dim] to [G, heads, v_dim]."""
-    rows = group.head_rows(kv.k.shape[1])
+    count, heads, _ = q.shape
+    kv_heads = kv.k.shape[1]
+    rows = group.head_rows(kv_heads)
     k, v = _gather(kv.k, rows, q.dtype), _gather(kv.v, rows, q.dtype)
     # What an earlier owner left behind a context's end may be anything, and 0 * nan is nan.
     for values in (k, v):
-        last = values[:, :, -PAGE_TOKENS:]
         if group.kept is None:
-            last.masked_fill_(group.stale, 0)
+            values[:, :, -PAGE_TOKENS:].masked_fill_(group.stale, 0)
         else:
-            last[:, :, group.kept :].zero_()
-    mask = group.mask(q.shape[1] // k.shape[1])
-    return softmax_attention(q[:, None], k, v, mask, rule)[:, 0]
+            values[:, :, group.kept :].zero_()
+    mask = group.mask(heads // kv_heads, q.dtype)
+    out = softmax_attention(q.reshape(count, kv_heads, heads // kv_heads, -1), k, v, mask, rule)
+    return out.reshape(count, heads, -1)
 
 
 def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rule) -> Tensor:
@@ -125,9 +127,8 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
         high = start + i + block.shape[0]
         seen = slice(low - base, high - base)
         visible = visible_keys(positions[None], torch.arange(low, high)[None], rule.sliding_window)
-        mask = group_mask(visible, q.shape[1] // k.shape[1])
-        part = softmax_attention(block[None], k[:, :, seen], v[:, :, seen], mask, rule)
-        out[i : i + step] = part[0]
+        mask = group_mask(visible, q.shape[1] // k.shape[1], q.dtype)
+        out[i : i + step] = attend_rows(block, k[:, :, seen], v[:, :, seen], mask, rule)
     return out
 
 

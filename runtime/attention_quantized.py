@@ -21,7 +21,7 @@ from headrace.runtime.batch import (
 )
 from headrace.runtime.kv_codes import dequantize, quantize
 from headrace.runtime.kv_store import Coded, QuantizedKV
-from headrace.runtime.softmax import Rule, softmax_attention
+from headrace.runtime.softmax import Rule, attend_rows, softmax_attention
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import PAGE_TOKENS
 
@@ -51,8 +51,9 @@ def _attend_decodes(
 ) -> Tensor:
     """[G, heads, k_dim] to [G, heads, v_dim]."""
     keys, values = _decoded(kv.k, k, group), _decoded(kv.v, v, group)
-    mask = group.mask(q.shape[1] // kv.kv_heads)
-    return softmax_attention(q[:, None], keys, values, mask, rule)[:, 0]
+    mask = group.mask(q.shape[1] // kv.kv_heads, q.dtype)
+    packed = q.reshape(len(q), kv.kv_heads, q.shape[1] // kv.kv_heads, -1)
+    return softmax_attention(packed, keys, values, mask, rule).reshape(*q.shape[:2], -1)
 
 
 def _decoded(side: Coded, x: Tensor, group: Decodes) -> Tensor:
@@ -84,9 +85,9 @@ def _attend_slice(
         low, high = first_page(a, window) * PAGE_TOKENS, pages_for(b) * PAGE_TOKENS
         keys, values = (_seen(exact, coded, low - base, high - base) for exact, coded in taken)
         visible = visible_keys(torch.arange(a, b)[None], torch.arange(low, high)[None], window)
-        mask = group_mask(visible, group)
+        mask = group_mask(visible, group, q.dtype)
         rows = slice(a - start, b - start)
-        out[rows] = softmax_attention(q[None, rows], keys, values, mask, rule)[0]
+        out[rows] = attend_rows(q[rows], keys, values, mask, rule)
     return out
 
 

@@ -1,9 +1,10 @@
 """A micro-batch as attention sees it: packed tokens, their pages, and who may look at what."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class Batch:
     sample_rows [R] int64: the packed row of each sampling slice's last token.
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
     with this slice's.  page_table [S, P] int32, padded with 0.  tails [S] int32: each sequence's slot.
-    `tokens` [T] int64 are on the host; `lengths` and `contexts` are the tokens of each slice and context.
+    `tokens` [T] int64 stay on the host, pinned for a CUDA device; `lengths` and `contexts` are the tokens of each slice and context.
     `max_context` is at least the longest context. `packed` is the memory of all tensors.
     """
 
@@ -66,17 +67,15 @@ class Batch:
 
     @classmethod
     def build(
-        cls,
-        micro_batch: MicroBatch,
-        device: torch.device,
-        pages: int | None = None,
-        onto: "Batch | None" = None,
+        cls, micro_batch: MicroBatch, device: torch.device, pages: int | None = None
     ) -> "Batch":
-        """One transfer to the device, queued on the current stream.
+        """`on_host`, and `to` the device."""
+        pinned = device.type == "cuda"
+        return cls.on_host(micro_batch, pinned=pinned, pages=pages).to(device)
 
-        With `pages`, every sequence is given room for so many. `onto` gives its memory, which is that
-        of a batch of as many tokens, sequences and pages.
-        """
+    @classmethod
+    def on_host(cls, micro_batch: MicroBatch, *, pinned: bool, pages: int | None = None) -> "Batch":
+        """All tensors in host memory. With `pages`, every sequence is given room for so many."""
         slices = micro_batch.slices
         lengths = np.array([len(piece.tokens) for piece in slices])
         ends = np.array([piece.start for piece in slices]) + lengths
@@ -89,7 +88,7 @@ class Batch:
         sampled = [i for i, piece in enumerate(slices) if piece.sampling is not None]
         sample_rows = np.zeros(len(slices), dtype=np.int64)
         sample_rows[: len(sampled)] = start[1:][sampled] - 1
-        packed, views = _to_device(
+        packed, views = _pack(
             (
                 positions,
                 page.astype(np.int64) * PAGE_TOKENS + positions % PAGE_TOKENS,
@@ -99,11 +98,10 @@ class Batch:
                 sample_rows,
                 np.array([piece.tail for piece in slices], dtype=np.int32),
             ),
-            device,
-            None if onto is None else onto.packed,
+            pinned,
         )
         return cls(
-            tokens=torch.from_numpy(np.array([t for piece in slices for t in piece.tokens])),
+            tokens=_pack((np.array([t for piece in slices for t in piece.tokens]),), pinned)[1][0],
             positions=views[0],
             token_slots=views[1],
             sample_rows=views[5][: len(sampled)],
@@ -117,13 +115,39 @@ class Batch:
             packed=packed,
         )
 
+    def to(self, device: torch.device, onto: "Batch | None" = None) -> "Batch":
+        """One transfer from the host, queued on the current stream.
+
+        `onto` gives its memory, which is that of a batch of as many tokens, sequences and pages.
+        """
+        there: dict[str, Any]
+        # The host allocator keeps a pinned block until the copies recorded on it are done.
+        if onto is None:
+            packed = self.packed.to(device, non_blocking=True)
+            there = {name: _moved(getattr(self, name), packed) for name in _PACKED}
+        else:
+            assert len(onto.packed) == len(self.packed), "batches of unlike shapes"
+            packed = onto.packed.copy_(self.packed, non_blocking=True)
+            there = {name: getattr(onto, name) for name in _PACKED}
+            there["sample_rows"] = onto.sample_rows.as_strided(self.sample_rows.shape, (1,))
+        return replace(self, packed=packed, _decodes={}, **there)
+
+
+_PACKED = (
+    "positions", "token_slots", "sample_rows", "query_start", "context", "page_table", "tails",
+)  # fmt: skip
+
 
 def _page_table(slices: Sequence[Slice], used: np.ndarray, width: int | None) -> np.ndarray:
-    table = np.zeros((len(used), width or used.max()), dtype=np.int32)
-    for row, piece, pages in zip(table, slices, used.tolist(), strict=True):
-        assert len(piece.pages) >= pages, piece
-        row[:pages] = piece.pages[:pages]
-    return table
+    have = np.array([len(piece.pages) for piece in slices])
+    assert (have >= used).all(), slices
+    ids = np.fromiter(chain.from_iterable(piece.pages for piece in slices), np.int32)
+    table = np.zeros((len(used), max(width or 0, have.max())), dtype=np.int32)
+    column = np.arange(table.shape[1])
+    table[column < have[:, None]] = ids
+    # A slice may bring pages that its tokens do not reach.
+    table[column >= used[:, None]] = 0
+    return table[:, : width or used.max()]
 
 
 def _span(nbytes: int) -> int:
@@ -131,26 +155,23 @@ def _span(nbytes: int) -> int:
     return -(-nbytes // 16) * 16
 
 
-def _to_device(
-    arrays: tuple[np.ndarray, ...], device: torch.device, buffer: Tensor | None
-) -> tuple[Tensor, list[Tensor]]:
-    """One buffer on `device` (uint8), and the arrays as views of it, one after the other."""
+def _pack(arrays: tuple[np.ndarray, ...], pinned: bool) -> tuple[Tensor, list[Tensor]]:
+    """One buffer on the host (uint8), and the arrays as views of it, one after the other."""
     starts = [0, *accumulate(_span(array.nbytes) for array in arrays)]
-    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    raw = host.numpy()
-    for array, start in zip(arrays, starts, strict=False):
-        raw[start : start + array.nbytes].view(array.dtype)[:] = array.reshape(-1)
-    # The host allocator keeps a pinned block until the copies recorded on it are done.
-    if buffer is None:
-        packed = host.to(device, non_blocking=True)
-    else:
-        assert len(buffer) == len(host), "batches of unlike shapes"
-        packed = buffer.copy_(host, non_blocking=True)
+    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pinned)
     types = {8: torch.int64, 4: torch.int32}
-    return packed, [
-        packed[start : start + array.nbytes].view(types[array.itemsize]).view(array.shape)
-        for array, start in zip(arrays, starts, strict=False)
-    ]
+    views = []
+    for array, start in zip(arrays, starts, strict=False):
+        part = packed[start : start + array.nbytes].view(types[array.itemsize])
+        views.append(part.view(array.shape))
+        views[-1].numpy()[...] = array
+    return packed, views
+
+
+def _moved(view: Tensor, copy: Tensor) -> Tensor:
+    """What `view` is of a batch's memory, of a `copy` of that."""
+    start = view.storage_offset() * view.itemsize
+    return copy[start : start + view.nbytes].view(view.dtype).view(view.shape)
 
 
 @dataclass(frozen=True)
@@ -159,8 +180,8 @@ class Decodes:
 
     rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  tails [G]: their
     sequences' slots.  offsets [G]: their places in the last page.  stale
-    [G, 1, 64, 1]: keys of the last page past the context's end; `kept` of its keys are not, where
-    that is the same for all.  visible [G, 1, n * 64].
+    [G, 1, 64, 1]: keys of the last page past the context's end; `kept` of all pages' keys are not,
+    where that is the same for all.  visible [G, 1, n * 64].
     """
 
     rows: Tensor
@@ -171,7 +192,7 @@ class Decodes:
     kept: int | None
     visible: Tensor
     _head_rows: dict[int, Tensor] = field(default_factory=dict)
-    _masks: dict[int, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def head_rows(self, heads: int) -> Tensor:
         """`head_rows` of the table, made once for all layers."""
@@ -179,11 +200,12 @@ class Decodes:
             self._head_rows[heads] = head_rows(self.table, heads)
         return self._head_rows[heads]
 
-    def mask(self, group: int) -> Tensor:
+    def mask(self, group: int, dtype: torch.dtype) -> Tensor:
         """`group_mask` of what is visible, made once for all layers."""
-        if group not in self._masks:
-            self._masks[group] = group_mask(self.visible, group)
-        return self._masks[group]
+        key = group, dtype
+        if key not in self._masks:
+            self._masks[key] = group_mask(self.visible, group, dtype)
+        return self._masks[key]
 
 
 def _group_decodes(batch: Batch, window: int | None, width: int) -> Iterator[Decodes]:
@@ -204,7 +226,7 @@ def _decode_group(batch: Batch, members: Tensor, pages: int, window: int | None)
     first = position // PAGE_TOKENS + 1 - pages
     table = batch.page_table[members[:, None], first[:, None] + torch.arange(pages)].long()
     keys = first[:, None] * PAGE_TOKENS + torch.arange(pages * PAGE_TOKENS)  # [G, n * 64]
-    kept = position % PAGE_TOKENS + 1
+    kept = position + 1 - first * PAGE_TOKENS
     return Decodes(
         rows=batch.query_start[members].long(),
         table=table,
@@ -233,6 +255,8 @@ def head_rows(table: Tensor, heads: int) -> Tensor:
     return table[:, None, :] * heads + torch.arange(heads)[:, None]
 
 
-def group_mask(visible: Tensor, group: int) -> Tensor:
-    """[G, n, L] to [G, 1, group * n, L], for `group` query heads that share a key head."""
-    return visible[:, None].repeat(1, 1, group, 1)
+def group_mask(visible: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """[G, n, L] to [G, 1, group * n, L], for `group` query heads that share a key head: what is added
+    to scores, 0 or -inf, which scaled_dot_product_attention would otherwise make at each call."""
+    added = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+    return added[:, None].repeat(1, 1, group, 1)

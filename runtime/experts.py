@@ -54,6 +54,16 @@ def _moved(spec: WeightSpec, by: int) -> WeightSpec:
     return replace(spec, parts=parts)
 
 
+def _to_host(x: Tensor) -> list[int]:
+    """The values of x [n], when the device has come so far."""
+    if not x.is_cuda:
+        return x.tolist()
+    # Imported where it is needed: installations without a GPU have no Triton.
+    from headrace.runtime.zero_copy import read_back
+
+    return read_back(x)
+
+
 class ExpertsInBlock:
     """All experts of a layer, whose bytes are in `block`; `view` reads them.
 
@@ -130,7 +140,7 @@ class BoundExperts:
         ids, order = torch.sort(index.reshape(-1), stable=True)
         # The only wait for the device. An index beyond the last expert means "none" in transformers.
         each = torch.arange(self._count + 1, dtype=ids.dtype, device=ids.device)
-        starts = torch.searchsorted(ids, each).tolist()
+        starts = _to_host(torch.searchsorted(ids, each))
         token, scale = order // top_k, weight.reshape(-1, 1).index_select(0, order)
         out = torch.zeros_like(x)
         reached = [e for e in range(self._count) if starts[e] < starts[e + 1]]

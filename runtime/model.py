@@ -13,6 +13,7 @@ from headrace.runtime import plugs, rope
 from headrace.runtime.attention import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder, ExpertStack
+from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
@@ -92,8 +93,9 @@ class StageModel:
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
-        # On CPUs, where launches cost nothing, every bit stays transformers' own.
-        norms = FusedNorms(dtype) if device.type == "cuda" else None
+        # In float32 on CPUs every bit stays transformers' own.
+        exact = device.type == "cpu" and dtype == torch.float32
+        norms = None if exact else FusedNorms(dtype)
         binder = Binder(self._skeleton, weights, self._scratch, norms)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
         self._groups = {
@@ -107,7 +109,7 @@ class StageModel:
         self._bound: dict[int, Tensor] = {}
         self._slot_views = SlotViews()
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
-        self._table: Tensor | None = None
+        self._table: EmbeddingTable | None = None
         self._with_head = with_head
         read = read or partial(_read, store)
         if with_embedding or len(store.embed.weights) > 1 or (with_head and self._skeleton.tied):
@@ -131,7 +133,8 @@ class StageModel:
             # A view of the bytes read, unless the table is quantized.
             weight = Weight.view(spec, data)
             raw = isinstance(weight, RawWeight)
-            self._table = weight.dense(weight.dtype if raw else self.dtype)
+            table = weight.dense(weight.dtype if raw else self.dtype)
+            self._table = EmbeddingTable(table, self.device, self.dtype)
         others = binder.bindings("embed")
         tied = with_head and self._skeleton.tied
         if others or tied:
@@ -185,17 +188,11 @@ class StageModel:
     def rows(self, batch: Batch, onto: Tensor | None = None) -> Tensor:
         """The tokens' rows of the embedding table [T, hidden], or blank ones where there is none.
 
-        `onto` is where they are copied to, if it is given.
+        They are written `onto` a tensor, if one is given.
         """
         if self._table is None:
             return self._blank.expand(len(batch.tokens), -1) if onto is None else onto
-        # A copy from pageable memory would wait for all compute queued before it.
-        shape, pinned = (len(batch.tokens), self._table.shape[1]), self.device.type == "cuda"
-        rows = torch.empty(shape, dtype=self._table.dtype, pin_memory=pinned)
-        torch.index_select(self._table, 0, batch.tokens, out=rows)
-        if onto is not None:
-            return onto.copy_(rows, non_blocking=True)
-        return rows.to(self.device, non_blocking=True).to(self.dtype)
+        return self._table.rows(batch.tokens, onto)
 
     def is_static(self, layer: int) -> bool:
         """Whether the layer reads its weights where they are bound and never asks the host."""
@@ -228,6 +225,11 @@ class StageModel:
         return {
             found for bindings in self._bindings.values() for found in four_bit_products(bindings)
         }
+
+    def close(self) -> None:
+        """Unpin the embedding table, when the device has done with it. Safe to call twice."""
+        if self._table is not None:
+            self._table.close()
 
     def logits(self, x: Tensor) -> Tensor:
         """x [R, hidden], the last layer's output -> [R, vocabulary] float32."""

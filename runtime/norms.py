@@ -18,6 +18,7 @@ ROWS = 4
 """Rows of random numbers that a norm is tried with, the last ones so small that epsilon counts."""
 
 
+_TYPES = torch.float32, torch.bfloat16, torch.float16
 _REFUSALS = AttributeError, LookupError, RuntimeError, TypeError, ValueError
 
 
@@ -34,6 +35,11 @@ class FusedNorm(nn.Module):
         self._eps, self._offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == self.weight.dtype and x.dtype in _TYPES:
+            # Imported where it is needed: installations without a GPU have no Triton.
+            from headrace.runtime import norms_triton
+
+            return norms_triton.rms_norm(x, self.weight, self._eps, self._offset)
         if self._offset:
             # 1 + weight has no room for a small weight in 16 bits.
             normalized = F.rms_norm(x.float(), self._shape, None, self._eps)

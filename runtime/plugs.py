@@ -1,8 +1,8 @@
 """The two functions that transformers calls in place of its own: attention and experts.
 
 Both are found by name through transformers' registries and told what to do per call or per module,
-so they keep no state. Two more plugs replace modules: QuantLinear in linear.py and, on CUDA,
-FusedNorm in norms.py. The last, also on CUDA, replaces a function that attention modules call:
+so they keep no state. Two more plugs replace modules: QuantLinear in linear.py and, but for float32
+on CPUs, FusedNorm in norms.py. The last, on CUDA, replaces a function that attention modules call:
 Rotary in rotary.py.
 """
 
@@ -100,13 +100,15 @@ def attending(modules: Iterable[nn.Module], attend: Attend) -> Iterator[None]:
 
     Keyword arguments would do for most architectures, but some layers do not hand them on.
     """
+    # An attribute set by nn.Module is first looked for among parameters, buffers and modules.
+    places = [vars(module) for module in modules]
     try:
-        for module in modules:
-            setattr(module, ATTEND, attend)
+        for place in places:
+            place[ATTEND] = attend
         yield
     finally:
-        for module in modules:
-            setattr(module, ATTEND, None)
+        for place in places:
+            place[ATTEND] = None
 
 
 def register() -> None:

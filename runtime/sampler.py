@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -37,10 +38,14 @@ class Drawn:
         Raises:
             StageError: a row has nan or +inf, or nothing but -inf; the message names the request.
         """
-        return [
-            _to_sample(row, values)
-            for row, values in zip(self.rows, self.table.tolist(), strict=True)
-        ]
+        tokens, top_scores = self.table[:, 0].long().tolist(), self.table[:, 1]
+        if not top_scores.isfinite().all():
+            raise _not_finite(self.rows, top_scores.tolist())
+        if self.table.shape[1] == 2:  # a device waits for the host, and most want no more
+            requests = (request for request, _, _ in self.rows)
+            return list(map(Sample, requests, tokens, repeat(None), repeat(())))
+        rest = self.table[:, 2:].tolist()
+        return [_with_logprobs(*of_row) for of_row in zip(self.rows, tokens, rest, strict=True)]
 
 
 def sample(logits: Tensor, rows: Sequence[Row], at_once: int = 64) -> list[Sample]:
@@ -111,8 +116,10 @@ def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     seen: list[tuple[int, int]] = []  # (row, token)
     terms: list[tuple[float, float]] = []  # (repetition, subtracted)
     for i, (_, _, how) in enumerate(rows):
+        if not how.history:  # no penalties
+            continue
         counts = Counter(how.history[how.num_prompt :])
-        for token in set(how.history):  # empty without penalties
+        for token in set(how.history):
             if token < logits.shape[1]:  # some vocabularies have ids without a logit
                 count = counts[token]
                 subtracted = how.frequency_penalty * count + how.presence_penalty * (count > 0)
@@ -212,18 +219,21 @@ def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[Row], wanted: list[
     return out
 
 
-def _to_sample(row: Row, values: list[float]) -> Sample:
-    request, position, how = row
-    token, top_score, *rest = values
-    if not math.isfinite(top_score):
-        raise StageError(
-            f"request {request}: the logits for position {position} are not finite (largest is "
-            f"{top_score}); its weights, keys or activations are damaged or overflowed. Check the "
-            "store, or run the model in a type with a wider range (bfloat16 instead of float16)"
-        )
+def _not_finite(rows: Sequence[Row], top_scores: list[float]) -> StageError:
+    i, top_score = next((i, x) for i, x in enumerate(top_scores) if not math.isfinite(x))
+    request, position, _ = rows[i]
+    return StageError(
+        f"request {request}: the logits for position {position} are not finite (largest is "
+        f"{top_score}); its weights, keys or activations are damaged or overflowed. Check the "
+        "store, or run the model in a type with a wider range (bfloat16 instead of float16)"
+    )
+
+
+def _with_logprobs(row: Row, token: int, values: list[float]) -> Sample:
+    request, _, how = row
     if how.logprobs is None:
-        return Sample(request, int(token), None, ())
-    most = (len(rest) - 1) // 2
-    ids, logprobs = rest[1 : 1 + most], rest[1 + most :]
+        return Sample(request, token, None, ())
+    most = (len(values) - 1) // 2
+    ids, logprobs = values[1 : 1 + most], values[1 + most :]
     top = tuple((int(i), p) for i, p in zip(ids, logprobs, strict=True))[: how.logprobs]
-    return Sample(request, int(token), rest[0], top)
+    return Sample(request, token, values[0], top)

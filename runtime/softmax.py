@@ -20,21 +20,24 @@ class Rule:
     sinks: Tensor | None = None
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """q [G, n, heads, Dk], k [G, kv_heads, L, Dk], v [G, kv_heads, L, Dv] to [G, n, heads, Dv].
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """q [n, heads, Dk], k [1, kv_heads, L, Dk], v [1, kv_heads, L, Dv] to [n, heads, Dv].
 
-    `mask` is a group_mask. The queries of a group of heads become rows of one matrix, so that each key is read once.
+    The queries of a group of heads become rows of one matrix, so that each key is read once.
     """
-    count, rows, heads, _ = q.shape
-    group = heads // k.shape[1]
-    packed = q.reshape(count, rows, k.shape[1], group, -1)
-    packed = packed.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [G, kv_heads, group * n, Dk]
+    rows, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    packed = q.reshape(rows, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
+    out = softmax_attention(packed.flatten(1, 2)[None], k, v, mask, rule)
+    return out.view(heads, rows, -1).transpose(0, 1)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """q [G, kv_heads, n, Dk], k [G, kv_heads, L, Dk], v [G, kv_heads, L, Dv] to
+    [G, kv_heads, n, Dv]. `mask` is a group_mask."""
     if rule.softcap is None and rule.sinks is None:
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=rule.scaling)
-    else:
-        out = _explicit_attention(packed, k, v, mask, rule)
-    out = out.view(count, -1, group, rows, v.shape[-1])
-    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling)
+    return _explicit_attention(q, k, v, mask, rule)
 
 
 def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
@@ -44,7 +47,7 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rul
     scores = (q.float() @ k.float().mT) * rule.scaling
     if rule.softcap is not None:
         scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores + mask
     if rule.sinks is not None:
         kv_heads = k.shape[1]
         sinks = rule.sinks.float().view(kv_heads, -1)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from headrace.runtime.batch import Batch
-from headrace.runtime.drawn_tokens import DrawnTokens
+from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
+from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
@@ -31,6 +31,7 @@ class _Travel:
     """One micro-batch on its way through this stage's part of a pass."""
 
     micro_batch: MicroBatch
+    before: Tokens
     prepared: "Prepared"
     lane: "Lane | None"
     x: torch.Tensor | None = None
@@ -101,40 +102,55 @@ class Stage:
         """Take over the ends of the edges to other stages, by peer."""
         self._senders, self._receivers = senders, receivers
 
-    def run(self, a_pass: Pass, before: PassResult | None = None) -> PassResult:
-        """Execute this stage's visits of `a_pass`; blocks until the device has finished them.
+    def prepare(self, a_pass: Pass) -> Ready:
+        """What can be done of a pass before the one before it ends. Any thread may, while that runs."""
+        batches = [
+            (self._graphs.ready(batch) if self._graphs else None)
+            or ReadyBatch.build(batch, self.device)
+            for batch in a_pass.micro_batches
+        ]
+        return Ready(a_pass.step, a_pass.follows, batches)
 
-        The stage of the first visit gets the result of the pass that `a_pass` follows, if it is not
+    def run(self, ready: Ready, before: PassResult | None = None) -> PassResult:
+        """Execute this stage's visits of a pass; blocks until the device has finished them.
+
+        The stage of the first visit gets the result of the pass that this one follows, if it is not
         the stage that drew it itself.
         """
         try:
-            with torch.inference_mode(), self._on_device(), self.tracer.one_pass(a_pass.step):
+            with torch.inference_mode(), self._on_device(), self.tracer.one_pass(ready.step):
                 if before is not None:
                     self._drawn.note(before)
-                result = self._run(self._drawn.complete(a_pass) if self._reads_tokens else a_pass)
+                result = self._run(ready)
                 self._drawn.note(result)
                 return result
         except torch.OutOfMemoryError as error:
             raise StageError(
-                f"stage {self.config.stage} ran out of its device memory in pass {a_pass.step}: "
+                f"stage {self.config.stage} ran out of its device memory in pass {ready.step}: "
                 f"{str(error).splitlines()[0]} Lower --token-budget or raise --device-memory"
             ) from error
 
-    def _run(self, a_pass: Pass) -> PassResult:
+    def _run(self, ready: Ready) -> PassResult:
         started = time.perf_counter()
-        travels = [self._prepare(i, batch) for i, batch in enumerate(a_pass.micro_batches)]
+        drawn = self._drawn.before(ready.step, ready.follows) if self._reads_tokens else {}
+        travels = [self._begin(i, batch, drawn) for i, batch in enumerate(ready.batches)]
         self._weights.begin_pass(len(travels))
         for position, visit in enumerate(self._visits):
             self._visit(position, visit, travels)
         self._finish()
-        return self._result(a_pass, travels, time.perf_counter() - started)
+        return self._result(ready.step, travels, time.perf_counter() - started)
 
-    def _prepare(self, index: int, micro_batch: MicroBatch) -> _Travel:
-        lane = self._graphs.lane(index, micro_batch) if self._graphs else None
-        if lane is not None:
-            return _Travel(micro_batch, lane.prepared, lane)
-        batch = Batch.build(micro_batch, self.device)
-        return _Travel(micro_batch, self._model.prepare(batch), None)
+    def _begin(self, index: int, ready: ReadyBatch, drawn: Tokens) -> _Travel:
+        if self._reads_tokens:
+            ready.complete(drawn)
+        if not ready.for_lane:
+            prepared = self._model.prepare(ready.batch.to(self.device))
+            return _Travel(ready.micro_batch, drawn, prepared, None)
+        assert self._graphs is not None
+        lane = self._graphs.lane(index, ready)
+        if lane is None:
+            return self._begin(index, ReadyBatch.build(ready.micro_batch, self.device), drawn)
+        return _Travel(ready.micro_batch, drawn, lane.prepared, lane)
 
     def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
         with (
@@ -174,8 +190,7 @@ class Stage:
             self._senders[target].send(x if travel.lane is None else x.clone())
 
     def _draw(self, travel: _Travel, x: torch.Tensor) -> list[Drawn]:
-        pieces = [piece for piece in travel.micro_batch.slices if piece.sampling is not None]
-        rows = [(p.request, p.end, p.sampling) for p in pieces if p.sampling is not None]
+        rows = sampled_rows(travel.micro_batch, travel.before)
         drawn, plan = [], self._plan
         for start in range(0, len(rows), plan.logit_rows):
             chosen = travel.prepared.batch.sample_rows[start : start + plan.logit_rows]
@@ -190,14 +205,14 @@ class Stage:
             event.record()
             wait_event(event, self.config.deadline, f"stage {self.config.stage}'s part of a pass")
 
-    def _result(self, a_pass: Pass, travels: Sequence[_Travel], seconds: float) -> PassResult:
+    def _result(self, step: int, travels: Sequence[_Travel], seconds: float) -> PassResult:
         counters = self._weights.take_counters()
         stage, plan, layers = self.config.stage, self._plan, counters.layers
         planned = plan.nvme_bytes_a_pass[stage], plan.host_bytes_a_pass[stage]
         if (layers.nvme_bytes, layers.host_bytes) != planned:
             raise StageError(
                 f"stage {stage} streamed {layers.nvme_bytes} bytes from NVMe and "
-                f"{layers.host_bytes} from host RAM in pass {a_pass.step}; the plan says "
+                f"{layers.host_bytes} from host RAM in pass {step}; the plan says "
                 f"{planned[0]} and {planned[1]}"
             )
         times = StageTimes(
@@ -212,7 +227,7 @@ class Stage:
         )
         drawn = (some for travel in travels for some in travel.drawn)
         samples = tuple(sample for some in drawn for sample in some.collect())
-        return PassResult(a_pass.step, samples, times)
+        return PassResult(step, samples, times)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Compute, and memory that compute will use, belong to one stream."""

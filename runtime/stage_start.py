@@ -55,6 +55,7 @@ class StageStart:
         if self._tunes_beside():
             weights = opened.enter_context(self._make_weights(storage))
         model = self._make_model(ends.take)
+        opened.callback(model.close)
         self._tune(model)
         if weights is None:
             weights = opened.enter_context(self._make_weights(storage))

@@ -29,6 +29,14 @@ class StandIn(nn.Module):
         return self._owner.called(x, args, kwargs)
 
 
+class Layers(nn.ModuleList):
+    """A list that a slice of all of it is no copy of: models slice theirs at each call."""
+
+    def __getitem__(self, index: Any) -> Any:
+        whole = isinstance(index, slice) and index.indices(len(self)) == (0, len(self), 1)
+        return self if whole else super().__getitem__(index)
+
+
 class StandIns:
     """Stand-ins for all of a model's layers: they note how they were called, or give a result.
 
@@ -36,7 +44,7 @@ class StandIns:
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.modules = nn.ModuleList(StandIn(layer, self) for layer in layers)
+        self.modules = Layers(StandIn(layer, self) for layer in layers)
         self._calls: list[Call] = []
         self._result: Tensor | None = None
 

@@ -6,6 +6,7 @@ placement.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PAGE_TOKENS = 64
 """Tokens in one KV page, on every stage and layer."""
@@ -91,8 +92,7 @@ class Pass:
         return sum(batch.num_tokens for batch in self.micro_batches)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """One drawn token. `top` holds (token, logprob) of the most likely ones, when asked for."""
 
     request: int

@@ -57,6 +57,8 @@ def pack(
     micro-batch, this is the packing that is used.
     """
     count = min(micro_batches, len(slices))
+    if count == 1:
+        return (MicroBatch(tuple(slices)),)
     all_tokens = sum(len(piece.tokens) for piece in slices)
     all_work = sum(map(attention_work, slices))
 

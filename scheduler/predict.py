@@ -27,12 +27,16 @@ TURNAROUND = 0.008
 sequences: the driver commits, schedules, encodes and calls. A ring with slots to spare loads through
 them."""
 
-TURNAROUND_AHEAD = 0.0035
-"""The same for a pass that waits at the stage already, which answers and takes the next call. Like the next
-one from a trace of two H200s with 256 sequences; 0.7 ms were measured on CPU with 64."""
+TURNAROUND_AHEAD = 0.0013
+"""The same for a pass that waits at the stage already, made ready but for its tokens: passes of 128
+sequences took 9.0 ms on an H200 and kept it busy for 7.8."""
 
 TURNAROUND_BETWEEN = 0.005
-"""The same where another stage embeds, to which Ray takes the answer."""
+"""The same where another stage embeds, to which Ray takes the answer; from a trace of two H200s with 256
+sequences, when passes were not made ready yet."""
+
+FUSED_ROWS = 128
+"""Rows of a micro-batch up to which a GPU multiplies 4-bit weights as they are stored."""
 
 AHEAD_BELOW = 1.0
 """Seconds of a pass. In longer ones the turn is lost among the loads, and a new request would wait
@@ -63,17 +67,25 @@ def _flops(shape: ModelShape, layer: int, rows: float) -> float:
 
 
 def _traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
-    """Bytes that one micro-batch moves in device memory for one layer.
+    """Bytes that one micro-batch cannot but move in device memory for one layer.
 
-    Stored weights are read; what has to be dequantized is written and read again. Of a mixture's
-    experts, those that the rows reach count. Then the keys and values of every row.
+    Stored weights are read: of a mixture's experts, those that the rows reach. Then the keys and
+    values of every row.
     """
     parameters = shape.layer_parameters[layer]
-    hit = _hit_parameters(shape, layer, decode.rows)
-    share = hit / parameters if parameters else 1.0
-    dequantized = 2.0 * hit * shape.compute_bytes if shape.needs_scratch else 0.0
+    share = _hit_parameters(shape, layer, decode.rows) / parameters if parameters else 1.0
     kv = decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
-    return shape.layer_bytes[layer] * share + dequantized + kv
+    return shape.layer_bytes[layer] * share + kv
+
+
+def _dequantized(shape: ModelShape, layer: int, decode: Decode, profile: DeviceProfile) -> float:
+    """Bytes that one micro-batch moves besides for one layer, where what is stored in few bits is
+    written in the compute type and read again."""
+    four_bit = 4 * shape.layer_bytes[layer] < 3 * shape.layer_parameters[layer]
+    in_registers = four_bit and profile.kind == "cuda" and decode.rows <= FUSED_ROWS
+    if in_registers or not shape.needs_scratch:
+        return 0.0
+    return 2.0 * _hit_parameters(shape, layer, decode.rows) * shape.compute_bytes
 
 
 def _hit_parameters(shape: ModelShape, layer: int, rows: float) -> float:
@@ -155,7 +167,8 @@ def timing(
             if layer in loads:
                 experts[layer] = _expert_times(profile, loads[layer])
             compute[layer] = _flops(shape, layer, decode.rows) / (profile.tflops * TERA)
-            compute[layer] += _traffic(shape, layer, decode) / (profile.hbm_gbps * GIGA)
+            moved = _traffic(shape, layer, decode) + _dequantized(shape, layer, decode, profile)
+            compute[layer] += moved / (profile.hbm_gbps * GIGA)
     last = profiles[placement.last_stage]
     compute[-1] += _head_flops(shape, decode.rows) / (last.tflops * TERA)
     compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)

@@ -180,6 +180,8 @@ class Scheduler:
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Admit in order of age, never past one that does not fit: it would wait for ever."""
+        if not draft.room or self._oldest_waiting() is None:
+            return
         growth = sum(self._growth(request) for request in self._running.values())
         while draft.room and (request := self._oldest_waiting()) is not None:
             tokens = min(len(request.tokens) + 1, self._limit(request) - 1)

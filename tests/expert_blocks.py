@@ -54,6 +54,7 @@ def open_experts(
     slots: int,
     host_slots: int = 0,
     device: torch.device = CPU,
+    held: int = 0,
 ) -> ExpertStreamer:
     splits = {layer: split_block(block) for layer, block in blocks.items()}
     return ExpertStreamer(
@@ -64,4 +65,5 @@ def open_experts(
         slots=slots,
         slot_bytes=EXTENT,
         host_slots=host_slots,
+        held=held,
     )

@@ -38,7 +38,7 @@ class InlinePipeline:
         self._stage = stage
 
     def submit(self, a_pass: Pass) -> Pending:
-        return _Done([self._stage.run(a_pass)])
+        return _Done([self._stage.run(self._stage.prepare(a_pass))])
 
     def wait_host_tier(self) -> None:
         self._stage.wait_host_tier()

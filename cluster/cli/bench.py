@@ -97,7 +97,7 @@ def run_shape(
 
     Weights go to a temporary store on the drive. A pass counts when all sequences decode; times are
     medians. Bounds come from bandwidths measured in the same run, and from the bytes that its tokens
-    needed: random weights choose a mixture's experts nearly evenly, real ones have favourites.
+    needed: random weights send most tokens to the same few experts of a mixture, real ones may not.
     """
     from headrace.cluster.bench.memory_cap import host_memory_cap
     from headrace.cluster.bench.run import (

@@ -108,7 +108,7 @@ def _experts(result: Result) -> Iterator[str]:
     for name, phase in (("prefill", result.prefill), ("decode pass", result.decode)):
         needed, moved = format_size(phase.needed_bytes), format_size(phase.moved_bytes)
         yield f"{name}: {needed} needed with them, {moved} moved"
-    yield "random weights choose experts nearly evenly, real ones have favourites"
+    yield "random weights send most tokens to the same few experts, real ones may not"
 
 
 def _rounds(result: Result) -> str:

@@ -66,18 +66,18 @@ class Problem:
 
 
 _TILES = {
-    8: ((32, 64, 2, 3),),
-    16: ((32, 64, 2, 3),),
-    32: ((64, 32, 4, 3), (128, 64, 8, 3)),
-    64: ((256, 32, 8, 3), (128, 32, 8, 3)),
-    128: ((128, 32, 8, 2), (256, 16, 8, 3)),
+    8: ((64, 64, 4, 3), (32, 64, 2, 3)),
+    16: ((64, 32, 4, 3), (32, 64, 2, 3)),
+    32: ((64, 32, 4, 3), (128, 16, 4, 3)),
+    64: ((128, 32, 8, 3), (64, 32, 4, 3)),
+    128: ((64, 32, 4, 3), (256, 16, 8, 3), (128, 16, 8, 4)),
 }
 """(columns, words, warps, stages), by rows; the first is taken where nothing was measured.
 
 The fastest for some size, or nearly, of a search on an H200 (benchmarks/matmul.py --search).
 """
 
-RESIDENT = 3
+RESIDENT = 2
 """Programs of a multiprocessor that are worth having parts for."""
 
 MANY = 4

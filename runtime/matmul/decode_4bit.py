@@ -2,9 +2,9 @@
 
 One piece of PTX takes two neighbouring words of a row, 16 codes as they are stored (even k in the
 high nibble), and their scale, and leaves eight registers of two values each: a tensor core's
-operand wants two neighbouring columns in one register. Register p becomes column pair p of eight
-operands ("planes"), so the values of a plane are not consecutive in k; `Decoding.order` says which
-they are, and the activations are put in the same order once a call.
+operand wants two neighbouring columns in one register. Register p becomes a column pair of plane p,
+and an operand is the eight planes side by side, so its values are not consecutive in k: the
+activations are put in the same order once a call (_order_kernel).
 """
 
 from dataclasses import dataclass

@@ -5,9 +5,9 @@ cores, and few rows cost a narrow right operand. A program owns BLOCK_N output c
 K; parts are summed afterwards in a fixed order, so that results do not change from run to run.
 Weights that multiply the same rows share a launch: each program finds out which is its own.
 
-A step reads [BLOCK_N, WORDS] words of eight codes. Each gives eight operands of [BLOCK_N, WORDS]
-values, see decode_4bit; the scale is multiplied in before the product, as in dequantizing. Runs on
-CPUs with TRITON_INTERPRET=1, where the decoding is arithmetic instead of PTX.
+A step reads [BLOCK_N, WORDS] words of eight codes and decodes them to eight planes of
+[BLOCK_N, WORDS] values, see decode_4bit; the scale is multiplied in before the product, as in
+dequantizing. Runs on CPUs with TRITON_INTERPRET=1, where the decoding is arithmetic instead of PTX.
 """
 
 # Kernels are Triton's dialect: their arguments are pointers and scalars of a launch.
@@ -26,25 +26,25 @@ from triton import AsyncCompileMode
 from headrace.runtime.matmul.configs import Codes, Config, Product, bucket
 from headrace.runtime.matmul.decode_4bit import WORD, decoding, magic, table
 
-SUM_BLOCK = 512
-"""Elements that a program sums."""
+SUM_BLOCK, ORDER_BLOCK = 512, 1024
+"""Elements that a program sums, and puts in order."""
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _order_kernel(
-    x, out, rows, row_stride, words, AFFINE: tl.constexpr, BLOCK: tl.constexpr
+    x, out, rows, row_stride, depth, AFFINE: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out [8, padded rows, K / 8]: plane p of each row, zero beyond the last row."""
+    """out [padded rows, K]: each row in the order of the decoded planes, zero beyond the last row."""
     row = tl.program_id(0)
-    plane = tl.program_id(2)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    plane = at // WORDS % 8
+    word = at // (8 * WORDS) * WORDS + at % WORDS
     i = plane % 4
-    place = 4 * (column % 2) + (i ^ 1) if AFFINE else 2 * i + column % 2
-    k = 16 * (column // 2) + 8 * (plane // 4) + place
-    filled = tl.where(row < rows, words, 0)
-    values = tl.load(x + row.to(tl.int64) * row_stride + k, mask=column < filled, other=0.0)
-    to = out + (plane * tl.num_programs(0) + row).to(tl.int64) * words + column
-    tl.store(to, values, mask=column < words)
+    place = 4 * (word % 2) + (i ^ 1) if AFFINE else 2 * i + word % 2
+    k = 16 * (word // 2) + 8 * (plane // 4) + place
+    filled = tl.where(row < rows, depth, 0)
+    values = tl.load(x + row.to(tl.int64) * row_stride + k, mask=at < filled, other=0.0)
+    tl.store(out + row.to(tl.int64) * depth + at, values, mask=at < depth)
 
 
 @triton.jit
@@ -95,6 +95,38 @@ def _arithmetic(
     return (value * scale.to(tl.float32)).to(DTYPE)
 
 
+@triton.jit
+def _decoded(
+    words, scale, minus, table_at, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    AFFINE: tl.constexpr, ZEROS: tl.constexpr, MAGIC: tl.constexpr,
+    BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, 8 * WORDS] values from [BLOCK_N, WORDS] words: one plane beside the other.
+
+    In the operand's layout planes differ in registers only, so that putting them side by side moves
+    nothing, and one product of a step is many instructions that do not wait for each other.
+    """
+    if ASM != "":
+        p = _planes(words, scale, minus, ASM, CONSTRAINTS, ZEROS)
+    else:
+        DTYPE: tl.constexpr = scale.dtype
+        zero = minus.to(tl.float32) + MAGIC if ZEROS else -8.0
+        p = (
+            _arithmetic(words, scale, zero, table_at, 0, AFFINE, BLOCK_N, WORDS, DTYPE),
+            _arithmetic(words, scale, zero, table_at, 1, AFFINE, BLOCK_N, WORDS, DTYPE),
+            _arithmetic(words, scale, zero, table_at, 2, AFFINE, BLOCK_N, WORDS, DTYPE),
+            _arithmetic(words, scale, zero, table_at, 3, AFFINE, BLOCK_N, WORDS, DTYPE),
+            _arithmetic(words, scale, zero, table_at, 4, AFFINE, BLOCK_N, WORDS, DTYPE),
+            _arithmetic(words, scale, zero, table_at, 5, AFFINE, BLOCK_N, WORDS, DTYPE),
+            _arithmetic(words, scale, zero, table_at, 6, AFFINE, BLOCK_N, WORDS, DTYPE),
+            _arithmetic(words, scale, zero, table_at, 7, AFFINE, BLOCK_N, WORDS, DTYPE),
+        )
+    low = tl.join(tl.join(p[0], p[1]), tl.join(p[2], p[3]))
+    high = tl.join(tl.join(p[4], p[5]), tl.join(p[6], p[7]))
+    planes = tl.permute(tl.join(low, high), (0, 4, 3, 2, 1))
+    return tl.reshape(planes, (BLOCK_N, 8 * WORDS))
+
+
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _matmul_kernel(
     x, packed, scales, zeros, biases, widths, table_at, out, rows, depth, scales_a_row, splits,
@@ -103,8 +135,8 @@ def _matmul_kernel(
     BIAS: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     WORDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N columns of one of COUNT products, from one part of K; x is in planes
-    [8, BLOCK_M, K / 8].
+    """BLOCK_N columns of one of COUNT products, from one part of K; x [BLOCK_M, K] is in the order
+    of planes.
 
     The first five after x are tuples, one entry a weight; `widths` are their N. `depth` is K / 8, in
     words. `out` holds one [rows, N] after another, and that once for each part.
@@ -140,7 +172,7 @@ def _matmul_kernel(
     row = n if EVEN else tl.minimum(n, columns - 1)
     words_at = packed_at + row[:, None].to(tl.int64) * depth + word[None, :]
     of_row = row[:, None] * scales_a_row + tl.arange(0, GROUPS)[None, :]
-    x_at = x + m[:, None] * depth + word[None, :]
+    x_at = x + m[:, None] * (8 * depth) + tl.arange(0, 8 * WORDS)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(part * steps // splits, (part + 1) * steps // splits):
         words = tl.load(words_at + step * WORDS)
@@ -153,19 +185,15 @@ def _matmul_kernel(
         if ZEROS:
             minus = (-MAGIC - tl.load(zeros_at + group)).to(DTYPE)
             minus = _widen(minus, GROUPS, BLOCK_N, WORDS)
-        if ASM != "":
-            planes = _planes(words, scale, minus, ASM, CONSTRAINTS, ZEROS)
-        for p in tl.static_range(8):
-            right = tl.load(x_at + p * BLOCK_M * depth + step * WORDS)
-            if ASM != "":
-                left = planes[p]
-            else:
-                zero = minus.to(tl.float32) + MAGIC if ZEROS else -8.0
-                left = _arithmetic(words, scale, zero, table_at, p, AFFINE, BLOCK_N, WORDS, DTYPE)
-                # The interpreter's products take bfloat16 for integers.
-                left = left.to(tl.float32)
-                right = right.to(tl.float32)
-            acc = tl.dot(left, tl.trans(right), acc)
+        left = _decoded(
+            words, scale, minus, table_at, ASM, CONSTRAINTS, AFFINE, ZEROS, MAGIC, BLOCK_N, WORDS
+        )  # fmt: skip
+        right = tl.load(x_at + 8 * WORDS * step)
+        if ASM == "":
+            # The interpreter's products take bfloat16 for integers.
+            left = left.to(tl.float32)
+            right = right.to(tl.float32)
+        acc = tl.dot(left, tl.trans(right), acc)
     if BIAS:
         bias = tl.load(bias_at + row).to(tl.float32)
         acc += tl.where(part == 0, bias, 0.0)[:, None]
@@ -204,7 +232,7 @@ def matmuls(
     """
     flat = x.reshape(-1, x.shape[-1])
     rows, widths = len(flat), [codes.shape[0] for codes in weights]
-    ordered = _ordered(flat, bucket(rows), weights[0].kind == "int4")
+    ordered = _ordered(flat, bucket(rows), weights[0].kind == "int4", config.words)
     elements = rows * sum(widths)
     out = x.new_empty(elements)
     tiles = sum(triton.cdiv(width, config.columns) for width in widths)
@@ -220,14 +248,14 @@ def matmuls(
     return tuple(p.view(*x.shape[:-1], n) for p, n in zip(pieces, widths, strict=True))
 
 
-def _ordered(x: Tensor, rows: int, affine: bool) -> Tensor:
-    """x [M, K] in planes, see decode_4bit: [8, rows, K / 8]."""
+def _ordered(x: Tensor, rows: int, affine: bool, words: int) -> Tensor:
+    """x [M, K] as [rows, K], in the order of planes of `words` words; see decode_4bit."""
     if x.stride(1) != 1:
         x = x.contiguous()
-    words, block = x.shape[1] // WORD, 256
-    out = x.new_empty(WORD, rows, words)
-    _order_kernel[(rows, triton.cdiv(words, block), WORD)](
-        x, out, len(x), x.stride(0), words, AFFINE=affine, BLOCK=block, num_warps=2
+    depth, block = x.shape[1], ORDER_BLOCK
+    out = x.new_empty(rows, depth)
+    _order_kernel[(rows, triton.cdiv(depth, block))](
+        x, out, len(x), x.stride(0), depth, AFFINE=affine, WORDS=words, BLOCK=block, num_warps=4
     )
     return out
 

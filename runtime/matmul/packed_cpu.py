@@ -141,39 +141,37 @@ class PackedWeight(FourBitWeight):
         scratch: Scratch | None = None,
         transposed: bool = False,
     ) -> Tensor:
-        rows = x.shape[:-1].numel()
+        rows = x.numel() // x.shape[-1]
         if transposed or x.dtype != torch.bfloat16 or not 0 < rows <= self._most_rows:
             return super().linear(x, bias, scratch, transposed)
-        out = self._kernel(x.contiguous()).view(*x.shape[:-1], -1)
+        call = self._call or _Call(self._spec, self.shape, self._packed, self._scales_by_block())
+        if self._by_block is not None:
+            self._call = call  # else its scales, decoded for this use, would stay
+        out = call(x.contiguous(), rows)
         return out if bias is None else out.add_(bias)
-
-    def _kernel(self, x: Tensor) -> Tensor:
-        """bfloat16 [..., K], contiguous, to [rows, N]."""
-        if self._call is None:
-            self._call = _Call(self._spec, tuple(self.shape), self._packed)
-        return self._call(x, self._scales_by_block())
 
 
 class _Call:
     """bitsandbytes' product by one matrix, with the arguments that do not change made once."""
 
-    def __init__(self, spec: WeightSpec, shape: tuple[int, ...], packed: Tensor) -> None:
+    def __init__(self, spec: WeightSpec, shape: torch.Size, packed: Tensor, scales: Tensor) -> None:
         self._kernel = getattr(lib, f"gemv_4bit_inference_cpu_{spec.format}_bf16")
-        self._count, self._columns = shape
+        self._count, _ = shape
         self._n, self._k = map(ctypes.c_int64, shape)
-        self._data = ctypes.c_void_p(packed.data_ptr())
+        self._held = packed, scales  # what the pointers are to
+        self._data, self._scales = (ctypes.c_void_p(held.data_ptr()) for held in self._held)
         self._blocksize = ctypes.c_int64(spec.blocksize)
 
-    def __call__(self, x: Tensor, scales: Tensor) -> Tensor:
-        rows = x.numel() // self._columns
-        out = x.new_empty(rows, self._count)
+    def __call__(self, x: Tensor, rows: int) -> Tensor:
+        """bfloat16 [..., K], contiguous, to [..., N]."""
+        out = x.new_empty((*x.shape[:-1], self._count))
         self._kernel(
             ctypes.c_int64(rows),
             self._n,
             self._k,
             ctypes.c_void_p(x.data_ptr()),
             self._data,
-            ctypes.c_void_p(scales.data_ptr()),
+            self._scales,
             ctypes.c_void_p(out.data_ptr()),
             self._blocksize,
             self._k,

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Self
 
 import torch
@@ -12,33 +13,21 @@ from headrace.runtime.expert_extents import SplitBlock
 from headrace.runtime.store import Block
 from headrace.runtime.streaming.host_experts import ExpertKey, HostExperts, Place
 from headrace.runtime.streaming.loads import Load, Storage, drain
+from headrace.runtime.streaming.reach_history import ReachHistory
 from headrace.runtime.streaming.slot_cache import SlotCache
 from headrace.runtime.streaming.streamer import wait_clock
 from headrace.runtime.streaming.tiers import DeviceRing
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
+from headrace.scheduler.experts import LOOK_AHEAD, passing_slots, slots_ahead
 from headrace.scheduler.placement import Tier, spread
-
-LIKELY = 0.85
-"""Where tokens reached this share of a layer's experts, the next ones are loaded unasked. What was
-reached says more than what so many tokens should reach: routers favour some experts."""
-
-MAX_TRANSIT = 32
-"""Slots for what passes; more than keep a drive busy had better keep something."""
-
-
-def transit_slots(slots: int, held: int = 0) -> int:
-    """How many of a stage's slots are for what is on its way and not worth keeping.
-
-    `held` experts of a visit stay for its next micro-batch.
-    """
-    return min(slots, max(4, held, min(slots // 4, MAX_TRANSIT)))
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounters:
     """What was loaded since the last count: bytes by origin, and seconds that compute stood still.
 
-    `used` counts the experts that were fetched, `loaded` those of them that had to be loaded.
+    `used` counts the experts that were fetched, `loaded` those of them that had to be loaded, be it
+    before they were asked for. Bytes of experts that nobody asked for are in the bytes alone.
     """
 
     nvme_bytes: int
@@ -53,7 +42,7 @@ class ExpertStreamer:
 
     `blocks` and `splits` have its split layers in visiting order. The constructor returns when the
     slots for what is used most hold evenly spread experts; host RAM is filled in the background.
-    `held` is transit_slots'.
+    `held` is passing_slots'.
     Not thread-safe: one thread computes. The storage stays the caller's and must outlive it.
 
     Raises StoreError for weights that cannot be read and DoesNotFitError for memory that is not
@@ -78,18 +67,19 @@ class ExpertStreamer:
             for layer, block in blocks.items()
             for expert, extent in enumerate(splits[layer].experts)
         }
-        self._num_experts = {layer: len(splits[layer].experts) for layer in blocks}
         self._device, self._tracer = device, tracer
-        self._transit = transit_slots(slots, held)
+        self._transit = passing_slots(slots, slot_bytes, held)
         self._cache: SlotCache[ExpertKey] = SlotCache(
             slots=slots, transit=self._transit, keys=len(self._places)
         )
         self._loads: dict[int, Load] = {}  # by slot, until somebody waited
-        self._pinned: set[ExpertKey] = set()
-        self._unasked: set[ExpertKey] = set()
+        self._unused: set[ExpertKey] = set()  # loaded, but not fetched since
+        self._pinned: set[ExpertKey] = set()  # for the fetch at hand
+        self._ahead: set[ExpertKey] = set()  # pinned for fetches to come, in transit slots
+        self._most_ahead = slots_ahead(self._transit) if slots < len(self._places) else 0
+        self._history = {layer: ReachHistory() for layer in blocks}
         self._order: tuple[int, ...] = ()
-        self._fetches = 0
-        self._counted: set[ExpertKey] = set()
+        self._fetches = self._passes = 0
         self._clock = wait_clock(device)
         self._bytes = dict.fromkeys(Tier, 0)
         self._used = self._loaded = 0
@@ -130,7 +120,7 @@ class ExpertStreamer:
     def begin_pass(self, order: Sequence[int]) -> None:
         """Say which layers the next pass fetches experts of, one entry a fetch."""
         self._order, self._fetches = tuple(order), 0
-        self._counted.clear()
+        self._passes += 1
 
     def fetch(self, layer: int, experts: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Each of a layer's `experts`, which ascend, with its extent's bytes (uint8), in that order.
@@ -142,15 +132,16 @@ class ExpertStreamer:
         assert self._order[self._fetches] == layer, f"{layer} fetched, not {self._order}"
         self._fetches += 1
         wanted = [(layer, expert) for expert in experts]
-        self._enter(wanted)
-        ahead, begun, host = self._likely_next(layer, len(wanted)), 0, self._host
+        self._enter(layer, wanted)
+        likely, begun, host = self._likely(), 0, self._host
         try:
             for key in wanted:
                 begun = self._begin_wanted(wanted, begun)
                 if begun == len(wanted):
-                    self._begin_ahead(ahead)
+                    self._begin_ahead(likely)
                 yield key[1], self._arrived(key)
                 self._release(key)
+            self._begin_ahead(likely)
         finally:
             host.resume()
 
@@ -159,31 +150,32 @@ class ExpertStreamer:
         assert self._source is not None, "closed"
         return self._source
 
-    def _enter(self, wanted: Sequence[ExpertKey]) -> None:
+    def _enter(self, layer: int, wanted: Sequence[ExpertKey]) -> None:
         """Count uses, and hold what is here already: in transit slots only as much as leaves half
         of them to loads. What is needed last was touched first, and is the first to go."""
-        for key in tuple(self._pinned):
+        for key in tuple(self._pinned):  # of a fetch that was broken off
             self._release(key)
+        for key in [key for key in self._ahead if key[0] == layer]:
+            self._ahead.remove(key)
+            self._cache.unpin(key)
         # Micro-batches of one pass count once: else the layer at hand would lead all others.
-        for key in reversed(wanted):
-            if key not in self._counted:
-                self._counted.add(key)
-                self._cache.use(key)
-        room = self._transit // 2
+        new = self._history[layer].reach(self._passes, [expert for _, expert in wanted])
+        for expert in reversed(new):
+            self._cache.use((layer, expert))
+        room = self._most_ahead - len(self._ahead)
         for key in wanted:
-            if key in self._cache and (self._cache.is_kept(key) or room):
+            if key in self._cache and (self._cache.is_kept(key) or room > 0):
                 room -= not self._cache.is_kept(key)
                 self._hold(key)
         self._used += len(wanted)
-        self._loaded += len(self._unasked.intersection(wanted))
-        self._unasked.clear()
 
-    def _likely_next(self, layer: int, used: int) -> "deque[ExpertKey]":
-        """The experts of the next fetch's layer, when it will reach nearly all of them."""
-        if used < LIKELY * self._num_experts[layer]:
-            return deque()
-        following = self._order[self._fetches % len(self._order)]
-        return deque((following, expert) for expert in range(self._num_experts[following]))
+    def _likely(self) -> "deque[ExpertKey]":
+        """What the next layers most likely need and is not sure to stay, in the order of fetches."""
+        order, at = self._order, self._fetches
+        layers = islice(dict.fromkeys(order[at:] + order[:at]), LOOK_AHEAD)
+        keys = ((layer, e) for layer in layers for e in self._history[layer].likely())
+        missing = (k for k in keys if k not in self._ahead and not self._cache.is_kept(k))
+        return deque(islice(missing, self._most_ahead))
 
     def _begin_wanted(self, wanted: Sequence[ExpertKey], begun: int) -> int:
         """Hold or start to load what comes after the first `begun`, as far as slots go; how many
@@ -192,38 +184,39 @@ class ExpertStreamer:
             if key in self._cache:
                 self._hold(key)
             elif self._begin(key):
+                self._pinned.add(key)
                 self._host.pause()
-                self._loaded += 1
             else:
                 break
             begun += 1
         return begun
 
-    def _begin_ahead(self, ahead: "deque[ExpertKey]") -> None:
-        while ahead:
-            key = ahead[0]
+    def _begin_ahead(self, likely: "deque[ExpertKey]") -> None:
+        """Hold or start to load what is `likely`, as far as half of the transit slots go: the
+        others are left to what routers ask for."""
+        while likely and len(self._ahead) < self._most_ahead:
+            key = likely[0]
             if key in self._cache:
-                self._hold(key)
-            elif self._begin(key):
-                self._unasked.add(key)
-            else:
+                self._cache.pin(key)
+            elif not self._begin(key):
                 break
-            ahead.popleft()
+            self._ahead.add(likely.popleft())
 
     def _begin(self, key: ExpertKey) -> bool:
-        """Load an expert into a slot, if there is one."""
+        """Load an expert into a slot, if there is one, which is then pinned."""
         slot = self._cache.take(key)
         if slot is None:
             return False
-        self._pinned.add(key)
         if slot in self._loads:  # of an expert that was not needed after all
             with self._waiting(key):
                 drain([self._loads.pop(slot)])
         try:
             self._loads[slot], tier = self._host.load(key, self._memory(slot, key))
         except BaseException:
-            self._forget(key)
+            self._cache.unpin(key)
+            self._cache.drop(key)
             raise
+        self._unused.add(key)
         self._bytes[tier] += self._places[key].nbytes
         return True
 
@@ -237,6 +230,9 @@ class ExpertStreamer:
             except BaseException:
                 self._forget(key)
                 raise
+        if key in self._unused:
+            self._unused.remove(key)
+            self._loaded += 1
         return self._memory(slot, key)
 
     @contextmanager
@@ -255,6 +251,9 @@ class ExpertStreamer:
 
     def _forget(self, key: ExpertKey) -> None:
         self._release(key)
+        if key in self._ahead:
+            self._ahead.remove(key)
+            self._cache.unpin(key)
         self._cache.drop(key)
 
     def take_counters(self) -> ExpertCounters:

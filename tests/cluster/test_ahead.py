@@ -138,7 +138,7 @@ def check_alike(found: dict[int, Completion], wanted: dict[int, Completion]) -> 
 
 def _rounded(completion: Completion) -> Completion:
     noted = [
-        replace(sample, logprob=None, top=tuple((token, 0.0) for token, _ in sample.top))
+        sample._replace(logprob=None, top=tuple((token, 0.0) for token, _ in sample.top))
         for sample in completion.logprobs or ()
     ]
     return replace(completion, logprobs=noted)

@@ -1,13 +1,14 @@
 """What a stage fills in that was not known when a pass was made."""
 
 import pytest
+import torch
 
-from headrace.runtime.drawn_tokens import DrawnTokens
+from headrace.runtime.drawn_tokens import DrawnTokens, sampled_rows
+from headrace.runtime.ready import ReadyBatch
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.plan import (
     FOLLOWS,
     MicroBatch,
-    Pass,
     PassResult,
     Sample,
     Sampling,
@@ -27,16 +28,26 @@ def how(history: tuple[int, ...]) -> Sampling:
     return Sampling(0.0, 0, 1.0, 0.0, 1.1, 0.0, 0.0, 5, None, 2, history)
 
 
+def ready(batch: MicroBatch) -> ReadyBatch:
+    return ReadyBatch.build(batch, torch.device("cpu"))
+
+
 def test_tokens_and_histories_are_completed() -> None:
     drawn = DrawnTokens(passes_in_flight=1)
     drawn.note(result(1, {7: 40, 8: 50}))
     known = Slice(3, 0, (1, 2, 3), (0,), None)
     plain = Slice(7, 9, (FOLLOWS,), (1,), how(()))
     penalized = Slice(8, 2, (FOLLOWS,), (2,), how((4, 5)))
-    a_pass = Pass(2, (MicroBatch((known, plain)), MicroBatch((penalized,))), follows=1)
-    first, second = drawn.complete(a_pass).micro_batches
-    assert first.slices == (known, Slice(7, 9, (40,), (1,), how(())))
-    assert second.slices == (Slice(8, 2, (50,), (2,), how((4, 5, 50))),)
+    tokens = drawn.before(2, follows=1)
+    for pieces, whole, rows in (
+        ((known, plain), [1, 2, 3, 40], [(7, 10, how(()))]),
+        ((penalized,), [50], [(8, 3, how((4, 5, 50)))]),
+    ):
+        batch = MicroBatch(pieces)
+        made = ready(batch)
+        made.complete(tokens)
+        assert made.batch.tokens.tolist() == whole
+        assert sampled_rows(batch, tokens) == rows
 
 
 def test_as_many_passes_are_remembered_as_can_be_followed() -> None:
@@ -45,14 +56,11 @@ def test_as_many_passes_are_remembered_as_can_be_followed() -> None:
         drawn.note(result(step, {0: 10 + step}))
         drawn.note(result(step, {}))  # of a stage that draws nothing
     for step in (2, 3):
-        a_pass = Pass(4, (MicroBatch((Slice(0, 5, (FOLLOWS,), (0,), None),)),), follows=step)
-        [batch] = drawn.complete(a_pass).micro_batches
-        assert batch.slices[0].tokens == (10 + step,)
+        assert drawn.before(4, follows=step) == {0: 10 + step}
 
 
 def test_a_pass_after_one_that_failed_fails() -> None:
     drawn = DrawnTokens(passes_in_flight=1)
-    whole = Pass(5, (MicroBatch((Slice(0, 0, (1,), (0,), None),)),))
-    assert drawn.complete(whole) is whole
+    assert drawn.before(5, follows=None) == {}
     with pytest.raises(StageError, match="pass 6 follows pass 5, which failed"):
-        drawn.complete(Pass(6, whole.micro_batches, follows=5))
+        drawn.before(6, follows=5)

@@ -142,7 +142,9 @@ class Lanes:
     def run(self, sequences: int, tokens: int = 1, index: int = 0, slot: int = 0) -> bool:
         pages = tuple(range(pages_for(tokens)))
         pieces = [Slice(i, tokens - 1, (5,), pages, None) for i in range(sequences)]
-        lane = self.graphs.lane(index, MicroBatch(tuple(pieces)))
+        ready = self.graphs.ready(MicroBatch(tuple(pieces)))
+        assert ready is not None
+        lane = self.graphs.lane(index, ready)
         if lane is not None:
             layers = list(enumerate(self.blocks[slot : slot + 3]))
             x = lane.run(layers, torch.zeros(sequences, 1, device=lane.prepared.x.device))

@@ -7,6 +7,7 @@ from architectures import tiny_config
 
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import Skeleton, load_config
+from headrace.runtime.stand_ins import StandIns
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
 
 
@@ -109,3 +110,10 @@ def test_rotations_that_depend_on_the_call_limit_the_context() -> None:
     )
     assert context_limit(config) == 128
     assert context_limit(tiny_config("llama")) is None
+
+
+def test_a_slice_of_all_stand_ins_is_no_copy() -> None:
+    layers = StandIns(Skeleton(tiny_config("llama"), torch.float32).layers).modules
+    assert layers[:3] is layers and layers[: len(layers) + 1] is layers
+    assert list(layers[1:]) == [layers[1], layers[2]] and layers[-1] is layers[2]
+    assert list(layers[::-1]) == [layers[2], layers[1], layers[0]]

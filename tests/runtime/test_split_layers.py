@@ -25,7 +25,8 @@ SPLIT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olm
          "minimax_m2")  # fmt: skip
 STACKED = ("gpt_oss", "granitemoe")
 LENGTHS = (1, 5, 20, 70)
-NEW_TOKENS = 6
+NEW_TOKENS = 12
+"""More passes than it takes to tell which experts are likely."""
 
 WHOLE: dict[str, Any] = {"tier": Tier.DEVICE}
 FEW_RINGS: list[dict[str, Any]] = [
@@ -155,13 +156,13 @@ def test_a_pass_streams_what_its_tokens_reach(tmp_path: Path, host_experts: int)
         stage.wait_host_tier()
         planned = plan.nvme_bytes_a_pass[0]
         for step in range(6):
-            times = stage.run(decode(step, 1)).times
+            times = stage.run(stage.prepare(decode(step, 1))).times
             assert times.experts_used == 4
             assert times.experts_loaded <= 4
             loaded = times.experts_loaded * size
             expected = (planned, loaded) if host_experts else (planned + loaded, 0)
             assert (times.nvme_bytes, times.host_bytes) == expected
-        assert stage.run(decode(6, 16)).times.experts_used > 8
+        assert stage.run(stage.prepare(decode(6, 16))).times.experts_used > 8
 
 
 def test_experts_that_stay_are_not_loaded_again(tmp_path: Path) -> None:
@@ -169,8 +170,8 @@ def test_experts_that_stay_are_not_loaded_again(tmp_path: Path) -> None:
     plan = manual_plan(Store.open(path), expert_slots=24)
     with Stage(config(path, plan)) as stage:
         for step in range(3):
-            stage.run(decode(step, 16))
-        times = stage.run(decode(3, 16)).times
+            stage.run(stage.prepare(decode(step, 16)))
+        times = stage.run(stage.prepare(decode(3, 16))).times
         assert times.experts_used > 12
         assert (times.experts_loaded, times.nvme_bytes) == (0, plan.nvme_bytes_a_pass[0])
 
@@ -186,10 +187,10 @@ def test_a_file_that_ends_early_fails_the_pass_that_needs_it(tmp_path: Path) -> 
     split = split_block(store.layers[1])
     assert split is not None
     with Stage(config(path, manual_plan(store, expert_slots=4))) as stage:
-        stage.run(decode(0, 1))
+        stage.run(stage.prepare(decode(0, 1)))
         cut(path, 1, split.dense.nbytes)
         with pytest.raises(StoreError, match="layer-00001"):
-            stage.run(decode(1, 16))
+            stage.run(stage.prepare(decode(1, 16)))
 
 
 def check_no_threads(path: Path, plan: Plan, error: type[Exception]) -> None:

@@ -15,6 +15,7 @@ from headrace.scheduler.experts import (
     layer_loads,
     loads_ahead,
     num_experts,
+    passing_slots,
     reached,
     transit_slots,
 )
@@ -72,7 +73,7 @@ def test_one_sequence_loads_the_experts_it_reaches() -> None:
     traffic = plan.prediction.experts
     assert traffic is not None
     assert traffic.reached == pytest.approx(94 * 8)
-    kept = plan.expert_slots[0] - 8
+    kept = plan.expert_slots[0] - passing_slots(plan.expert_slots[0], plan.expert_slot_bytes)
     assert traffic.loaded == pytest.approx(94 * 8 * (1 - kept / (94 * 128)))
     needed = sum(plan.nvme_bytes_a_pass) + traffic.loaded * plan.expert_slot_bytes
     assert plan.prediction.terms["nvme"] == pytest.approx(needed / 7e9)
@@ -163,17 +164,33 @@ def test_several_micro_batches_share_what_one_has_loaded() -> None:
 def test_experts_are_loaded_ahead_where_nearly_all_are_reached() -> None:
     placement = Placement(1, contiguous_visits(94, 1, 1), (Tier.NVME,) * 94)
     pools = ExpertPools(QWEN3_235B.expert_bytes, (64,), (0,))
-    for rows, ahead in ((8, 0.0), (28, 0.0), (32, 0.5), (256, 0.5)):
-        assert layer_loads(QWEN3_235B, placement, pools, 1, rows)[0].ahead == ahead
+    for rows in (8, 28):
+        assert layer_loads(QWEN3_235B, placement, pools, 1, rows)[0].ahead == 0
+    for rows in (36, 256):
+        loads = layer_loads(QWEN3_235B, placement, pools, 1, rows)[0]
+        assert loads.ahead * loads.loaded == pytest.approx(
+            8
+        )  # half of the slots in which they pass
     assert loads_ahead(QWEN3_235B, placement, pools, (3,), 1) == (2,)
-    roomy = ExpertPools(QWEN3_235B.expert_bytes, (1000,), (0,))
-    assert loads_ahead(QWEN3_235B, placement, roomy, (3,), 1) == (3,)
-    assert loads_ahead(QWEN3_235B, placement, roomy, (0,), 4) == (7,)
+    assert loads_ahead(QWEN3_235B, placement, pools, (0,), 4) == (2,)
+    large = ExpertPools(MIXTRAL.expert_bytes, (100,), (0,))
+    few = Placement(1, contiguous_visits(32, 1, 1), (Tier.NVME,) * 32)
+    assert loads_ahead(MIXTRAL, few, large, (8,), 1) == (2,)
+
+
+def test_few_slots_are_for_what_passes() -> None:
+    sizes = [passing_slots(n, QWEN3_235B.expert_bytes) for n in (1, 4, 8, 40, 128, 4000)]
+    assert sizes == [1, 4, 4, 10, 32, 32]
+    assert passing_slots(4000, 128 << 20) == 8
+    assert passing_slots(4000, 4 << 30) == 4
+    assert passing_slots(4000, 4096, held=200) == 200
+    assert passing_slots(100, 4096, held=200) == 100
 
 
 def test_host_memory_takes_its_share_of_what_is_missing() -> None:
     placement = Placement(1, contiguous_visits(32, 1, 1), (Tier.DEVICE,) * 32)
-    pools = ExpertPools(MIXTRAL.expert_bytes, (8 + 64,), (128,))
+    assert passing_slots(64 + 10, MIXTRAL.expert_bytes) == 10
+    pools = ExpertPools(MIXTRAL.expert_bytes, (64 + 10,), (128,))
     loads = layer_loads(MIXTRAL, placement, pools, 1, 1)[5]
     assert loads.loaded == pytest.approx(2 * 0.75)
     assert loads.host_bytes == pytest.approx(2 * loads.nvme_bytes)  # 128 of the other 192

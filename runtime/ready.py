@@ -1,0 +1,57 @@
+"""Passes made ready: all work of the host that needs neither the device nor the pass before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headrace.runtime.batch import Batch
+from headrace.runtime.drawn_tokens import Tokens
+from headrace.scheduler.plan import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyBatch:
+    """A micro-batch and its Batch on the host, which holds more rows where a lane pads it.
+
+    The tokens in the rows `unknown` are still to be drawn, by the requests `following`.
+    """
+
+    micro_batch: MicroBatch
+    batch: Batch
+    for_lane: bool
+    unknown: list[int]
+    following: list[int]
+
+    @classmethod
+    def build(
+        cls,
+        micro_batch: MicroBatch,
+        device: torch.device,
+        padded: MicroBatch | None = None,
+        pages: int | None = None,
+    ) -> "ReadyBatch":
+        """For a lane when its `padded` micro-batch and `pages` are given."""
+        rows = padded or micro_batch
+        batch = Batch.on_host(rows, pinned=device.type == "cuda", pages=pages)
+        unknown, following, end = [], [], 0
+        for piece in rows.slices:
+            end += len(piece.tokens)
+            if piece.follows:
+                unknown.append(end - 1)
+                following.append(piece.request)
+        return cls(micro_batch, batch, padded is not None, unknown, following)
+
+    def complete(self, drawn: Tokens) -> None:
+        """Fill in the tokens that were unknown."""
+        if self.unknown:
+            self.batch.tokens.numpy()[self.unknown] = [drawn[i] for i in self.following]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A Pass with its micro-batches made ready for one stage, for one run."""
+
+    step: int
+    follows: int | None
+    batches: Sequence[ReadyBatch]
