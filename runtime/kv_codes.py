@@ -40,8 +40,9 @@ def dequantize(codes: Tensor, scales: Tensor, fmt: KVFormat) -> Tensor:
     """What `quantize` made, as [..., dim] float32."""
     step = scales[..., :1].float()
     if fmt.bits == 8:
-        return codes.float() * step
-    return torch.cat([codes & 15, codes >> 4], dim=-1) * step + scales[..., 1:].float()
+        return codes.float().mul_(step)
+    both = torch.cat([codes & 15, codes >> 4], dim=-1)
+    return both.float().mul_(step).add_(scales[..., 1:].float())
 
 
 @dataclass(frozen=True, slots=True)
