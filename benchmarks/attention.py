@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.runtime import attention_triton
-from headrace.runtime.attention import Rule
+from headrace.runtime import attention_triton, kv_write_triton
 from headrace.runtime.attention_tiles import DeviceLimits, Tile, shared_bytes
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore, LayerKV
 from headrace.runtime.matmul.timing import Timer
 from headrace.runtime.probe import matmul_tflops, memory_gbps
+from headrace.runtime.softmax import Rule
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
@@ -99,6 +99,7 @@ def tensors(case: Case) -> Iterator[tuple[Tensor, LayerKV, Batch]]:
     batch = Batch.build(MicroBatch(slices), CUDA)
     with KVStore({0: SHAPE}, case.sequences * pages, torch.bfloat16, CUDA) as store:
         kv = store.layer(0)
+        assert isinstance(kv, LayerKV)
         kv.k.normal_()
         kv.v.normal_()
         rows = case.sequences * case.new
@@ -110,7 +111,7 @@ def measure(case: Case, bounds: Bounds, timer: Timer) -> dict[str, Any]:
         k, v = (q[:, :KV_HEADS].contiguous() for _ in range(2))
         tile, splits = attention_triton.choose(q, kv, batch, RULE, one=case.is_decode)
         micros = timer(lambda: attention_triton.attend(q, kv, batch, RULE))
-        writing = timer(lambda: attention_triton.write(k, v, kv, batch))
+        writing = timer(lambda: kv_write_triton.write(k, v, kv, batch))
     share = bounds.micros(case) / micros
     print(
         f"{case}: attend {micros:8.1f} us, {case.moved / micros / 1e3:7.0f} GB/s, "

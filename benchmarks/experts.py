@@ -21,6 +21,7 @@ from headrace.runtime.expert_extents import SplitBlock, split_block
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
+from headrace.scheduler.kv_format import PLAIN
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -57,7 +58,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_plan(store: Store, slots: int, host_experts: int, sequences: int) -> Plan:
+def make_plan(store: Store, slots: int, host_experts: int, sequences: int, kv_format: str) -> Plan:
     layers = len(store.layers)
     splits: list[SplitBlock | None] = [split_block(b) if slots else None for b in store.layers]
     sizes = [
@@ -70,6 +71,7 @@ def make_plan(store: Store, slots: int, host_experts: int, sequences: int) -> Pl
         slot_bytes=max(sizes),
         ring_slots=(2,),
         num_pages=sequences,
+        kv_format=kv_format,
         max_context=64,
         token_budget=sequences,
         max_sequences=sequences,
@@ -145,7 +147,9 @@ def main() -> None:
         store = write_store(Path(folder) / "store", config, "nf4")
         for sequences in arguments.sequences:
             for slots in arguments.slots:
-                plan = make_plan(store, slots, arguments.host_experts, sequences)
+                plan = make_plan(
+                    store, slots, arguments.host_experts, sequences, PLAIN[arguments.dtype]
+                )
                 report(measure(store, plan, arguments), slots, sequences)
 
 

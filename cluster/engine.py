@@ -219,6 +219,7 @@ def _streamed_share(plan: Plan, experts_loaded: int) -> float:
 def scheduler_config(plan: Plan) -> SchedulerConfig:
     return SchedulerConfig(
         num_pages=plan.num_pages,
+        num_tails=plan.num_tails,
         max_context=plan.max_context,
         token_budget=plan.token_budget,
         max_sequences=plan.max_sequences,

@@ -28,6 +28,7 @@ from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, ModelShape, Workload
+from headrace.scheduler.kv_format import check_kv_format, resolve_kv_format
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.planner import make_plan
 
@@ -42,7 +43,7 @@ class EngineOptions:
     """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
 
     `context` is the longest sequence to be served (prompt and output), None the model's own;
-    `min_sequences` at once have room for their KV, if they can; `graphs` launches decodes as CUDA
+    `min_sequences` at once have room for their KV, if they can; `kv_format` one of KV_FORMATS; `graphs` launches decodes as CUDA
     graphs, None wherever they can be had for little memory;
     `address` the Ray cluster to join, None to start one for this engine alone on this machine;
     `trace` a file to write, when the engine closes, for Perfetto.
@@ -52,6 +53,7 @@ class EngineOptions:
     stages: int = 1
     device: str = "auto"
     dtype: str = "auto"
+    kv_format: str = "auto"
     device_memory: int | None = None
     host_memory: int | None = None
     placement: str = "auto"
@@ -151,18 +153,24 @@ def local_plan(options: EngineOptions, store: Store) -> Plan:
     """The plan of stages that are all on this machine. HeadraceError when there is none."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
-    shape = shape_in(store, dtype)  # first: what it imports is counted by what follows
+    shape = shape_in(
+        store, dtype, options.kv_format
+    )  # first: what it imports is counted by what follows
     found = discover(stage_device(device), str(store.path.resolve()))
     return plan_run(options, device, [found] * options.stages, shape)
 
 
-def shape_in(store: Store, dtype: str) -> ModelShape:
-    """The model's sizes when it computes in the type of that name. Takes seconds, to import."""
+def shape_in(store: Store, dtype: str, kv_format: str) -> ModelShape:
+    """The model's sizes when it computes in the type of that name. Takes seconds, to import.
+
+    HeadraceError for a KV format that there is not, or not for this model.
+    """
+    fmt = resolve_kv_format(kv_format, dtype)
     import torch
 
     from headrace.runtime.shape import model_shape
 
-    return model_shape(store, getattr(torch, dtype))
+    return model_shape(store, getattr(torch, dtype), fmt)
 
 
 def stage_device(device: str) -> str:
@@ -248,11 +256,11 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
     """An engine ready for requests. Everything it started is gone when the block ends."""
     with ExitStack() as stack:
         store = Store.open(options.store)
-        _check_files(options)
+        _check(options)
         times = StartTimes()
         beside = stack.enter_context(_beside())
         resolving = beside.submit(_resolve, options, store)
-        measuring = beside.submit(lambda: shape_in(store, resolving.result()[1]))
+        measuring = beside.submit(lambda: shape_in(store, resolving.result()[1], options.kv_format))
         loading = beside.submit(load_tokenizer, store.path)
         stack.enter_context(ray_cluster(options.stages, options.address))
         times.ended("Ray")
@@ -272,9 +280,10 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         yield stack.enter_context(_engine(actors, plan, options, store, tokenizer))
 
 
-def _check_files(options: EngineOptions) -> None:
-    """HeadraceError for what a run would miss or could not write; takes no time."""
+def _check(options: EngineOptions) -> None:
+    """HeadraceError for what a run would miss, could not write or does not know; takes no time."""
     check_tokenizer(options.store)
+    check_kv_format(options.kv_format)
     if options.trace is not None:
         from headrace.cluster.trace_file import check_writable
 

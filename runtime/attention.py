@@ -4,12 +4,10 @@ A query at position p sees the keys at positions (p - window, p] of its own sequ
 causal and sliding-window masks.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.runtime.attention_quantized import attend_newest
 from headrace.runtime.batch import (
     SCORES,
     Batch,
@@ -19,29 +17,17 @@ from headrace.runtime.batch import (
     head_rows,
     visible_keys,
 )
-from headrace.runtime.kv_store import LayerKV
+from headrace.runtime.kv_store import LayerKV, QuantizedKV
+from headrace.runtime.softmax import Rule, attend_rows, softmax_attention
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import PAGE_TOKENS
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """How scores become weights: softmax over tanh(s * scaling / softcap) * softcap, and sinks.
-
-    `sinks` [query_heads] are extra logits that take weight and give no value (gpt-oss).
-    """
-
-    scaling: float
-    sliding_window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 def paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv: LayerKV,
+    kv: LayerKV | QuantizedKV,
     batch: Batch,
     *,
     scaling: float,
@@ -50,7 +36,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     tracer: Tracer = NULL_TRACER,
 ) -> Tensor:
-    """Write k and v into their pages, then attend over the pages.
+    """Write k and v into their pages and attend over the pages. What a query sees is kv_store's rule.
 
     q [T, query_heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim], any strides; returns
     [T, query_heads, v_dim] in q's dtype. Query head h reads key head h // (query_heads / kv_heads).
@@ -58,14 +44,30 @@ def paged_attention(
     """
     rule = Rule(scaling, sliding_window, softcap, sinks)
     with tracer.span(Kind.ATTENTION):
+        if isinstance(kv, QuantizedKV):
+            return _attend_quantized(q, k, v, kv, batch, rule)
         if q.is_cuda:
-            # Imported where it is needed: installations without a GPU have no Triton.
-            from headrace.runtime import attention_triton
+            # Imported where they are needed: installations without a GPU have no Triton.
+            from headrace.runtime import attention_triton, kv_write_triton
 
-            attention_triton.write(k, v, kv, batch)
+            kv_write_triton.write(k, v, kv, batch)
             return attention_triton.attend(q, kv, batch, rule)
         _write(k, v, kv, batch)
         return _attend(q, kv, batch, rule)
+
+
+def _attend_quantized(
+    q: Tensor, k: Tensor, v: Tensor, kv: QuantizedKV, batch: Batch, rule: Rule
+) -> Tensor:
+    """In the compute type, to which keys and values are rounded where they are not of it."""
+    queries, k, v = (x.to(kv.dtype) for x in (q, k, v))
+    if kv.k.rotation is not None:
+        queries, k = kv.k.rotation.queries(queries), kv.k.rotation.keys(k)
+    if q.is_cuda:
+        from headrace.runtime import attention_triton
+
+        return attention_triton.attend_newest(queries, k, v, kv, batch, rule).to(q.dtype)
+    return attend_newest(queries, k, v, kv, batch, rule).to(q.dtype)
 
 
 def _write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:
@@ -103,7 +105,7 @@ def _attend_decodes(q: Tensor, kv: LayerKV, group: Decodes, rule: Rule) -> Tenso
         else:
             values[:, :, group.kept :].zero_()
     mask = group.mask(heads // kv_heads, q.dtype)
-    out = _softmax_attention(q.reshape(count, kv_heads, heads // kv_heads, -1), k, v, mask, rule)
+    out = softmax_attention(q.reshape(count, kv_heads, heads // kv_heads, -1), k, v, mask, rule)
     return out.reshape(count, heads, -1)
 
 
@@ -126,7 +128,7 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
         seen = slice(low - base, high - base)
         visible = visible_keys(positions[None], torch.arange(low, high)[None], rule.sliding_window)
         mask = group_mask(visible, q.shape[1] // k.shape[1], q.dtype)
-        out[i : i + step] = _attend_rows(block, k[:, :, seen], v[:, :, seen], mask, rule)
+        out[i : i + step] = attend_rows(block, k[:, :, seen], v[:, :, seen], mask, rule)
     return out
 
 
@@ -134,39 +136,3 @@ def _gather(pages: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """[P, heads, 64, D] pages and their [G, heads, n] rows to [G, heads, n * 64, D], in one copy."""
     picked = pages.flatten(0, 1).index_select(0, rows.flatten())
     return picked.view(*rows.shape[:2], -1, pages.shape[-1]).to(dtype)
-
-
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """q [n, heads, Dk], k [1, kv_heads, L, Dk], v [1, kv_heads, L, Dv] to [n, heads, Dv].
-
-    The queries of a group of heads become rows of one matrix, so that each key is read once.
-    """
-    rows, heads, _ = q.shape
-    kv_heads = k.shape[1]
-    packed = q.reshape(rows, kv_heads, heads // kv_heads, -1).permute(1, 2, 0, 3)
-    out = _softmax_attention(packed.flatten(1, 2)[None], k, v, mask, rule)
-    return out.view(heads, rows, -1).transpose(0, 1)
-
-
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """q [G, kv_heads, n, Dk], k [G, kv_heads, L, Dk], v [G, kv_heads, L, Dv] to
-    [G, kv_heads, n, Dv]. `mask` is a group_mask."""
-    if rule.softcap is None and rule.sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scaling)
-    return _explicit_attention(q, k, v, mask, rule)
-
-
-def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
-    """Scores in float32, for what scaled_dot_product_attention has no argument for."""
-    scores = (q.float() @ k.float().mT) * rule.scaling
-    if rule.softcap is not None:
-        scores = torch.tanh(scores / rule.softcap) * rule.softcap
-    scores = scores + mask
-    if rule.sinks is not None:
-        kv_heads = k.shape[1]
-        sinks = rule.sinks.float().view(kv_heads, -1)
-        sinks = sinks.repeat_interleave(q.shape[2] // sinks.shape[1], dim=1)  # [kv_heads, rows]
-        column = sinks[None, :, :, None].expand(len(q), -1, -1, -1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]]
-    return (weights @ v.float()).to(q.dtype)

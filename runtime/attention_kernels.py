@@ -10,11 +10,13 @@ are in base 2. Runs on CPUs with TRITON_INTERPRET=1.
 import triton
 import triton.language as tl
 
+from headrace.runtime.attention_loads import load_exact, load_tile, pages_of
+
 _CHUNK = tl.constexpr(256)
 
 
 @triton.jit
-def _find(query_start, num_sequences, block, BLOCK_Q: tl.constexpr):
+def find_sequence(query_start, num_sequences, block, BLOCK_Q: tl.constexpr):
     """The sequence that owns a block: s owns those from query_start[s] // BLOCK_Q + s on.
 
     Counted, since the loads of a binary search would wait for each other.
@@ -41,7 +43,7 @@ def _locate(
         sequence = block
         query = block * 0
     else:
-        sequence = _find(query_start, num_sequences, block, BLOCK_Q)
+        sequence = find_sequence(query_start, num_sequences, block, BLOCK_Q)
         query = (block - tl.load(query_start + sequence) // BLOCK_Q - sequence) * BLOCK_Q
     first = tl.load(query_start + sequence)
     length = tl.load(query_start + sequence + 1) - first
@@ -53,44 +55,6 @@ def _locate(
 
 
 @triton.jit
-def _pages_of(table, tile, last, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
-    """The page of a tile, or of each of its keys when it spans several; `last` is the last in use."""
-    if BLOCK_N > PAGE:
-        at = tile * (BLOCK_N // PAGE) + tl.arange(0, BLOCK_N) // PAGE
-    else:
-        at = tile * BLOCK_N // PAGE
-    return tl.load(table + tl.minimum(at, last)).to(tl.int64)
-
-
-@triton.jit
-def _load_tile(
-    pages, page, page_stride, tile, fresh, DTYPE: tl.constexpr, MASK: tl.constexpr,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """Keys or values [BLOCK_N, BLOCK] of one head, as they are multiplied.
-
-    Whatever pages hold is read and decoded here. `pages` points at the head's part of page 0.
-    MASK: rows that are not fresh are zeros.
-    """
-    n = tl.arange(0, BLOCK_N)
-    dim = tl.arange(0, BLOCK)
-    if BLOCK_N > PAGE:
-        at = (pages + page * page_stride + n % PAGE * DIM)[:, None] + dim[None, :]
-    else:
-        first = pages + page * page_stride + tile * BLOCK_N % PAGE * DIM
-        at = first + n[:, None] * DIM + dim[None, :]
-    if MASK and DIM < BLOCK:
-        stored = tl.load(at, mask=fresh[:, None] & (dim < DIM)[None, :], other=0.0)
-    elif MASK:
-        stored = tl.load(at, mask=fresh[:, None], other=0.0)
-    elif DIM < BLOCK:
-        stored = tl.load(at, mask=(dim < DIM)[None, :], other=0.0)
-    else:
-        stored = tl.load(at)
-    return stored.to(DTYPE)
-
-
-@triton.jit
 def _bend(score, softcap):
     """softcap * tanh(score / softcap), in base 2."""
     decay = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(score) / softcap)
@@ -99,53 +63,88 @@ def _bend(score, softcap):
 
 
 @triton.jit
-def _attend_tiles(
-    acc, top, weight, rows, position, tile, tiles, total, table, k_pages, v_pages, k_page, v_page,
-    scale, softcap, window,
-    DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+def _add(
+    acc, top, weight, rows, keys, values, key, since, until, scale, softcap,
+    SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add key tiles [tile, tiles) to (sum of weighted values, max, sum of weights).
+    """Add a tile of keys to (sum of weighted values, max, sum of weights).
 
-    Unless MASKED, every row sees every key of them.
+    A row sees the keys before its `until`, with SINCE from its `since` on; unless MASKED, all of them.
     """
-    last = (total - 1) // PAGE
-    page = _pages_of(table, tile, last, BLOCK_N, PAGE)
+    score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
+    unit = scale
+    if SOFTCAP:
+        score = _bend(score * scale, softcap)
+        unit = 1.0
+    if MASKED:
+        visible = key[None, :] < until[:, None]
+        if SINCE:
+            visible = visible & (key[None, :] >= since[:, None])
+        score = tl.where(visible, score, float("-inf"))
+
+    new_top = tl.maximum(top, tl.max(score, 1) * unit)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    share = tl.exp2(score * unit - base[:, None])
+    keep = tl.exp2(top - base)
+    weight = weight * keep + tl.sum(share, 1)
+    acc = acc * keep[:, None]
+    acc = tl.dot(share.to(rows.dtype), values, acc, input_precision="ieee")
+    return acc, new_top, weight
+
+
+@triton.jit
+def _attend_tiles(
+    acc, top, weight, rows, since, until, tile, tiles, total, table,
+    k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
+    BITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """`_add` for tiles [tile, tiles) of pages, which hold `total` keys."""
+    last = tl.maximum(total - 1, 0) // PAGE
+    page = pages_of(table, tile, last, BLOCK_N, PAGE)
     for i in range(tile, tiles):
         # Read a tile ahead: in the same step, keys and values would wait for it, and Triton would
         # spend the pipeline's stages on it.
-        next_page = _pages_of(table, i + 1, last, BLOCK_N, PAGE)
+        next_page = pages_of(table, i + 1, last, BLOCK_N, PAGE)
         key = i * BLOCK_N + tl.arange(0, BLOCK_N)
         fresh = key < total
         # Behind the context's end lies what an earlier owner left. Scores of such keys are
         # replaced, but 0 * nan is nan, so values are masked.
-        keys = _load_tile(
-            k_pages, page, k_page, i, fresh, rows.dtype, False, DK, BLOCK_K, BLOCK_N, PAGE
-        )
-        values = _load_tile(
-            v_pages, page, v_page, i, fresh, rows.dtype, MASKED, DV, BLOCK_V, BLOCK_N, PAGE
-        )
-        score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
-        unit = scale
-        if SOFTCAP:
-            score = _bend(score * scale, softcap)
-            unit = 1.0
-        if MASKED:
-            visible = key[None, :] <= position[:, None]
-            if WINDOW:
-                visible = visible & (key[None, :] > position[:, None] - window)
-            score = tl.where(visible, score, float("-inf"))
-
-        new_top = tl.maximum(top, tl.max(score, 1) * unit)
-        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-        share = tl.exp2(score * unit - base[:, None])
-        keep = tl.exp2(top - base)
-        weight = weight * keep + tl.sum(share, 1)
-        acc = acc * keep[:, None]
-        acc = tl.dot(share.to(rows.dtype), values, acc, input_precision="ieee")
-        top = new_top
+        keys = load_tile(
+            k_pages, k_scales, page, k_page, i, fresh, rows.dtype, False,
+            BITS, DK, BLOCK_K, BLOCK_N, PAGE,
+        )  # fmt: skip
+        values = load_tile(
+            v_pages, v_scales, page, v_page, i, fresh, rows.dtype, MASKED,
+            BITS, DV, BLOCK_V, BLOCK_N, PAGE,
+        )  # fmt: skip
+        acc, top, weight = _add(
+            acc, top, weight, rows, keys, values, key, since, until, scale, softcap,
+            SINCE, SOFTCAP, MASKED,
+        )  # fmt: skip
         page = next_page
+    return acc, top, weight
+
+
+@triton.jit
+def _attend_exact(
+    acc, top, weight, rows, since, until, tile, tiles, first, begin, total,
+    k, v, k_tail, v_tail, k_token, v_token, scale, softcap,
+    DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`_add` for tiles [tile, tiles) of the rows' own pages, as computed."""
+    dk = tl.arange(0, BLOCK_K)
+    dv = tl.arange(0, BLOCK_V)
+    for i in tl.range(tile, tiles, num_stages=1):  # few: nothing to load ahead
+        key = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        keys = load_exact(k, k_token, k_tail, first, begin, total, key, dk, DK, PAGE)
+        values = load_exact(v, v_token, v_tail, first, begin, total, key, dv, DV, PAGE)
+        acc, top, weight = _add(
+            acc, top, weight, rows, keys.to(rows.dtype), values.to(rows.dtype), key, since, until,
+            scale, softcap, True, SOFTCAP, True,
+        )  # fmt: skip
     return acc, top, weight
 
 
@@ -158,16 +157,18 @@ def _share(first, last, part, parts):
 
 @triton.jit(do_not_specialize=["num_sequences", "table_row", "window", "splits"])
 def attend_kernel(
-    q, k_pages, v_pages, out, partial, stats, sinks, query_start, context, page_table,
-    num_sequences, table_row, q_token, q_head, k_page, k_head, v_page, v_head,
-    scale, softcap, window, splits,
-    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    q, k_pages, v_pages, k_scales, v_scales, k, v, k_tails, v_tails, out, partial, stats, sinks,
+    query_start, context, page_table, tails,
+    num_sequences, table_row, q_token, q_head, k_page, k_page_head, v_page, v_page_head,
+    k_token, k_head, v_token, v_head, scale, softcap, window, splits,
+    BITS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr, PEEL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows against one part of their keys.
 
+    Pages hold all of these, or, where they are quantized (BITS < 16), those before a row's own page.
     PEEL: tiles that every row sees are a loop of their own, which has no masks.
     """
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -191,33 +192,63 @@ def attend_kernel(
     rows = tl.load(q_at, mask=q_mask, other=0.0)
 
     # Keys that any row of the block sees, in tiles; this program takes its share of them.
-    start = total - length + query
-    tile = tl.maximum(start - window + 1, 0) // BLOCK_N if WINDOW else 0
-    tiles = tl.cdiv(tl.minimum(start + BLOCK_Q, total), BLOCK_N)
+    begin = total - length
+    start = begin + query
+    end = tl.minimum(start + BLOCK_Q, total)
+    position = start + row // GROUP
+    since = position - window + 1 if WINDOW else position * 0
+    if BITS > 8:
+        until = position + 1
+        seen = start + 1
+        in_pages = total
+        tiles = tl.cdiv(end, BLOCK_N)
+        own, own_end = 0, 0
+    else:
+        until = position // PAGE * PAGE
+        seen = start // PAGE * PAGE
+        in_pages = (end - 1) // PAGE * PAGE
+        tiles = tl.cdiv(in_pages, BLOCK_N)
+        own = seen // BLOCK_N
+        own_end = tl.cdiv(end, BLOCK_N)
+    tile = tl.minimum(tl.maximum(start - window + 1, 0) // BLOCK_N, tiles) if WINDOW else 0
     if SPLIT:
-        tile, tiles = _share(tile, tiles, tl.program_id(2), splits)
+        # Tiles of pages, and after them those of the rows' own pages.
+        part, parts = _share(tile, tiles + own_end - own, tl.program_id(2), splits)
+        own_end = own + tl.maximum(parts - tiles, 0)
+        own = own + tl.maximum(part - tiles, 0)
+        tile, tiles = tl.minimum(part, tiles), tl.minimum(parts, tiles)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    position = start + row // GROUP
     table = page_table + sequence.to(tl.int64) * table_row
-    k_pages += kv_head.to(tl.int64) * k_head
-    v_pages += kv_head.to(tl.int64) * v_head
+    kv_at = kv_head.to(tl.int64)
+    k_pages += kv_at * k_page_head
+    v_pages += kv_at * v_page_head
+    k_scales += kv_at * (k_page_head // 2)
+    v_scales += kv_at * (v_page_head // 2)
     if PEEL:
         tl.static_assert(not WINDOW)
-        seen = tl.minimum(tl.maximum((start + 1) // BLOCK_N, tile), tiles)
+        seen = tl.minimum(tl.maximum(seen // BLOCK_N, tile), tiles)
         acc, top, weight = _attend_tiles(
-            acc, top, weight, rows, position, tile, seen, total, table,
-            k_pages, v_pages, k_page, v_page, scale, softcap, window,
-            DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, False,
+            acc, top, weight, rows, since, until, tile, seen, in_pages, table,
+            k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
+            BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, False,
         )  # fmt: skip
         tile = seen
     acc, top, weight = _attend_tiles(
-        acc, top, weight, rows, position, tile, tiles, total, table,
-        k_pages, v_pages, k_page, v_page, scale, softcap, window,
-        DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, True,
+        acc, top, weight, rows, since, until, tile, tiles, in_pages, table,
+        k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
+        BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, True,
     )  # fmt: skip
+    if BITS < 16:
+        tail = tl.load(tails + sequence).to(tl.int64) * tl.num_programs(1) + kv_head
+        acc, top, weight = _attend_exact(
+            acc, top, weight, rows, tl.maximum(since, until), position + 1, own, own_end,
+            first, begin, total, k + kv_at * k_head, v + kv_at * v_head,
+            k_tails + tail * PAGE * DK, v_tails + tail * PAGE * DV, k_token, v_token, scale, softcap,
+            DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SOFTCAP,
+        )  # fmt: skip
 
     if SPLIT:
         at = (block * tl.num_programs(1) + kv_head).to(tl.int64) * splits + tl.program_id(2)

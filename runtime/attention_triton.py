@@ -10,14 +10,11 @@ Which blocks exist follows from sizes the host knows; a program whose block is e
 nothing waits for the device. Runs on CPUs with TRITON_INTERPRET=1.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from headrace.runtime.attention import Rule
 from headrace.runtime.attention_kernels import attend_kernel, merge_kernel
 from headrace.runtime.attention_tiles import (
     MIN_ROWS,
@@ -28,70 +25,73 @@ from headrace.runtime.attention_tiles import (
     power_of_two,
 )
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import LayerKV
+from headrace.runtime.kv_store import LayerKV, QuantizedKV
+from headrace.runtime.kv_write_triton import fill, keep, rows
+from headrace.runtime.softmax import Rule
 from headrace.scheduler.plan import PAGE_TOKENS
 
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit
-def _write_kernel(
-    k, v, k_pages, v_pages, slots,
-    k_token, k_head, v_token, v_head, k_page, k_page_head, v_page, v_page_head,
-    HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PAGE: tl.constexpr,
-):  # fmt: skip
-    """One token, BLOCK_H heads."""
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    slot = tl.load(slots + token)
-    page = slot // PAGE
-    offset = slot % PAGE
-    dk = tl.arange(0, BLOCK_K)[None, :]
-    dv = tl.arange(0, BLOCK_V)[None, :]
-    k_mask = (heads < HEADS) & (dk < DK)
-    v_mask = (heads < HEADS) & (dv < DV)
-    keys = tl.load(k + token * k_token + heads * k_head + dk, mask=k_mask)
-    values = tl.load(v + token * v_token + heads * v_head + dv, mask=v_mask)
-    k_to = k_pages + page * k_page + heads * k_page_head + offset * DK + dk
-    v_to = v_pages + page * v_page + heads * v_page_head + offset * DV + dv
-    tl.store(k_to, keys.to(k_pages.dtype.element_ty), mask=k_mask)
-    tl.store(v_to, values.to(v_pages.dtype.element_ty), mask=v_mask)
+def attend_newest(
+    q: Tensor, k: Tensor, v: Tensor, kv: QuantizedKV, batch: Batch, rule: Rule
+) -> Tensor:
+    """Attend, quantize the pages that k and v fill, and keep the rest of them in tails.
+
+    Shapes are paged_attention's, types the compute type; q and k are rotated.
+    """
+    k, v = rows(k), rows(v)
+    fill(k, v, kv, batch)
+    out = attend(q, kv, batch, rule, newest=(k, v))
+    keep(k, v, kv, batch)
+    return out
 
 
-def write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:
-    """Put k [T, heads, k_dim] and v [T, heads, v_dim] into their slots."""
-    k, v = _rows(k), _rows(v)
-    tokens, heads, k_dim = k.shape
-    v_dim = v.shape[-1]
-    block_k, block_v = power_of_two(k_dim), power_of_two(v_dim)
-    block_h = max(1, min(power_of_two(heads), 4096 // max(block_k, block_v)))
-    _write_kernel[(tokens, triton.cdiv(heads, block_h))](
-        k, v, kv.k, kv.v, batch.token_slots,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        kv.k.stride(0), kv.k.stride(1), kv.v.stride(0), kv.v.stride(1),
-        HEADS=heads, DK=k_dim, DV=v_dim,
-        BLOCK_H=block_h, BLOCK_K=block_k, BLOCK_V=block_v, PAGE=PAGE_TOKENS,
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Reads:
+    """Where attend_kernel reads keys and values, in the order of its arguments."""
+
+    bits: int
+    tensors: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+
+
+def _reads(kv: LayerKV | QuantizedKV, newest: tuple[Tensor, Tensor] | None) -> _Reads:
+    if isinstance(kv, LayerKV):
+        # There are no scales, and neither new ones nor tails are read.
+        return _Reads(16, (kv.k, kv.v) * 4, _strides(kv.k, kv.v) * 2)
+    assert newest is not None
+    codes, tails = (kv.k.codes, kv.v.codes), (kv.k.tails, kv.v.tails)
+    tensors = (*codes, kv.k.scales, kv.v.scales, *newest, *tails)
+    return _Reads(kv.k.fmt.bits, tensors, _strides(*codes) + _strides(*newest))
+
+
+def _strides(k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """From page to page, or token to token, and from head to head."""
+    return k.stride(0), k.stride(1), v.stride(0), v.stride(1)
 
 
 def attend(
-    q: Tensor, kv: LayerKV, batch: Batch, rule: Rule,
-    splits: int | None = None, tile: Tile | None = None,
+    q: Tensor, kv: LayerKV | QuantizedKV, batch: Batch, rule: Rule,
+    splits: int | None = None, tile: Tile | None = None, newest: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of q [T, query_heads, k_dim] over the pages: [T, query_heads, v_dim].
+
+    Where pages are quantized, `newest` are the batch's keys and values, which are not in tails yet.
 
     `splits` cuts the keys into that many parts; by default as many as fill the device. `tile` is
     used for all sequences; by default one for those of few queries, and one for the others.
     """
     assert rule.scaling > 0, rule  # the largest product is the largest score
-    q = _rows(q)
-    out = q.new_empty(*q.shape[:2], kv.v.shape[-1])
-    short = short_queries(q.shape[1] // kv.k.shape[1])
+    q = rows(q)
+    assert (newest is None) == isinstance(kv, LayerKV)
+    out = q.new_empty(*q.shape[:2], kv.v_dim)
+    short = short_queries(q.shape[1] // kv.kv_heads)
+    reads = _reads(kv, newest)
     if batch.min_query <= short:
-        _launch(q, kv, batch, rule, out, short, one=True, splits=splits, tile=tile)
+        _launch(q, kv, batch, rule, out, short, reads, one=True, splits=splits, tile=tile)
     if batch.max_query > short:
-        _launch(q, kv, batch, rule, out, short, one=False, splits=splits, tile=tile)
+        _launch(q, kv, batch, rule, out, short, reads, one=False, splits=splits, tile=tile)
     return out
 
 
@@ -101,14 +101,15 @@ def short_queries(group: int) -> int:
 
 
 def choose(
-    q: Tensor, kv: LayerKV, batch: Batch, rule: Rule, *, one: bool, tile: Tile | None = None
-) -> tuple[Tile, int]:
+    q: Tensor, kv: LayerKV | QuantizedKV, batch: Batch, rule: Rule, *, one: bool,
+    tile: Tile | None = None,
+) -> tuple[Tile, int]:  # fmt: skip
     """The tile, unless it is given, and the number of splits of one of attend's two launches.
 
     `one`: that for sequences of few queries.
     """
-    kv_heads, window, visible = kv.k.shape[1], rule.sliding_window, batch.max_context
-    group, v_dim = q.shape[1] // kv_heads, kv.v.shape[-1]
+    kv_heads, window, visible = kv.kv_heads, rule.sliding_window, batch.max_context
+    group, v_dim = q.shape[1] // kv_heads, kv.v_dim
     queries = min(short_queries(group), batch.max_query) if one else batch.max_query
     limits = DeviceLimits.of(q.device)
     if tile is None:
@@ -123,12 +124,12 @@ def choose(
 
 
 def _launch(
-    q: Tensor, kv: LayerKV, batch: Batch, rule: Rule, out: Tensor, short: int, *,
-    one: bool, splits: int | None, tile: Tile | None,
+    q: Tensor, kv: LayerKV | QuantizedKV, batch: Batch, rule: Rule, out: Tensor, short: int,
+    reads: _Reads, *, one: bool, splits: int | None, tile: Tile | None,
 ) -> None:  # fmt: skip
     """Attend for the sequences of at most `short` queries (`one` block each), or for the others."""
-    sequences, kv_heads, window = len(batch.lengths), kv.k.shape[1], rule.sliding_window
-    group, k_dim, v_dim = q.shape[1] // kv_heads, q.shape[2], kv.v.shape[-1]
+    sequences, kv_heads, window = len(batch.lengths), kv.kv_heads, rule.sliding_window
+    group, k_dim, v_dim = q.shape[1] // kv_heads, q.shape[2], kv.v_dim
     chosen, parts = choose(q, kv, batch, rule, one=one, tile=tile)
     tile, splits = chosen, splits or parts
     block_q = tile.rows // group
@@ -138,12 +139,11 @@ def _launch(
     scale = rule.scaling if rule.softcap is not None else rule.scaling * _LOG2_E
     flags = {"GROUP": group, "ONE": one, "SKIP": short, "SINKS": rule.sinks is not None}
     attend_kernel[(blocks, kv_heads, splits)](
-        q, kv.k, kv.v, out, partial, stats, sinks,
-        batch.query_start, batch.context, batch.page_table,
-        sequences, batch.page_table.stride(0), q.stride(0), q.stride(1),
-        kv.k.stride(0), kv.k.stride(1), kv.v.stride(0), kv.v.stride(1),
+        q, *reads.tensors, out, partial, stats, sinks,
+        batch.query_start, batch.context, batch.page_table, batch.tails,
+        sequences, batch.page_table.stride(0), q.stride(0), q.stride(1), *reads.strides,
         float(scale), float(rule.softcap or 0.0), window or 0, splits,
-        DK=k_dim, DV=v_dim, PAGE=PAGE_TOKENS,
+        BITS=reads.bits, DK=k_dim, DV=v_dim, PAGE=PAGE_TOKENS,
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_K=tile.dim_k, BLOCK_V=tile.dim_v,
         SPLIT=splits > 1, PEEL=tile.peel and window is None,
         WINDOW=window is not None, SOFTCAP=rule.softcap is not None, **flags,
@@ -160,8 +160,3 @@ def _parts(out: Tensor, count: int, tile: Tile) -> tuple[Tensor, Tensor]:
     """Room for `count` parts: values [count, rows, v_dim], and [count, rows, 2] of (max, sum)."""
     partial = out.new_empty((count, tile.rows, tile.dim_v), dtype=torch.float32)
     return partial, out.new_empty((count, tile.rows, 2), dtype=torch.float32)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()

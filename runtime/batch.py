@@ -23,7 +23,7 @@ class Batch:
     positions [T] int64.  token_slots [T] int64: page * 64 + offset, where the token's key goes.
     sample_rows [R] int64: the packed row of each sampling slice's last token.
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
-    with this slice's.  page_table [S, P] int32, padded with 0.
+    with this slice's.  page_table [S, P] int32, padded with 0.  tails [S] int32: each sequence's slot.
     `tokens` [T] int64 stay on the host, pinned for a CUDA device; `lengths` and `contexts` are the tokens of each slice and context.
     `max_context` is at least the longest context. `packed` is the memory of all tensors.
     """
@@ -35,6 +35,7 @@ class Batch:
     query_start: Tensor
     context: Tensor
     page_table: Tensor
+    tails: Tensor
     lengths: tuple[int, ...]
     contexts: tuple[int, ...]
     max_context: int
@@ -95,6 +96,7 @@ class Batch:
                 ends.astype(np.int32),
                 table,
                 sample_rows,
+                np.array([piece.tail for piece in slices], dtype=np.int32),
             ),
             pinned,
         )
@@ -106,6 +108,7 @@ class Batch:
             query_start=views[2],
             context=views[3],
             page_table=views[4],
+            tails=views[6],
             lengths=tuple(lengths.tolist()),
             contexts=tuple(ends.tolist()),
             max_context=int(ends.max()) if pages is None else pages * PAGE_TOKENS,
@@ -130,7 +133,9 @@ class Batch:
         return replace(self, packed=packed, _decodes={}, **there)
 
 
-_PACKED = ("positions", "token_slots", "sample_rows", "query_start", "context", "page_table")
+_PACKED = (
+    "positions", "token_slots", "sample_rows", "query_start", "context", "page_table", "tails",
+)  # fmt: skip
 
 
 def _page_table(slices: Sequence[Slice], used: np.ndarray, width: int | None) -> np.ndarray:
@@ -173,13 +178,16 @@ def _moved(view: Tensor, copy: Tensor) -> Tensor:
 class Decodes:
     """One query of each of G sequences that see equally many pages, n.
 
-    rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  stale
+    rows [G]: the queries' places in the batch.  table [G, n]: the pages they see.  tails [G]: their
+    sequences' slots.  offsets [G]: their places in the last page.  stale
     [G, 1, 64, 1]: keys of the last page past the context's end; `kept` of all pages' keys are not,
     where that is the same for all.  visible [G, 1, n * 64].
     """
 
     rows: Tensor
     table: Tensor
+    tails: Tensor
+    offsets: Tensor
     stale: Tensor
     kept: int | None
     visible: Tensor
@@ -222,6 +230,8 @@ def _decode_group(batch: Batch, members: Tensor, pages: int, window: int | None)
     return Decodes(
         rows=batch.query_start[members].long(),
         table=table,
+        tails=batch.tails[members].long(),
+        offsets=position % PAGE_TOKENS,
         kept=int(kept[0]) if bool((kept == kept[0]).all()) else None,
         stale=(keys > position[:, None])[:, None, -PAGE_TOKENS:, None],
         visible=visible_keys(position[:, None], keys, window),

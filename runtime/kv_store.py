@@ -1,6 +1,12 @@
-"""Keys and values of one stage's layers, in pages of 64 tokens with the same ids on every stage."""
+"""Keys and values of one stage's layers, in pages of 64 tokens with the same ids on every stage.
 
-from collections.abc import Mapping
+Pages of a plain format hold numbers. Those of a quantized one are written once, when they are full,
+and never again; until then a sequence's newest page is in its tail, as computed. A query sees its own
+page as it was computed and every page before that quantized, whoever else was computed with it: what
+it sees depends on its position alone.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -8,7 +14,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from headrace.runtime.kv_codes import Rotation
 from headrace.runtime.store import LayerShape
+from headrace.scheduler.kv_format import FORMATS, PLAIN, SCALE_BYTES, KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS
 
 
@@ -23,9 +31,60 @@ class LayerKV:
     k: Tensor
     v: Tensor
 
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def v_dim(self) -> int:
+        return self.v.shape[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A layer's keys or its values, full pages of which are quantized.
+
+    codes [pages, kv_heads, 64, code bytes]; scales [pages, kv_heads, fmt.scales, 64] float16; tails
+    [tails, kv_heads, 64, dim] in the compute type. Keys are `rotation.keys` in both, if there is one.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    tails: Tensor
+    fmt: KVFormat
+    rotation: Rotation | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedKV:
+    """One layer's quantized pages and the tails.
+
+    A page is one contiguous extent of bytes: for each head the codes of its keys, those of its values,
+    the scales of its keys, and those of its values.
+    """
+
+    k: Coded
+    v: Coded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return self.k.tails.dtype
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.tails.shape[1]
+
+    @property
+    def v_dim(self) -> int:
+        return self.v.tails.shape[-1]
+
 
 class KVStore:
-    """Page tensors for the layers in `shapes`, allocated once, zeroed, and never resized."""
+    """Pages and tails of the layers in `shapes`, allocated once, zeroed, and never resized.
+
+    `dtype` is the compute type. `fmt` is that type, if it is not given.
+    """
 
     def __init__(
         self,
@@ -33,36 +92,47 @@ class KVStore:
         num_pages: int,
         dtype: torch.dtype,
         device: torch.device,
+        fmt: KVFormat | None = None,
+        num_tails: int = 0,
     ) -> None:
-        assert num_pages > 0, num_pages
-        self._buffers: dict[int, Tensor] = {}
-        self._layers: dict[int, LayerKV] = {}
+        self._fmt = fmt = fmt or plain_format(dtype)
+        assert num_pages > 0 and (num_tails > 0 or not fmt.is_quantized), (num_pages, num_tails)
+        self._pages: dict[int, Tensor] = {}
+        self._tails: dict[int, tuple[Tensor, ...]] = {}
+        self._layers: dict[int, LayerKV | QuantizedKV] = {}
+        rotations = {dim: Rotation.of(dim, dtype, device) for dim in _rotated(shapes, fmt)}
         for layer, shape in shapes.items():
-            head_elements = PAGE_TOKENS * (shape.k_dim + shape.v_dim)
-            size = (num_pages, shape.kv_heads, head_elements)
-            self._buffers[layer] = torch.zeros(size, dtype=dtype, device=device)
-            self._layers[layer] = _views(self._buffers[layer], shape)
-
-    @staticmethod
-    def page_nbytes(shape: LayerShape, dtype: torch.dtype) -> int:
-        """Bytes of one page of one layer."""
-        return PAGE_TOKENS * shape.kv_heads * (shape.k_dim + shape.v_dim) * dtype.itemsize
+            nbytes = page_nbytes(shape, fmt)
+            size = (num_pages, shape.kv_heads, nbytes // shape.kv_heads)
+            pages = torch.zeros(size, dtype=torch.uint8, device=device)
+            self._pages[layer] = pages
+            if not fmt.is_quantized:
+                self._layers[layer] = _plain(pages.view(_DTYPES[fmt.name]), shape)
+                continue
+            self._tails[layer] = tuple(
+                torch.zeros(num_tails, shape.kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=device)
+                for dim in (shape.k_dim, shape.v_dim)
+            )
+            rotation = rotations.get(shape.k_dim)
+            self._layers[layer] = _quantized(pages, self._tails[layer], shape, fmt, rotation)
 
     @property
     def nbytes(self) -> int:
         """Bytes held, over all layers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        tails = (tail for tails in self._tails.values() for tail in tails)
+        return sum(tensor.nbytes for tensor in (*self._pages.values(), *tails))
 
-    def layer(self, index: int) -> LayerKV:
+    def layer(self, index: int) -> LayerKV | QuantizedKV:
         return self._layers[index]
 
     def page_bytes(self, layer: int) -> int:
         """Bytes of one page of this layer, contiguous in memory."""
-        return self._buffers[layer][0].nbytes
+        return self._pages[layer][0].nbytes
 
     def close(self) -> None:
         self._layers.clear()
-        self._buffers.clear()
+        self._pages.clear()
+        self._tails.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -76,10 +146,49 @@ class KVStore:
         self.close()
 
 
-def _views(buffer: Tensor, shape: LayerShape) -> LayerKV:
-    keys = PAGE_TOKENS * shape.k_dim
-    size = (*buffer.shape[:2], PAGE_TOKENS)
-    return LayerKV(
-        k=buffer[:, :, :keys].view(*size, shape.k_dim),
-        v=buffer[:, :, keys:].view(*size, shape.v_dim),
+_DTYPES = {name: getattr(torch, dtype) for dtype, name in PLAIN.items()}
+
+
+def plain_format(dtype: torch.dtype) -> KVFormat:
+    """Pages of the numbers of that type."""
+    return FORMATS[PLAIN[str(dtype).removeprefix("torch.")]]
+
+
+def page_nbytes(shape: LayerShape, fmt: KVFormat) -> int:
+    """Bytes of one page of one layer, and of one tail in the compute type's format."""
+    return fmt.page_bytes(shape.kv_heads, shape.k_dim, shape.v_dim)
+
+
+def _rotated(shapes: Mapping[int, LayerShape], fmt: KVFormat) -> set[int]:
+    return {shape.k_dim for shape in shapes.values()} if fmt.name == "int4" else set()
+
+
+def _plain(pages: Tensor, shape: LayerShape) -> LayerKV:
+    """[pages, kv_heads, numbers of a head], cut into keys and values."""
+    k, v = pages.split([PAGE_TOKENS * shape.k_dim, PAGE_TOKENS * shape.v_dim], dim=-1)
+    return LayerKV(k.unflatten(-1, (PAGE_TOKENS, -1)), v.unflatten(-1, (PAGE_TOKENS, -1)))
+
+
+def _quantized(
+    pages: Tensor,
+    tails: Sequence[Tensor],
+    shape: LayerShape,
+    fmt: KVFormat,
+    rotation: Rotation | None,
+) -> QuantizedKV:
+    """[pages, kv_heads, bytes of a head], cut into codes and scales."""
+    codes = [PAGE_TOKENS * fmt.code_bytes(dim) for dim in (shape.k_dim, shape.v_dim)]
+    scales = [PAGE_TOKENS * fmt.scales * SCALE_BYTES] * 2
+    *codes_of, k_scales, v_scales = pages.split([*codes, *scales], dim=-1)
+    k_codes, v_codes = (
+        part.view(torch.int8 if fmt.bits == 8 else torch.uint8).unflatten(-1, (PAGE_TOKENS, -1))
+        for part in codes_of
+    )
+    k_scales, v_scales = (
+        part.view(torch.float16).unflatten(-1, (fmt.scales, PAGE_TOKENS))
+        for part in (k_scales, v_scales)
+    )
+    return QuantizedKV(
+        k=Coded(k_codes, k_scales, tails[0], fmt, rotation),
+        v=Coded(v_codes, v_scales, tails[1], fmt, None),
     )

@@ -8,25 +8,32 @@ from transformers import PretrainedConfig
 
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_store import page_nbytes, plain_format
 from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.inputs import Experts, ModelShape
+from headrace.scheduler.kv_format import KVFormat
 
 SCRATCH_BYTES = 512 << 20
 """Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
 
 
-def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
-    """What running `store` with compute and KV type `dtype` takes."""
+def model_shape(store: Store, dtype: torch.dtype, fmt: KVFormat | None = None) -> ModelShape:
+    """What running `store` with compute type `dtype` takes; `fmt` of KV pages is that, if not given.
+
+    UnsupportedModelError when `fmt` cannot hold the model's keys and values.
+    """
+    own = plain_format(dtype)
+    fmt = fmt or own
+    tails = store.layer_shapes if fmt.is_quantized else ()
     config = parse_config(store.config, str(store.path / "config.json"))
     largest = scratch_elements(store.layers, dtype)
     head = store.head.nbytes + (store.embed.nbytes if store.tied else 0)
     return ModelShape(
         layer_bytes=tuple(block.nbytes for block in store.layers),
-        layer_kv_bytes=tuple(KVStore.page_nbytes(shape, dtype) for shape in store.layer_shapes),
+        layer_kv_bytes=tuple(page_nbytes(shape, fmt) for shape in store.layer_shapes),
         layer_parameters=tuple(shape.parameters for shape in store.layer_shapes),
         layer_active_parameters=tuple(shape.active_parameters for shape in store.layer_shapes),
         largest_matrix=largest,
@@ -39,6 +46,8 @@ def model_shape(store: Store, dtype: torch.dtype) -> ModelShape:
         compute_bytes=dtype.itemsize,
         needs_scratch=largest > 0,
         experts=tuple(_experts(block, experts_per_token(config)) for block in store.layers),
+        layer_tail_bytes=tuple(page_nbytes(shape, own) for shape in tails),
+        kv_format=fmt.name,
     )
 
 

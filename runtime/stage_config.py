@@ -10,7 +10,7 @@ class StageConfig:
     """What a stage process needs to build itself.
 
     `device_memory` is the budget in bytes, which CUDA's allocator enforces. `dtype` is the compute
-    and KV type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
+    type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
     for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
     stage keeps a Trace of its newest passes.
     """

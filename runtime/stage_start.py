@@ -18,6 +18,7 @@ from headrace.runtime.streaming.block_reads import BlockReads
 from headrace.runtime.streaming.stage_weights import StageWeights, most_streamed
 from headrace.runtime.streaming.storage import Storage, choose_storage
 from headrace.runtime.trace import Tracer
+from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.pages import pages_for
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class StageStart:
             weights = opened.enter_context(self._make_weights(storage))
         weights.attach(model)
         shapes = {layer: self._store.layer_shapes[layer] for layer in self._layers}
-        kv = KVStore(shapes, self._plan.num_pages, self._dtype, self._device)
+        plan, fmt = self._plan, FORMATS[self._plan.kv_format]
+        kv = KVStore(shapes, plan.num_pages, self._dtype, self._device, fmt, plan.num_tails)
         weights.wait_resident()
         self._pack(model, weights)
         return StageParts(storage, weights, model, kv)

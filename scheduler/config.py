@@ -13,7 +13,8 @@ class SchedulerConfig:
     `token_budget` tokens and `max_sequences` slices a pass, in at most `micro_batches`
     micro-batches of at most `micro_batch_tokens` tokens each. The engine keeps up to
     `passes_in_flight` passes under way, over which requests are spread evenly, and `ahead` (0 or 1)
-    more, made before the tokens that they continue are known.
+    more, made before the tokens that they continue are known. No more than `num_tails` requests run
+    at once; 0 bounds them by their pages alone.
 
     Raises HeadraceError for a limit that no request could meet.
     """
@@ -26,12 +27,13 @@ class SchedulerConfig:
     micro_batch_tokens: int
     passes_in_flight: int = 1
     ahead: int = 0
+    num_tails: int = 0
 
     def __post_init__(self) -> None:
         assert self.ahead <= 1, "a pass follows the one before, whose tokens a stage remembers"
         for limit in fields(self):
             # The shortest request is one token of prompt and one of output.
-            least = {"max_context": 2, "ahead": 0}.get(limit.name, 1)
+            least = {"max_context": 2, "ahead": 0, "num_tails": 0}.get(limit.name, 1)
             value = getattr(self, limit.name)
             if value < least:
                 raise HeadraceError(

@@ -29,7 +29,8 @@ class ModelShape:
     """Sizes of a model as stored, in bytes unless said otherwise. Tuples have one entry a layer.
 
     `layer_bytes`: the layer's aligned block in the store, which is what is loaded and kept.
-    `layer_kv_bytes`: one page (64 tokens) of the layer in the KV dtype.
+    `layer_kv_bytes`: one page (64 tokens) of the layer in `kv_format`. `layer_tail_bytes`: one page
+    in the compute type, which each sequence needs for its newest where others are quantized.
     `layer_parameters`, `layer_active_parameters`: matrix elements, and those that one token uses.
     `largest_matrix`: elements of the largest matrix that is dequantized at once.
     `head_bytes`: final norm and LM head as they lie on the device.
@@ -52,7 +53,9 @@ class ModelShape:
     max_context: int
     compute_bytes: int
     needs_scratch: bool
+    kv_format: str
     experts: tuple[Experts | None, ...] = ()
+    layer_tail_bytes: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -64,6 +64,18 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """Room for keys and values of so many `sequences` at once, of so many `pages` each."""
+
+    sequences: int
+    pages: int
+
+    @property
+    def num_pages(self) -> int:
+        return self.sequences * self.pages
+
+
+@dataclass(frozen=True, slots=True)
 class Filling:
     """Tiers of all layers and the memory that results; `pools` for experts in a split layout."""
 
@@ -107,13 +119,21 @@ def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     return sum(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
 
 
-def _without_weights(shape: ModelShape, layout: Layout, stage: int, pages: int) -> StageMemory:
+def tail_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """One sequence's newest page over all of the stage's layers, where full ones are quantized."""
+    if not shape.layer_tail_bytes:
+        return 0
+    return sum(shape.layer_tail_bytes[layer] for layer in layout.layers[stage])
+
+
+def _without_weights(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> StageMemory:
     has_head = stage == layout.visits[-1].stage
     return StageMemory(
         resident=0,
         ring=0,
         head=shape.head_bytes if has_head else 0,
-        kv=pages * page_bytes(shape, layout, stage),
+        kv=cache.num_pages * page_bytes(shape, layout, stage),
+        tails=cache.sequences * tail_bytes(shape, layout, stage),
         scratch=shape.largest_matrix * shape.compute_bytes if shape.needs_scratch else 0,
         activations=activation_bytes(shape, layout, has_head),
         host_layers=0,
@@ -123,13 +143,13 @@ def _without_weights(shape: ModelShape, layout: Layout, stage: int, pages: int) 
     )
 
 
-def least_memory(shape: ModelShape, layout: Layout, stage: int, pages: int) -> StageMemory:
-    """The least that the stage can run in with `pages` pages: a ring, or its few layers if smaller.
+def least_memory(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> StageMemory:
+    """The least that the stage can run in with `cache`: a ring, or its few layers if smaller.
 
     A layout without a ring keeps all layers, and one that says how many it keeps has room for them.
     A split one has slots for the experts that are on their way.
     """
-    memory = _without_weights(shape, layout, stage, pages)
+    memory = _without_weights(shape, layout, stage, cache)
     memory = replace(memory, experts=_transit_bytes(shape, layout, stage))
     layers, held = layout.layers[stage], shape.held_bytes(split=layout.split)
     resident = sum(held[layer] for layer in layers)
@@ -150,7 +170,7 @@ def _transit_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
 
 
 def fill(
-    shape: ModelShape, layout: Layout, budgets: Sequence[Budget], num_pages: int
+    shape: ModelShape, layout: Layout, budgets: Sequence[Budget], cache: Cache
 ) -> Filling | None:
     """Fill what the pages leave with resident layers, then host RAM; None if it does not fit.
 
@@ -162,7 +182,7 @@ def fill(
     held = shape.held_bytes(split=layout.split)
     for stage, budget in enumerate(budgets):
         layers = layout.layers[stage]
-        memory = _without_weights(shape, layout, stage, num_pages)
+        memory = _without_weights(shape, layout, stage, cache)
         ring = layout.ring_slots * max(held)
         room = budget.device_memory - memory.device - _transit_bytes(shape, layout, stage)
         resident = _take(held, layers, room, ring, layout.resident)
@@ -175,7 +195,7 @@ def fill(
                 tiers[layer] = Tier.DEVICE
             elif layer in pinned:
                 tiers[layer] = Tier.HOST
-    return _filled(shape, layout, budgets, num_pages, tuple(tiers))
+    return _filled(shape, layout, budgets, cache, tuple(tiers))
 
 
 def _take(
@@ -208,7 +228,7 @@ def _filled(
     shape: ModelShape,
     layout: Layout,
     budgets: Sequence[Budget],
-    num_pages: int,
+    cache: Cache,
     tiers: tuple[Tier, ...],
 ) -> Filling:
     placement = Placement(layout.num_stages, layout.visits, tiers)
@@ -218,7 +238,7 @@ def _filled(
     ring_slots = tuple(layout.ring_slots if layers else 0 for layers in streamed)
     memory = tuple(
         replace(
-            _without_weights(shape, layout, stage, num_pages),
+            _without_weights(shape, layout, stage, cache),
             resident=_bytes_in(held, layout, stage, tiers, Tier.DEVICE),
             ring=ring_slots[stage] * slot_bytes,
             host_layers=_bytes_in(held, layout, stage, tiers, Tier.HOST),

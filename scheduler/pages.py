@@ -1,4 +1,4 @@
-"""Which KV pages are free. Pages are integers; what they hold lives on the stages."""
+"""Which KV pages and tails are free. They are integers; what they hold lives on the stages."""
 
 from collections.abc import Sequence
 

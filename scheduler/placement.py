@@ -100,7 +100,7 @@ class StageMemory:
     """What one stage allocates, in bytes. `device` parts fit --device-memory, `host` parts --host-memory.
 
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
-    kv: pages of this stage's layers.  scratch: one dequantized matrix.  activations: one micro-batch.
+    kv: pages of this stage's layers.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
     experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
     experts.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
@@ -118,11 +118,12 @@ class StageMemory:
     experts: int = 0
     host_experts: int = 0
     graphs: int = 0
+    tails: int = 0
 
     @property
     def device(self) -> int:
         weights = self.resident + self.ring + self.experts + self.head
-        return weights + self.kv + self.scratch + self.activations + self.graphs
+        return weights + self.kv + self.tails + self.scratch + self.activations + self.graphs
 
     @property
     def host(self) -> int:
@@ -163,8 +164,9 @@ class Prediction:
 class Plan:
     """Everything that is settled before a run. A run fails rather than deviate from it.
 
-    `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages with the same ids on every
-    stage; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
+    `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages in `kv_format` with the same
+    ids on every stage, and `num_tails` in the compute type for requests' newest ones (0 where pages
+    are not quantized: there is no need); at most `token_budget` tokens and `max_sequences` requests a pass, in at most
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes, and `ahead` (0 or 1) that
     are submitted before the tokens of the pass they follow are known. Micro-batches of at most
@@ -181,6 +183,7 @@ class Plan:
     slot_bytes: int
     ring_slots: tuple[int, ...]
     num_pages: int
+    kv_format: str
     max_context: int
     token_budget: int
     max_sequences: int
@@ -199,3 +202,4 @@ class Plan:
     expert_slots: tuple[int, ...] = ()
     host_experts: tuple[int, ...] = ()
     graph_lanes: int = 0
+    num_tails: int = 0

@@ -44,7 +44,8 @@ class Slice:
 
     `pages[i]` holds positions [64 i, 64 i + 64); together they cover at least the slice's end.
     `sampling` is None while the slice does not reach the end of the request's tokens. A decode's
-    token may be FOLLOWS.
+    token may be FOLLOWS. `tail` is the request's own slot for its newest page, where full pages are
+    quantized.
     """
 
     request: int
@@ -52,6 +53,7 @@ class Slice:
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     sampling: Sampling | None
+    tail: int = 0
 
     @property
     def end(self) -> int:

@@ -23,11 +23,7 @@ from headrace.scheduler.inputs import (
     Workload,
 )
 from headrace.scheduler.layouts import resident_layouts, streaming_layouts
-from headrace.scheduler.memory import (
-    Filling,
-    Layout,
-    fill,
-)
+from headrace.scheduler.memory import Cache, Filling, Layout, fill
 from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
@@ -51,7 +47,7 @@ ENOUGH_SEQUENCES = 16
 class _Candidate:
     layout: Layout
     filling: Filling
-    num_pages: int
+    cache: Cache
     prediction: Prediction
 
 
@@ -140,8 +136,7 @@ def _resident(problem: Problem, enough: int) -> _Candidate | None:
     layout = _roomiest(problem, layouts)
     if layout is None:
         return None
-    pages = problem.most_pages(layout)
-    if pages < min(enough, problem.wanted(layout)) * problem.pages:
+    if problem.most_sequences(layout) < min(enough, problem.wanted(layout)):
         return None
     return _search_pages(problem, layout)
 
@@ -193,8 +188,7 @@ def _search_pages(problem: Problem, layout: Layout) -> _Candidate:
     prompts loads nearly all experts, and more of those share it. So of split layouts that are as good
     as the best, the one with most sequences is taken.
     """
-    pages = problem.pages
-    most = min(problem.most_pages(layout) // pages, problem.wanted(layout))
+    most = min(problem.most_sequences(layout), problem.wanted(layout))
     least = min(most, problem.min_sequences)
     steps = sorted({max(least, 1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)})
     found = [_candidate(problem, layout, sequences) for sequences in steps]
@@ -210,12 +204,12 @@ def _search_pages(problem: Problem, layout: Layout) -> _Candidate:
 
 
 def _candidate(problem: Problem, layout: Layout, sequences: int) -> _Candidate:
-    num_pages = sequences * problem.pages
-    filling = fill(problem.shape, layout, problem.budgets, num_pages)
+    cache = problem.cache(sequences)
+    filling = fill(problem.shape, layout, problem.budgets, cache)
     assert filling is not None, "the least memory was checked to fit"
     decode = Decode.of(layout, sequences, problem.context)
     prediction = predict(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
-    return _Candidate(layout, filling, num_pages, prediction)
+    return _Candidate(layout, filling, cache, prediction)
 
 
 def _simulated_rate(problem: Problem, candidate: _Candidate) -> float:
@@ -246,7 +240,8 @@ def _simulated_rate(problem: Problem, candidate: _Candidate) -> float:
 
 def _plan(problem: Problem, candidate: _Candidate) -> Plan:
     layout, filling, pools = candidate.layout, candidate.filling, candidate.filling.pools
-    held = problem.shape.held_bytes(split=layout.split)
+    shape, cache = problem.shape, candidate.cache
+    held = shape.held_bytes(split=layout.split)
     sequences = -(-candidate.prediction.sequences // layout.passes_in_flight)
     nvme, host = (
         tuple(
@@ -263,8 +258,8 @@ def _plan(problem: Problem, candidate: _Candidate) -> Plan:
         placement=filling.placement,
         slot_bytes=filling.slot_bytes,
         ring_slots=filling.ring_slots,
-        num_pages=candidate.num_pages,
-        max_context=min(problem.shape.max_context, candidate.num_pages * PAGE_TOKENS),
+        num_pages=cache.num_pages,
+        max_context=min(shape.max_context, cache.num_pages * PAGE_TOKENS),
         token_budget=layout.token_budget,
         max_sequences=problem.choices.max_sequences or sequences,
         micro_batches=layout.micro_batches,
@@ -282,6 +277,8 @@ def _plan(problem: Problem, candidate: _Candidate) -> Plan:
         expert_slot_bytes=pools.slot_bytes if pools else 0,
         expert_slots=pools.device if pools else (),
         host_experts=pools.host if pools else (),
+        kv_format=shape.kv_format,
+        num_tails=cache.sequences if shape.layer_tail_bytes else 0,
     )
 
 

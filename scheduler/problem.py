@@ -4,8 +4,15 @@ from dataclasses import dataclass, replace
 
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape
 from headrace.scheduler.layouts import with_graphs
-from headrace.scheduler.memory import Layout, graph_bytes, least_memory, page_bytes
-from headrace.scheduler.plan import PAGE_TOKENS
+from headrace.scheduler.memory import (
+    Cache,
+    Layout,
+    graph_bytes,
+    least_memory,
+    page_bytes,
+    tail_bytes,
+)
+from headrace.scheduler.pages import pages_for
 
 ACTIVATIONS_SHARE = 8
 """Passes are cut until activations take at most one part in so many of the device budget."""
@@ -26,10 +33,9 @@ class Problem:
     min_sequences: int
     choices: Choices
 
-    @property
-    def pages(self) -> int:
-        """KV pages of one sequence."""
-        return -(-self.context // PAGE_TOKENS)
+    def cache(self, sequences: int) -> Cache:
+        """Room for that many sequences of the context."""
+        return Cache(sequences, pages_for(self.context))
 
     def wanted(self, layout: Layout) -> int:
         """Sequences at once, over all passes in flight, beyond which none can be scheduled."""
@@ -40,14 +46,17 @@ class Problem:
     def fits(self, layout: Layout) -> bool:
         """Whether every stage has room for one sequence beside the least of the weights."""
         memory = (
-            least_memory(self.shape, layout, stage, self.pages)
+            least_memory(self.shape, layout, stage, self.cache(1))
             for stage in range(layout.num_stages)
         )
         return all(m.device <= b.device_memory for m, b in zip(memory, self.budgets, strict=True))
 
     def is_roomy(self, layout: Layout) -> bool:
         """Whether activations leave most of every budget to pages and layers."""
-        memory = (least_memory(self.shape, layout, stage, 0) for stage in range(layout.num_stages))
+        memory = (
+            least_memory(self.shape, layout, stage, self.cache(0))
+            for stage in range(layout.num_stages)
+        )
         return all(
             m.activations * ACTIVATIONS_SHARE <= b.device_memory
             for m, b in zip(memory, self.budgets, strict=True)
@@ -69,10 +78,12 @@ class Problem:
         lanes = min(lanes, wanted.graph_lanes)
         return replace(wanted, graph_lanes=lanes) if lanes > layout.graph_lanes else layout
 
-    def most_pages(self, layout: Layout) -> int:
-        """Pages that every stage can hold beside the least of the weights."""
-        return min(
-            (budget.device_memory - least_memory(self.shape, layout, stage, 0).device)
-            // page_bytes(self.shape, layout, stage)
-            for stage, budget in enumerate(self.budgets)
-        )
+    def most_sequences(self, layout: Layout) -> int:
+        """Sequences whose keys and values every stage can hold beside the least of the weights."""
+
+        def most(stage: int, budget: Budget) -> int:
+            least = least_memory(self.shape, layout, stage, self.cache(0)).device
+            pages = self.cache(1).pages * page_bytes(self.shape, layout, stage)
+            return (budget.device_memory - least) // (pages + tail_bytes(self.shape, layout, stage))
+
+        return min(most(stage, budget) for stage, budget in enumerate(self.budgets))

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 from headrace.scheduler.inputs import Budget, Choices, Experts, Kind, ModelShape
 from headrace.scheduler.layouts import streaming_layouts
-from headrace.scheduler.memory import Layout, least_memory
+from headrace.scheduler.memory import Cache, Layout, least_memory
+from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import StageMemory
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.sizes import format_size
@@ -54,13 +55,13 @@ class _Need:
 
 
 def _need(case: _Case) -> _Need:
-    pages = -(-case.context // PAGE_TOKENS)
+    cache = Cache(1, pages_for(case.context))
 
     def tightest(layout: Layout) -> _Need:
         needs = (
             _Need(
                 stage,
-                least_memory(case.shape, layout, stage, pages),
+                least_memory(case.shape, layout, stage, cache),
                 layout,
                 budget.device_memory,
             )
@@ -110,6 +111,7 @@ def _table(case: _Case, need: _Need) -> Iterator[str]:
         ("activations", memory.activations, f"{layout.token_budget} tokens a pass"),
         ("graphs", memory.graphs, "CUDA graphs of decodes"),
         ("KV pages", memory.kv, f"one sequence of {case.context} tokens"),
+        ("KV tails", memory.tails, "its newest page, not quantized"),
         ("in all", memory.device, f"budget {format_size(need.budget)}"),
     )
     for name, size, what in rows:

@@ -75,6 +75,7 @@ class Request:
 
     The pages hold the keys and values of the first `num_scheduled` tokens, once `passes` have run:
     the steps of those in flight that compute some of them. They draw `num_drawing` more tokens.
+    `tail` is the slot of the newest page while the request runs.
     Whatever lies beyond `num_scheduled` is pending, so prefill, decode, a decode whose token is still
     being drawn and recompute after a preemption are the same subtraction.
     """
@@ -89,6 +90,7 @@ class Request:
     num_drawing: int = field(init=False, default=0)
     passes: list[int] = field(init=False, default_factory=list)
     pages: list[int] = field(init=False, default_factory=list)
+    tail: int | None = field(init=False, default=None)
     finish_reason: FinishReason | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

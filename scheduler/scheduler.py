@@ -25,7 +25,7 @@ class Update:
 class Scheduler:
     """Continuous batching over one pool of KV pages.
 
-    A live request waits (no pages) or runs (pages for what is scheduled). Several passes may be in
+    A live request waits (no pages) or runs (a tail, and pages for what is scheduled). Several passes may be in
     flight and are returned in order. A request is in at most one of them; passes made ahead may also
     hold requests of the oldest one, which continue by tokens that are not known yet. What a request
     that has ended meanwhile gets in such a pass is ignored. Request ids are unique while a request
@@ -35,12 +35,14 @@ class Scheduler:
     the pages of all tokens that a request has, so that only decodes need more, and only younger
     requests give theirs up: at once, or when they come back if they are in flight, for which they are
     not scheduled again. With nothing in flight, the oldest running request can therefore always go
-    on, and if none runs all pages are free for the oldest one that waits.
+    on, and if none runs all pages and tails are free for the oldest one that waits.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.pool = PagePool(config.num_pages)
+        # Whoever runs has a page, so that as many tails as pages bound nothing.
+        self.tails = PagePool(config.num_tails or config.num_pages)
         self.num_preemptions = 0
         self._step = 0
         self._live: dict[int, Request] = {}
@@ -186,10 +188,11 @@ class Scheduler:
             need = pages_for(tokens)
             # No more is left free than the running ones can still come to need.
             spare = min(growth, watermark(self.config.num_pages, len(self._running)))
-            if not self.pool.can_allocate(need + spare):
+            if not (self.tails.can_allocate(1) and self.pool.can_allocate(need + spare)):
                 return
             heappop(self._waiting)
             request.pages = self.pool.allocate(need)
+            [request.tail] = self.tails.allocate(1)
             growth += self._growth(request)
             self._running[request.request_id] = request
             self._take(request, draft)
@@ -233,6 +236,7 @@ class Scheduler:
     def _take(self, request: Request, draft: Draft) -> None:
         count = min(request.num_pending, draft.room)
         draws = count == request.num_pending
+        assert request.tail is not None, request.request_id
         start, end = request.num_scheduled, request.num_scheduled + count
         draft.add(
             Slice(
@@ -241,6 +245,7 @@ class Scheduler:
                 tokens=tuple(request.tokens[start:end]) or (FOLLOWS,),
                 pages=tuple(request.pages[: pages_for(end)]),
                 sampling=request.sampling() if draws else None,
+                tail=request.tail,
             )
         )
         request.num_scheduled = end
@@ -280,3 +285,6 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         self.pool.free(request.pages)
         request.pages = []
+        if request.tail is not None:
+            self.tails.free([request.tail])
+            request.tail = None

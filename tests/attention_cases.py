@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headrace.runtime.attention import Rule
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore, LayerKV
+from headrace.runtime.softmax import Rule
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
@@ -42,12 +42,12 @@ class Tensors:
 
 
 def micro_batch(spans: Sequence[tuple[int, int]], pages: Sequence[int]) -> MicroBatch:
-    """Slices with distinct pages, taken from `pages` in order."""
+    """Slices with distinct pages, taken from `pages` in order, and tails."""
     slices, used = [], 0
     for request, (past, new) in enumerate(spans):
         count = -(-(past + new) // PAGE_TOKENS)
         mine = tuple(pages[used : used + count])
-        slices.append(Slice(request, past, (0,) * new, mine, None))
+        slices.append(Slice(request, past, (0,) * new, mine, None, tail=request))
         used += count
     return MicroBatch(tuple(slices))
 
@@ -59,6 +59,7 @@ def make(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) ->
     order = torch.randperm(needed + 3, generator=random).tolist()
     shape = LayerShape(case.kv_heads, case.k_dim, case.v_dim, 0, 0, 0)
     kv = KVStore({0: shape}, needed + 3, dtype, device).layer(0)
+    assert isinstance(kv, LayerKV)
     kv.k.fill_(torch.nan)  # what earlier owners of the pages left must not matter
     kv.v.fill_(torch.nan)
     work = micro_batch(case.spans, order)
@@ -111,6 +112,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     return (weights @ values).transpose(0, 1)
 
 
+SMALL = ((0, 3), (62, 4), (64, 1), (130, 1), (0, 1), (40, 19))
+LONG = ((200, 1), (0, 70), (127, 3))
 MIXED = ((0, 5), (99, 1), (70, 90), (127, 1), (128, 1), (0, 1), (3, 2))
 CASES = {
     "mixed": Case(MIXED, heads=4, kv_heads=2, k_dim=16, v_dim=16),

@@ -1,9 +1,29 @@
 """Triton's interpreter, which is chosen when Triton is imported and so needs a process of its own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(
+                INTERPRETED or not HAS_TRITON or not torch.cuda.is_available(),
+                reason="needs CUDA and Triton",
+            ),
+        ],
+    ),
+]
 
 
 def run_interpreted(file: str, chosen: str) -> None:

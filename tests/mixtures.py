@@ -35,6 +35,7 @@ def mixture(
     mixed, plain = layers - dense_layers, dense_layers
     return ModelShape(
         layer_bytes=(packed(first),) * plain + (held + experts * packed(expert),) * mixed,
+        kv_format="bf16",
         layer_kv_bytes=(64 * kv_columns * element,) * layers,
         layer_parameters=(first,) * plain + (attention + shared + experts * expert,) * mixed,
         layer_active_parameters=(first,) * plain + (active,) * mixed,

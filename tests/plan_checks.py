@@ -23,6 +23,8 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
         assert memory.host_layers == size(Tier.HOST) == plan.host_bytes_a_pass[stage]
         assert size(Tier.NVME) == plan.nvme_bytes_a_pass[stage]
         assert memory.kv == plan.num_pages * sum(shape.layer_kv_bytes[i] for i in layers)
+        tails = sum(shape.layer_tail_bytes[i] for i in layers) if shape.layer_tail_bytes else 0
+        assert memory.tails == plan.num_tails * tails
         assert memory.ring == plan.ring_slots[stage] * plan.slot_bytes
         assert memory.head == (shape.head_bytes if stage == placement.last_stage else 0)
         assert memory.embed == (shape.embed_bytes if stage == placement.first_stage else 0)
@@ -43,6 +45,9 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
     assert prediction.pass_seconds == max(prediction.terms.values()) > 0
     assert prediction.tokens_per_second == prediction.sequences / prediction.pass_seconds
     assert prediction.sequences <= plan.max_sequences * plan.passes_in_flight
+    assert plan.kv_format == shape.kv_format
+    assert bool(plan.num_tails) == bool(shape.layer_tail_bytes)
+    assert not plan.num_tails or prediction.sequences <= plan.num_tails
     assert plan.ahead == (prediction.pass_seconds < 1.0)
 
 

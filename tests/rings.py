@@ -2,7 +2,7 @@
 
 import queue
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StageError
+from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -68,6 +69,23 @@ class LocalEdge:
         self._queue.put(None)
 
 
+class CallAgain:
+    """What a CUDA graph does, without CUDA: the same work on the same memory."""
+
+    def __init__(self) -> None:
+        self.replays: list[int] = []
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.replays.append(0)
+        place = len(self.replays) - 1
+
+        def again() -> None:
+            self.replays[place] += 1
+            work()
+
+        return again
+
+
 NO_PREDICTION = Prediction(
     sequences=1,
     pass_seconds=1.0,
@@ -93,10 +111,13 @@ def manual_plan(
     host_experts: int = 0,
     passes_in_flight: int = 1,
     ahead: int = 0,
+    kv_format: str = "fp32",
+    num_tails: int = 16,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
-    With `expert_slots` on each stage, streamed layers are split where they can be.
+    With `expert_slots` on each stage, streamed layers are split where they can be. `num_tails` counts
+    where `kv_format` is quantized.
     """
     num_layers = len(store.layers)
     tiers = (tier,) * num_layers if isinstance(tier, Tier) else tuple(tier)
@@ -139,6 +160,8 @@ def manual_plan(
         expert_slot_bytes=max(expert_bytes),
         expert_slots=(expert_slots,) * stages,
         host_experts=(host_experts,) * stages,
+        kv_format=kv_format,
+        num_tails=num_tails if FORMATS[kv_format].is_quantized else 0,
     )
 
 

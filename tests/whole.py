@@ -11,6 +11,7 @@ from headrace.runtime.kv_store import KVStore
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.model import StageModel
 from headrace.runtime.store import Store
+from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.plan import MicroBatch, Slice
 
 CPU = torch.device("cpu")
@@ -27,6 +28,8 @@ class WholeModel:
         pages: int = 64,
         layout: PackedLayout | None = None,
         device: torch.device = CPU,
+        kv_format: str | None = None,
+        tails: int = 1,
     ) -> None:
         self._device = device
         store = Store.open(path)
@@ -41,7 +44,9 @@ class WholeModel:
             if layout is not None:
                 self.model.pack(layer, data, layout)
             self.model.bind(layer, data)
-        self._kv = KVStore(dict(enumerate(store.layer_shapes)), pages, dtype, device)
+        fmt = FORMATS[kv_format] if kv_format else None
+        shapes = dict(enumerate(store.layer_shapes))
+        self._kv = KVStore(shapes, pages, dtype, device, fmt, tails)
 
     @torch.inference_mode()
     def logits(self, slices: Sequence[Slice]) -> Tensor:

@@ -12,11 +12,11 @@ from headrace.cluster.launch import (
     plan_run,
     resolve_device,
     resolve_dtype,
+    shape_in,
     stage_device,
 )
 from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
-from headrace.runtime.shape import model_shape
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
@@ -61,7 +61,7 @@ def local_engine(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
     found = discover(stage_device(device), str(store.path.resolve()))
-    plan = plan_run(options, device, [found], model_shape(store, getattr(torch, dtype)))
+    plan = plan_run(options, device, [found], shape_in(store, dtype, options.kv_format))
     config = StageConfig(
         store=str(store.path),
         stage=0,

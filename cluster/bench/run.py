@@ -27,6 +27,7 @@ from headrace.cluster.launch import (
     resolve_device,
     resolve_dtype,
     running_engine,
+    shape_in,
 )
 from headrace.cluster.processes import ray_cluster
 from headrace.runtime.shape import model_shape
@@ -193,7 +194,7 @@ def _host_bytes(store: Store) -> int:
 def batch_of(plan: Plan, work: Work) -> int:
     """How many sequences run at once. HeadraceError when the plan has no KV for that many."""
     room = plan.num_pages * PAGE_TOKENS // work.context
-    room = min(room, plan.max_sequences * plan.passes_in_flight)
+    room = min(room, plan.max_sequences * plan.passes_in_flight, plan.num_tails or room)
     if room < (work.batch or 1):
         raise HeadraceError(
             f"the plan has KV for {room} sequences of {work.prompt} + {work.new} tokens at once: "
@@ -230,7 +231,7 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
     if sum(plan.nvme_bytes_a_pass):
         # A drive's speed drifts, and a bound is the best that it did.
         profile = replace(profile, nvme_gbps=max(profile.nvme_gbps, disk_gbps(blocks)))
-    shape = model_shape(store, getattr(torch, resolve_dtype(options.dtype, device, store)))
+    shape = shape_in(store, resolve_dtype(options.dtype, device, store), options.kv_format)
     measured = Measured(plan, shape, profile, batch, found)
     return Result(
         plan=plan,

@@ -34,6 +34,13 @@ class StorageChoice(str, Enum):
     KVIKIO = "kvikio"
 
 
+class KVFormat(str, Enum):
+    AUTO = "auto"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class Dtype(str, Enum):
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -85,10 +92,12 @@ class RunOptions:
         None
     )
     micro_batches: Annotated[int | None, typer.Option(min=1, help="Micro-batches a pass.")] = None
-    dtype: Annotated[
-        Dtype, typer.Option(help="Compute and KV type. auto: the model's; CPU: float32.")
-    ] = Dtype.AUTO
-
+    dtype: Annotated[Dtype, typer.Option(help="Compute type. auto: the model's; CPU: float32.")] = (
+        Dtype.AUTO
+    )
+    kv_format: Annotated[
+        KVFormat, typer.Option(help="Of KV pages once they are full. auto: the compute type.")
+    ] = KVFormat.AUTO
     graphs: Annotated[
         bool | None,
         typer.Option(

@@ -55,6 +55,7 @@ PARTS = (
     ("experts", "slots for experts"),
     ("head", "final norm and LM head"),
     ("kv", "KV pages"),
+    ("tails", "newest KV pages, as computed"),
     ("scratch", "one dequantized matrix"),
     ("activations", "activations"),
     ("graphs", "CUDA graphs of decodes"),
@@ -94,7 +95,12 @@ def _summary(plan: Plan) -> Table:
         f" {plan.micro_batches} micro-batches; {plan.passes_in_flight} in flight"
         + (f", {plan.ahead} more ahead" if plan.ahead else ""),
     )
-    table.add_row("KV", f"{plan.num_pages} pages of 64 tokens; context up to {plan.max_context}")
+    table.add_row(
+        "KV",
+        f"{plan.num_pages} pages of 64 tokens in {plan.kv_format}; context up to {plan.max_context}",
+    )
+    if plan.num_tails:
+        table.add_row("", f"{plan.num_tails} sequences at once have room for their newest page")
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
     if nvme + host:
         slots = f"{max(plan.ring_slots)} slots of {format_size(plan.slot_bytes)}"

@@ -15,6 +15,7 @@ SPEEDS = DeviceProfile("cuda", 2.0, 50.0, 100.0, 1000.0, 1e-4, 10.0)
 LAYER = 50_003_968
 SHAPE = ModelShape(
     layer_bytes=(LAYER,) * 4,
+    kv_format="bf16",
     layer_kv_bytes=(65536,) * 4,
     layer_parameters=(100_000_000,) * 4,
     layer_active_parameters=(100_000_000,) * 4,

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from mixtures import QWEN3_235B
@@ -15,6 +16,7 @@ from headrace.scheduler.planner import make_plan
 CPU = DeviceProfile("cpu", 1.5, 8.0, 0.05, 20.0, 3e-4, 4.8)
 SHAPE = ModelShape(
     layer_bytes=(200704,) * 8,
+    kv_format="bf16",
     layer_kv_bytes=(16384,) * 8,
     layer_parameters=(49152,) * 8,
     layer_active_parameters=(49152,) * 8,
@@ -89,6 +91,17 @@ def test_render_in_80_columns(memory: int, stages: int) -> None:
     assert ("most" in text) == (stages > 6)
     for memory_of_stage in plan.memory[:6] if stages <= 6 else ():
         assert format_size(memory_of_stage.device) in text
+
+
+def test_the_kv_format_is_shown_and_so_are_tails() -> None:
+    assert "pages of 64 tokens in bf16" in " ".join(printed(plan_of(1, 100_000_000)).split())
+    shape = replace(SHAPE, kv_format="int4", layer_tail_bytes=(40000,) * 8)
+    plan = make_plan(shape, [CPU], [Budget(100_000_000, 0)], Workload(context=64))
+    text = printed(plan)
+    assert "pages of 64 tokens in int4" in " ".join(text.split())
+    assert "newest KV pages, as computed" in text
+    assert format_size(plan.num_tails * 8 * 40000) in text
+    assert json.loads(json.dumps(plan_json(plan)))["kv_format"] == "int4"
 
 
 @pytest.mark.parametrize("stages", [1, 3, 8])

@@ -16,7 +16,7 @@ from commands import STORIES
 from headrace import LLM, SamplingParams
 from headrace.cluster.cli.main import main
 from headrace.runtime.conversion.convert import convert
-from headrace.scheduler.errors import DoesNotFitError, RequestError
+from headrace.scheduler.errors import DoesNotFitError, HeadraceError, RequestError
 from headrace.scheduler.placement import Tier
 
 ROOM = {"device": "cpu", "host_memory": 0, "context": 256}
@@ -44,6 +44,27 @@ def llm(stories: Path) -> Iterator[LLM]:
     with LLM(stories, stages=2, device_memory="8MiB", resident_layers=3, **ROOM) as engine:
         assert any(engine.plan.nvme_bytes_a_pass)
         yield engine
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_quantized_pages_give_the_same_on_one_stage_and_on_two(
+    stories: Path, kv_format: str
+) -> None:
+    prompts = [ONCE * 12, "The sun was", ONCE * 20]
+    found = []
+    for room in (
+        {"stages": 2, "device_memory": "8MiB", "resident_layers": 3, "token_budget": 50},
+        {"device_memory": "60MiB", "resident_layers": 12},
+    ):
+        with LLM(stories, kv_format=kv_format, **room, **ROOM) as llm:
+            assert llm.plan.kv_format == kv_format and llm.plan.num_tails > 0
+            found.append([output.outputs[0] for output in llm.generate(prompts, GREEDY)])
+    assert found[0] == found[1]
+
+
+def test_a_kv_format_that_there_is_not(stories: Path) -> None:
+    with pytest.raises(HeadraceError, match="--kv-format must be auto, bf16, int8 or int4, not"):
+        LLM(stories, kv_format="fp8", **ROOM)
 
 
 def test_generate_in_the_order_of_the_prompts(llm: LLM) -> None:

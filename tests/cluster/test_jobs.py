@@ -48,6 +48,7 @@ PLAN = Plan(
     slot_bytes=1 << 20,
     ring_slots=(2, 2),
     num_pages=8,
+    kv_format="bf16",
     max_context=512,
     token_budget=64,
     max_sequences=4,

@@ -81,6 +81,11 @@ def test_a_truncated_layer(refused: Refused, store: Path) -> None:
     assert said == refused("plan", store, "--device", "cpu")
 
 
+def test_a_kv_format_that_there_is_not(refused: Refused, store: Path) -> None:
+    said = refused("plan", store, "--device", "cpu", "--kv-format", "fp8", code=2)
+    assert "'fp8' is not one of 'auto', 'bf16', 'int8', 'int4'" in said
+
+
 def test_a_flipped_bit(refused: Refused, store: Path) -> None:
     layer = Store.open(store).layers[3].file
     data = bytearray(layer.read_bytes())

@@ -4,14 +4,12 @@ The interpreter has to be chosen before Triton is imported, so one test runs thi
 process of its own.
 """
 
-import importlib.util
 import itertools
-import os
 
 import pytest
 import torch
-from attention_cases import CASES, Case, make
-from interpreter import run_interpreted
+from attention_cases import CASES, LONG, SMALL, Case, make
+from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
 
 from headrace.runtime.attention_tiles import (
     DeviceLimits,
@@ -21,37 +19,18 @@ from headrace.runtime.attention_tiles import (
     shared_bytes,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                INTERPRETED or not HAS_TRITON or not torch.cuda.is_available(),
-                reason="needs CUDA and Triton",
-            ),
-        ],
-    ),
-]
 HOPPER = DeviceLimits(processors=132, shared_memory=232448, wgmma=True)
 ADA = DeviceLimits(processors=128, shared_memory=101376, wgmma=False)
-SMALL = ((0, 3), (62, 4), (64, 1), (130, 1), (0, 1), (40, 19))
 DECODES = ((300, 1), (0, 1), (63, 1), (64, 1))
-
-
-LONG = ((200, 1), (0, 70), (127, 3))
 
 
 def check(
     case: Case, device: str, dtype: torch.dtype, splits: int | None, tile: Tile | None = None
 ) -> None:
-    from headrace.runtime import attention_triton
+    from headrace.runtime import attention_triton, kv_write_triton
 
     real = make(case, dtype, torch.device(device))
-    attention_triton.write(real.k, real.v, real.kv, real.batch)
+    kv_write_triton.write(real.k, real.v, real.kv, real.batch)
     out = attention_triton.attend(real.q, real.kv, real.batch, real.rule, splits, tile)
     bound = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.cpu().double(), real.expected, atol=bound, rtol=bound)
@@ -122,11 +101,11 @@ def test_half_precision(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_pages_may_be_narrower_than_queries(device: str) -> None:
     """Keys and values are rounded to the pages' type on the way in, and multiplied in q's."""
-    from headrace.runtime import attention_triton
+    from headrace.runtime import attention_triton, kv_write_triton
 
     case = Case(SMALL[1:4], heads=4, kv_heads=2, k_dim=16, v_dim=16)
     real = make(case, torch.bfloat16, torch.device(device))
-    attention_triton.write(real.k.float(), real.v.float(), real.kv, real.batch)
+    kv_write_triton.write(real.k.float(), real.v.float(), real.kv, real.batch)
     out = attention_triton.attend(real.q.float(), real.kv, real.batch, real.rule)
     torch.testing.assert_close(out.cpu().double(), real.expected, atol=5e-6, rtol=5e-6)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import greedy, tiny_model
-from rings import local_ring, manual_plan, run_all
+from rings import CallAgain, local_ring, manual_plan, run_all
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.convert import convert
@@ -32,23 +32,6 @@ from headrace.scheduler.request import Request, SamplingParams
 
 LENGTHS = (1, 3, 40, 60, 65, 9, 14, 20, 33, 70, 5)
 """Eleven sequences, which lanes pad, and which cross from one page to two."""
-
-
-class CallAgain:
-    """What a CUDA graph does, without CUDA: the same work on the same memory."""
-
-    def __init__(self) -> None:
-        self.replays: list[int] = []
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.replays.append(0)
-        place = len(self.replays) - 1
-
-        def again() -> None:
-            self.replays[place] += 1
-            work()
-
-        return again
 
 
 class Unable:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_store import KVStore, LayerKV, QuantizedKV, page_nbytes, plain_format
 from headrace.runtime.store import LayerShape
+from headrace.scheduler.kv_format import FORMATS
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -13,27 +14,44 @@ SHAPES = {
 }
 
 
+def plain(store: KVStore, layer: int) -> LayerKV:
+    kv = store.layer(layer)
+    assert isinstance(kv, LayerKV)
+    return kv
+
+
 def test_views_have_the_layers_shapes_and_start_at_zero() -> None:
     with KVStore(SHAPES, 5, torch.bfloat16, CPU) as store:
-        kv = store.layer(3)
+        kv = plain(store, 3)
         assert kv.k.shape == (5, 2, 64, 16)
         assert kv.v.shape == (5, 2, 64, 8)
-        assert store.layer(7).k.shape == (5, 1, 64, 32)
+        assert plain(store, 7).k.shape == (5, 1, 64, 32)
         assert not kv.k.any() and not kv.v.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_plan(dtype: torch.dtype) -> None:
+    fmt = plain_format(dtype)
     with KVStore(SHAPES, 5, dtype, CPU) as store:
         for layer, shape in SHAPES.items():
-            assert store.page_bytes(layer) == KVStore.page_nbytes(shape, dtype)
-        assert KVStore.page_nbytes(SHAPES[3], dtype) == 64 * 2 * (16 + 8) * dtype.itemsize
-        assert store.nbytes == 5 * sum(KVStore.page_nbytes(s, dtype) for s in SHAPES.values())
+            assert store.page_bytes(layer) == page_nbytes(shape, fmt)
+        assert page_nbytes(SHAPES[3], fmt) == 64 * 2 * (16 + 8) * dtype.itemsize
+        assert store.nbytes == 5 * sum(page_nbytes(s, fmt) for s in SHAPES.values())
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_sizes_of_quantized_pages_and_tails_are_those_of_the_plan(name: str) -> None:
+    fmt, own = FORMATS[name], plain_format(torch.float32)
+    with KVStore(SHAPES, 5, torch.float32, CPU, fmt, num_tails=3) as store:
+        for layer, shape in SHAPES.items():
+            assert store.page_bytes(layer) == page_nbytes(shape, fmt)
+        pages = 5 * sum(page_nbytes(shape, fmt) for shape in SHAPES.values())
+        assert store.nbytes == pages + 3 * sum(page_nbytes(s, own) for s in SHAPES.values())
 
 
 def test_a_page_of_a_layer_is_one_extent() -> None:
     with KVStore(SHAPES, 5, torch.float32, CPU) as store:
-        kv = store.layer(3)
+        kv = plain(store, 3)
         kv.k[2] = 1.0
         kv.v[2] = 2.0
         start = (kv.k[2].data_ptr() - kv.k[0].data_ptr()) // 4
@@ -44,8 +62,24 @@ def test_a_page_of_a_layer_is_one_extent() -> None:
         assert not whole[:start].any() and not whole[start + page :].any()
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_quantized_page_is_one_extent_with_its_scales(name: str) -> None:
+    with KVStore(SHAPES, 5, torch.float32, CPU, FORMATS[name], num_tails=1) as store:
+        kv = store.layer(3)
+        assert isinstance(kv, QuantizedKV)
+        for side in (kv.k, kv.v):
+            side.codes[2], side.scales[2] = 17, 1.0
+        page = store.page_bytes(3)
+        whole = kv.k.codes.view(torch.uint8).as_strided((5 * page,), (1,), 0)
+        written = whole.nonzero().flatten()
+        # Of a float16 one, a byte is zero.
+        scales = 2 * SHAPES[3].kv_heads * 64 * FORMATS[name].scales
+        assert len(written) == page - scales
+        assert written[0] == 2 * page and written[-1] == 3 * page - 1
+
+
 def test_close_frees_and_may_be_repeated() -> None:
-    store = KVStore(SHAPES, 5, torch.float32, CPU)
+    store = KVStore(SHAPES, 5, torch.float32, CPU, FORMATS["int8"], num_tails=2)
     store.close()
     store.close()
     assert store.nbytes == 0

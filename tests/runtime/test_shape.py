@@ -9,6 +9,7 @@ from small_shapes import small_config
 from headrace.cluster.bench.random_store import write_store
 from headrace.runtime.shape import model_shape
 from headrace.runtime.store import ALIGN_BLOCK
+from headrace.scheduler.kv_format import FORMATS
 
 
 @pytest.mark.parametrize("fmt", ["nf4", "int8", "bf16"])
@@ -36,3 +37,17 @@ def test_a_model_without_experts(tmp_path: Path) -> None:
     shape = model_shape(write_store(tmp_path / "store", small_config("8b"), "nf4"), torch.float32)
     assert not shape.can_split and shape.expert_bytes == 0
     assert shape.held_bytes(split=True) == shape.layer_bytes
+
+
+def test_pages_and_tails_in_each_format(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", small_config("8b"), "nf4")
+    layer, layers = store.layer_shapes[0], len(store.layers)
+    numbers = 64 * layer.kv_heads * (layer.k_dim + layer.v_dim)
+    plain = model_shape(store, torch.bfloat16)
+    assert (plain.kv_format, plain.layer_tail_bytes) == ("bf16", ())
+    assert plain.layer_kv_bytes == (2 * numbers,) * layers
+    assert model_shape(store, torch.float32).kv_format == "fp32"
+    assert model_shape(store, torch.float32, FORMATS["bf16"]).layer_kv_bytes == plain.layer_kv_bytes
+    int8 = model_shape(store, torch.float32, FORMATS["int8"])
+    assert int8.layer_kv_bytes == (numbers + 64 * layer.kv_heads * 4,) * layers
+    assert int8.layer_tail_bytes == (4 * numbers,) * layers

@@ -33,7 +33,8 @@ class FakePipeline:
     """Keeps KV pages as stages do, and reads a request's context from nowhere else."""
 
     config: SchedulerConfig
-    pages: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    pages: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    tails: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
     in_flight: deque[tuple[Pass, list[Sample]]] = field(default_factory=deque)
     drawn: dict[int, dict[int, int]] = field(default_factory=dict)
     steps: int = 0
@@ -72,28 +73,32 @@ class FakePipeline:
         assert a_pass.follows in (None, oldest.step if oldest else None)
         held = {(page, piece.request) for piece in pieces + flying for page in piece.pages}
         assert len(held) == len({page for page, _ in held}), "a page shared by two requests"
+        tails = {(piece.tail, piece.request) for piece in pieces + flying}
+        assert len(tails) == len({tail for tail, _ in tails}), "a tail shared by two requests"
+        assert all(tail < (config.num_tails or config.num_pages) for tail, _ in tails)
         assert 0 < a_pass.num_tokens <= config.token_budget
         assert len(pieces) <= config.max_sequences
         assert len(batches) == min(len(pieces), config.micro_batches)
         assert all(0 < batch.num_tokens <= config.micro_batch_tokens for batch in batches)
 
     def compute(self, piece: Slice) -> list[Sample]:
+        """As a stage does that quantizes pages: the newest page is nowhere but in the tail."""
         assert piece.tokens
         assert len(piece.pages) == pages_for(piece.end)
-        for position, token in enumerate(piece.tokens, piece.start):
-            page = self.pages.setdefault(piece.pages[position // PAGE_TOKENS], {})
-            page[position % PAGE_TOKENS] = (piece.request, token)
+        before, first = piece.start // PAGE_TOKENS, piece.start % PAGE_TOKENS
+        tail = self.tails.setdefault(piece.tail, {})
+        past = [entry for page in piece.pages[:before] for entry in self.pages[page]]
+        past += [tail[at] for at in range(first)]
+        assert all(owner == piece.request for owner, _ in past), "keys were overwritten"
+        known = past + [(piece.request, token) for token in piece.tokens]
+        full = piece.end // PAGE_TOKENS
+        for number in range(before, full):
+            page = known[number * PAGE_TOKENS : (number + 1) * PAGE_TOKENS]
+            self.pages[piece.pages[number]] = page
+        tail.update(enumerate(known[full * PAGE_TOKENS :]))
         if piece.sampling is None:
             return []
-        return [Sample(piece.request, next_token(self.context(piece)), None, ())]
-
-    def context(self, piece: Slice) -> list[int]:
-        context = []
-        for position in range(piece.end):
-            owner, token = self.pages[piece.pages[position // PAGE_TOKENS]][position % PAGE_TOKENS]
-            assert owner == piece.request, f"position {position} was overwritten"
-            context.append(token)
-        return context
+        return [Sample(piece.request, next_token([token for _, token in known]), None, ())]
 
 
 def alone(request: Request, max_context: int) -> tuple[list[int], FinishReason]:
@@ -120,6 +125,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         micro_batch_tokens=draw(st.sampled_from([100, 64, 30, 7, 1])),
         passes_in_flight=draw(st.integers(1, 3)),
         ahead=draw(st.integers(0, 1)),
+        num_tails=draw(st.sampled_from([0, 4, 2, 1])),
     )
 
 
@@ -197,10 +203,12 @@ class Driver:
     def check(self) -> None:
         scheduler = self.scheduler
         scheduler.pool.check_integrity()
+        scheduler.tails.check_integrity()
         assert scheduler.num_waiting + scheduler.num_running == len(self.live)
         pages = [page for request in self.live.values() for page in request.pages]
         assert len(pages) == len(set(pages)), "a page with two owners"
         for request in self.live.values():
+            assert (request.tail is None) == (not request.pages)
             assert request.output == self.outputs[request.request_id]
             assert request.num_pending > 0
 
@@ -216,6 +224,8 @@ def check_promises(driver: Driver, requests: list[Request], interference: float)
         assert request.pages == []
     driver.scheduler.pool.check_integrity()
     assert driver.scheduler.pool.num_free == config.num_pages
+    driver.scheduler.tails.check_integrity()
+    assert driver.scheduler.tails.num_free == (config.num_tails or config.num_pages)
 
 
 @settings(max_examples=150, deadline=None, database=None)

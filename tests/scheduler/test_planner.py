@@ -42,6 +42,7 @@ def dense(
     block = int(parameters * bits / 8) // 4096 * 4096 + 4096
     return ModelShape(
         layer_bytes=(block,) * layers,
+        kv_format="bf16",
         layer_kv_bytes=(64 * kv_heads * head_dim * 2 * element,) * layers,
         layer_parameters=(parameters,) * layers,
         layer_active_parameters=(parameters,) * layers,
@@ -295,8 +296,10 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     layers = draw(st.integers(1, 24))
     blocks = draw(st.lists(st.integers(1, 60), min_size=layers, max_size=layers))
     pages = draw(st.lists(st.integers(1, 20), min_size=layers, max_size=layers))
+    tails = draw(st.lists(st.integers(1, 40), min_size=layers, max_size=layers) | st.just([]))
     return replace(
         TINY,
+        layer_tail_bytes=tuple(512 * n for n in tails),
         layer_bytes=tuple(4096 * n for n in blocks),
         layer_kv_bytes=tuple(512 * n for n in pages),
         layer_parameters=tuple(1024 * n for n in blocks),

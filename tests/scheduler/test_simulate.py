@@ -14,6 +14,7 @@ GPU = DeviceProfile("cuda", 7.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)
 
 SHAPE = ModelShape(  # 70B in nf4
     layer_bytes=(481_300_480,) * 80,
+    kv_format="bf16",
     layer_kv_bytes=(262_144,) * 80,
     layer_parameters=(855_638_016,) * 80,
     layer_active_parameters=(855_638_016,) * 80,
