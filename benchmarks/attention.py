@@ -1,6 +1,6 @@
 """Time paged attention on a GPU, in the shape of a 70B model, against what the device could do.
 
-    python benchmarks/attention.py [--bandwidth 4.0e12] [--compute 8.0e14] [--json FILE]
+    python benchmarks/attention.py [--kv-format int8] [--bandwidth 4.0e12] [--compute 8.0e14] [--json FILE]
     python benchmarks/attention.py --search [--json FILE]
 
 Decodes are bound by reading keys and values, prefill by the matrix products of the causal half.
@@ -26,11 +26,12 @@ from torch import Tensor
 from headrace.runtime import attention_triton, kv_write_triton
 from headrace.runtime.attention_tiles import DeviceLimits, Tile, shared_bytes
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import KVStore, LayerKV
+from headrace.runtime.kv_store import KVStore, LayerKV, QuantizedKV
 from headrace.runtime.matmul.timing import Timer
 from headrace.runtime.probe import matmul_tflops, memory_gbps
 from headrace.runtime.softmax import Rule
 from headrace.runtime.store import LayerShape
+from headrace.scheduler.kv_format import FORMATS, KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
 HEADS, KV_HEADS, DIM = 64, 8, 128
@@ -54,11 +55,10 @@ class Case:
     def is_decode(self) -> bool:
         return self.new <= attention_triton.short_queries(GROUP)
 
-    @property
-    def moved(self) -> int:
+    def moved(self, fmt: KVFormat) -> int:
         """Bytes of keys and values, queries and results, each once."""
-        kept = self.sequences * (self.past + self.new) * KV_HEADS
-        return 2 * DIM * 2 * (kept + self.sequences * self.new * HEADS)
+        kept = self.sequences * (self.past + self.new) * fmt.page_bytes(KV_HEADS, DIM, DIM)
+        return kept // PAGE_TOKENS + 2 * DIM * 2 * self.sequences * self.new * HEADS
 
     @property
     def flops(self) -> int:
@@ -78,43 +78,83 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bytes/s and FLOP/s."""
+    """Bytes/s and FLOP/s, of pages in a format."""
 
+    fmt: KVFormat
     bandwidth: float
     compute: float
 
     def micros(self, case: Case) -> float:
-        return max(case.moved / self.bandwidth, case.flops / self.compute) * 1e6
+        return max(case.moved(self.fmt) / self.bandwidth, case.flops / self.compute) * 1e6
+
+
+KV = LayerKV | QuantizedKV
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Random queries, keys and values, in pages in random order; `new` keys and values of the batch."""
+
+    q: Tensor
+    new: tuple[Tensor, Tensor]
+    kv: KV
+    batch: Batch
+
+    def attend(self, splits: int | None = None, tile: Tile | None = None) -> Tensor:
+        newest = None if isinstance(self.kv, LayerKV) else self.new
+        return attention_triton.attend(self.q, self.kv, self.batch, RULE, splits, tile, newest)
+
+    def write(self) -> None:
+        """Put new keys and values where they belong, and quantize the pages that they fill."""
+        if isinstance(self.kv, LayerKV):
+            kv_write_triton.write(*self.new, self.kv, self.batch)
+        else:
+            kv_write_triton.fill(*self.new, self.kv, self.batch)
+            kv_write_triton.keep(*self.new, self.kv, self.batch)
+
+    def choose(self, one: bool, tile: Tile | None = None) -> tuple[Tile, int]:
+        return attention_triton.choose(self.q, self.kv, self.batch, RULE, one=one, tile=tile)
 
 
 @contextmanager
-def tensors(case: Case) -> Iterator[tuple[Tensor, LayerKV, Batch]]:
-    """Random queries, keys and values, in pages in random order."""
+def tensors(case: Case, fmt: KVFormat) -> Iterator[Inputs]:
     pages = -(-(case.past + case.new) // PAGE_TOKENS)
     order = torch.randperm(case.sequences * pages).tolist()
     slices = tuple(
-        Slice(i, case.past, (0,) * case.new, tuple(order[i * pages : (i + 1) * pages]), None)
+        Slice(
+            i, case.past, (0,) * case.new, tuple(order[i * pages : (i + 1) * pages]), None, tail=i
+        )
         for i in range(case.sequences)
     )
     batch = Batch.build(MicroBatch(slices), CUDA)
-    with KVStore({0: SHAPE}, case.sequences * pages, torch.bfloat16, CUDA) as store:
+    tails = case.sequences if fmt.is_quantized else 0
+    with KVStore({0: SHAPE}, case.sequences * pages, torch.bfloat16, CUDA, fmt, tails) as store:
         kv = store.layer(0)
-        assert isinstance(kv, LayerKV)
+        fill_randomly(kv)
+        q = torch.randn(case.sequences * case.new, HEADS, DIM, dtype=torch.bfloat16, device=CUDA)
+        new = q[:, :KV_HEADS].contiguous(), q[:, -KV_HEADS:].contiguous()
+        yield Inputs(q, new, kv, batch)
+
+
+def fill_randomly(kv: KV) -> None:
+    if isinstance(kv, LayerKV):
         kv.k.normal_()
         kv.v.normal_()
-        rows = case.sequences * case.new
-        yield torch.randn(rows, HEADS, DIM, dtype=torch.bfloat16, device=CUDA), kv, batch
+        return
+    for side in (kv.k, kv.v):
+        side.codes.random_()
+        side.scales.uniform_(0.01, 0.02)
+        side.tails.normal_()
 
 
 def measure(case: Case, bounds: Bounds, timer: Timer) -> dict[str, Any]:
-    with tensors(case) as (q, kv, batch):
-        k, v = (q[:, :KV_HEADS].contiguous() for _ in range(2))
-        tile, splits = attention_triton.choose(q, kv, batch, RULE, one=case.is_decode)
-        micros = timer(lambda: attention_triton.attend(q, kv, batch, RULE))
-        writing = timer(lambda: kv_write_triton.write(k, v, kv, batch))
+    with tensors(case, bounds.fmt) as inputs:
+        tile, splits = inputs.choose(case.is_decode)
+        micros = timer(inputs.attend)
+        writing = timer(inputs.write)
     share = bounds.micros(case) / micros
     print(
-        f"{case}: attend {micros:8.1f} us, {case.moved / micros / 1e3:7.0f} GB/s, "
+        f"{case}: attend {micros:8.1f} us, {case.moved(bounds.fmt) / micros / 1e3:7.0f} GB/s, "
         f"{case.flops / micros / 1e6:6.1f} TFLOP/s, {share:5.0%} of the bound; "
         f"write {writing:6.1f} us; {splits} splits, {tile}",
         flush=True,
@@ -149,20 +189,20 @@ def around(tile: Tile, splits: int) -> list[int]:
     return sorted({1, max(1, splits // 2), splits, splits * 3 // 2, splits * 2})
 
 
-def compile_ahead(job: tuple[bool, Tile]) -> None:
+def compile_ahead(job: tuple[bool, Tile, str]) -> None:
     """Fill Triton's cache; what is compiled depends on no size but the tile's."""
-    decode, tile = job
-    with tensors(Case(2, 64, 1 if decode else 8)) as (q, kv, batch):
+    decode, tile, fmt = job
+    with tensors(Case(2, 64, 1 if decode else 8), FORMATS[fmt]) as inputs:
         for splits in (1, 2) if tile.rows <= 64 else (1,):
-            run(q, kv, batch, splits, tile)
+            run(inputs, splits, tile)
 
 
-def run(q: Tensor, kv: LayerKV, batch: Batch, splits: int, tile: Tile) -> Tensor | None:
+def run(inputs: Inputs, splits: int, tile: Tile) -> Tensor | None:
     """None if the device cannot take the tile."""
     from triton.runtime.errors import OutOfResources
 
     try:
-        return attention_triton.attend(q, kv, batch, RULE, splits, tile)
+        return inputs.attend(splits, tile)
     except OutOfResources:
         return None
 
@@ -170,16 +210,16 @@ def run(q: Tensor, kv: LayerKV, batch: Batch, splits: int, tile: Tile) -> Tensor
 def search(case: Case, bounds: Bounds, timer: Timer) -> Iterator[dict[str, Any]]:
     """Every tile and split that runs, fastest first."""
     found: list[tuple[float, float, int, Tile]] = []
-    with tensors(case) as (q, kv, batch):
-        expected = attention_triton.attend(q, kv, batch, RULE).float()
+    with tensors(case, bounds.fmt) as inputs:
+        expected = inputs.attend().float()
         for tile in tiles(case.is_decode):
-            _, chosen = attention_triton.choose(q, kv, batch, RULE, one=case.is_decode, tile=tile)
+            _, chosen = inputs.choose(case.is_decode, tile)
             for splits in around(tile, chosen):
-                out = run(q, kv, batch, splits, tile)
+                out = run(inputs, splits, tile)
                 if out is None:
                     continue
                 error = float((out.float() - expected).norm() / expected.norm())
-                work = (q, kv, batch, splits, tile)
+                work = (inputs, splits, tile)
                 micros = timer(lambda work=work: run(*work), repeats=7)  # type: ignore[misc]
                 found.append((micros, error, splits, tile))
     for rank, (micros, error, splits, tile) in enumerate(sorted(found, key=lambda run: run[0])):
@@ -191,8 +231,8 @@ def search(case: Case, bounds: Bounds, timer: Timer) -> Iterator[dict[str, Any]]
                "tile": asdict(tile)}  # fmt: skip
 
 
-def prepare() -> None:
-    jobs = [(decode, tile) for decode in (False, True) for tile in tiles(decode)]
+def prepare(fmt: KVFormat) -> None:
+    jobs = [(decode, tile, fmt.name) for decode in (False, True) for tile in tiles(decode)]
     print(f"compiling {len(jobs)} tiles", flush=True)
     workers = min(16, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -201,12 +241,14 @@ def prepare() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kv-format", choices=["bf16", "int8", "int4"], default="bf16")
     parser.add_argument("--bandwidth", type=float, help="bytes/s; measured when left out")
     parser.add_argument("--compute", type=float, help="FLOP/s; measured when left out")
     parser.add_argument("--search", action="store_true", help="time other tiles and splits too")
     parser.add_argument("--json", type=Path, help="where to save all times")
     args = parser.parse_args()
     bounds = Bounds(
+        FORMATS[args.kv_format],
         args.bandwidth or memory_gbps(CUDA) * 1e9,
         args.compute or matmul_tflops(CUDA, torch.bfloat16) * 1e12,
     )
@@ -215,7 +257,7 @@ def main() -> None:
         f"{bounds.compute / 1e12:.0f} TFLOP/s"
     )
     if args.search:
-        prepare()
+        prepare(bounds.fmt)
     timer = Timer(CUDA)
     found: list[dict[str, Any]] = []
     for case in CASES:

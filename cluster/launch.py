@@ -43,9 +43,9 @@ class EngineOptions:
     """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
 
     `context` is the longest sequence to be served (prompt and output), None the model's own;
-    `min_sequences` at once have room for their KV, if they can; `kv_format` one of KV_FORMATS; `graphs` launches decodes as CUDA
-    graphs, None wherever they can be had for little memory;
-    `address` the Ray cluster to join, None to start one for this engine alone on this machine;
+    `min_sequences` at once have room for their KV, if they can; `kv_format` is one of KV_FORMATS;
+    `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
+    `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
     `trace` a file to write, when the engine closes, for Perfetto.
     """
 
@@ -153,9 +153,8 @@ def local_plan(options: EngineOptions, store: Store) -> Plan:
     """The plan of stages that are all on this machine. HeadraceError when there is none."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
-    shape = shape_in(
-        store, dtype, options.kv_format
-    )  # first: what it imports is counted by what follows
+    # First: what it imports is counted by what follows.
+    shape = shape_in(store, dtype, options.kv_format)
     found = discover(stage_device(device), str(store.path.resolve()))
     return plan_run(options, device, [found] * options.stages, shape)
 

@@ -46,7 +46,7 @@ def llm(stories: Path) -> Iterator[LLM]:
         yield engine
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+@pytest.mark.parametrize("kv_format", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_quantized_pages_give_the_same_on_one_stage_and_on_two(
     stories: Path, kv_format: str
 ) -> None:

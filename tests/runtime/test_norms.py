@@ -1,14 +1,12 @@
 """RMS norms in one kernel: found by trying, exact in float32, close in 16 bits."""
 
-import importlib.util
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import SUPPORTED, tiny_config, tiny_model
-from interpreter import run_interpreted
+from interpreter import HAS_TRITON, INTERPRETED, run_interpreted
 from torch import nn
 from whole import WholeModel
 
@@ -21,8 +19,6 @@ from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Store, WeightSpec
 from headrace.scheduler.plan import Slice
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 NO_RMS_NORM = {"cohere", "cohere2", "gpt_neox", "nemotron", "phi", "stablelm", "starcoder2"}
 """They subtract the mean, or add a bias."""
 

@@ -30,7 +30,10 @@ RINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3_text", "gpt_oss"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3_text", "gpt_oss")]
+
+
+@pytest.fixture(scope="module", params=["llama", *SLOW])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Global attention; windows of 8 beside it; sinks."""
     folder = tmp_path_factory.mktemp(request.param)

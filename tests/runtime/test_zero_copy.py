@@ -1,14 +1,8 @@
 """What the device reads from and writes to host memory itself."""
 
-import importlib.util
-import os
-
 import pytest
 import torch
-from interpreter import run_interpreted
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from interpreter import HAS_TRITON, INTERPRETED, run_interpreted
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
