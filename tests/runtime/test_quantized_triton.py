@@ -11,6 +11,7 @@ from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.plan import PAGE_TOKENS
 
 QUANTIZED = ["int8", "int4"]
+MORE = [pytest.param("int8", marks=pytest.mark.slow), "int4"]
 DECODES = ((300, 1), (0, 1), (63, 1), (64, 1), (127, 1))
 
 
@@ -65,7 +66,7 @@ def test_mixed_batches(case: Case, splits: int | None, fmt: str, device: str) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", MORE)
 @pytest.mark.parametrize("splits", [3, 16])
 def test_decodes_split_and_merge(splits: int, fmt: str, device: str) -> None:
     """Parts of pages only, of both, of the newest page only, and of nothing."""
@@ -74,7 +75,7 @@ def test_decodes_split_and_merge(splits: int, fmt: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", MORE)
 @pytest.mark.parametrize(
     ("case", "splits", "tile"),
     [
@@ -88,7 +89,7 @@ def test_tiles(case: Case, splits: int, tile: Tile, fmt: str, device: str) -> No
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", MORE)
 def test_half_precision(fmt: str, device: str) -> None:
     check(Case(SMALL[2:], heads=4, kv_heads=1, k_dim=64, v_dim=64), fmt, device, torch.float16)
 
