@@ -19,7 +19,7 @@ TOLERANCE = 0.02
 REPEATS = 15
 
 MOST_FLUSHES = 48
-"""Each takes some 65 us on an H200; a host that takes 3 ms to queue a product is hopeless."""
+"""A host that takes longer than so many to queue a product is hopeless: milliseconds on any GPU."""
 
 Path_ = Literal["kernel", "bitsandbytes", "dense"]
 
