@@ -24,6 +24,7 @@ from headrace.runtime.experts import (
 )
 from headrace.runtime.linear import QuantLinear, Scratch, Weight
 from headrace.runtime.norms import FusedNorms
+from headrace.runtime.recording import Interruptions
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError
@@ -37,7 +38,7 @@ class Binding(Protocol):
 
     @property
     def is_static(self) -> bool:
-        """Whether what runs depends on nothing but the block's bytes, wherever they are."""
+        """Whether it reads the block's bytes wherever they are then, with no copy made of them."""
 
     @property
     def factors(self) -> tuple[WeightSpec, ...]:
@@ -100,10 +101,11 @@ class ExpertStack:
     module: nn.Module
     specs: ExpertSpecs
     scratch: Scratch
+    interrupt: Interruptions
 
     @property
     def is_static(self) -> bool:
-        return False  # the host learns which experts are hit
+        return True
 
     @property
     def factors(self) -> tuple[WeightSpec, ...]:
@@ -120,7 +122,7 @@ class ExpertStack:
         return FetchedStack()
 
     def _bind(self, obtain: Obtain) -> None:
-        bound = BoundExperts(self.specs.count, obtain, self.scratch)
+        bound = BoundExperts(self.specs.count, obtain, self.scratch, self.interrupt)
         setattr(self.module, plugs.EXPERT_WEIGHTS, bound)
 
 
@@ -130,7 +132,7 @@ class FetchedStack:
 
     @property
     def is_static(self) -> bool:
-        return False
+        return True
 
     @property
     def factors(self) -> tuple[WeightSpec, ...]:
@@ -152,9 +154,11 @@ class Binder:
         skeleton: Skeleton,
         weights: Mapping[BlockKey, Mapping[str, WeightSpec]],
         scratch: Scratch,
+        interrupt: Interruptions,
         norms: FusedNorms | None = None,
     ) -> None:
         self._skeleton = skeleton
+        self._interrupt = interrupt
         self._norms = norms
         self._weights = weights
         self._scratch = scratch
@@ -233,7 +237,7 @@ class Binder:
         for held in (len(specs.enter), len(specs.leave)):
             if held not in (1, specs.count):
                 raise StoreError(f"{path} has {held} of {specs.count} experts in the store")
-        return ExpertStack(module, specs, self._scratch)
+        return ExpertStack(module, specs, self._scratch, self._interrupt)
 
     def _check_complete(self, key: BlockKey, bound: set[str]) -> None:
         missing = [

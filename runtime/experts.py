@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.linear import Scratch, Weight
+from headrace.runtime.recording import Interruptions
 from headrace.runtime.store import WeightSpec
 
 Matrices = tuple[tuple[Weight, ...], Weight]
@@ -52,16 +54,6 @@ class ExpertSpecs:
 def _moved(spec: WeightSpec, by: int) -> WeightSpec:
     parts = {role: replace(part, offset=part.offset + by) for role, part in spec.parts.items()}
     return replace(spec, parts=parts)
-
-
-def _to_host(x: Tensor) -> list[int]:
-    """The values of x [n], when the device has come so far."""
-    if not x.is_cuda:
-        return x.tolist()
-    # Imported where it is needed: installations without a GPU have no Triton.
-    from headrace.runtime.zero_copy import read_back
-
-    return read_back(x)
 
 
 class ExpertsInBlock:
@@ -128,21 +120,33 @@ class BoundExperts:
     into the output in the input's dtype.
     """
 
-    def __init__(self, count: int, obtain: Obtain, scratch: Scratch) -> None:
+    def __init__(
+        self, count: int, obtain: Obtain, scratch: Scratch, interrupt: Interruptions
+    ) -> None:
         self._count = count
         self._obtain = obtain
         self._scratch = scratch
+        self._interrupt = interrupt
 
     def __call__(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """x [T, H], index and weight [T, top_k] -> [T, H]."""
         top_k = index.shape[-1]
         # Stable: an expert's tokens stay in order, so that its result is a function of its tokens.
         ids, order = torch.sort(index.reshape(-1), stable=True)
-        # The only wait for the device. An index beyond the last expert means "none" in transformers.
         each = torch.arange(self._count + 1, dtype=ids.dtype, device=ids.device)
-        starts = _to_host(torch.searchsorted(ids, each))
+        starts = torch.searchsorted(ids, each)
         token, scale = order // top_k, weight.reshape(-1, 1).index_select(0, order)
-        out = torch.zeros_like(x)
+        # The host has to know which experts are reached.
+        run = partial(self._run_all, module)
+        *_, out = self._interrupt(run, starts, x, token, scale, torch.zeros_like(x))
+        return out
+
+    def _run_all(
+        self, module: nn.Module, starts: list[int], x: Tensor, token: Tensor, scale: Tensor,
+        out: Tensor,
+    ) -> None:  # fmt: skip
+        """Add to out [T, H] what experts make of x: of rows token[starts[e] : starts[e + 1]] expert e,
+        weighted by `scale`. An index beyond the last expert means "none" in transformers."""
         reached = [e for e in range(self._count) if starts[e] < starts[e + 1]]
         for expert, matrices in self._obtain(reached):
             mine = slice(starts[expert], starts[expert + 1])
@@ -150,7 +154,6 @@ class BoundExperts:
             result = self._run(module, expert, matrices, x.index_select(0, rows))
             weighted = result * scale[mine]
             out.index_add_(0, rows, weighted.to(out.dtype))
-        return out
 
     def _run(self, module: Any, expert: int, matrices: Matrices, x: Tensor) -> Tensor:
         """One expert on its tokens [n, H]."""

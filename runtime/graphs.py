@@ -10,16 +10,14 @@ place that their weights can lie in.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
 from headrace.runtime.ready import ReadyBatch
-from headrace.runtime.trace import Kind
+from headrace.runtime.recording import Capture
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import MicroBatch
 
@@ -37,33 +35,6 @@ IDLE = 64
 So a run whose sizes change for ever spends its time on replaying, not on recording."""
 
 Layers = Sequence[tuple[int, Tensor]]
-
-
-class Capture(Protocol):
-    """Makes one launch of many."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What does `work` again with what lies in the same memory then. `work` is not done now."""
-
-
-class CudaCapture:
-    """CUDA graphs of what is queued on the current stream, all with one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._first: torch.cuda.CUDAGraph | None = None
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on copying weights meanwhile.
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-        # A pool that no graph is left of cannot be used again.
-        self._first = self._first or graph
-        return graph.replay
 
 
 Record = Callable[[Callable[[], None], int], Callable[[], None] | None]
@@ -115,8 +86,10 @@ class Lane:
             self._warm.add(key)
             self._run(layers)
         else:
-            with self._model.tracer.span(Kind.GRAPH):
-                again()
+            for layer, block in layers:
+                if self._model.interrupts(layer):
+                    self._model.bind(layer, block)  # what the host queues reads it, too
+            again()
 
     def _recorded(self, key: tuple[int, ...], layers: Layers) -> Callable[[], None] | None:
         if key not in self._warm or not all(self._model.is_static(layer) for layer, _ in layers):

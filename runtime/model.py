@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headrace.runtime import plugs, rope
 from headrace.runtime.attention import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.binding import Binder, ExpertStack
+from headrace.runtime.binding import Binder, ExpertStack, FetchedStack
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
@@ -22,6 +22,7 @@ from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.norms import FusedNorms
+from headrace.runtime.recording import Interruptions
 from headrace.runtime.rotary import FusedRotary
 from headrace.runtime.shape import scratch_elements
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
@@ -92,11 +93,12 @@ class StageModel:
         _move_buffers(self._skeleton.model, device)
         weights = _weights(store, layers)
         blocks = [store.layers[layer] for layer in layers]
+        self.interruptions = Interruptions()
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
         # In float32 on CPUs every bit stays transformers' own.
         exact = device.type == "cpu" and dtype == torch.float32
         norms = None if exact else FusedNorms(dtype)
-        binder = Binder(self._skeleton, weights, self._scratch, norms)
+        binder = Binder(self._skeleton, weights, self._scratch, self.interruptions, norms)
         self._bindings = {i: binder.bindings(i) for i in weights if isinstance(i, int)}
         self._groups = {
             i: grouped(self._modules[i], shared[i], b) for i, b in self._bindings.items()
@@ -195,8 +197,12 @@ class StageModel:
         return self._table.rows(batch.tokens, onto)
 
     def is_static(self, layer: int) -> bool:
-        """Whether the layer reads its weights where they are bound and never asks the host."""
+        """Whether the layer reads its weights where they are bound."""
         return all(binding.is_static for binding in self._bindings[layer])
+
+    def interrupts(self, layer: int) -> bool:
+        """Whether the host has to know what the layer computed before it can queue the rest."""
+        return any(isinstance(b, (ExpertStack, FetchedStack)) for b in self._bindings[layer])
 
     def run_layers(
         self, layers: Iterable[tuple[int, Tensor]], x: Tensor, prepared: Prepared, kv: KVStore

@@ -15,15 +15,16 @@ from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
-from headrace.runtime.stage_start import StageStart, make_graphs
+from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
 from headrace.runtime.streaming.streamer import wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
 
 if TYPE_CHECKING:
-    from headrace.runtime.graphs import Capture, Lane
+    from headrace.runtime.graphs import Lane
     from headrace.runtime.model import Prepared
+    from headrace.runtime.recording import Capture
 
 
 @dataclass(slots=True)
@@ -68,15 +69,15 @@ class Stage:
             parts = StageStart(config, self.device, self.tracer).make(opened)
             self._storage, self._weights = parts.storage, parts.weights
             self._model, self._kv = parts.model, parts.kv
-            self._graphs = make_graphs(config, parts, capture or self._capture())
+            self._graphs = make_graphs(config, parts, capture or self._capture(parts))
             self._opened = opened.pop_all()
 
-    def _capture(self) -> "Capture | None":
+    def _capture(self, parts: StageParts) -> "Capture | None":
         if self._compute is None:
             return None
-        from headrace.runtime.graphs import CudaCapture
+        from headrace.runtime.recording import CudaCapture
 
-        return CudaCapture()
+        return CudaCapture(parts.model.interruptions, self.tracer)
 
     @property
     def storage_name(self) -> str:

@@ -22,8 +22,9 @@ from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.pages import pages_for
 
 if TYPE_CHECKING:
-    from headrace.runtime.graphs import Capture, DecodeGraphs
+    from headrace.runtime.graphs import DecodeGraphs
     from headrace.runtime.model import ReadBlock, StageModel
+    from headrace.runtime.recording import Capture
 
 
 @dataclass(frozen=True, slots=True)

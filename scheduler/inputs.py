@@ -154,7 +154,7 @@ class Choices:
     are streamed, whatever room there is; 0 streams everything. Of layers that are split, they stay
     without their experts, which have the room that is left; with 0, room for one layer's to be
     loaded ahead. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
-    the device's memory and most layers are no mixtures, which cannot be recorded.
+    the device's memory.
     """
 
     placement: str = "auto"

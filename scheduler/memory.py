@@ -21,6 +21,9 @@ LANE_ROWS = 3
 """Rows of the hidden size that a lane of decodes keeps per sequence: embedded, in the layers, and
 the rotation's."""
 
+EXPERT_ROWS = 2
+"""More of them, of a mixture: what experts read and what they add to."""
+
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 
@@ -108,10 +111,11 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
 
 def graph_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     """What CUDA graphs take of a stage: for each lane its rows and all layers recorded once, and as
-    much as a layer for what precedes them. Mixtures are not recorded."""
-    recorded = sum(not shape.is_mixture(layer) for layer in layout.layers[stage])
-    rows = LANE_ROWS * layout.graph_rows * shape.hidden_size * shape.compute_bytes
-    return layout.graph_lanes * ((recorded + 1) * GRAPH_LAYER_BYTES + rows)
+    much as a layer for what precedes them."""
+    layers = layout.layers[stage]
+    rows = LANE_ROWS + EXPERT_ROWS * any(map(shape.is_mixture, layers))
+    rows *= layout.graph_rows * shape.hidden_size * shape.compute_bytes
+    return layout.graph_lanes * ((len(layers) + 1) * GRAPH_LAYER_BYTES + rows)
 
 
 def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:

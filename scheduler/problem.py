@@ -65,10 +65,7 @@ class Problem:
     def graphed(self, layout: Layout) -> Layout:
         """The layout with as many lanes of CUDA graphs as are wanted and small beside the budgets."""
         wanted = with_graphs(layout, self.profiles[0].kind, self.choices)
-        mixtures = sum(map(self.shape.is_mixture, range(self.shape.num_layers)))
-        # For the few other layers, padding costs more than it gains.
-        in_vain = not self.choices.graphs and 2 * mixtures > self.shape.num_layers
-        if in_vain or not wanted.graph_lanes:
+        if not wanted.graph_lanes:
             return layout
         one = replace(wanted, graph_lanes=1)
         lanes = min(

@@ -11,7 +11,7 @@ import torch
 from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.graphs import Capture
+from headrace.runtime.recording import Capture
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store

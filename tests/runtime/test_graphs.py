@@ -13,8 +13,6 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.graphs import (
     IDLE,
-    Capture,
-    CudaCapture,
     DecodeGraphs,
     Layers,
     padded_pages,
@@ -22,6 +20,7 @@ from headrace.runtime.graphs import (
 )
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import Prepared
+from headrace.runtime.recording import Capture, CudaCapture
 from headrace.runtime.store import Store
 from headrace.runtime.trace import NULL_TRACER
 from headrace.scheduler.memory import GRAPH_LAYER_BYTES
@@ -71,10 +70,7 @@ def test_same_tokens(name: str, ring: dict[str, Any], tmp_path: Path) -> None:
     capture = CallAgain()
     with local_ring(store, plan, capture=capture) as pipeline:
         assert run_all(plan, pipeline, requests) == wanted
-    # What precedes the layers is always recorded, experts never are.
-    assert sum(capture.replays) > 0
-    if name == "llama":
-        assert max(capture.replays) > 3
+    assert max(capture.replays) > 3
 
 
 def test_without_recordings_nothing_changes(
@@ -115,6 +111,9 @@ class Counting:
 
     def is_static(self, layer: int) -> bool:
         return True
+
+    def interrupts(self, layer: int) -> bool:
+        return False
 
     def bind(self, layer: int, block: torch.Tensor) -> None:
         pass

@@ -39,7 +39,13 @@ RINGS: list[dict[str, Any]] = [
     {"expert_slots": 6, "token_budget": 16, "layers_a_visit": 2},
     {"expert_slots": 100, "tier": Tier.HOST},
     {"stages": 2, "expert_slots": 4, "token_budget": 24, "layers_a_visit": 2},
-    {"stages": 2, "cyclic": True, "expert_slots": 7, "tier": (Tier.NVME, Tier.DEVICE, Tier.HOST)},
+    {
+        "stages": 2,
+        "cyclic": True,
+        "expert_slots": 7,
+        "tier": (Tier.NVME, Tier.DEVICE, Tier.HOST),
+        "graph_rows": 8,
+    },
     {"expert_slots": 3, "host_experts": 6, "graph_rows": 8},
 ]
 
