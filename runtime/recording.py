@@ -68,6 +68,9 @@ def _values(x: Tensor) -> list[Any]:
 class CudaCapture:
     """CUDA graphs of what is queued on the current stream, all with one pool of memory.
 
+    They are recorded on a stream of their own. When another thread lets go of pinned memory that was
+    copied from on the stream that computes, torch records an event there, to learn when the memory is
+    free again; an event that became part of a recording could never be asked.
     What work on the host reads and writes has memory of its own, which recordings share: they are done
     again one after the other, and each from its beginning to its end.
     """
@@ -77,12 +80,19 @@ class CudaCapture:
     ) -> None:
         self._interruptions = interruptions or Interruptions()
         self._tracer = tracer
+        self._stream = torch.cuda.Stream()
         self._pool = torch.cuda.graph_pool_handle()
         self._first: torch.cuda.CUDAGraph | None = None
         self._kept: dict[tuple[int, torch.Size, torch.dtype, torch.device], Tensor] = {}
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph, steps = self._begin(), list[Callable[[], None]]()
+        steps: list[Callable[[], None]] = []
+        with torch.cuda.stream(self._stream):
+            self._record(work, steps)
+        return lambda: _each(steps)
+
+    def _record(self, work: Callable[[], None], steps: list[Callable[[], None]]) -> None:
+        graph = self._begin()
 
         def interrupt(host: HostWork, asked: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal graph
@@ -101,7 +111,6 @@ class CudaCapture:
                 graph.capture_end()
             raise
         self._end(graph, steps)
-        return lambda: _each(steps)
 
     def _begin(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -12,7 +12,7 @@ from headrace.scheduler.placement import Visit, contiguous_visits, cyclic_visits
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 """Tokens a pass: enough to keep the matmuls of a pass busy while weights stream."""
 
-GRAPH_ROWS = 256
+GRAPH_ROWS = 512
 """Micro-batches of more decodes keep a GPU busy for longer than launching their kernels takes."""
 
 GRAPH_LANES = 16

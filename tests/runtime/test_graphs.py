@@ -226,6 +226,26 @@ def test_the_only_lane_on_cuda_makes_room() -> None:
 
 
 @pytest.mark.gpu
+def test_pinned_memory_can_be_let_go_while_something_is_recorded() -> None:
+    """As another thread does with a pass that is over."""
+    x = torch.zeros(1 << 20, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copied = [torch.ones(1 << 20).pin_memory()]
+        x.copy_(copied[0], non_blocking=True)
+
+        def work() -> None:
+            copied.clear()
+            x.add_(1.0)
+
+        again = CudaCapture().record(work)
+        torch.cuda.current_stream().synchronize()
+        # Asks whether the memory is free again.
+        assert torch.empty(1 << 20, pin_memory=True).is_pinned()
+        again()
+        assert x.sum().item() == 2 << 20
+
+
+@pytest.mark.gpu
 def test_the_driver_takes_no_more_for_a_graph_than_is_planned() -> None:
     x, layers, graphs = torch.zeros(8, 4096, device="cuda"), 8, 32
 

@@ -344,13 +344,13 @@ def test_every_plan_keeps_every_budget(
 
 def test_graphs_are_made_on_cuda_where_they_are_small() -> None:
     plan = plan_of(LLAMA_8B_BF16, 1, 80 * GB)
-    assert plan.graph_rows == 256 and plan.graph_lanes == 16
+    assert plan.graph_rows == 512 and plan.graph_lanes == 16
     (memory,) = plan.memory
-    assert memory.graphs == 16 * (33 * GRAPH_LAYER_BYTES + 3 * 256 * 4096 * 2)
+    assert memory.graphs == 16 * (33 * GRAPH_LAYER_BYTES + 3 * 512 * 4096 * 2)
     assert plan_of(LLAMA_8B_BF16, 1, 20 * GB).graph_lanes < 16
     stages = plan_of(LLAMA_8B_BF16, 2, 40 * GB)
     assert [m.graphs for m in stages.memory] == [
-        16 * (17 * GRAPH_LAYER_BYTES + 3 * 256 * 4096 * 2)
+        16 * (17 * GRAPH_LAYER_BYTES + 3 * 512 * 4096 * 2)
     ] * 2
     for none in (
         plan_of(LLAMA_8B_BF16, 1, 80 * GB, graphs=False),
@@ -364,7 +364,7 @@ def test_graphs_of_mixtures_keep_what_experts_read_and_write() -> None:
     active = tuple(n // 4 for n in LLAMA_8B_BF16.layer_active_parameters)
     mixture = replace(LLAMA_8B_BF16, layer_active_parameters=active)
     (memory,) = plan_of(mixture, 1, 80 * GB).memory
-    assert memory.graphs == 16 * (33 * GRAPH_LAYER_BYTES + 5 * 256 * 4096 * 2)
+    assert memory.graphs == 16 * (33 * GRAPH_LAYER_BYTES + 5 * 512 * 4096 * 2)
 
 
 def test_graphs_that_were_asked_for_are_made_or_refused() -> None:
