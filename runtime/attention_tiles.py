@@ -17,15 +17,12 @@ _EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))
 _FEW = ((32, 32, 4, 4), *_EXACT)
 _LONG_KEYS = 1024
 
-# Of latents: few rows leave registers for sums that are hundreds of numbers wide.
+# Of latents, whose sums are hundreds of numbers wide: compiled for Hopper, none spills registers to
+# memory but for some in the loop over quantized layers' own pages. With a loop of their own for keys that
+# every row sees, they do.
 _LATENT = (
-    (64, 32, 8, 3),
-    (64, 32, 8, 2),
-    (64, 16, 8, 2),
-    (32, 32, 8, 2),
-    (32, 16, 4, 2),
-    (16, 16, 4, 2),
-)
+    (64, 32, 8, 3), (64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 8, 2), (32, 16, 4, 2), (16, 16, 4, 2),
+)  # fmt: skip
 _EXACT_LATENT = ((16, 16, 4, 2), (16, 16, 4, 1))
 
 # In the time that a tile takes at a processor's share of the memory's bandwidth.
@@ -107,9 +104,8 @@ def choose_tile(
 
 
 def choose_latent_tile(
-    queries: int, visible: int, group: int, k_dim: int, v_dim: int, itemsize: int,
-    limits: DeviceLimits,
-) -> Tile:  # fmt: skip
+    queries: int, group: int, k_dim: int, v_dim: int, itemsize: int, limits: DeviceLimits
+) -> Tile:
     """`choose_tile` where values are parts of keys too, and k_dim is what follows in keys.
 
     Heads share one key head by the hundred, and a block takes some of them (heads_at_once).
@@ -117,7 +113,7 @@ def choose_latent_tile(
     dims = padded_dim(k_dim), padded_dim(v_dim)
     needed = max(MIN_ROWS, power_of_two(group * queries))
     found = [
-        Tile(min(rows, needed), keys, *dims, warps, stages, peel=visible >= 16 * keys)
+        Tile(min(rows, needed), keys, *dims, warps, stages, peel=False)
         for rows, keys, warps, stages in (_EXACT_LATENT if itemsize == 4 else _LATENT)
     ]
     budget = limits.shared_memory * 9 // 10

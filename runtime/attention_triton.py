@@ -111,13 +111,15 @@ def choose(
     `one`: that for sequences of few queries.
     """
     kv_heads, window, visible = kv.kv_heads, rule.sliding_window, batch.max_context
-    group, v_dim = q.shape[1] // kv_heads, kv.v_dim
+    group = q.shape[1] // kv_heads
     queries = min(short_queries(group), batch.max_query) if one else batch.max_query
     limits = DeviceLimits.of(q.device)
-    if tile is None:
+    shape = group, kv.k_dim, kv.v_dim, q.element_size(), limits
+    if tile is None and kv.latent:
+        tile = choose_latent_tile(queries, *shape)
+    elif tile is None:
         seen = visible if window is None else min(visible, window + queries)
-        choice = choose_latent_tile if kv.latent else choose_tile
-        tile = choice(queries, seen, group, kv.k_dim, v_dim, q.element_size(), limits)
+        tile = choose_tile(queries, seen, *shape)
     at_once = heads_at_once(group, tile)
     block_q = tile.rows // at_once
     seen = visible if window is None else min(visible, window + block_q)

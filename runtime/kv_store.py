@@ -193,7 +193,7 @@ def page_nbytes(shape: LayerShape, fmt: KVFormat) -> int:
 
 def _rotated(shapes: Mapping[int, LayerShape], fmt: KVFormat) -> set[int]:
     """Dimensions of what is rotated: keys, and values that are parts of keys."""
-    if fmt.name != "int4":
+    if not fmt.is_rotated:
         return set()
     latents = {shape.v_dim for shape in shapes.values() if shape.latent}
     return {shape.k_dim for shape in shapes.values()} | latents

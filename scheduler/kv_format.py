@@ -32,6 +32,11 @@ class KVFormat:
     def is_quantized(self) -> bool:
         return self.scales > 0
 
+    @property
+    def is_rotated(self) -> bool:
+        """Whether keys are, before they are quantized."""
+        return self.name == "int4"
+
     def code_bytes(self, dim: int) -> int:
         """One key or value of one head, without its scales."""
         return dim * self.bits // 8
@@ -46,7 +51,7 @@ class KVFormat:
         return PAGE_TOKENS * kv_heads * (codes + 2 * self.scales * SCALE_BYTES)
 
     def _check(self, k_dim: int, v_dim: int, mixed: int) -> None:
-        if self.name == "int4" and (mixed < LEAST_ROTATED or v_dim % 2):
+        if self.is_rotated and (mixed < LEAST_ROTATED or v_dim % 2):
             raise UnsupportedModelError(
                 f"--kv-format int4 rotates keys in blocks of a power of two, at least"
                 f" {LEAST_ROTATED}, and packs values in pairs; this model's keys have {k_dim} numbers"

@@ -145,12 +145,12 @@ def test_tiles_fit_the_shared_memory() -> None:
 def test_tiles_of_latents_fit_and_take_all_heads() -> None:
     for limits in (HOPPER, ADA):
         for heads, queries, itemsize in itertools.product((16, 40, 96, 128), (1, 4096), (2, 4)):
-            tile = choose_latent_tile(queries, 4096, heads, 64, 512, itemsize, limits)
+            tile = choose_latent_tile(queries, heads, 64, 512, itemsize, limits)
             query = tile.rows * tile.dim_v * itemsize
             assert query + shared_bytes(tile, itemsize, limits) <= limits.shared_memory
             at_once = heads_at_once(heads, tile)
             assert heads % at_once == 0 and at_once <= tile.rows
-    assert heads_at_once(128, choose_latent_tile(1, 4096, 128, 64, 512, 2, HOPPER)) == 64
+    assert heads_at_once(128, choose_latent_tile(1, 128, 64, 512, 2, HOPPER)) == 64
 
 
 def test_splits_load_all_processors_alike() -> None:

@@ -245,7 +245,10 @@ def test_the_planner_counts_latents(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", small_config("deepseek-v3"), "nf4")
     config = small_config("deepseek-v3")
     numbers = config["kv_lora_rank"] + config["qk_rope_head_dim"]
-    assert set(model_shape(store, torch.bfloat16).layer_kv_bytes) == {64 * numbers * 2}
+    shape = model_shape(store, torch.bfloat16)
+    assert set(shape.layer_kv_bytes) == {64 * numbers * 2}
+    heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
+    assert shape.attention_size == heads * (numbers + rank)
 
 
 def test_modules_are_still_of_their_own_class() -> None:
