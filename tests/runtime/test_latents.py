@@ -10,7 +10,7 @@ from architectures import tiny_config
 from rings import CallAgain, local_ring, manual_plan, run_all
 from small_shapes import small_config
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from whole import WholeModel
 
 from headrace.cluster.bench.random_store import write_store
@@ -37,6 +37,13 @@ WIDE = {
 """Settings of tiny models that every format has a way with. Layers are dense: mixtures are not recorded,
 and how a router rounds depends on the rows of a call."""
 
+SIZES = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "vocab_size",
+    "num_attention_heads", "num_key_value_heads", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim",
+    "qk_nope_head_dim", "v_head_dim", "n_routed_experts", "num_experts_per_tok", "n_group",
+    "topk_group", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+
 
 def test_attentions_hand_on_latents_where_they_are_found_to() -> None:
     for name in NAMES:
@@ -48,6 +55,13 @@ def test_attentions_hand_on_latents_where_they_are_found_to() -> None:
             map(keeps_latents, Skeleton(tiny_config(name), torch.float32, expand=True).layers)
         )
     assert not any(map(keeps_latents, Skeleton(tiny_config("llama"), torch.float32).layers))
+
+
+@pytest.mark.parametrize("name", ["minicpm3", "glm4_moe_lite", "youtu", "axk1"])
+def test_other_architectures_of_this_attention(name: str) -> None:
+    settings = {key: getattr(tiny_config("deepseek_v3"), key) for key in SIZES}
+    config = AutoConfig.for_model(name, **settings)
+    assert selfcheck.check(config)
 
 
 class Attention(nn.Module):
