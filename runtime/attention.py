@@ -17,7 +17,7 @@ from headrace.runtime.batch import (
     head_rows,
     visible_keys,
 )
-from headrace.runtime.kv_store import LayerKV, QuantizedKV
+from headrace.runtime.kv_store import LayerKV, QuantizedKV, whole_keys
 from headrace.runtime.softmax import Rule, attend_rows, softmax_attention
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -40,6 +40,7 @@ def paged_attention(
 
     q [T, query_heads, k_dim], k [T, kv_heads, k_dim], v [T, kv_heads, v_dim], any strides; returns
     [T, query_heads, v_dim] in q's dtype. Query head h reads key head h // (query_heads / kv_heads).
+    Where kv is latent, k has what follows v in a key, and q is [T, query_heads, v_dim + k_dim].
     A sequence's result does not depend on the other sequences of the batch.
     """
     rule = Rule(scaling, sliding_window, softcap, sinks)
@@ -60,14 +61,14 @@ def _attend_quantized(
     q: Tensor, k: Tensor, v: Tensor, kv: QuantizedKV, batch: Batch, rule: Rule
 ) -> Tensor:
     """In the compute type, to which keys and values are rounded where they are not of it."""
-    queries, k, v = (x.to(kv.dtype) for x in (q, k, v))
-    if kv.k.rotation is not None:
-        queries, k = kv.k.rotation.queries(queries), kv.k.rotation.keys(k)
+    queries, k, v = kv.rotate(*(x.to(kv.dtype) for x in (q, k, v)))
     if q.is_cuda:
         from headrace.runtime import attention_triton
 
-        return attention_triton.attend_newest(queries, k, v, kv, batch, rule).to(q.dtype)
-    return attend_newest(queries, k, v, kv, batch, rule).to(q.dtype)
+        out = attention_triton.attend_newest(queries, k, v, kv, batch, rule)
+    else:
+        out = attend_newest(queries, k, v, kv, batch, rule)
+    return kv.rotate_back(out).to(q.dtype)
 
 
 def _write(k: Tensor, v: Tensor, kv: LayerKV, batch: Batch) -> None:
@@ -105,6 +106,7 @@ def _attend_decodes(q: Tensor, kv: LayerKV, group: Decodes, rule: Rule) -> Tenso
         else:
             values[:, :, group.kept :].zero_()
     mask = group.mask(heads // kv_heads, q.dtype)
+    k = whole_keys(kv, k, v)
     out = softmax_attention(q.reshape(count, kv_heads, heads // kv_heads, -1), k, v, mask, rule)
     return out.reshape(count, heads, -1)
 
@@ -117,7 +119,8 @@ def _attend_slice(q: Tensor, kv: LayerKV, batch: Batch, sequence: int, rule: Rul
     table = batch.page_table[sequence : sequence + 1, first : -(-context // PAGE_TOKENS)].long()
     base = first * PAGE_TOKENS
     rows = head_rows(table, kv.k.shape[1])
-    k, v = _gather(kv.k, rows, q.dtype), _gather(kv.v, rows, q.dtype)
+    v = _gather(kv.v, rows, q.dtype)
+    k = whole_keys(kv, _gather(kv.k, rows, q.dtype), v)
     step = max(1, min(256, SCORES // (q.shape[1] * (context - base))))
     out = q.new_empty(*q.shape[:2], kv.v.shape[-1])
     for i in range(0, q.shape[0], step):

@@ -10,48 +10,8 @@ are in base 2. Runs on CPUs with TRITON_INTERPRET=1.
 import triton
 import triton.language as tl
 
+from headrace.runtime.attention_blocks import locate, share_of
 from headrace.runtime.attention_loads import load_exact, load_tile, pages_of
-
-_CHUNK = tl.constexpr(256)
-
-
-@triton.jit
-def find_sequence(query_start, num_sequences, block, BLOCK_Q: tl.constexpr):
-    """The sequence that owns a block: s owns those from query_start[s] // BLOCK_Q + s on.
-
-    Counted, since the loads of a binary search would wait for each other.
-    """
-    found = block * 0 - 1
-    for start in tl.range(0, num_sequences, _CHUNK, num_stages=1):
-        sequence = start + tl.arange(0, _CHUNK)
-        there = sequence < num_sequences
-        first = tl.load(query_start + sequence, mask=there, other=0) // BLOCK_Q + sequence
-        found += tl.sum((there & (first <= block)).to(tl.int32), 0)
-    return found
-
-
-@triton.jit
-def _locate(
-    query_start, num_sequences, block, BLOCK_Q: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr
-):  # fmt: skip
-    """A block's sequence, its first token's row, its length, and the block's first query.
-
-    ONE: block b is sequence b's only one; those of more than SKIP tokens are left out (length 0).
-    Otherwise those of at most SKIP tokens are left out, and so are blocks past the end.
-    """
-    if ONE:
-        sequence = block
-        query = block * 0
-    else:
-        sequence = find_sequence(query_start, num_sequences, block, BLOCK_Q)
-        query = (block - tl.load(query_start + sequence) // BLOCK_Q - sequence) * BLOCK_Q
-    first = tl.load(query_start + sequence)
-    length = tl.load(query_start + sequence + 1) - first
-    if ONE:
-        length = tl.where(length > SKIP, 0, length)
-    else:
-        length = tl.where((length <= SKIP) | (query >= length), 0, length)
-    return sequence, first, length, query
 
 
 @triton.jit
@@ -64,14 +24,17 @@ def _bend(score, softcap):
 
 @triton.jit
 def _add(
-    acc, top, weight, rows, keys, values, key, since, until, scale, softcap,
-    SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    acc, top, weight, rows, common, keys, values, key, since, until, scale, softcap,
+    LATENT: tl.constexpr, SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a tile of keys to (sum of weighted values, max, sum of weights).
 
     A row sees the keys before its `until`, with SINCE from its `since` on; unless MASKED, all of them.
+    LATENT: values are parts of keys too, which `common` of the queries are multiplied with.
     """
     score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
+    if LATENT:
+        score = tl.dot(common, tl.trans(values), score, input_precision="ieee")
     unit = scale
     if SOFTCAP:
         score = _bend(score * scale, softcap)
@@ -94,10 +57,10 @@ def _add(
 
 @triton.jit
 def _attend_tiles(
-    acc, top, weight, rows, since, until, tile, tiles, total, table,
+    acc, top, weight, rows, common, since, until, tile, tiles, total, table,
     k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-    BITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    LATENT: tl.constexpr, BITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`_add` for tiles [tile, tiles) of pages, which hold `total` keys."""
@@ -120,8 +83,8 @@ def _attend_tiles(
             BITS, DV, BLOCK_V, BLOCK_N, PAGE,
         )  # fmt: skip
         acc, top, weight = _add(
-            acc, top, weight, rows, keys, values, key, since, until, scale, softcap,
-            SINCE, SOFTCAP, MASKED,
+            acc, top, weight, rows, common, keys, values, key, since, until, scale, softcap,
+            LATENT, SINCE, SOFTCAP, MASKED,
         )  # fmt: skip
         page = next_page
     return acc, top, weight
@@ -129,9 +92,9 @@ def _attend_tiles(
 
 @triton.jit
 def _attend_exact(
-    acc, top, weight, rows, since, until, tile, tiles, first, begin, total,
+    acc, top, weight, rows, common, since, until, tile, tiles, first, begin, total,
     k, v, k_tail, v_tail, k_token, v_token, scale, softcap,
-    DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    LATENT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """`_add` for tiles [tile, tiles) of the rows' own pages, as computed."""
@@ -142,17 +105,10 @@ def _attend_exact(
         keys = load_exact(k, k_token, k_tail, first, begin, total, key, dk, DK, PAGE)
         values = load_exact(v, v_token, v_tail, first, begin, total, key, dv, DV, PAGE)
         acc, top, weight = _add(
-            acc, top, weight, rows, keys.to(rows.dtype), values.to(rows.dtype), key, since, until,
-            scale, softcap, True, SOFTCAP, True,
+            acc, top, weight, rows, common, keys.to(rows.dtype), values.to(rows.dtype), key,
+            since, until, scale, softcap, LATENT, True, SOFTCAP, True,
         )  # fmt: skip
     return acc, top, weight
-
-
-@triton.jit
-def _share(first, last, part, parts):
-    """A part's tiles of [first, last)."""
-    count = last - first
-    return first + part * count // parts, first + (part + 1) * count // parts
 
 
 @triton.jit(do_not_specialize=["num_sequences", "table_row", "window", "splits"])
@@ -161,12 +117,13 @@ def attend_kernel(
     query_start, context, page_table, tails,
     num_sequences, table_row, q_token, q_head, k_page, k_page_head, v_page, v_page_head,
     k_token, k_head, v_token, v_head, scale, softcap, window, splits,
-    BITS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    BITS: tl.constexpr, LATENT: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr, PEEL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows against one part of their keys.
+    """BLOCK_M rows, of GROUP heads, against one part of their keys. BLOCKS such groups share a key head.
 
     Pages hold all of these, or, where they are quantized (BITS < 16), those before a row's own page.
     PEEL: tiles that every row sees are a loop of their own, which has no masks.
@@ -174,22 +131,28 @@ def attend_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     # A sequence's last blocks have the most keys, and start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    sequence, first, length, query = _locate(query_start, num_sequences, block, BLOCK_Q, ONE, SKIP)
+    sequence, first, length, query = locate(query_start, num_sequences, block, BLOCK_Q, ONE, SKIP)
     if length == 0:
         return
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1) // BLOCKS
     total = tl.load(context + sequence)
 
     row = tl.arange(0, BLOCK_M)
     query_of_row = query + row // GROUP
-    head = kv_head * GROUP + row % GROUP
+    head = tl.program_id(1) * GROUP + row % GROUP
     alive = (row < BLOCK_Q * GROUP) & (query_of_row < length)
     token = (first + query_of_row).to(tl.int64)
     dk = tl.arange(0, BLOCK_K)
     dv = tl.arange(0, BLOCK_V)
-    q_at = q + (token * q_token + head * q_head)[:, None] + dk[None, :]
+    q_at = q + (token * q_token + head * q_head)[:, None]
     q_mask = alive[:, None] if DK == BLOCK_K else alive[:, None] & (dk < DK)[None, :]
-    rows = tl.load(q_at, mask=q_mask, other=0.0)
+    v_mask = alive[:, None] if DV == BLOCK_V else alive[:, None] & (dv < DV)[None, :]
+    if LATENT:
+        common = tl.load(q_at + dv[None, :], mask=v_mask, other=0.0)
+        q_at += DV
+    rows = tl.load(q_at + dk[None, :], mask=q_mask, other=0.0)
+    if not LATENT:
+        common = rows
 
     # Keys that any row of the block sees, in tiles; this program takes its share of them.
     begin = total - length
@@ -213,7 +176,7 @@ def attend_kernel(
     tile = tl.minimum(tl.maximum(start - window + 1, 0) // BLOCK_N, tiles) if WINDOW else 0
     if SPLIT:
         # Tiles of pages, and after them those of the rows' own pages.
-        part, parts = _share(tile, tiles + own_end - own, tl.program_id(2), splits)
+        part, parts = share_of(tile, tiles + own_end - own, tl.program_id(2), splits)
         own_end = own + tl.maximum(parts - tiles, 0)
         own = own + tl.maximum(part - tiles, 0)
         tile, tiles = tl.minimum(part, tiles), tl.minimum(parts, tiles)
@@ -231,27 +194,29 @@ def attend_kernel(
         tl.static_assert(not WINDOW)
         seen = tl.minimum(tl.maximum(seen // BLOCK_N, tile), tiles)
         acc, top, weight = _attend_tiles(
-            acc, top, weight, rows, since, until, tile, seen, in_pages, table,
+            acc, top, weight, rows, common, since, until, tile, seen, in_pages, table,
             k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-            BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, False,
+            LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, False,
         )  # fmt: skip
         tile = seen
     acc, top, weight = _attend_tiles(
-        acc, top, weight, rows, since, until, tile, tiles, in_pages, table,
+        acc, top, weight, rows, common, since, until, tile, tiles, in_pages, table,
         k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-        BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, True,
+        LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, True,
     )  # fmt: skip
     if BITS < 16:
-        tail = tl.load(tails + sequence).to(tl.int64) * tl.num_programs(1) + kv_head
+        tail = tl.load(tails + sequence).to(tl.int64) * (tl.num_programs(1) // BLOCKS) + kv_head
         acc, top, weight = _attend_exact(
-            acc, top, weight, rows, tl.maximum(since, until), position + 1, own, own_end,
+            acc, top, weight, rows, common, tl.maximum(since, until), position + 1, own, own_end,
             first, begin, total, k + kv_at * k_head, v + kv_at * v_head,
             k_tails + tail * PAGE * DK, v_tails + tail * PAGE * DV, k_token, v_token, scale, softcap,
-            DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SOFTCAP,
+            LATENT, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SOFTCAP,
         )  # fmt: skip
 
     if SPLIT:
-        at = (block * tl.num_programs(1) + kv_head).to(tl.int64) * splits + tl.program_id(2)
+        at = (block * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * splits + tl.program_id(
+            2
+        )
         at = at * BLOCK_M + row
         tl.store(stats + 2 * at, top, mask=alive)
         tl.store(stats + 2 * at + 1, weight, mask=alive)
@@ -266,8 +231,7 @@ def attend_kernel(
             acc = acc * keep[:, None]
         acc = acc / tl.where(alive, weight, 1.0)[:, None]
         at = (token * tl.num_programs(1) * GROUP + head)[:, None] * DV + dv[None, :]
-        mask = alive[:, None] if DV == BLOCK_V else alive[:, None] & (dv < DV)[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=v_mask)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "splits"])
@@ -279,16 +243,16 @@ def merge_kernel(
     """One row: its parts, at most BLOCK_S, weighted by their share of the sum of weights."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     block = tl.program_id(0)
-    _, first, length, query = _locate(query_start, num_sequences, block, BLOCK_Q, ONE, SKIP)
-    kv_head = tl.program_id(1)
+    _, first, length, query = locate(query_start, num_sequences, block, BLOCK_Q, ONE, SKIP)
+    heads = tl.program_id(1)
     row = tl.program_id(2)
     if query + row // GROUP >= length:
         return
-    head = kv_head * GROUP + row % GROUP
+    head = heads * GROUP + row % GROUP
     part = tl.arange(0, BLOCK_S)
     dv = tl.arange(0, BLOCK_V)
     there = part < splits
-    at = ((block * tl.num_programs(1) + kv_head).to(tl.int64) * splits + part) * BLOCK_M + row
+    at = ((block * tl.num_programs(1) + heads).to(tl.int64) * splits + part) * BLOCK_M + row
     tops = tl.load(stats + 2 * at, mask=there, other=float("-inf"))
     weights = tl.load(stats + 2 * at + 1, mask=there, other=0.0)
     accs = tl.load(partial + at[:, None] * BLOCK_V + dv[None, :], mask=there[:, None], other=0.0)

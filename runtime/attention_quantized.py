@@ -20,7 +20,7 @@ from headrace.runtime.batch import (
     visible_keys,
 )
 from headrace.runtime.kv_codes import dequantize, quantize
-from headrace.runtime.kv_store import Coded, QuantizedKV
+from headrace.runtime.kv_store import Coded, QuantizedKV, whole_keys
 from headrace.runtime.softmax import Rule, attend_rows, softmax_attention
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -51,6 +51,7 @@ def _attend_decodes(
 ) -> Tensor:
     """[G, heads, k_dim] to [G, heads, v_dim]."""
     keys, values = _decoded(kv.k, k, group), _decoded(kv.v, v, group)
+    keys = whole_keys(kv, keys, values)
     mask = group.mask(q.shape[1] // kv.kv_heads, q.dtype)
     packed = q.reshape(len(q), kv.kv_heads, q.shape[1] // kv.kv_heads, -1)
     return softmax_attention(packed, keys, values, mask, rule).reshape(*q.shape[:2], -1)
@@ -84,6 +85,7 @@ def _attend_slice(
     for a, b in _runs(start, context, window, max(1, SCORES // (q.shape[1] * (context - base)))):
         low, high = first_page(a, window) * PAGE_TOKENS, pages_for(b) * PAGE_TOKENS
         keys, values = (_seen(exact, coded, low - base, high - base) for exact, coded in taken)
+        keys = whole_keys(kv, keys, values)
         visible = visible_keys(torch.arange(a, b)[None], torch.arange(low, high)[None], window)
         mask = group_mask(visible, group, q.dtype)
         rows = slice(a - start, b - start)

@@ -17,11 +17,20 @@ _EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))
 _FEW = ((32, 32, 4, 4), *_EXACT)
 _LONG_KEYS = 1024
 
+# Of latents, whose sums are hundreds of numbers wide: compiled for Hopper, none spills registers to
+# memory but for some in the loop over quantized layers' own pages. With a loop of their own for keys that
+# every row sees, they do.
+_LATENT = (
+    (64, 32, 8, 3), (64, 32, 8, 2), (64, 16, 8, 2), (32, 32, 8, 2), (32, 16, 4, 2), (16, 16, 4, 2),
+)  # fmt: skip
+_EXACT_LATENT = ((16, 16, 4, 2), (16, 16, 4, 1))
+
 # In the time that a tile takes at a processor's share of the memory's bandwidth.
 _START = 2  # what a program costs beside its tiles
 _MERGE = 4
 _MAX_SPLITS = 64
 _MAX_PROGRAMS = 16  # a processor, that splitting makes
+_MAX_PARTS = 16 * 64 * 128  # sums that these keep for each processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,32 @@ def choose_tile(
     )
 
 
+def choose_latent_tile(
+    queries: int, group: int, k_dim: int, v_dim: int, itemsize: int, limits: DeviceLimits
+) -> Tile:
+    """`choose_tile` where values are parts of keys too, and k_dim is what follows in keys.
+
+    Heads share one key head by the hundred, and a block takes some of them (heads_at_once).
+    """
+    dims = padded_dim(k_dim), padded_dim(v_dim)
+    needed = max(MIN_ROWS, power_of_two(group * queries))
+    found = [
+        Tile(min(rows, needed), keys, *dims, warps, stages, peel=False)
+        for rows, keys, warps, stages in (_EXACT_LATENT if itemsize == 4 else _LATENT)
+    ]
+    budget = limits.shared_memory * 9 // 10
+    return next((t for t in found if _latent_bytes(t, itemsize, limits) <= budget), found[-1])
+
+
+def _latent_bytes(tile: Tile, itemsize: int, limits: DeviceLimits) -> int:
+    return shared_bytes(tile, itemsize, limits) + tile.rows * tile.dim_v * itemsize
+
+
+def heads_at_once(group: int, tile: Tile) -> int:
+    """Of `group` heads that share a key head, those of one block: as many as divide them evenly."""
+    return next(n for n in range(min(group, tile.rows), 0, -1) if group % n == 0)
+
+
 def _candidates(
     needed: int, visible: int, group: int, dims: tuple[int, int], itemsize: int
 ) -> Iterator[Tile]:
@@ -123,5 +158,6 @@ def choose_splits(programs: int, visible: int, tile: Tile, limits: DeviceLimits)
         busiest = max(-(-programs * splits // limits.processors), full)
         return busiest * (-(-tiles // splits) + _START) + (_MERGE if splits > 1 else 0)
 
-    most = min(tiles, _MAX_SPLITS, max(1, _MAX_PROGRAMS * limits.processors // programs))
+    at_most = max(1, min(_MAX_PROGRAMS, _MAX_PARTS // (tile.rows * tile.dim_v)))
+    most = min(tiles, _MAX_SPLITS, max(1, at_most * limits.processors // programs))
     return min(range(1, most + 1), key=cost)

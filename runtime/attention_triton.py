@@ -1,10 +1,10 @@
 """Paged attention on CUDA: ragged prefill chunks and decodes by one kernel, merged by log-sum-exp.
 
-A program takes a block of rows (the queries of a few tokens times the heads that share a key head,
-at least 16, for tl.dot), one key head, and one part of the keys. Sequences with few queries and
-those with many are two launches of the same kernel with different tiles, so that decodes do not pay
-for the tiles of the prefill chunks beside them. When the keys are split, each part leaves (sum of
-weighted values, max, sum of weights), and a second kernel merges the parts.
+A program takes a block of rows (the queries of a few tokens times the heads that share a key head, or
+as many of these as it has room for; at least 16, for tl.dot), one key head, and one part of the keys.
+Sequences with few queries and those with many are two launches of the same kernel with different tiles,
+so that decodes do not pay for the tiles of the prefill chunks beside them. When the keys are split, each
+part leaves (sum of weighted values, max, sum of weights), and a second kernel merges the parts.
 
 Which blocks exist follows from sizes the host knows; a program whose block is empty returns, and
 nothing waits for the device. Runs on CPUs with TRITON_INTERPRET=1.
@@ -20,8 +20,10 @@ from headrace.runtime.attention_tiles import (
     MIN_ROWS,
     DeviceLimits,
     Tile,
+    choose_latent_tile,
     choose_splits,
     choose_tile,
+    heads_at_once,
     power_of_two,
 )
 from headrace.runtime.batch import Batch
@@ -77,7 +79,7 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention of q [T, query_heads, k_dim] over the pages: [T, query_heads, v_dim].
 
-    Where pages are quantized, `newest` are the batch's keys and values, which are not in tails yet.
+    Where pages keep latents, a query is as wide as a value and a key. Where they are quantized, `newest` are the batch's keys and values, which are not in tails yet.
 
     `splits` cuts the keys into that many parts; by default as many as fill the device. `tile` is
     used for all sequences; by default one for those of few queries, and one for the others.
@@ -109,18 +111,22 @@ def choose(
     `one`: that for sequences of few queries.
     """
     kv_heads, window, visible = kv.kv_heads, rule.sliding_window, batch.max_context
-    group, v_dim = q.shape[1] // kv_heads, kv.v_dim
+    group = q.shape[1] // kv_heads
     queries = min(short_queries(group), batch.max_query) if one else batch.max_query
     limits = DeviceLimits.of(q.device)
-    if tile is None:
+    shape = group, kv.k_dim, kv.v_dim, q.element_size(), limits
+    if tile is None and kv.latent:
+        tile = choose_latent_tile(queries, *shape)
+    elif tile is None:
         seen = visible if window is None else min(visible, window + queries)
-        tile = choose_tile(queries, seen, group, q.shape[2], v_dim, q.element_size(), limits)
-    block_q = tile.rows // group
+        tile = choose_tile(queries, seen, *shape)
+    at_once = heads_at_once(group, tile)
+    block_q = tile.rows // at_once
     seen = visible if window is None else min(visible, window + block_q)
     blocks = len(batch.lengths)
     if not one:
         blocks = max(blocks, -(-q.shape[0] // block_q))
-    return tile, choose_splits(blocks * kv_heads, seen, tile, limits)
+    return tile, choose_splits(blocks * (q.shape[1] // at_once), seen, tile, limits)
 
 
 def _launch(
@@ -129,30 +135,33 @@ def _launch(
 ) -> None:  # fmt: skip
     """Attend for the sequences of at most `short` queries (`one` block each), or for the others."""
     sequences, kv_heads, window = len(batch.lengths), kv.kv_heads, rule.sliding_window
-    group, k_dim, v_dim = q.shape[1] // kv_heads, q.shape[2], kv.v_dim
     chosen, parts = choose(q, kv, batch, rule, one=one, tile=tile)
     tile, splits = chosen, splits or parts
-    block_q = tile.rows // group
+    group = heads_at_once(q.shape[1] // kv_heads, tile)
+    groups, block_q = q.shape[1] // group, tile.rows // group
     blocks = sequences if one else q.shape[0] // block_q + sequences
-    partial, stats = _parts(out, blocks * kv_heads * splits, tile) if splits > 1 else (out, out)
+    partial, stats = _parts(out, blocks * groups * splits, tile) if splits > 1 else (out, out)
     sinks = out if rule.sinks is None else rule.sinks
     scale = rule.scaling if rule.softcap is not None else rule.scaling * _LOG2_E
     flags = {"GROUP": group, "ONE": one, "SKIP": short, "SINKS": rule.sinks is not None}
-    attend_kernel[(blocks, kv_heads, splits)](
+    attend_kernel[(blocks, groups, splits)](
         q, *reads.tensors, out, partial, stats, sinks,
         batch.query_start, batch.context, batch.page_table, batch.tails,
         sequences, batch.page_table.stride(0), q.stride(0), q.stride(1), *reads.strides,
         float(scale), float(rule.softcap or 0.0), window or 0, splits,
-        BITS=reads.bits, DK=k_dim, DV=v_dim, PAGE=PAGE_TOKENS,
+        BITS=reads.bits, LATENT=kv.latent, BLOCKS=groups // kv_heads,
+        DK=kv.k_dim, DV=kv.v_dim, PAGE=PAGE_TOKENS,
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_K=tile.dim_k, BLOCK_V=tile.dim_v,
         SPLIT=splits > 1, PEEL=tile.peel and window is None,
         WINDOW=window is not None, SOFTCAP=rule.softcap is not None, **flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
-        merge_kernel[(blocks, kv_heads, min(block_q, batch.max_query) * group)](
+        block_s = power_of_two(splits)
+        merge_kernel[(blocks, groups, min(block_q, batch.max_query) * group)](
             out, partial, stats, sinks, batch.query_start, sequences, splits,
-            DV=v_dim, BLOCK_M=tile.rows, BLOCK_V=tile.dim_v, BLOCK_S=power_of_two(splits), **flags,
+            DV=kv.v_dim, BLOCK_M=tile.rows, BLOCK_V=tile.dim_v, BLOCK_S=block_s, **flags,
+            num_warps=8 if block_s * tile.dim_v > 1 << 14 else 4,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import build_glob_alternation
 
-from headrace.runtime import plugs
+from headrace.runtime import latents, plugs
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import (
@@ -49,10 +49,11 @@ class Binding(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A linear layer that multiplies by packed bytes."""
+    """A linear layer that multiplies by packed bytes. `whole`: all its values are asked for instead."""
 
     module: QuantLinear
     spec: WeightSpec
+    whole: bool = False
 
     @property
     def is_static(self) -> bool:
@@ -60,10 +61,10 @@ class PackedLinear:
 
     @property
     def factors(self) -> tuple[WeightSpec, ...]:
-        return (self.spec,)
+        return () if self.whole else (self.spec,)
 
     def bind(self, block: Tensor, view: View = Weight.view) -> None:
-        self.module.weight = view(self.spec, block)
+        self.module.weight = (Weight.view if self.whole else view)(self.spec, block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +216,10 @@ class Binder:
 
     def packed(self, path: str, spec: WeightSpec) -> PackedLinear:
         """Replaces the linear at `path` and binds `spec` to the replacement."""
-        linear = self._skeleton.model.get_submodule(path)
-        module = QuantLinear(linear, self._scratch)
-        self._skeleton.model.set_submodule(path, module)
-        return PackedLinear(module, spec)
+        model = self._skeleton.model
+        module = QuantLinear(model.get_submodule(path), self._scratch)
+        model.set_submodule(path, module)
+        return PackedLinear(module, spec, whole=latents.is_expansion(model, path))
 
     def _stack(self, path: str, pieces: list[tuple[Role, WeightSpec]]) -> ExpertStack:
         module = self._skeleton.model.get_submodule(path)

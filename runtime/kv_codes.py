@@ -4,7 +4,7 @@ int8: code * step, codes -127 .. 127, step = largest / 127.
 int4: code * step + lowest, codes 0 .. 15, two in a byte: the first half of the numbers in the low
 bits, the second half in the high ones. Keys are rotated before (Rotation), which spreads what is
 large in a few of their numbers over all of them. Values are not, for it was measured to change
-nothing (docs/benchmarks.md).
+nothing (docs/benchmarks.md), unless they are parts of keys (latents.py).
 
 Steps and lowest numbers are float16, and codes are the nearest for the steps as they are stored.
 """
@@ -71,3 +71,8 @@ class Rotation:
 
     def queries(self, q: Tensor) -> Tensor:
         return product(q, self.back)
+
+    def restored(self, k: Tensor) -> Tensor:
+        """What `keys` made, as it was: Hadamard's matrix is symmetric, and but for its size its own
+        inverse."""
+        return product(k, self.back)

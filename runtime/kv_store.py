@@ -4,6 +4,9 @@ Pages of a plain format hold numbers. Those of a quantized one are written once,
 and never again; until then a sequence's newest page is in its tail, as computed. A query sees its own
 page as it was computed and every page before that quantized, whoever else was computed with it: what
 it sees depends on its position alone.
+
+Of a layer that keeps latents (latents.py), a key is its value, and after it what is kept as a key: what
+both have in common is kept once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,15 +28,20 @@ class LayerKV:
     """One layer's pages: `k` is [pages, kv_heads, 64, k_dim], `v` is [pages, kv_heads, 64, v_dim].
 
     Both are views of one buffer, in which a page is one contiguous extent: for each head its keys,
-    then its values.
+    then its values. `latent`: see `whole_keys`.
     """
 
     k: Tensor
     v: Tensor
+    latent: bool = False
 
     @property
     def kv_heads(self) -> int:
         return self.k.shape[1]
+
+    @property
+    def k_dim(self) -> int:
+        return self.k.shape[-1]
 
     @property
     def v_dim(self) -> int:
@@ -45,7 +53,7 @@ class Coded:
     """A layer's keys or its values, full pages of which are quantized.
 
     codes [pages, kv_heads, 64, code bytes]; scales [pages, kv_heads, fmt.scales, 64] float16; tails
-    [tails, kv_heads, 64, dim] in the compute type. Keys are `rotation.keys` in both, if there is one.
+    [tails, kv_heads, 64, dim] in the compute type. Both are of `rotation.keys`, if there is one.
     """
 
     codes: Tensor
@@ -60,11 +68,12 @@ class QuantizedKV:
     """One layer's quantized pages and the tails.
 
     A page is one contiguous extent of bytes: for each head the codes of its keys, those of its values,
-    the scales of its keys, and those of its values.
+    the scales of its keys, and those of its values. `latent`: see `whole_keys`.
     """
 
     k: Coded
     v: Coded
+    latent: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,8 +85,32 @@ class QuantizedKV:
         return self.k.tails.shape[1]
 
     @property
+    def k_dim(self) -> int:
+        return self.k.tails.shape[-1]
+
+    @property
     def v_dim(self) -> int:
         return self.v.tails.shape[-1]
+
+    def rotate(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [..., dim] of the compute type, rotated as pages hold them."""
+        own = self.k.rotation
+        if own is None:
+            return q, k, v
+        if self.v.rotation is None:
+            return own.queries(q), own.keys(k), v
+        common, rest = q.split([self.v_dim, k.shape[-1]], dim=-1)
+        q = torch.cat([self.v.rotation.queries(common), own.queries(rest)], dim=-1)
+        return q, own.keys(k), self.v.rotation.keys(v)
+
+    def rotate_back(self, out: Tensor) -> Tensor:
+        """What attention gives [..., v_dim], as it is of values that are not rotated."""
+        return out if self.v.rotation is None else self.v.rotation.restored(out)
+
+
+def whole_keys(kv: LayerKV | QuantizedKV, k: Tensor, v: Tensor) -> Tensor:
+    """Keys as queries see them, of what is kept as keys k and values v [..., dim] of the same tokens."""
+    return torch.cat([v, k], dim=-1) if kv.latent else k
 
 
 class KVStore:
@@ -113,8 +146,7 @@ class KVStore:
                 torch.zeros(num_tails, shape.kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=device)
                 for dim in (shape.k_dim, shape.v_dim)
             )
-            rotation = rotations.get(shape.k_dim)
-            self._layers[layer] = _quantized(pages, self._tails[layer], shape, fmt, rotation)
+            self._layers[layer] = _quantized(pages, self._tails[layer], shape, fmt, rotations)
 
     @property
     def nbytes(self) -> int:
@@ -156,17 +188,22 @@ def plain_format(dtype: torch.dtype) -> KVFormat:
 
 def page_nbytes(shape: LayerShape, fmt: KVFormat) -> int:
     """Bytes of one page of one layer, and of one tail in the compute type's format."""
-    return fmt.page_bytes(shape.kv_heads, shape.k_dim, shape.v_dim)
+    return fmt.page_bytes(shape.kv_heads, shape.k_dim, shape.v_dim, latent=shape.latent)
 
 
 def _rotated(shapes: Mapping[int, LayerShape], fmt: KVFormat) -> set[int]:
-    return {shape.k_dim for shape in shapes.values()} if fmt.name == "int4" else set()
+    """Dimensions of what is rotated: keys, and values that are parts of keys."""
+    if not fmt.is_rotated:
+        return set()
+    latents = {shape.v_dim for shape in shapes.values() if shape.latent}
+    return {shape.k_dim for shape in shapes.values()} | latents
 
 
 def _plain(pages: Tensor, shape: LayerShape) -> LayerKV:
     """[pages, kv_heads, numbers of a head], cut into keys and values."""
     k, v = pages.split([PAGE_TOKENS * shape.k_dim, PAGE_TOKENS * shape.v_dim], dim=-1)
-    return LayerKV(k.unflatten(-1, (PAGE_TOKENS, -1)), v.unflatten(-1, (PAGE_TOKENS, -1)))
+    k, v = (part.unflatten(-1, (PAGE_TOKENS, -1)) for part in (k, v))
+    return LayerKV(k, v, shape.latent)
 
 
 def _quantized(
@@ -174,7 +211,7 @@ def _quantized(
     tails: Sequence[Tensor],
     shape: LayerShape,
     fmt: KVFormat,
-    rotation: Rotation | None,
+    rotations: Mapping[int, Rotation],
 ) -> QuantizedKV:
     """[pages, kv_heads, bytes of a head], cut into codes and scales."""
     codes = [PAGE_TOKENS * fmt.code_bytes(dim) for dim in (shape.k_dim, shape.v_dim)]
@@ -188,7 +225,9 @@ def _quantized(
         part.view(torch.float16).unflatten(-1, (fmt.scales, PAGE_TOKENS))
         for part in (k_scales, v_scales)
     )
+    v_rotation = rotations.get(shape.v_dim) if shape.latent else None
     return QuantizedKV(
-        k=Coded(k_codes, k_scales, tails[0], fmt, rotation),
-        v=Coded(v_codes, v_scales, tails[1], fmt, None),
+        k=Coded(k_codes, k_scales, tails[0], fmt, rotations.get(shape.k_dim)),
+        v=Coded(v_codes, v_scales, tails[1], fmt, v_rotation),
+        latent=shape.latent,
     )

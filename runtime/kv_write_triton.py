@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headrace.runtime.attention_kernels import find_sequence
+from headrace.runtime.attention_blocks import find_sequence
 from headrace.runtime.attention_loads import load_exact
 from headrace.runtime.attention_tiles import power_of_two
 from headrace.runtime.batch import Batch

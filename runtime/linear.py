@@ -327,5 +327,13 @@ class QuantLinear(nn.Module):
                 return found
         return self.weight.linear(x, self.bias, self.scratch)
 
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The whole weight [N, K], valid until the scratch is used again."""
+        assert self.weight is not None, "a layer ran before its weights were bound"
+        if self.weight.dtype == dtype:
+            return self.weight.dense(dtype)
+        with self.scratch.tracer.span(Kind.DEQUANT):
+            return self.weight.dense(dtype, self.scratch)
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -17,6 +17,7 @@ from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv_store import KVStore
+from headrace.runtime.latents import keeps_latents
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.configs import Product
@@ -26,8 +27,9 @@ from headrace.runtime.recording import Interruptions
 from headrace.runtime.rotary import FusedRotary
 from headrace.runtime.shape import scratch_elements
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
-from headrace.runtime.store import Block, WeightSpec
+from headrace.runtime.store import Block, LayerShape, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
+from headrace.scheduler.errors import StoreError
 
 ReadBlock = Callable[[Block, torch.device], Tensor]
 """The bytes of a block (uint8) on a device, when they are there; they are the caller's to keep."""
@@ -44,6 +46,9 @@ class Source(Protocol):
 
     @property
     def layers(self) -> Sequence[Block]: ...
+
+    @property
+    def layer_shapes(self) -> Sequence[LayerShape]: ...
 
     @property
     def head(self) -> Block: ...
@@ -85,7 +90,7 @@ class StageModel:
         self.device = device
         self.tracer = tracer
         self.dtype = dtype
-        self._skeleton = Skeleton(parse_config(store.config, "the store's config.json"), dtype)
+        self._skeleton = _skeleton(store, dtype)
         self.config = self._skeleton.config
         self.hidden_size: int = self.config.hidden_size
         self._modules = self._skeleton.layers
@@ -241,6 +246,20 @@ class StageModel:
         """x [R, hidden], the last layer's output -> [R, vocabulary] float32."""
         assert self._with_head, "this stage has no head"
         return self._skeleton.leave(x)
+
+
+def _skeleton(store: Source, dtype: torch.dtype) -> Skeleton:
+    """The store's model, whose attentions hand latents on if its pages keep them."""
+    config = parse_config(store.config, "the store's config.json")
+    expand = not any(shape.latent for shape in store.layer_shapes)
+    skeleton = Skeleton(config, dtype, expand=expand)
+    for layer, shape in zip(skeleton.layers, store.layer_shapes, strict=True):
+        if keeps_latents(layer) != shape.latent:
+            raise StoreError(
+                f"the installed transformers computes {type(layer).__name__} in another way than the one "
+                "that the store was made with; convert the checkpoint again"
+            )
+    return skeleton
 
 
 def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str, WeightSpec]]:

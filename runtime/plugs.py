@@ -2,8 +2,8 @@
 
 Both are found by name through transformers' registries and told what to do per call or per module,
 so they keep no state. Two more plugs replace modules: QuantLinear in linear.py and, but for float32
-on CPUs, FusedNorm in norms.py. The last, on CUDA, replaces a function that attention modules call:
-Rotary in rotary.py.
+on CPUs, FusedNorm in norms.py. Two replace what attention modules call: their method that expands
+latents (latents.py) and, on CUDA, the function that rotates (rotary.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,6 +20,8 @@ ATTENTION = "headrace_paged"
 EXPERTS = "headrace"
 ATTEND = "headrace_attend"
 """Name of the attribute of an attention module that holds its `Attend` while its layer runs."""
+LATENTS = "headrace_latents"
+"""Name of the attribute of an attention module that holds its `Absorb`, where it hands latents on."""
 EXPERT_WEIGHTS = "headrace_experts"
 """Name of the attribute of an experts module that holds its `Experts`."""
 
@@ -42,6 +44,12 @@ class Attend(Protocol):
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor: ...
+
+
+class Absorb(Protocol):
+    """Makes of an `Attend` for latents one that takes the module's queries and gives its values."""
+
+    def around(self, module: nn.Module, attend: Attend) -> Attend: ...
 
 
 class Experts(Protocol):
@@ -69,6 +77,9 @@ def _attention(
         raise UnsupportedModelError(f"{type(module).__name__} does not know its layer's index")
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} builds an attention mask of its own")
+    latents: Absorb | None = getattr(module, LATENTS, None)
+    if latents is not None:
+        attend = latents.around(module, attend)
     out = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

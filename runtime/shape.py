@@ -12,7 +12,7 @@ from headrace.runtime.kv_store import page_nbytes, plain_format
 from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
-from headrace.runtime.store import Block, Store
+from headrace.runtime.store import Block, LayerShape, Store
 from headrace.scheduler.inputs import Experts, ModelShape
 from headrace.scheduler.kv_format import KVFormat
 
@@ -48,6 +48,7 @@ def model_shape(store: Store, dtype: torch.dtype, fmt: KVFormat | None = None) -
         experts=tuple(_experts(block, experts_per_token(config)) for block in store.layers),
         layer_tail_bytes=tuple(page_nbytes(shape, own) for shape in tails),
         kv_format=fmt.name,
+        attention_size=_attention_size(config, store.layer_shapes, fmt),
     )
 
 
@@ -79,6 +80,14 @@ def _experts(block: Block, per_token: int) -> Experts | None:
         dense_bytes=parts.dense.nbytes,
         expert_bytes=max(extent.nbytes for extent in parts.experts),
     )
+
+
+def _attention_size(config: PretrainedConfig, shapes: Iterable[LayerShape], fmt: KVFormat) -> int:
+    """Columns of one token in attention to latents: all heads' queries, rotated once more where keys
+    are, and results."""
+    copies = 2 if fmt.is_rotated else 1
+    widths = (copies * (s.k_dim + s.v_dim) + s.v_dim for s in shapes if s.latent)
+    return int(config.num_attention_heads) * max(widths, default=0)
 
 
 def _max_context(config: PretrainedConfig) -> int:

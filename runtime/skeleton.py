@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from headrace.runtime import names, plugs
+from headrace.runtime import latents, names, plugs
 from headrace.runtime.conversion import layer_facts
 from headrace.runtime.stand_ins import StandIns, swapped
 from headrace.runtime.store import LayerShape
@@ -88,11 +88,14 @@ def parse_config(described: Mapping[str, Any], origin: str) -> PretrainedConfig:
 class Skeleton:
     """The model of `config` on the meta device; buffers that a checkpoint does not hold are real.
 
-    `layers` are its decoder layers, `owner` the dotted path of the module that runs them.
+    `layers` are its decoder layers, `owner` the dotted path of the module that runs them. Attentions
+    hand on latents where they can, unless they are told to `expand` them.
     Raises UnsupportedModelError when no such module is found.
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: PretrainedConfig, dtype: torch.dtype, *, expand: bool = False
+    ) -> None:
         plugs.register()
         self.config = copy.deepcopy(config)
         self.dtype = dtype
@@ -100,6 +103,8 @@ class Skeleton:
         self.config._experts_implementation = plugs.EXPERTS
         self.model = _build(self.config, dtype)
         self.layers_path, self.layers = _find_layers(self.model, self.config.num_hidden_layers)
+        if not expand:
+            latents.install(self.layers)
         self._stand_ins = StandIns(self.layers)
         self.embedding: nn.Module = self.model.get_input_embeddings()
         # Only training looks at it, but a call with fewer rows than its index would be refused.
@@ -221,7 +226,8 @@ class Skeleton:
 
         def learn(layer: nn.Module, x: Tensor, args: Any, kwargs: Any) -> LayerShape:
             kv = layer_facts.kv_shape(layer, x, args, kwargs)
-            return LayerShape(*kv, *layer_facts.sizes(layer, self.config))
+            sizes = layer_facts.sizes(layer, self.config)
+            return LayerShape(*kv, *sizes, latent=latents.keeps_latents(layer))
 
         return self._learn(learn)
 

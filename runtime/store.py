@@ -84,6 +84,7 @@ class LayerShape:
     Keys are [tokens, kv_heads, k_dim], values [tokens, kv_heads, v_dim]. `parameters` is the number of
     weights in matrices, `active_parameters` those used by one token (fewer in mixtures of experts).
     `largest_matrix` is the element count of the largest single matrix (an expert counts alone).
+    `latent`: a key is its value, and after it the k_dim numbers that are kept as keys (latents.py).
     """
 
     kv_heads: int
@@ -92,6 +93,7 @@ class LayerShape:
     parameters: int
     active_parameters: int
     largest_matrix: int
+    latent: bool = False
 
 
 class Store:

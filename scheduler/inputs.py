@@ -35,6 +35,7 @@ class ModelShape:
     `largest_matrix`: elements of the largest matrix that is dequantized at once.
     `head_bytes`: final norm and LM head as they lie on the device.
     `intermediate_size`: columns that one token takes in the MLP (top-k experts together).
+    `attention_size`: columns that one token takes where attention multiplies latents (0: it does not).
     `compute_bytes`: bytes of one element of the compute dtype.
     `needs_scratch`: whether matrices have to be dequantized before a matmul.
     `experts`: None for a layer whose experts, if any, cannot be read alone; empty: so are all.
@@ -56,6 +57,7 @@ class ModelShape:
     kv_format: str
     experts: tuple[Experts | None, ...] = ()
     layer_tail_bytes: tuple[int, ...] = ()
+    attention_size: int = 0
 
     @property
     def num_layers(self) -> int:

@@ -32,18 +32,26 @@ class KVFormat:
     def is_quantized(self) -> bool:
         return self.scales > 0
 
+    @property
+    def is_rotated(self) -> bool:
+        """Whether keys are, before they are quantized."""
+        return self.name == "int4"
+
     def code_bytes(self, dim: int) -> int:
         """One key or value of one head, without its scales."""
         return dim * self.bits // 8
 
-    def page_bytes(self, kv_heads: int, k_dim: int, v_dim: int) -> int:
-        """One page of one layer. UnsupportedModelError for heads that the format has no way with."""
-        self._check(k_dim, v_dim)
+    def page_bytes(self, kv_heads: int, k_dim: int, v_dim: int, *, latent: bool = False) -> int:
+        """One page of one layer. UnsupportedModelError for heads that the format has no way with.
+
+        `latent`: values are parts of keys, and rotated like them.
+        """
+        self._check(k_dim, v_dim, min(rotated(k_dim), rotated(v_dim if latent else k_dim)))
         codes = self.code_bytes(k_dim) + self.code_bytes(v_dim)
         return PAGE_TOKENS * kv_heads * (codes + 2 * self.scales * SCALE_BYTES)
 
-    def _check(self, k_dim: int, v_dim: int) -> None:
-        if self.name == "int4" and (rotated(k_dim) < LEAST_ROTATED or v_dim % 2):
+    def _check(self, k_dim: int, v_dim: int, mixed: int) -> None:
+        if self.is_rotated and (mixed < LEAST_ROTATED or v_dim % 2):
             raise UnsupportedModelError(
                 f"--kv-format int4 rotates keys in blocks of a power of two, at least"
                 f" {LEAST_ROTATED}, and packs values in pairs; this model's keys have {k_dim} numbers"

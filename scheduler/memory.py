@@ -94,12 +94,15 @@ def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
 
     A layer holds per token of its micro-batch about six rows of the hidden size (residual, normed
     input, query, key and value, attention output, projection) and three of the MLP (gate, up and
-    their product). Between visits the hidden states of all micro-batches wait; with several stages
+    their product). Latents make attention wider than that: beside what it multiplies there are about
+    ten rows, for DeepSeek-V3's queries are 3.4 wide before and after their rotation. Between visits the hidden states of all micro-batches wait; with several stages
     in buffers to receive, one more than micro-batches, and as many are kept that were sent. Logits
     are made and sampled a few rows at a time; attention works tile by tile. CUDA graphs have their
     own memory for a layer's.
     """
     columns = 6 * shape.hidden_size + 3 * shape.intermediate_size
+    if shape.attention_size:
+        columns = max(columns, 10 * shape.hidden_size + shape.attention_size)
     layer = (layout.micro_batch_tokens + layout.graph_rows) * columns * shape.compute_bytes
     tokens = layout.token_budget
     if layout.num_stages > 1:

@@ -6,6 +6,7 @@ placement.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 PAGE_TOKENS = 64
@@ -76,16 +77,44 @@ class MicroBatch:
         return sum(len(piece.tokens) for piece in self.slices)
 
 
+class MoveKind(str, Enum):
+    """From where to where a full page is copied. What is on NVMe is reached through a host slot."""
+
+    OUT = "out"  # device page -> host slot
+    IN = "in"  # host slot -> device page
+    SPILL = "spill"  # host slot -> NVMe
+    FETCH = "fetch"  # NVMe -> host slot
+
+
+@dataclass(frozen=True, slots=True)
+class PageMove:
+    """A copy of one full page on every stage, beside the pass that brings it and maybe later ones.
+
+    It sees what passes before that one wrote. Until every stage has reported its `number`, nothing else
+    touches what it reads and writes. `page` is the device page of OUT and IN, `slot` a host slot.
+    `key` names what the page holds, by which NVMe keeps it; `cohort` are pages that will go together.
+    """
+
+    number: int
+    kind: MoveKind
+    slot: int
+    page: int
+    key: bytes
+    cohort: int
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One sweep through every layer. Stages execute passes in the order of `step`.
 
     Tokens that FOLLOW are drawn in the earlier pass whose step is `follows`; None when all are known.
+    Without micro-batches it ends when all `moves` under way have.
     """
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
     follows: int | None = None
+    moves: tuple[PageMove, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -147,8 +176,14 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a stage returns: samples only from the stage of the last visit, times from every one."""
+    """What a stage returns: samples only from the stage of the last visit, times from every one.
+
+    `moved` and `lost` are the moves of this and earlier passes that ended since the last result, with
+    their page or without it.
+    """
 
     step: int
     samples: tuple[Sample, ...]
     times: StageTimes
+    moved: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()

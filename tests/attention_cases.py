@@ -26,6 +26,18 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    latent: bool = False
+
+    @property
+    def q_dim(self) -> int:
+        return self.k_dim + self.v_dim * self.latent
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.kv_heads, self.k_dim, self.v_dim, 0, 0, 0, self.latent)
+
+    def whole_keys(self, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([v, k], dim=-1) if self.latent else k
 
 
 @dataclass(frozen=True)
@@ -57,8 +69,7 @@ def make(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) ->
     ends = [past + new for past, new in case.spans]
     needed = sum(-(-end // PAGE_TOKENS) for end in ends)
     order = torch.randperm(needed + 3, generator=random).tolist()
-    shape = LayerShape(case.kv_heads, case.k_dim, case.v_dim, 0, 0, 0)
-    kv = KVStore({0: shape}, needed + 3, dtype, device).layer(0)
+    kv = KVStore({0: case.shape}, needed + 3, dtype, device).layer(0)
     assert isinstance(kv, LayerKV)
     kv.k.fill_(torch.nan)  # what earlier owners of the pages left must not matter
     kv.v.fill_(torch.nan)
@@ -68,17 +79,18 @@ def make(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) ->
         return torch.randn(*size, generator=random).to(dtype)
 
     sinks = randn(case.heads) if case.sinks else None
-    rule = Rule(case.k_dim**-0.5, case.window, case.softcap, sinks)
+    rule = Rule(case.q_dim**-0.5, case.window, case.softcap, sinks)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for piece in work.slices:
         k = randn(piece.end, case.kv_heads, case.k_dim)
         v = randn(piece.end, case.kv_heads, case.v_dim)
-        q = randn(len(piece.tokens), case.heads, case.k_dim) * 2
+        q = randn(len(piece.tokens), case.heads, case.q_dim) * 2
         for position in range(piece.start):
             page, offset = piece.pages[position // PAGE_TOKENS], position % PAGE_TOKENS
             kv.k[page, :, offset] = k[position].to(device)
             kv.v[page, :, offset] = v[position].to(device)
-        parts.append((q, k[piece.start :], v[piece.start :], reference(q, k, v, rule)))
+        expected = reference(q, case.whole_keys(k, v), v, rule)
+        parts.append((q, k[piece.start :], v[piece.start :], expected))
     q, k, v, expected = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     rule = Rule(rule.scaling, rule.sliding_window, rule.softcap, _moved(sinks, device))
     batch = Batch.build(work, device)
@@ -123,6 +135,7 @@ CASES = {
     "softcap": Case(MIXED, heads=4, kv_heads=2, k_dim=24, v_dim=24, softcap=2.0),
     "sinks": Case(MIXED, heads=6, kv_heads=2, k_dim=80, v_dim=80, sinks=True),
     "values narrower": Case(MIXED, heads=4, kv_heads=4, k_dim=24, v_dim=16),
+    "latents": Case(MIXED, heads=6, kv_heads=1, k_dim=16, v_dim=32, latent=True),
     "everything": Case(
         MIXED, heads=10, kv_heads=2, k_dim=96, v_dim=128, window=40, softcap=5.0, sinks=True
     ),

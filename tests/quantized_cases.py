@@ -9,9 +9,8 @@ from torch import Tensor
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_codes import dequantize, quantize
-from headrace.runtime.kv_store import Coded, KVStore, QuantizedKV
+from headrace.runtime.kv_store import Coded, KVStore, QuantizedKV, whole_keys
 from headrace.runtime.softmax import Rule
-from headrace.runtime.store import LayerShape
 from headrace.scheduler.kv_format import KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS, Slice
 
@@ -34,8 +33,7 @@ def quantized_layer(
     case: Case, fmt: KVFormat, pages: int, dtype: torch.dtype, device: torch.device
 ) -> QuantizedKV:
     """Blank pages and a tail for each sequence, full of what must not matter."""
-    shape = LayerShape(case.kv_heads, case.k_dim, case.v_dim, 0, 0, 0)
-    kv = KVStore({0: shape}, pages, dtype, device, fmt, len(case.spans) + 1).layer(0)
+    kv = KVStore({0: case.shape}, pages, dtype, device, fmt, len(case.spans) + 1).layer(0)
     assert isinstance(kv, QuantizedKV)
     for side in (kv.k, kv.v):
         side.tails.fill_(torch.nan)
@@ -56,13 +54,13 @@ def make_quantized(case: Case, fmt: KVFormat, dtype: torch.dtype, device: torch.
     new, whole = [], []
     for piece in work.slices:
         k, v = (randn(piece.end, case.kv_heads, dim) for dim in (case.k_dim, case.v_dim))
-        rotated = kv.k.rotation.keys(k) if kv.k.rotation else k
-        for side, x in ((kv.k, rotated), (kv.v, v)):
+        _, *rotated = kv.rotate(k.new_zeros(1, 1, case.q_dim), k, v)
+        for side, x in zip((kv.k, kv.v), rotated, strict=True):
             keep_past(side, x[: piece.start], piece)
-        new.append((randn(len(piece.tokens), case.heads, case.k_dim) * 2, k[piece.start :], v[piece.start :]))  # fmt: skip
-        whole.append((rotated, v))
+        new.append((randn(len(piece.tokens), case.heads, case.q_dim) * 2, k[piece.start :], v[piece.start :]))  # fmt: skip
+        whole.append((rotated[0], rotated[1]))
     q, k, v = (torch.cat(tensors) for tensors in zip(*new, strict=True))
-    rule = Rule(case.k_dim**-0.5, case.window, case.softcap, sinks)
+    rule = Rule(case.q_dim**-0.5, case.window, case.softcap, sinks)
     return Made(Batch.build(work, device), kv, q, k, v, rule, work.slices, tuple(whole))
 
 
@@ -78,13 +76,16 @@ def keep_past(side: Coded, x: Tensor, piece: Slice) -> None:
 
 def expected(made: Made) -> Tensor:
     """[T, heads, v_dim]: own pages as computed, those before as they lie in the store."""
-    q = made.kv.k.rotation.queries(made.q) if made.kv.k.rotation else made.q
+    q, *_ = made.kv.rotate(made.q, made.k, made.v)
     out, start = [], 0
     for piece, (k, v) in zip(made.slices, made.whole, strict=True):
         rows = q[start : start + len(piece.tokens)].cpu().double()
         start += len(piece.tokens)
-        out.append(_one(rows, (k, v), (stored(made.kv.k, piece), stored(made.kv.v, piece)), made.rule))  # fmt: skip
-    return torch.cat(out)
+        past = stored(made.kv.k, piece), stored(made.kv.v, piece)
+        both = ((whole_keys(made.kv, *pair), pair[1]) for pair in ((k, v), past))
+        out.append(_one(rows, *both, made.rule))
+    found, values = torch.cat(out), made.kv.v.rotation
+    return found if values is None else found @ values.back.cpu().double()
 
 
 def stored(side: Coded, piece: Slice) -> Tensor:

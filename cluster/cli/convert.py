@@ -46,7 +46,7 @@ def run_convert(
     policy: Sequence[str],
     double_quant: bool,
     allow_missing_tokenizer: bool,
-    self_check: Callable[[PretrainedConfig], None] | None,
+    self_check: Callable[[PretrainedConfig], bool] | None,
 ) -> Store:
     """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
     pairs = parse_policy(policy)

@@ -65,7 +65,7 @@ def convert(
     policy: Sequence[tuple[str, str]] = (),
     double_quant: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    self_check: Callable[[PretrainedConfig], None] | None = None,
+    self_check: Callable[[PretrainedConfig], bool] | None = None,
     allow_missing_tokenizer: bool = False,
 ) -> Store:
     """Converts the checkpoint in `source` into a store in `dest` and opens it.
@@ -73,7 +73,7 @@ def convert(
     `format` is "keep" (bytes as they are), "bf16", "int8" or "nf4"; int8 and nf4 apply to the
     matrices of linear layers and experts, `policy` overrides by glob: (pattern, format) pairs, of
     which the first match decides. `self_check` may refuse the architecture before anything is
-    written. Needs memory for a few row chunks of one matrix, whatever the model's size.
+    written, and says whether pages may keep latents. Needs memory for a few row chunks of one matrix, whatever the model's size.
 
     Run again with the same arguments, it resumes; on a finished store it returns at once.
     Raises StoreError or UnsupportedModelError for whatever cannot be converted, and when the disk
@@ -95,9 +95,8 @@ def convert(
     with _locked(dest):
         if (dest / MANIFEST).exists():
             return _finished_store(dest, identity)
-        if self_check:
-            self_check(load_config(checkpoint.path))
-        plan = plan_conversion(checkpoint, options)
+        latents = self_check is None or self_check(load_config(checkpoint.path))
+        plan = plan_conversion(checkpoint, options, expand=not latents)
         with Journal(dest, identity) as journal:
             _Conversion(checkpoint, dest, plan, journal, progress).run(identity)
         (dest / JOURNAL).unlink()

@@ -79,10 +79,16 @@ class ConversionPlan:
         return sum(block.layout.file_bytes for block in self.blocks)
 
 
-def plan_conversion(checkpoint: Checkpoint, options: Options) -> ConversionPlan:
-    """Raises StoreError or UnsupportedModelError when the checkpoint cannot be converted so."""
+def plan_conversion(
+    checkpoint: Checkpoint, options: Options, *, expand: bool = False
+) -> ConversionPlan:
+    """For a model that is to `expand` its latents, or not.
+
+    Raises StoreError or UnsupportedModelError when the checkpoint cannot be converted so.
+    """
     _refuse_other_quantization(checkpoint)
-    skeleton = Skeleton(load_config(checkpoint.path), TORCH_DTYPES[checkpoint.dtype])
+    config = load_config(checkpoint.path)
+    skeleton = Skeleton(config, TORCH_DTYPES[checkpoint.dtype], expand=expand)
     roles = _used_roles(checkpoint, skeleton)
     _refuse_missing(checkpoint, skeleton, roles)
     plans = _Chooser(checkpoint, skeleton, options).plan(roles)

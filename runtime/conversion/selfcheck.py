@@ -4,6 +4,7 @@ A shrunken model of the checkpoint's own configuration with random weights runs 
 alone through transformers' eager model, and packed together in slices through StageModel.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.conversion.shrink import VOCABULARY, shrink
 from headrace.runtime.kv_store import KVStore
+from headrace.runtime.latents import keeps_latents
 from headrace.runtime.model import StageModel
 from headrace.runtime.skeleton import BlockKey, Skeleton
 from headrace.runtime.store import ALIGN_TENSOR, Block, TensorSpec, WeightSpec
 from headrace.scheduler.errors import HeadraceError, UnsupportedModelError
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4
 """Largest error of a logit, relative to the largest logit, in float32."""
@@ -38,12 +42,19 @@ _STEPS = (
 """Micro-batches of (prompt, start, end): chunks of prefill and single-token decodes, mixed."""
 
 
-def check(config: PretrainedConfig) -> None:
-    """Raises UnsupportedModelError, saying why, when results would differ from transformers'."""
+def check(config: PretrainedConfig) -> bool:
+    """Whether pages may keep latents where the model has any (latents.py).
+
+    Raises UnsupportedModelError, saying why, when results would differ from transformers'.
+    """
     name = config.model_type
     try:
         small = shrink(config)
-        error = _largest_error(small)
+        latents = any(map(keeps_latents, Skeleton(small, torch.float32).layers))
+        trouble = _trouble_with_latents(small) if latents else None
+        if latents and trouble is None:
+            return True
+        error = _largest_error(small, expand=True)
     except HeadraceError as failure:
         raise UnsupportedModelError(f"{name} is not supported: {failure}") from failure
     except Exception as failure:
@@ -57,6 +68,20 @@ def check(config: PretrainedConfig) -> None:
             f"range (at most {TOLERANCE:.0e} is rounding). Its attention may depend on a mask that "
             "attention functions are not told about"
         )
+    if trouble is not None:
+        log.warning("%s: pages keep keys and values, for with latents %s", name, trouble)
+    return False
+
+
+def _trouble_with_latents(config: PretrainedConfig) -> str | None:
+    """Why pages may not keep the latents of a small model; None: they may."""
+    try:
+        error = _largest_error(config, expand=False)
+    except Exception as failure:  # noqa: BLE001 - whatever latents are in the way of
+        return f"a small model fails with {type(failure).__name__}: {failure}"
+    if error.value < TOLERANCE:
+        return None
+    return f"{error.where}, logits are off by {error.value:.1e} of their range"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +102,7 @@ class _Memory:
             grouped[i] = {}
         for name in ordered:
             grouped[roles[name].block][name] = tensors[name]
-        self.shapes = skeleton.layer_shapes()
+        self.layer_shapes = skeleton.layer_shapes()
         self._data: dict[str, bytearray] = {}
         self.embed = self._pack("embed", grouped["embed"])
         self.head = self._pack("head", grouped["head"])
@@ -98,14 +123,14 @@ class _Memory:
         return Block(name, Path(name), 0, len(data), "", weights)
 
 
-def _largest_error(config: PretrainedConfig) -> _Error:
+def _largest_error(config: PretrainedConfig, *, expand: bool) -> _Error:
     generator = torch.Generator().manual_seed(0)
     # Token ids differ between prompts and avoid the low ones, which are often special.
     prompts = [torch.randint(4, VOCABULARY, (n,), generator=generator) for n in _LENGTHS]
     with torch.no_grad():
         reference = _reference(config, generator)
         expected = [reference(prompt[None], use_cache=False).logits[0] for prompt in prompts]
-        store = _Memory(Skeleton(config, torch.float32), _on_disk(reference))
+        store = _Memory(Skeleton(config, torch.float32, expand=expand), _on_disk(reference))
         return _compare(store, prompts, expected)
 
 
@@ -136,7 +161,7 @@ def _on_disk(model: Any) -> dict[str, Tensor]:
 
 def _compare(store: _Memory, prompts: list[Tensor], expected: list[Tensor]) -> _Error:
     device = torch.device("cpu")
-    shapes = store.shapes
+    shapes = store.layer_shapes
     model = StageModel(
         store,
         range(len(shapes)),

@@ -14,8 +14,10 @@ from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
 from headrace.runtime.attention_tiles import (
     DeviceLimits,
     Tile,
+    choose_latent_tile,
     choose_splits,
     choose_tile,
+    heads_at_once,
     shared_bytes,
 )
 
@@ -51,9 +53,12 @@ def test_in_the_interpreter() -> None:
         (Case(SMALL, heads=8, kv_heads=1, k_dim=24, v_dim=16, softcap=2.0), 1),
         (Case(SMALL[:4], heads=5, kv_heads=1, k_dim=80, v_dim=80, window=70, sinks=True), 2),
         (Case(SMALL, heads=3, kv_heads=1, k_dim=96, v_dim=128, softcap=5.0, sinks=True), 1),
+        (Case(SMALL, heads=4, kv_heads=1, k_dim=24, v_dim=48, latent=True), None),
+        (Case(SMALL[2:5], heads=48, kv_heads=1, k_dim=16, v_dim=32, sinks=True, latent=True), 3),
     ],
-    ids=["plain", "window", "softcap", "window, sinks, split", "softcap, sinks"],
-)
+    ids=["plain", "window", "softcap", "window, sinks, split", "softcap, sinks", "latents",
+         "latents of three blocks of heads, sinks, split"],
+)  # fmt: skip
 def test_mixed_batches(case: Case, splits: int | None, device: str) -> None:
     check(case, device, torch.float32, splits)
 
@@ -76,8 +81,9 @@ def test_decodes_split_and_merge(splits: int | None, device: str) -> None:
         (Case(LONG, 2, 2, 192, 128), 1, Tile(64, 16, 256, 128, 8, 1, peel=True)),
         (Case(LONG, 4, 1, 16, 16, window=70), 2, Tile(64, 128, 16, 16, 4, 2, peel=True)),
         (Case(LONG, 3, 1, 16, 32, softcap=3.0), 1, Tile(16, 128, 16, 32, 4, 2, peel=False)),
+        (Case(((100, 5),), 8, 1, 16, 64, latent=True), 2, Tile(32, 32, 16, 64, 8, 2, peel=True)),
     ],
-    ids=["5 share", "7 share, split", "across pages", "as in MLA", "window", "softcap"],
+    ids=["5 share", "7 share, split", "across pages", "as in MLA", "window", "softcap", "latents"],
 )
 def test_tiles(case: Case, splits: int, tile: Tile, device: str) -> None:
     """Tiles within a page and across pages, with those that every row sees apart."""
@@ -134,6 +140,17 @@ def test_tiles_fit_the_shared_memory() -> None:
             tile = choose_tile(queries, visible, 8, dim, dim, itemsize, limits)
             assert shared_bytes(tile, itemsize, limits) <= limits.shared_memory
             assert tile.rows >= 16
+
+
+def test_tiles_of_latents_fit_and_take_all_heads() -> None:
+    for limits in (HOPPER, ADA):
+        for heads, queries, itemsize in itertools.product((16, 40, 96, 128), (1, 4096), (2, 4)):
+            tile = choose_latent_tile(queries, heads, 64, 512, itemsize, limits)
+            query = tile.rows * tile.dim_v * itemsize
+            assert query + shared_bytes(tile, itemsize, limits) <= limits.shared_memory
+            at_once = heads_at_once(heads, tile)
+            assert heads % at_once == 0 and at_once <= tile.rows
+    assert heads_at_once(128, choose_latent_tile(1, 128, 64, 512, 2, HOPPER)) == 64
 
 
 def test_splits_load_all_processors_alike() -> None:

@@ -19,7 +19,7 @@ from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.conversion.shrink import shrink
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.model import StageModel
-from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
+from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import Block, TensorSpec, WeightSpec
 from headrace.scheduler.errors import UnsupportedModelError
 from headrace.scheduler.plan import MicroBatch, Slice
@@ -129,6 +129,7 @@ class PackedSource:
         self.blocks = blocks
         self.embed, self.head = blocks["embed"][0], blocks["head"][0]
         self.layers = [blocks[i][0] for i in range(config.num_hidden_layers)]
+        self.layer_shapes = Skeleton(config, torch.float32).layer_shapes()
         self._data = {block.name: data for block, data in blocks.values()}
 
     def read_block(self, block: Block) -> bytearray:
@@ -186,7 +187,6 @@ def run_stages(
     """The layers of each share on a model of their own, visited in layer order, one slot a stage."""
     cpu = torch.device("cpu")
     last = len(source.layers) - 1
-    shapes = Skeleton(parse_config(source.config, "test"), torch.float32).layer_shapes()
     owner = {layer: i for i, share in enumerate(shares) for layer in share}
     stages = [
         StageModel(source, share, device=cpu, dtype=torch.float32, with_embedding=0 in share,
@@ -195,7 +195,7 @@ def run_stages(
     ]  # fmt: skip
     batch = Batch.build(MicroBatch((Slice(0, 0, tokens, (1, 2), None),)), cpu)
     x = stages[owner[0]].prepare(batch).x
-    with KVStore(dict(enumerate(shapes)), 3, torch.float32, cpu) as kv:
+    with KVStore(dict(enumerate(source.layer_shapes)), 3, torch.float32, cpu) as kv:
         for layer, block in enumerate(source.layers):
             stage = stages[owner[layer]]
             slot = torch.frombuffer(source.read_block(block), dtype=torch.uint8).clone()

@@ -22,12 +22,12 @@ def check(
     from headrace.runtime import attention_triton, kv_write_triton
 
     real = make_quantized(case, FORMATS[fmt], dtype, torch.device(device))
-    q, k, v, kv, batch = real.q, real.k, real.v, real.kv, real.batch
-    if kv.k.rotation is not None:
-        q, k = kv.k.rotation.queries(q), kv.k.rotation.keys(k)
+    kv, batch = real.kv, real.batch
+    q, k, v = kv.rotate(real.q, real.k, real.v)
     kv_write_triton.fill(k, v, kv, batch)
     out = attention_triton.attend(q, kv, batch, real.rule, splits, tile, newest=(k, v))
     kv_write_triton.keep(k, v, kv, batch)
+    out = kv.rotate_back(out)
     bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.cpu().double(), expected(real), atol=bound, rtol=bound)
     # What the batch left behind is what torch would have.
@@ -65,8 +65,9 @@ def test_in_the_interpreter() -> None:
         (Case(SMALL, heads=2, kv_heads=2, k_dim=32, v_dim=32, window=20), 1),
         (Case(LONG, heads=8, kv_heads=1, k_dim=48, v_dim=24, softcap=2.0), 1),
         (Case(LONG, heads=5, kv_heads=1, k_dim=80, v_dim=80, window=70, sinks=True), 2),
+        (Case(SMALL[1:4], heads=20, kv_heads=1, k_dim=16, v_dim=48, latent=True), 2),
     ],
-    ids=["plain", "window", "softcap", "window, sinks, split"],
+    ids=["plain", "window", "softcap", "window, sinks, split", "latents"],
 )
 def test_mixed_batches(case: Case, splits: int | None, fmt: str, device: str) -> None:
     check(case, fmt, device, splits=splits)

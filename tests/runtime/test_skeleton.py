@@ -93,7 +93,8 @@ def test_tied_head_is_unused() -> None:
 
 
 def test_layer_shapes_tell_dense_from_sparse_and_keys_from_values() -> None:
-    shapes = Skeleton(tiny_config("deepseek_v3"), torch.float32).layer_shapes()
+    config = tiny_config("deepseek_v3")
+    shapes = Skeleton(config, torch.float32, expand=True).layer_shapes()
     assert [(s.kv_heads, s.k_dim, s.v_dim) for s in shapes] == [(4, 24, 12)] * 3
     dense, sparse, _ = shapes
     assert dense.parameters == dense.active_parameters
