@@ -1,5 +1,6 @@
 """Deleting pages of a KV log: from a log that is open, and from a directory that no process holds."""
 
+import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from headrace.runtime.kv_catalog import Catalog, Cohort
 from headrace.runtime.kv_keys import KeyRing
 from headrace.runtime.kv_receipt import Deleted, Receipt, receipt
 from headrace.runtime.kv_segment import Found
-from headrace.runtime.kv_start import LEDGER_NAME, cipher_of, segments_in
+from headrace.runtime.kv_start import cipher_of, segments_in
 from headrace.scheduler.errors import KVLogError
 
 
@@ -41,31 +42,31 @@ def purge_directory(directory: Path, tenant: str | None, keys: KeyRing | None) -
     """
     try:
         with DirectoryLock(directory):
-            found, _ = segments_in(directory)
+            found, strange = segments_in(directory)
             doomed = [s for s in found if tenant is None or s.header.tenant == tenant]
-            if tenant is None:
-                (directory / LEDGER_NAME).unlink(missing_ok=True)
             opened = [s.header.ephemeral or cipher_of(s.header, keys) is not None for s in doomed]
-            tenants = {segment.header.tenant for segment in doomed}
             if keys is not None:
-                tenants.update([tenant] if tenant is not None else keys.tenants())
-                for name in tenants:
-                    keys.destroy(name)
+                _destroy_keys(keys, {s.header.tenant for s in doomed}, tenant)
+            deleted = [_delete(*each) for each in zip(doomed, opened, strict=True)]
+            if tenant is None:
+                deleted += [_delete_unread(each.path) for each in strange if each.is_ours]
             return receipt(
                 "everything" if tenant is None else f"tenant {tenant}",
-                [_delete(*each) for each in zip(doomed, opened, strict=True)],
-                key_destroyed=keys is not None or bool(doomed),
+                deleted,
+                key_destroyed=keys is not None or bool(deleted),
             )
     except OSError as error:
         raise KVLogError(f"cannot delete in {directory}: {error.strerror}") from error
 
 
+def _destroy_keys(keys: KeyRing, found: set[str], tenant: str | None) -> None:
+    """A tenant's key, or all, pages or not: what is on other drives can be read with them, too."""
+    for name in sorted(found.union([tenant] if tenant is not None else keys.tenants())):
+        keys.destroy(name)
+
+
 def _delete(found: Found, opened: bool) -> Deleted:
-    left = False
-    try:
-        found.path.unlink(missing_ok=True)
-    except OSError:
-        left = True
+    left = not _unlinked(found.path)
     return Deleted(
         found.path,
         found.header.tenant,
@@ -77,3 +78,18 @@ def _delete(found: Found, opened: bool) -> Deleted:
         opened,
         left,
     )
+
+
+def _delete_unread(path: Path) -> Deleted:
+    """A segment whose header is damaged: nobody knows whose pages it had."""
+    nbytes, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).digest()
+    left = not _unlinked(path)
+    return Deleted(path, "unknown", 0, 0, nbytes, digest, False, False, left)
+
+
+def _unlinked(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True

@@ -71,15 +71,21 @@ class SegmentHeader(msgspec.Struct, frozen=True, array_like=True):
         assert len(head) + len(body) <= BLOCK
         return (head + body).ljust(BLOCK, b"\0")
 
+    @staticmethod
+    def is_ours(block: bytes) -> bool:
+        """Whether a log of this version wrote it, even if it was damaged since."""
+        if len(block) < _SEGMENT.size:
+            return False
+        magic, version, _, _ = _SEGMENT.unpack_from(block)
+        return bool(magic == _SEGMENT_MAGIC and version == VERSION)
+
     @classmethod
     def unpack(cls, block: bytes) -> Self | None:
         """None for what no log wrote, or what this version does not understand."""
-        if len(block) < BLOCK:
+        if len(block) < BLOCK or not cls.is_ours(block):
             return None
-        magic, version, length, checksum = _SEGMENT.unpack_from(block)
+        _, _, length, checksum = _SEGMENT.unpack_from(block)
         body = block[_SEGMENT.size : _SEGMENT.size + length]
-        if magic != _SEGMENT_MAGIC or version != VERSION:
-            return None
         if xxhash.xxh3_64_intdigest(body) != checksum:
             return None
         return _decoded(body, cls)

@@ -1,11 +1,11 @@
 """How a KV log starts: its directory, what earlier runs left there, and segments to come."""
 
 import logging
-import os
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from headrace.runtime.kv_catalog import Catalog, Cohort, Segment, Stored
 from headrace.runtime.kv_keys import SALT_BYTES, KeyRing, SegmentCipher
@@ -65,32 +65,52 @@ def make_directory(directory: Path) -> bool:
     return True
 
 
-def segments_in(directory: Path) -> tuple[list[Found], list[Path]]:
-    """Segments in the order of their creation, and files of segments' names that no log wrote.
+class Strange(NamedTuple):
+    """A file that has a segment's name and is none that can be read."""
+
+    path: Path
+    is_ours: bool  # a log wrote it: its header is damaged, or there was no time to write one
+    why: str
+
+
+def segments_in(directory: Path) -> tuple[list[Found], list[Strange]]:
+    """Segments in the order of their creation, and what else has such a name.
 
     Raises KVLogError when the directory cannot be read; a file that goes meanwhile is left out.
     """
-    found, strange = [], []
+    found: list[Found] = []
+    strange: list[Strange] = []
     try:
-        for path in sorted(directory.iterdir()):
-            number = segment_number(path.name)
-            if number is None:
-                continue
-            try:
-                segment = scan(path, number)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                log.warning("%s cannot be read: %s", path, error.strerror)
-                segment = None
-            if segment is None:
-                strange.append(path)
-            else:
-                found.append(segment)
+        paths = sorted(directory.iterdir())
     except OSError as error:
         raise KVLogError(f"cannot read {directory}: {error.strerror}") from error
+    for path in paths:
+        number = segment_number(path.name)
+        if number is None:
+            continue
+        try:
+            segment = scan(path, number)
+            if segment is None:
+                strange.append(_stranger(path))
+            else:
+                found.append(segment)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            strange.append(Strange(path, False, f"cannot be read: {error.strerror}"))
     found.sort(key=lambda segment: segment.header.generation)
     return found, strange
+
+
+def _stranger(path: Path) -> Strange:
+    """An empty file is what a process leaves that is killed before its first write."""
+    with path.open("rb") as opened:
+        block = opened.read(BLOCK)
+    if not block:
+        return Strange(path, True, "is empty")
+    if SegmentHeader.is_ours(block):
+        return Strange(path, True, "has a damaged header")
+    return Strange(path, False, "has the name of a segment of KV pages, but is none")
 
 
 @dataclass(slots=True)
@@ -145,8 +165,10 @@ def load(
     or key stay until their room is needed, which it is of them first: someone may come back for them.
     """
     found, strange = segments_in(directory)
-    for path in strange:
-        _look_at(path)
+    for path, is_ours, why in strange:
+        if is_ours:
+            path.unlink(missing_ok=True)
+        log.warning("%s %s; it is %s", path, why, "deleted" if is_ours else "left alone")
     names = [
         number for path in directory.iterdir() if (number := segment_number(path.name)) is not None
     ]
@@ -164,15 +186,6 @@ def load(
             counts.segments_locked,
         )
     return catalog, new
-
-
-def _look_at(path: Path) -> None:
-    """An empty file of a segment's name is what a killed process leaves; all else is not ours."""
-    status = path.lstat()
-    if os.path.isfile(path) and not path.is_symlink() and status.st_size == 0:
-        path.unlink()
-    else:
-        log.warning("%s has the name of a segment of KV pages, but is none; it is left alone", path)
 
 
 def _take_over(
