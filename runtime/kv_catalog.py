@@ -5,93 +5,14 @@ left in `to_seal` and `to_unlink` without it.
 """
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from headrace.runtime.kv_keys import SegmentCipher
-from headrace.runtime.kv_receipt import Deleted
-from headrace.runtime.kv_record import BLOCK, Entry, SegmentHeader, digest_of, footer_bytes
+from headrace.runtime.kv_cohort import Cohort, Placement, Segment, Stored, Waiting
+from headrace.runtime.kv_record import BLOCK, footer_bytes
 
 _LOW = 0.9
 """Of the cap: dropping goes on until there is that little, so that it is not done at every write."""
-
-
-@dataclass(slots=True, eq=False)
-class Cohort:
-    """Pages that go together. `used` orders cohorts by their last use; -1 is before all."""
-
-    run: int
-    tenant: str
-    number: int
-    used: int
-    segments: list["Segment"] = field(default_factory=list)
-    open: "Segment | None" = None
-    waiting: "dict[bytes, Waiting]" = field(default_factory=dict)
-    waiting_bytes: int = 0
-    waiting_since: float = 0.0
-    dropped: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Segment:
-    """A file. `end` counts what is written and what is about to be; `pins` are reads and writes."""
-
-    path: Path
-    header: SegmentHeader
-    cipher: SegmentCipher | None
-    cohort: Cohort
-    end: int = 0
-    numbers: int = 0  # of records, handed out
-    pages: int = 0
-    payload: int = 0
-    keys: list[bytes] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)  # until there is a digest
-    digest: bytes = b""
-    pins: int = 0
-    is_full: bool = False  # nothing more is added
-    is_sealed: bool = False
-    is_doomed: bool = False
-    is_gone: bool = False
-    is_left: bool = False  # could not be deleted
-
-    def deleted(self) -> Deleted:
-        digest = self.digest or digest_of(self.header.generation, tuple(self.entries))
-        encrypted = bool(self.header.salt)
-        return Deleted(
-            self.path,
-            self.header.tenant,
-            self.pages,
-            self.payload,
-            self.end,
-            digest,
-            encrypted,
-            self.cipher is not None or self.header.ephemeral,
-            self.is_left,
-        )
-
-
-class Stored(NamedTuple):
-    segment: Segment
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
-    """A page on its way to the drive; without bytes when only its writer has them."""
-
-    payload: bytes | None
-
-
-class Placement(NamedTuple):
-    """Where an extent goes: `offset` 0 is a new segment, whose header goes first."""
-
-    segment: Segment
-    offset: int
-    nbytes: int
-    number: int  # of its first record
 
 
 class NoRoom(Exception):
@@ -111,6 +32,7 @@ class Catalog:
         self.live = 0  # bytes of pages on the drive that the index knows
         self.used = 0  # bytes on the drive, or about to be
         self.dying = 0  # of them, of segments that are to be deleted
+        self.waiting_bytes = 0  # of pages that wait in memory
         self.dropped = 0  # segments, for room or because they expired
         self._cap = cap
         self.segment_bytes = segment_bytes
@@ -146,7 +68,7 @@ class Catalog:
         after = segment.end + nbytes + footer_bytes(segment.numbers + records)
         return after <= self.segment_bytes
 
-    def make_room(self, nbytes: int, keep: Segment | None = None) -> bool:
+    def make_room(self, nbytes: int, writing: Cohort | None = None) -> bool:
         """Whether the drive takes `nbytes` now; if not, segments that had to go are in `to_unlink`.
 
         Raises NoRoom when nothing will change that.
@@ -155,12 +77,14 @@ class Catalog:
             return True
         after = self.used - self.dying + nbytes
         if after > self._cap:
-            for victim in self._victims(keep):
+            for victim in self._victims(writing):
                 if after <= self._cap * _LOW:
                     break
                 after -= victim.end
                 self.doom(victim)
                 self.dropped += 1
+                if victim.cohort is not writing:  # what waits comes after what is gone
+                    self.doom_waiting(victim.cohort)
         if after > self._cap and not self.dying and not self._is_pinned():
             raise NoRoom
         return False
@@ -168,15 +92,20 @@ class Catalog:
     def _is_pinned(self) -> bool:
         return any(segment.pins for segment in self.segments.values())
 
-    def _victims(self, keep: Segment | None) -> Iterator[Segment]:
+    def _victims(self, writing: Cohort | None) -> Iterator[Segment]:
         """Least recently used cohorts first; of each the newest segments first.
 
-        A page is of use only with all pages of its sequence before it, and those were put earlier.
+        A page is of use only with all pages of its sequence before it, and those were put earlier. The
+        cohort that is written to comes last and loses its oldest segments: it goes on.
         """
         for cohort in sorted(self.cohorts.values(), key=lambda cohort: cohort.used):
-            for segment in reversed(list(cohort.segments)):
-                if segment is not keep and not segment.pins:
-                    yield segment
+            if cohort is not writing:
+                yield from self._unpinned(reversed(cohort.segments))
+        if writing is not None:
+            yield from self._unpinned(each for each in writing.segments if each is not writing.open)
+
+    def _unpinned(self, segments: Iterable[Segment]) -> list[Segment]:
+        return [segment for segment in segments if not segment.pins]
 
     def place(self, segment: Segment, nbytes: int, records: int) -> Placement:
         """Reserve a place at the segment's end and pin it."""
@@ -247,13 +176,20 @@ class Catalog:
             cohort.waiting_since = now
         cohort.waiting[key] = self.index[key] = Waiting(payload)
         cohort.waiting_bytes += len(payload)
+        self.waiting_bytes += len(payload)
         return True
 
     def take_waiting(self, cohort: Cohort) -> "dict[bytes, Waiting]":
         """Pages that are to be written now; they are served from memory until they are."""
         waiting = cohort.waiting
+        self.waiting_bytes -= cohort.waiting_bytes
         cohort.waiting, cohort.waiting_bytes = {}, 0
         return waiting
+
+    def longest_waiting(self) -> Cohort | None:
+        """Of cohorts with pages that wait, the one that was not used for longest."""
+        waiting = [cohort for cohort in self.cohorts.values() if cohort.waiting]
+        return min(waiting, key=lambda cohort: cohort.used, default=None)
 
     def doom_waiting(self, cohort: Cohort) -> int:
         """Forget pages of a cohort that wait to be written; how many there were."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headrace.runtime.directory_lock import DirectoryLock
-from headrace.runtime.kv_catalog import Catalog, Cohort
+from headrace.runtime.kv_catalog import Catalog
+from headrace.runtime.kv_cohort import Cohort
 from headrace.runtime.kv_keys import KeyRing
 from headrace.runtime.kv_receipt import Deleted, Receipt, receipt
 from headrace.runtime.kv_segment import Found

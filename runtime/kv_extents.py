@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from headrace.runtime.endurance import WriteBudget
-from headrace.runtime.kv_catalog import Catalog, Cohort, NoRoom, Placement, Segment, Stored, Waiting
+from headrace.runtime.kv_catalog import Catalog, NoRoom
+from headrace.runtime.kv_cohort import Cohort, Placement, Segment, Stored, Waiting
 from headrace.runtime.kv_record import BLOCK, Entry, Footer, Head, aligned, footer_bytes
 from headrace.runtime.kv_segment import Buffers, Disk, encode, record_bytes
 from headrace.runtime.kv_start import NewSegments
@@ -101,7 +102,7 @@ class ExtentWriter:
             raise NoRoom  # deleted meanwhile: what follows must not be written any more
         catalog, now = self._catalog, self._catalog.back(cohort)
         fits = catalog.room_in(now, nbytes, records)
-        if not catalog.make_room(nbytes if fits else nbytes + BLOCK, now.open):
+        if not catalog.make_room(nbytes if fits else nbytes + BLOCK, now):
             return None
         now = catalog.back(now)
         if not fits:

@@ -4,11 +4,15 @@ import threading
 from collections.abc import Callable, Sequence
 
 from headrace.runtime.endurance import WriteBudget
-from headrace.runtime.kv_catalog import Catalog, Cohort, Waiting
+from headrace.runtime.kv_catalog import Catalog
+from headrace.runtime.kv_cohort import Cohort, Waiting
 from headrace.runtime.kv_extents import Page
 from headrace.runtime.kv_record import KEY_BYTES
 from headrace.runtime.kv_segment import EXTENT_BYTES
 from headrace.runtime.kv_stats import Counts
+
+WAITING_BYTES = 32 << 20
+"""Most memory for pages that wait, of all cohorts together."""
 
 _MAX_TENANT = 256  # bytes of its name
 
@@ -81,6 +85,14 @@ class Intake:
                     self._counts.lost += 1
             cohort = self._catalog.back(cohort)
             return self._take(cohort) if cohort.waiting_bytes >= EXTENT_BYTES else []
+
+    def take_surplus(self) -> tuple[Cohort, list[Page]] | None:
+        """Pages that have to be written because too many wait, in an extent as small as they are."""
+        with self._changed:
+            if self._catalog.waiting_bytes <= WAITING_BYTES:
+                return None
+            cohort = self._catalog.longest_waiting()
+            return None if cohort is None else (cohort, self._take(cohort))
 
     def take_all(self) -> list[tuple[Cohort, list[Page]]]:
         """All pages that wait, to be written now."""

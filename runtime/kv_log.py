@@ -13,7 +13,7 @@ can wait in a circle: a put holds no pin while it waits, and who holds one never
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from typing import Self
 
 from headrace.runtime.directory_lock import DirectoryLock
 from headrace.runtime.endurance import WriteBudget
-from headrace.runtime.kv_catalog import Catalog, Cohort, Stored
+from headrace.runtime.kv_catalog import Catalog
+from headrace.runtime.kv_cohort import Cohort, Stored
 from headrace.runtime.kv_deletion import delete_cohorts
-from headrace.runtime.kv_extents import ExtentWriter
+from headrace.runtime.kv_extents import ExtentWriter, Page
 from headrace.runtime.kv_intake import Intake
 from headrace.runtime.kv_keys import KeyRing
 from headrace.runtime.kv_reader import PageReader, check_size
@@ -183,6 +184,8 @@ class KVLog:
             batch = self._intake.admit(target, given)
             if batch:
                 self._writer.write(target, batch, secret)
+            while surplus := self._intake.take_surplus():
+                self._write(*surplus)
             with self._changed:
                 self._catalog.tidy(target)
                 return [key for key, _ in given if key in self._catalog.index]
@@ -194,7 +197,10 @@ class KVLog:
 
     def _flush(self) -> None:
         for cohort, batch in self._intake.take_all():
-            self._writer.write(cohort, batch, self._writer.key(cohort.tenant))
+            self._write(cohort, batch)
+
+    def _write(self, cohort: Cohort, batch: Sequence[Page]) -> None:
+        self._writer.write(cohort, batch, self._writer.key(cohort.tenant))
 
     def get(self, key: bytes, dest: memoryview) -> bool:
         """Fill `dest` with a page; False, counted by its reason, if it cannot be had.

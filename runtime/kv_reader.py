@@ -3,7 +3,8 @@
 import threading
 import time
 
-from headrace.runtime.kv_catalog import Catalog, Stored
+from headrace.runtime.kv_catalog import Catalog
+from headrace.runtime.kv_cohort import Stored
 from headrace.runtime.kv_record import BLOCK, Miss, aligned
 from headrace.runtime.kv_segment import Buffers, Disk, decode, record_bytes
 from headrace.runtime.kv_stats import Counts

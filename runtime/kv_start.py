@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from headrace.runtime.kv_catalog import Catalog, Cohort, Segment, Stored
+from headrace.runtime.kv_catalog import Catalog
+from headrace.runtime.kv_cohort import Cohort, Segment, Stored
 from headrace.runtime.kv_keys import SALT_BYTES, KeyRing, SegmentCipher
 from headrace.runtime.kv_record import (
     BLOCK,

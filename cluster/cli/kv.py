@@ -109,7 +109,7 @@ def purge_pages(
     directory: DirectoryArgument,
     tenant: Annotated[
         str | None,
-        typer.Option("--tenant", "--job", help="Whose pages. [default: all]", show_default=False),
+        typer.Option("--tenant", "--job", help="Whose pages; all by default."),
     ] = None,
     key_file: KeysOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
