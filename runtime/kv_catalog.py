@@ -174,7 +174,7 @@ class Catalog:
         cohort = self.back(cohort)
         if not cohort.waiting:
             cohort.waiting_since = now
-        cohort.waiting[key] = self.index[key] = Waiting(payload)
+        cohort.waiting[key] = self.index[key] = Waiting(payload, cohort)
         cohort.waiting_bytes += len(payload)
         self.waiting_bytes += len(payload)
         return True

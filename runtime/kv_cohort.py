@@ -74,6 +74,12 @@ class Waiting:
     """A page on its way to the drive; without bytes when only its writer has them."""
 
     payload: bytes | None
+    cohort: Cohort
+
+    @property
+    def served(self) -> bytes | None:
+        """What get() gives: nothing once the cohort was dropped, even if it is still being written."""
+        return None if self.cohort.dropped else self.payload
 
 
 class Placement(NamedTuple):

@@ -50,19 +50,20 @@ class Intake:
 
     def admit(self, cohort: Cohort, pages: Sequence[tuple[bytes, memoryview]]) -> list[Page]:
         """What the caller has to write now: new pages and those that waited for them, or nothing."""
-        claimed = self._claim(pages)
-        if not self._budget.take(sum(len(page.payload) for page in claimed)):
+        claimed = self._claim(cohort, pages)
+        if claimed and not self._budget.take(sum(len(page.payload) for page in claimed)):
             self._refuse(claimed)
             return []
         return self._gather(cohort, claimed)
 
-    def _claim(self, pages: Sequence[tuple[bytes, memoryview]]) -> list[Page]:
+    def _claim(self, cohort: Cohort, pages: Sequence[tuple[bytes, memoryview]]) -> list[Page]:
         """Those that nobody has put."""
-        claimed = []
+        claimed, index = [], self._catalog.index
         with self._changed:
             for key, page in pages:
-                if key not in self._catalog.index:
-                    mark = self._catalog.index[key] = Waiting(None)
+                place = index.get(key)
+                if place is None or (isinstance(place, Waiting) and place.cohort.dropped):
+                    mark = index[key] = Waiting(None, cohort)
                     claimed.append(Page(key, page, mark))
         return claimed
 
@@ -75,6 +76,8 @@ class Intake:
 
     def _gather(self, cohort: Cohort, claimed: list[Page]) -> list[Page]:
         """Small puts are copied: their memory is the caller's again when put returns."""
+        if not claimed:
+            return []
         if sum(len(page.payload) for page in claimed) >= EXTENT_BYTES:
             with self._changed:
                 return [*self._take(self._catalog.back(cohort)), *claimed]

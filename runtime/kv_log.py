@@ -171,9 +171,9 @@ class KVLog:
         """Write (key of 16 bytes, page) pairs; returns the keys of them that the log now has.
 
         Those that it had before are among them. Pages of less than 256 KiB together are copied, and
-        written with later ones of the cohort; others are on the drive when this returns. What is missing
-        was lost (disk full) or refused (daily budget), and counted. Raises ValueError for what can be
-        no page, HeadraceError for a file of keys that cannot be used.
+        written with later ones of the cohort; others are on the drive when this returns, or with another
+        put that was first. What is missing was lost (disk full) or refused (daily budget), and counted.
+        Raises ValueError for what can be no page, HeadraceError for a file of keys that cannot be used.
         """
         given = [(bytes(key), page.cast("B")) for key, page in pages]
         self._intake.check(given, tenant)
@@ -207,6 +207,7 @@ class KVLog:
 
         `dest` then holds anything. Raises ValueError if it is not of the page's size.
         """
+        dest = dest.cast("B")
         with self._operation():
             with self._changed:
                 place = self._catalog.index.get(key)
@@ -216,10 +217,10 @@ class KVLog:
                     self._catalog.touch(place.segment.cohort)
             miss: Miss | None = None
             if isinstance(place, Stored):
-                miss = self._reader.fetch(key, place, dest.cast("B"))
-            elif place is not None and place.payload is not None:
-                check_size(dest, len(place.payload))
-                copy(memoryview(place.payload), dest)
+                miss = self._reader.fetch(key, place, dest)
+            elif place is not None and (payload := place.served) is not None:
+                check_size(dest, len(payload))
+                copy(memoryview(payload), dest)
             else:
                 miss = Miss.ABSENT
             self._count(miss)
@@ -238,7 +239,7 @@ class KVLog:
             return [
                 key
                 for key, place in self._catalog.index.items()
-                if isinstance(place, Stored) or place.payload is not None
+                if isinstance(place, Stored) or place.served is not None
             ]
 
     def drop(self, cohort: int, *, tenant: str = TENANT) -> Receipt:

@@ -98,6 +98,10 @@ def verdict(results: Sequence[Verified], damaged: Sequence[Strange], left_out: i
     text = Text(f"{pages_text(good)} in {_count(len(results), 'segment')} are good")
     if locked:
         text.append(f"; {locked:,} of them by their checksums alone, without their key")
+    cut = sum(not result.found.sealed for result in results)
+    if cut:
+        verb = "was" if cut == 1 else "were"
+        text.append(f"; {_count(cut, 'segment')} {verb} cut off, by a kill or a truncation")
     if bad or damaged:
         text.append(f"; {pages_text(bad)} cannot be read", style="bold red")
         if damaged:
