@@ -99,7 +99,7 @@ def test_what_is_no_file_of_keys(tmp_path, content):
 
 
 def test_a_file_that_cannot_be(tmp_path):
-    with pytest.raises(HeadraceError, match="is not a regular file|Is a directory"):
+    with pytest.raises(HeadraceError, match=r"is not a regular file|Is a directory"):
         KeyRing(tmp_path)
     with pytest.raises(HeadraceError, match="No such file or directory"):
         KeyRing(tmp_path / "missing" / "keys.json").key("a")
