@@ -65,16 +65,17 @@ def in_threads(pool: ThreadPoolExecutor, work: Callable[[int], None], count: int
 def plain(directory: Path, total: int, pool: ThreadPoolExecutor) -> Reading:
     """The drive alone: files of a thread each would be no faster, so that it is one file."""
     disk, file = Disk.probe(directory), directory / "plain"
+    disk.write(file, 0, memoryview(mmap.mmap(-1, 4096)))  # makes the file
     memory = [mmap.mmap(-1, PLAIN_BYTES) for _ in range(total // PLAIN_BYTES)]
     for each in memory:
         each[:] = os.urandom(4096) * (PLAIN_BYTES // 4096)
     views = [memoryview(each) for each in memory]
 
     def write(i: int) -> None:
-        disk.write(file, i * PLAIN_BYTES, views[i])
+        disk.write(file, 4096 + i * PLAIN_BYTES, views[i])
 
     def read(i: int) -> None:
-        assert disk.read(file, i * PLAIN_BYTES, views[i]) == PLAIN_BYTES
+        assert disk.read(file, 4096 + i * PLAIN_BYTES, views[i]) == PLAIN_BYTES
 
     try:
         watch = Stopwatch()

@@ -41,6 +41,8 @@ class Segment:
     entries: list[Entry] = field(default_factory=list)  # until there is a digest
     digest: bytes = b""
     pins: int = 0
+    has_header: bool = False  # on the drive: until then nobody would know what the file is
+    is_foreign: bool = False  # the name turned out to be taken
     is_full: bool = False  # nothing more is added
     is_sealed: bool = False
     is_doomed: bool = False

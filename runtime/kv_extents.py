@@ -56,14 +56,15 @@ class ExtentWriter:
         """To encrypt with; None for a log in clear. Raises HeadraceError for an unusable file of keys."""
         return None if self._new.keys is None else self._new.keys.key(tenant)
 
-    def write(self, cohort: Cohort, pages: Sequence[Page], key: bytes | None) -> None:
+    def write(self, cohort: Cohort, pages: Sequence[Page]) -> None:
         """Write pages of a cohort. Those that cannot be are lost: counted, and out of the index."""
         extents = list(_extents(pages, self._max_extent))
         try:
+            key = self.key(cohort.tenant)
             while extents:
                 self._write_extent(cohort, extents.pop(0), key)
         finally:
-            for extent in extents:  # after an error that nobody expected
+            for extent in extents:  # after an error of the keys' file, or one that nobody expected
                 self._settle(None, extent, [])
 
     def _write_extent(self, cohort: Cohort, extent: Sequence[Page], key: bytes | None) -> None:
@@ -101,6 +102,8 @@ class ExtentWriter:
         if cohort.dropped or (key is not None and not self._is_current(cohort.tenant, key)):
             raise NoRoom  # deleted meanwhile: what follows must not be written any more
         catalog, now = self._catalog, self._catalog.back(cohort)
+        if now.open is not None and not now.open.has_header:
+            return None  # its first extent is being written, and the header with it
         fits = catalog.room_in(now, nbytes, records)
         if not catalog.make_room(nbytes if fits else nbytes + BLOCK, now):
             return None
@@ -127,6 +130,7 @@ class ExtentWriter:
             try:
                 self._timed_write(segment, start, memory)
             except OSError as error:
+                segment.is_foreign = not start and isinstance(error, FileExistsError)
                 self._warn(segment, error)
                 return []
         return entries
@@ -171,11 +175,12 @@ class ExtentWriter:
         segment = placement.segment
         if written:
             payload = sum(entry.nbytes for entry in entries)
+            segment.has_header = True
             segment.entries.extend(entries)
             segment.pages += len(entries)
             segment.payload += payload
             self._counts.payload_written += payload
-        elif placement.offset == 0:  # no header: nobody would know what the file is
+        elif placement.offset == 0:
             self._catalog.doom(segment)
         elif segment.cohort.open is segment:  # after a hole nothing is added
             self._catalog.retire(segment.cohort)
@@ -206,7 +211,8 @@ class ExtentWriter:
     def _unlink(self, segment: Segment) -> None:
         left = False
         try:
-            segment.path.unlink(missing_ok=True)
+            if not segment.is_foreign:
+                segment.path.unlink(missing_ok=True)
         except OSError as error:
             left = True
             log.warning("%s cannot be deleted: %s", segment.path, error.strerror)

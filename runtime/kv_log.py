@@ -13,7 +13,7 @@ can wait in a circle: a put holds no pin while it waits, and who holds one never
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from headrace.runtime.endurance import WriteBudget
 from headrace.runtime.kv_catalog import Catalog
 from headrace.runtime.kv_cohort import Cohort, Stored
 from headrace.runtime.kv_deletion import delete_cohorts
-from headrace.runtime.kv_extents import ExtentWriter, Page
+from headrace.runtime.kv_extents import ExtentWriter
 from headrace.runtime.kv_intake import Intake
 from headrace.runtime.kv_keys import KeyRing
 from headrace.runtime.kv_reader import PageReader, check_size
@@ -100,7 +100,8 @@ class KVLog:
         `identity` stands for all that makes a page useless elsewhere: model, format, the stage's layers.
         `cap` bounds the bytes on the drive. With `keys` every page is encrypted. `keep` says whether
         close() leaves the pages there for a log to come; it needs keys in a file, or none. Pages go `ttl`
-        seconds after their segment was begun. `daily_writes` are bytes a day, in this directory.
+        seconds after their segment was begun, with the next call of any kind. `daily_writes` are bytes a
+        day, in this directory.
         Raises ValueError for arguments that cannot be, KVLogError for a directory that cannot be used.
         """
         check_options(cap, segment_bytes, ttl, keep, keys)
@@ -178,14 +179,14 @@ class KVLog:
         given = [(bytes(key), page.cast("B")) for key, page in pages]
         self._intake.check(given, tenant)
         with self._operation():
-            secret = self._writer.key(tenant)
+            self._writer.key(tenant)  # now, while there is nothing to lose
             with self._changed:
                 target = self._catalog.cohort(cohort, tenant)
             batch = self._intake.admit(target, given)
             if batch:
-                self._writer.write(target, batch, secret)
+                self._writer.write(target, batch)
             while surplus := self._intake.take_surplus():
-                self._write(*surplus)
+                self._writer.write(*surplus)
             with self._changed:
                 self._catalog.tidy(target)
                 return [key for key, _ in given if key in self._catalog.index]
@@ -197,10 +198,7 @@ class KVLog:
 
     def _flush(self) -> None:
         for cohort, batch in self._intake.take_all():
-            self._write(cohort, batch)
-
-    def _write(self, cohort: Cohort, batch: Sequence[Page]) -> None:
-        self._writer.write(cohort, batch, self._writer.key(cohort.tenant))
+            self._writer.write(cohort, batch)
 
     def get(self, key: bytes, dest: memoryview) -> bool:
         """Fill `dest` with a page; False, counted by its reason, if it cannot be had.

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 EXTENT_BYTES = 256 << 10
 """Least bytes of pages in a write, but for what a flush finds waiting."""
 
+_PROBE_NAME = "headrace-kv.probe"
 _KEPT_BUFFERS = 8
 _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 
@@ -91,7 +92,7 @@ class Disk:
         try:
             direct = _takes_direct(directory)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EISDIR):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             direct = True  # it was opened; that there is no room for it shows soon enough
         log.info(
@@ -102,9 +103,10 @@ class Disk:
         return cls(direct=direct)
 
     def write(self, file: Path, offset: int, data: memoryview) -> None:
-        """Create the file if it is not there. Raises OSError; what was written until then is garbage."""
+        """Create the file with the first of it. Raises OSError; what was written until then is garbage."""
         assert offset % BLOCK == 0 and len(data) % BLOCK == 0
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | self._flags, 0o600)
+        create = 0 if offset else os.O_CREAT | os.O_EXCL
+        descriptor = os.open(file, os.O_WRONLY | create | self._flags, 0o600)
         try:
             done = 0
             while done < len(data):
@@ -137,15 +139,15 @@ class Disk:
 
 
 def _takes_direct(directory: Path) -> bool:
+    file = directory / _PROBE_NAME
     try:
-        # A file without a name: nothing to clean up, whenever this process ends.
-        descriptor = os.open(
-            directory, os.O_RDWR | os.O_TMPFILE | os.O_DIRECT | os.O_CLOEXEC, 0o600
-        )
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if error.errno in _NO_DIRECT:
             return False
         raise
+    finally:
+        file.unlink(missing_ok=True)  # some filesystems make it, and refuse then
     try:
         with mmap.mmap(-1, BLOCK) as block:
             return os.pwrite(descriptor, block, 0) == BLOCK

@@ -17,6 +17,7 @@ from headrace.runtime.kv_record import (
     footer_bytes,
     segment_name,
     segment_number,
+    unpack_head,
 )
 from headrace.runtime.kv_segment import EXTENT_BYTES, Found, record_bytes, scan
 from headrace.runtime.kv_stats import Counts
@@ -107,10 +108,12 @@ def _stranger(path: Path) -> Strange:
     """An empty file is what a process leaves that is killed before its first write."""
     with path.open("rb") as opened:
         block = opened.read(BLOCK)
-    if not block:
-        return Strange(path, True, "is empty")
-    if SegmentHeader.is_ours(block):
-        return Strange(path, True, "has a damaged header")
+        if not block:
+            return Strange(path, True, "is empty")
+        if SegmentHeader.is_ours(block):
+            return Strange(path, True, "has a damaged header")
+        if not block.strip(b"\0") and unpack_head(opened.read(BLOCK)) is not None:
+            return Strange(path, True, "lost its header, as by a power cut")
     return Strange(path, False, "has the name of a segment of KV pages, but is none")
 
 

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from kv_logs import (
 from headrace.runtime.kv_keys import KeyRing
 from headrace.runtime.kv_log import KVLog
 from headrace.runtime.kv_record import BLOCK, HEAD_BYTES, Miss, pack_head, unpack_head
-from headrace.runtime.kv_segment import scan
+from headrace.runtime.kv_segment import Disk, scan
 
 NBYTES = 60_000
 NAMES = range(24)
@@ -429,3 +431,60 @@ def test_nothing_is_left_after_a_fault(tmp_path, keys, seed):
     opened(tmp_path / "kv", keys, keep=False).close()
     left = segments(tmp_path / "kv")
     assert not any(file.read_bytes().startswith(b"HRKVSEG") for file in left)
+
+
+def test_a_segment_that_lost_its_header(tmp_path, keys):
+    file = filled(tmp_path / "kv", keys)
+    change(file, 0, bytes(BLOCK))
+    with opened(tmp_path / "kv", keys) as log:
+        assert not file.exists()
+        assert 0 < len(good(log, NAMES, NBYTES)) < len(NAMES)
+
+
+def test_a_name_that_is_taken_meanwhile(tmp_path, keys):
+    """Another's file is neither overwritten nor deleted."""
+    with opened(tmp_path / "kv", keys, keep=False) as log:
+        log.put(0, pages(["a"], 300_000))
+        taken = tmp_path / "kv" / "segment-00000001.kv"
+        taken.write_text("mine")
+        assert log.put(1, pages(["b"], 300_000)) == []
+        assert log.put(1, pages(["b"], 300_000)) == [key_of("b")]
+        assert good(log, "ab", 300_000) == ["a", "b"]
+        assert log.stats.lost == 1
+    assert segments(tmp_path / "kv") == [taken]
+    assert taken.read_text() == "mine"
+
+
+def test_a_segment_that_is_deleted_under_an_open_log(tmp_path):
+    with opened(tmp_path, keep=False) as log:
+        log.put(0, pages(["a"], 300_000))
+        segments(tmp_path)[0].unlink()
+        assert log.put(0, pages(["b"], 300_000)) == []
+        assert segments(tmp_path) == []  # no file without a header
+        assert log.put(0, pages(["b"], 300_000)) == [key_of("b")]
+        assert good(log, "ab", 300_000) == ["b"]
+
+
+def test_the_header_comes_before_all_else(tmp_path, monkeypatch):
+    """However threads race for a new segment: a file without a header would be nobody's."""
+    write, first = Disk.write, threading.Event()
+
+    def slow(self, file, offset, data):
+        if not offset:
+            first.set()
+            time.sleep(0.1)
+        assert not offset or file.exists()
+        write(self, file, offset, data)
+
+    monkeypatch.setattr(Disk, "write", slow)
+    with opened(tmp_path, keep=False) as log:
+        threads = [
+            threading.Thread(target=log.put, args=(0, pages([i], 300_000))) for i in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert first.is_set()
+        assert len(segments(tmp_path)) == 1
+        assert good(log, range(3), 300_000) == [0, 1, 2]
