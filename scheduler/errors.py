@@ -25,5 +25,9 @@ class JobError(HeadraceError):
     """A batch job cannot start or go on: locked, unwritable, or belonging to another model."""
 
 
+class KVLogError(HeadraceError):
+    """A log of KV pages cannot be opened, read or deleted: in use, unreadable, or not one."""
+
+
 class StageError(HeadraceError):
     """A stage died, hung or disagreed with the plan."""

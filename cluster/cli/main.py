@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, bench."""
+"""`headrace`: convert, inspect, plan, generate, bench, kv."""
 
 import logging
 import os
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
+from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
 from headrace.scheduler.errors import HeadraceError
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(kv_app, name="kv")
 
 
 class Format(str, Enum):
