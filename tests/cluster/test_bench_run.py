@@ -145,7 +145,11 @@ def test_a_kept_store_is_used_again(tmp_path: Path) -> None:
     [
         ({"device": "cuda"}, Work(), "PyTorch sees no CUDA device"),
         ({"stages": 2}, Work(local=True), "--local runs one stage"),
-        ({"host_memory": 5}, Work(tier="nvme"), "uses no host memory: leave --host-memory out"),
+        (
+            {"host_memory": 5},
+            Work(tier="nvme"),
+            "has no weights in host memory: leave --host-memory out",
+        ),
         ({"resident_layers": 5}, Work(tier="device"), "leave --resident-layers out"),
     ],
 )
