@@ -28,14 +28,20 @@ class HostPages:
     on, which takes 0.6 s per GB. Raises DoesNotFitError when the host has no such memory.
     """
 
-    def __init__(self, page_bytes: Mapping[int, int], count: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        page_bytes: Mapping[int, int],
+        count: int,
+        device: torch.device,
+        pin_bytes: int = PIN_BYTES,
+    ) -> None:
         assert count > 0
         self.page_bytes = tuple(page_bytes.values())
         self.slot_bytes = slot_bytes(sum(self.page_bytes))
         self._device = device
         self._buffer = AlignedBuffer(count * self.slot_bytes, option=OPTION)
         self._slots = self._buffer.tensor.view(count, self.slot_bytes)
-        self._parts = self._slots.split(max(1, PIN_BYTES // self.slot_bytes))
+        self._parts = self._slots.split(max(1, pin_bytes // self.slot_bytes))
         self._ready: list[Future[None]] = [Future() for _ in self._parts]
         self._pinned: list[Tensor] = []
         self._error: HeadraceError | None = None
