@@ -78,13 +78,12 @@ class StreamLink:
     """For CUDA: a stream of its own, on which two pieces at most are queued."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pieces: deque[tuple[torch.cuda.Event, int, Arrived | None]] = deque()
         self._queued = 0
 
     def enter_thread(self) -> None:
-        torch.cuda.set_device(self._device)  # else a context is opened on device 0
+        torch.cuda.set_device(self._stream.device)  # else a context is opened on device 0
 
     def follow(self, after: torch.cuda.Event | None) -> None:
         assert after is not None
@@ -93,15 +92,12 @@ class StreamLink:
     def copy(self, pairs: Pairs, span: Span, arrived: Arrived) -> None:
         nbytes = 0
         with torch.inference_mode(), torch.cuda.stream(self._stream), span:
-            for dest, source in pairs:
-                for to, some in zip(
-                    dest.split(PIECE_BYTES), source.split(PIECE_BYTES), strict=True
-                ):
-                    if nbytes + some.nbytes > PIECE_BYTES:
-                        self._end_piece(nbytes, None)
-                        nbytes = 0
-                    to.copy_(some, non_blocking=True)
-                    nbytes += some.nbytes
+            for dest, source in _small(pairs):
+                if nbytes + source.nbytes > PIECE_BYTES:
+                    self._end_piece(nbytes, None)
+                    nbytes = 0
+                dest.copy_(source, non_blocking=True)
+                nbytes += source.nbytes
         self._end_piece(nbytes, arrived)
 
     def _end_piece(self, nbytes: int, arrived: Arrived | None) -> None:
@@ -122,6 +118,16 @@ class StreamLink:
     def drain(self) -> None:
         while self._pieces:
             self._await_oldest()
+        self._stream.synchronize()  # what a copy that failed had queued
+
+
+def _small(pairs: Pairs) -> Pairs:
+    """The pairs, cut where they are larger than a piece, which a layer's page hardly ever is."""
+    for dest, source in pairs:
+        if source.nbytes <= PIECE_BYTES:
+            yield dest, source
+        else:
+            yield from zip(dest.split(PIECE_BYTES), source.split(PIECE_BYTES), strict=True)
 
 
 def make_link(device: torch.device) -> Link:

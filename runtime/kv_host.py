@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.streaming.tiers import AlignedBuffer, register, unregister
-from headrace.scheduler.errors import HeadraceError, StageError
+from headrace.scheduler.errors import StageError
 from headrace.scheduler.memory import slot_bytes
 
 OPTION = "--kv-host-memory"
@@ -38,17 +38,19 @@ class HostPages:
         assert count > 0
         self.page_bytes = tuple(page_bytes.values())
         self.slot_bytes = slot_bytes(sum(self.page_bytes))
-        self._device = device
         self._buffer = AlignedBuffer(count * self.slot_bytes, option=OPTION)
         self._slots = self._buffer.tensor.view(count, self.slot_bytes)
         self._parts = self._slots.split(max(1, pin_bytes // self.slot_bytes))
         self._ready: list[Future[None]] = [Future() for _ in self._parts]
         self._pinned: list[Tensor] = []
-        self._error: HeadraceError | None = None
+        self._error: Exception | None = None
         self._stopping = threading.Event()
         self._pinner: threading.Thread | None = None
         if device.type == "cuda":
-            self._pinner = threading.Thread(target=self._pin, name="headrace-kv-pin", daemon=True)
+            where = torch.cuda.current_device() if device.index is None else device.index
+            self._pinner = threading.Thread(
+                target=self._pin, args=(where,), name="headrace-kv-pin", daemon=True
+            )
             self._pinner.start()
         else:
             for ready in self._ready:
@@ -77,10 +79,10 @@ class HostPages:
         for ready in self._ready:
             ready.result()
 
-    def _pin(self) -> None:
+    def _pin(self, device: int) -> None:
         done = 0
         try:
-            torch.cuda.set_device(self._device)  # else a context is opened on device 0
+            torch.cuda.set_device(device)  # else a context is opened on device 0
             for part in self._parts:
                 if self._stopping.is_set():
                     raise StageError("the stage was closed before its host slots were pinned")
@@ -88,7 +90,7 @@ class HostPages:
                 self._pinned.append(part)
                 self._ready[done].set_result(None)
                 done += 1
-        except HeadraceError as error:
+        except Exception as error:  # noqa: BLE001 - raised again by whoever waits for a slot
             self._error = error
             for ready in self._ready[done:]:
                 ready.set_exception(error)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from headrace.cluster.bench.local import InlinePipeline, local_engine
+from headrace.cluster.cli.main import main
 from headrace.cluster.cli.options import Device, KVFormat, RunOptions
 from headrace.cluster.discovery import Discovery
 from headrace.cluster.launch import EngineOptions, budgets
@@ -43,6 +44,18 @@ def test_a_stage_has_the_slots_of_the_plan(stories: Path, kv_format: str) -> Non
         engine.add([5, 6, 7], SamplingParams(max_tokens=3), seed=0)
         while engine.has_work:
             engine.step()
+
+
+def test_the_command_line_shows_it(
+    stories: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["--device", "cpu", "--device-memory", "60MiB", "--kv-host-memory", "3MiB"]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(stories), *options])
+    assert not ended.value.code
+    said = " ".join(capsys.readouterr().out.split())
+    assert "more pages have room in host memory" in said and "KV pages in host memory" in said
 
 
 def found(node: str, host_free: int) -> Discovery:

@@ -81,7 +81,8 @@ class Driver:
     ) -> Pending:
         self._step += 1
         batches = (MicroBatch(pieces),) if pieces else ()
-        return self._pipeline.submit(Pass(self._step, batches, follows, tuple(moves)))
+        a_pass = Pass(self._step, batches, follows, tuple(moves))
+        return self._pipeline.submit(decode(encode(a_pass), Pass))
 
     def take(self, pending: Pending) -> list[PassResult]:
         results = pending.result()
