@@ -40,8 +40,8 @@ class PageLog(Protocol):
     def put(self, cohort: int, pages: Sequence[tuple[bytes, memoryview]]) -> Collection[bytes]:
         """Keep pages that will go together, if there is room; the keys of those that are kept."""
 
-    def get(self, key: bytes, memory: memoryview) -> bool:
-        """Fill `memory` with a page as it was put; False when it cannot be had."""
+    def get(self, key: bytes, dest: memoryview) -> bool:
+        """Fill `dest` with a page as it was put; False when it cannot be had."""
 
 
 class Ended(NamedTuple):
@@ -121,8 +121,9 @@ class _LogMoves:
         self._threads = ThreadPoolExecutor(LOG_THREADS, "headrace-kv-log")
 
     def begin(self, spills: Sequence[PageMove], fetches: Sequence[PageMove]) -> None:
-        """Consecutive spills of a cohort are put together."""
-        for cohort, some in groupby(spills, lambda move: move.cohort):
+        """Spills of a cohort are put together."""
+        by_cohort = sorted(spills, key=lambda move: move.cohort)
+        for cohort, some in groupby(by_cohort, lambda move: move.cohort):
             self._threads.submit(self._run, self._spill, cohort, list(some))
         for move in fetches:
             self._threads.submit(self._run, self._fetch, move.cohort, [move])

@@ -32,12 +32,12 @@ class SlowLog:
                     kept.append(key)
         return kept
 
-    def get(self, key: bytes, memory: memoryview) -> bool:
+    def get(self, key: bytes, dest: memoryview) -> bool:
         self._take_time()
         file = self._folder / key.hex()
         if not file.is_file():
             return False
-        memory[:] = file.read_bytes()
+        dest[:] = file.read_bytes()
         return True
 
     def _take_time(self) -> None:

@@ -128,7 +128,7 @@ def test_spills_of_a_cohort_are_put_together(pages: Pages) -> None:
     pages.mover.begin(spills)
     pages.log.going.set()
     assert pages.mover.wait(60.0) and len(pages.mover.take().moved) == len(cohorts)
-    assert sorted(pages.log.cohorts) == [(1, 1), (1, 3), (2, 2)]
+    assert sorted(pages.log.cohorts) == [(1, 4), (2, 2)]
 
 
 def test_slots_are_aligned_for_direct_writes(pages: Pages) -> None:
