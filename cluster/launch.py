@@ -43,7 +43,8 @@ class EngineOptions:
     """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
 
     `context` is the longest sequence to be served (prompt and output), None the model's own;
-    `min_sequences` at once have room for their KV, if they can; `kv_format` is one of KV_FORMATS;
+    `min_sequences` at once have room for their KV, if they can; `kv_host_memory` of each stage's host
+    memory is for KV pages that have to leave its device, 0 leaves it to weights; `kv_format` is one of KV_FORMATS;
     `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
     `trace` a file to write, when the engine closes, for Perfetto.
@@ -56,6 +57,7 @@ class EngineOptions:
     kv_format: str = "auto"
     device_memory: int | None = None
     host_memory: int | None = None
+    kv_host_memory: int = 0
     placement: str = "auto"
     token_budget: int | None = None
     max_sequences: int | None = None
@@ -105,19 +107,20 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
     """Each stage's memory: what the user said, else a share of what is free on its node.
 
     Free host memory is halved (the page cache and everybody else live there, too) and shared by the
-    stages of a node.
+    stages of a node. Stages on CPUs compute in it, and nothing but KV pages moves out of their way.
     """
     shared = Counter(discovery.node for discovery in found)
-    result = []
+    result, kv = [], options.kv_host_memory
     for discovery in found:
         host = discovery.host_free // 2 // shared[discovery.node]
-        free = host if device == "cpu" else discovery.device_free * 9 // 10
-        spare = 0 if device == "cpu" else host
+        free = max(host - kv, 0) if device == "cpu" else discovery.device_free * 9 // 10
+        spare = min(kv, host) if device == "cpu" else host
         result.append(
             Budget(
                 device_memory=free if options.device_memory is None else options.device_memory,
                 host_memory=spare if options.host_memory is None else options.host_memory,
                 process_bytes=discovery.process + OVERHEAD_BYTES,
+                kv_host_memory=kv,
             )
         )
     return result

@@ -53,7 +53,7 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any) -> None:
         from headrace.cluster.cli.sizes import parse_size
 
-        for name in ("device_memory", "host_memory"):
+        for name in ("device_memory", "host_memory", "kv_host_memory"):
             if isinstance(options.get(name), str):
                 options[name] = parse_size(options[name])
         if options.get("trace") is not None:

@@ -31,6 +31,8 @@ _SPANS_A_PASS = 3
 
 _TRACKS = {
     Kind.COPY: "copy",
+    Kind.KV_COPY: "KV copy",
+    Kind.KV_LOG: "KV log",
     Kind.SEND: "link",
     Kind.RECV: "link",
     Kind.SCHEDULE: "schedule and commit",

@@ -157,6 +157,15 @@ class KVStore:
     def layer(self, index: int) -> LayerKV | QuantizedKV:
         return self._layers[index]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers' indices, in the order of `shapes`."""
+        return tuple(self._pages)
+
+    def pages(self, layer: int) -> Tensor:
+        """All pages of this layer as they lie in memory: uint8 [pages, page_bytes(layer)]."""
+        return self._pages[layer].flatten(1)
+
     def page_bytes(self, layer: int) -> int:
         """Bytes of one page of this layer, contiguous in memory."""
         return self._pages[layer][0].nbytes

@@ -7,7 +7,7 @@ import torch
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.drawn_tokens import Tokens
-from headrace.scheduler.plan import MicroBatch
+from headrace.scheduler.plan import MicroBatch, PageMove
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,4 @@ class Ready:
     step: int
     follows: int | None
     batches: Sequence[ReadyBatch]
+    moves: Sequence[PageMove]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
+from headrace.runtime.kv_moves import NONE_ENDED, PageLog
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
-from headrace.runtime.streaming.streamer import wait_clock
+from headrace.runtime.streaming.streamer import StreamCounters, wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
@@ -43,11 +44,17 @@ class Stage:
     """Owns the weights, KV pages and links of one device.
 
     `connect` gives it its neighbours; a stage without neighbours needs none. `capture` makes the
-    graphs of decodes, on CUDA by default. Errors: StoreError for damaged weights, StageError for a
-    peer that is gone or late.
+    graphs of decodes, on CUDA by default. `pages` keeps KV pages on NVMe, if there is such a place;
+    it stays the caller's. Errors: StoreError for damaged weights, StageError for a peer that is gone
+    or late, DoesNotFitError for host memory that turns out not to be there.
     """
 
-    def __init__(self, config: StageConfig, capture: "Capture | None" = None) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        capture: "Capture | None" = None,
+        pages: PageLog | None = None,
+    ) -> None:
         self.config = config
         self.device = torch.device(config.device)
         self._plan, self._placement = config.plan, config.plan.placement
@@ -66,9 +73,9 @@ class Stage:
         with self._on_device(), ExitStack() as opened:
             self.recorder = make_recorder(self.device) if config.trace else None
             self.tracer: Tracer = self.recorder or NULL_TRACER
-            parts = StageStart(config, self.device, self.tracer).make(opened)
+            parts = StageStart(config, self.device, self.tracer, pages).make(opened)
             self._storage, self._weights = parts.storage, parts.weights
-            self._model, self._kv = parts.model, parts.kv
+            self._model, self._kv, self._moves = parts.model, parts.kv, parts.moves
             self._graphs = make_graphs(config, parts, capture or self._capture(parts))
             self._opened = opened.pop_all()
 
@@ -86,6 +93,8 @@ class Stage:
     def wait_host_tier(self) -> None:
         """Return when all that belongs in host RAM is there: before measuring, or to fail early."""
         self._weights.wait_host_tier()
+        if self._moves is not None:
+            self._moves.wait_host()
 
     def receive_ring(self) -> ReceiveRing:
         """Buffers for incoming hidden states: one more than the micro-batches of a pass."""
@@ -110,7 +119,7 @@ class Stage:
             or ReadyBatch.build(batch, self.device)
             for batch in a_pass.micro_batches
         ]
-        return Ready(a_pass.step, a_pass.follows, batches)
+        return Ready(a_pass.step, a_pass.follows, batches, a_pass.moves)
 
     def run(self, ready: Ready, before: PassResult | None = None) -> PassResult:
         """Execute this stage's visits of a pass; blocks until the device has finished them.
@@ -133,6 +142,10 @@ class Stage:
 
     def _run(self, ready: Ready) -> PassResult:
         started = time.perf_counter()
+        self._begin_moves(ready)
+        if not ready.batches:
+            waited = self._wait_for_moves(ready)
+            return self._result(ready.step, (), time.perf_counter() - started, waited)
         drawn = self._drawn.before(ready.step, ready.follows) if self._reads_tokens else {}
         travels = [self._begin(i, batch, drawn) for i, batch in enumerate(ready.batches)]
         self._weights.begin_pass(len(travels))
@@ -140,6 +153,24 @@ class Stage:
             self._visit(position, visit, travels)
         self._finish()
         return self._result(ready.step, travels, time.perf_counter() - started)
+
+    def _begin_moves(self, ready: Ready) -> None:
+        """Copies out see what earlier passes wrote; beside this one they need not be waited for."""
+        if ready.moves:
+            assert self._moves is not None, "the plan has no host slots for pages"
+            self._moves.begin(ready.moves)
+
+    def _wait_for_moves(self, ready: Ready) -> float:
+        """Return when all moves under way have ended; seconds."""
+        if self._moves is None:
+            return 0.0
+        started, deadline = time.perf_counter(), self.config.deadline
+        if not self._moves.wait(deadline):
+            raise StageError(
+                f"stage {self.config.stage}: moves of KV pages that pass {ready.step} waits for did "
+                f"not end within {deadline:.0f} s"
+            )
+        return time.perf_counter() - started
 
     def _begin(self, index: int, ready: ReadyBatch, drawn: Tokens) -> _Travel:
         if self._reads_tokens:
@@ -206,18 +237,14 @@ class Stage:
             event.record()
             wait_event(event, self.config.deadline, f"stage {self.config.stage}'s part of a pass")
 
-    def _result(self, step: int, travels: Sequence[_Travel], seconds: float) -> PassResult:
+    def _result(
+        self, step: int, travels: Sequence[_Travel], seconds: float, kv_wait: float = 0.0
+    ) -> PassResult:
         counters = self._weights.take_counters()
-        stage, plan, layers = self.config.stage, self._plan, counters.layers
-        planned = plan.nvme_bytes_a_pass[stage], plan.host_bytes_a_pass[stage]
-        if (layers.nvme_bytes, layers.host_bytes) != planned:
-            raise StageError(
-                f"stage {stage} streamed {layers.nvme_bytes} bytes from NVMe and "
-                f"{layers.host_bytes} from host RAM in pass {step}; the plan says "
-                f"{planned[0]} and {planned[1]}"
-            )
+        self._check_streamed(step, counters.layers, computed=bool(travels))
+        ended = NONE_ENDED if self._moves is None else self._moves.take()
         times = StageTimes(
-            stage=stage,
+            stage=self.config.stage,
             total=seconds,
             weights_wait=counters.wait_seconds,
             link_wait=self._link_clock.take(),
@@ -225,10 +252,26 @@ class Stage:
             host_bytes=counters.host_bytes,
             experts_used=counters.experts.used,
             experts_loaded=counters.experts.loaded,
+            kv_wait=kv_wait,
+            kv_out_bytes=ended.out_bytes,
+            kv_in_bytes=ended.in_bytes,
         )
         drawn = (some for travel in travels for some in travel.drawn)
         samples = tuple(sample for some in drawn for sample in some.collect())
-        return PassResult(step, samples, times)
+        return PassResult(step, samples, times, ended.moved, ended.lost)
+
+    def _check_streamed(self, step: int, layers: StreamCounters, *, computed: bool) -> None:
+        """StageError when a pass did not stream what the plan says: nothing, where it computed nothing."""
+        stage, plan = self.config.stage, self._plan
+        planned = plan.nvme_bytes_a_pass[stage], plan.host_bytes_a_pass[stage]
+        if not computed:
+            planned = 0, 0
+        if (layers.nvme_bytes, layers.host_bytes) != planned:
+            raise StageError(
+                f"stage {stage} streamed {layers.nvme_bytes} bytes from NVMe and "
+                f"{layers.host_bytes} from host RAM in pass {step}; the plan says "
+                f"{planned[0]} and {planned[1]}"
+            )
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Compute, and memory that compute will use, belong to one stream."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headrace.runtime.kv_host import HostPages
+from headrace.runtime.kv_moves import PageLog, PageMover
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.matmul.room import tuning_bytes
 from headrace.runtime.stage_config import StageConfig
@@ -29,19 +31,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StageParts:
-    """A stage's weights and where they are read from, the model that they are of, and KV pages."""
+    """A stage's weights and where they are read from, the model that they are of, and KV pages.
+
+    `moves` is None where pages have no host slots to go to.
+    """
 
     storage: Storage
     weights: StageWeights
     model: "StageModel"
     kv: KVStore
+    moves: PageMover | None
 
 
 class StageStart:
-    """Makes the parts of the stage that `config` describes, on the current stream of `device`."""
+    """Makes the parts of the stage that `config` describes, on the current stream of `device`.
 
-    def __init__(self, config: StageConfig, device: torch.device, tracer: Tracer) -> None:
-        self._config, self._device, self._tracer = config, device, tracer
+    `pages` is where KV pages go from host slots, if anywhere; it stays the caller's.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        device: torch.device,
+        tracer: Tracer,
+        pages: PageLog | None = None,
+    ) -> None:
+        self._config, self._device, self._tracer, self._pages = config, device, tracer, pages
         self._plan, self._placement = config.plan, config.plan.placement
         self._layers = self._placement.layers_of(config.stage)
         self._store = Store.open(Path(config.store))
@@ -66,7 +81,17 @@ class StageStart:
         kv = KVStore(shapes, plan.num_pages, self._dtype, self._device, fmt, plan.num_tails)
         weights.wait_resident()
         self._pack(model, weights)
-        return StageParts(storage, weights, model, kv)
+        moves = self._make_mover(kv)  # last: pinning slows other calls of the driver
+        if moves is not None:
+            opened.enter_context(moves)
+        return StageParts(storage, weights, model, kv, moves)
+
+    def _make_mover(self, kv: KVStore) -> PageMover | None:
+        count = self._plan.host_pages
+        if not count:
+            return None
+        host = HostPages({i: kv.page_bytes(i) for i in kv.layers}, count, self._device)
+        return PageMover(kv, host, self._device, self._pages, self._tracer)
 
     def _choose_storage(self) -> Storage:
         blocks = [self._store.layers[layer] for layer in self._layers]

@@ -24,6 +24,9 @@ class Kind(str, Enum):
     SAMPLE = "sample"
     READ = "read"
     COPY = "copy"
+    KV_COPY = "KV copy"
+    KV_LOG = "KV log"
+    KV_WAIT = "wait for KV"
     SEND = "send"
     RECV = "recv"
     SCHEDULE = "schedule"
@@ -31,7 +34,17 @@ class Kind(str, Enum):
     COMMIT = "commit"
 
 
-ON_HOST = frozenset({Kind.PASS, Kind.READ, Kind.SCHEDULE, Kind.IN_FLIGHT, Kind.COMMIT})
+ON_HOST = frozenset(
+    {
+        Kind.PASS,
+        Kind.READ,
+        Kind.KV_LOG,
+        Kind.KV_WAIT,
+        Kind.SCHEDULE,
+        Kind.IN_FLIGHT,
+        Kind.COMMIT,
+    }
+)
 """Timed by the host's clock on every device; the others happen on the stream that is current."""
 
 
@@ -39,7 +52,7 @@ class Span(NamedTuple):
     """Some time of one resource: nanoseconds since the epoch, by the node's wall clock.
 
     `thread` names the thread of a read. `name` and `number` (-1: none) say what was worked on: a file,
-    an edge and its n-th message, a pass, a visit, a layer.
+    an edge and its n-th message, a pass, a visit, a layer, a kind of moves and one's number.
     """
 
     kind: Kind

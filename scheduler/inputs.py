@@ -126,11 +126,20 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that one stage may use. `process_bytes` is reported, not planned with."""
+    """Bytes that one stage may use. `kv_host_memory` of its host memory is for KV pages.
+
+    `process_bytes` is reported, not planned with.
+    """
 
     device_memory: int
     host_memory: int
     process_bytes: int = 0
+    kv_host_memory: int = 0
+
+    @property
+    def host_weights(self) -> int:
+        """Host memory for weights."""
+        return self.host_memory - self.kv_host_memory
 
 
 @dataclass(frozen=True, slots=True)

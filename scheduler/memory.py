@@ -24,6 +24,9 @@ the rotation's."""
 EXPERT_ROWS = 2
 """More of them, of a mixture: what experts read and what they add to."""
 
+SLOT_ALIGNMENT = 4096
+"""Of host slots for KV pages, so that files are read into them and written from them directly."""
+
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 
@@ -80,13 +83,17 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """Tiers of all layers and the memory that results; `pools` for experts in a split layout."""
+    """Tiers of all layers and the memory that results; `pools` for experts in a split layout.
+
+    Each stage has `host_pages` slots for KV pages in its host memory.
+    """
 
     placement: Placement
     slot_bytes: int
     ring_slots: tuple[int, ...]
     memory: tuple[StageMemory, ...]
     pools: ExpertPools | None
+    host_pages: int
 
 
 def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
@@ -124,6 +131,19 @@ def graph_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
 def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     """One KV page over all of the stage's layers."""
     return sum(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
+
+
+def slot_bytes(page_bytes: int) -> int:
+    """A host slot for one KV page of so many bytes over all of a stage's layers."""
+    return -(-page_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget]) -> int:
+    """KV pages for which every stage has a slot in its host memory."""
+    return min(
+        budget.kv_host_memory // slot_bytes(page_bytes(shape, layout, stage))
+        for stage, budget in enumerate(budgets)
+    )
 
 
 def tail_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
@@ -196,7 +216,7 @@ def fill(
         if resident is None:
             return None
         rest = tuple(layer for layer in layers if layer not in resident)
-        pinned = _take(held, rest, budget.host_memory, 0) or frozenset()
+        pinned = _take(held, rest, budget.host_weights, 0) or frozenset()
         for layer in layers:
             if layer in resident:
                 tiers[layer] = Tier.DEVICE
@@ -241,27 +261,29 @@ def _filled(
     placement = Placement(layout.num_stages, layout.visits, tiers)
     held = shape.held_bytes(split=layout.split)
     streamed = [placement.streamed(stage) for stage in range(layout.num_stages)]
-    slot_bytes = max((held[i] for layers in streamed for i in layers), default=0)
+    ring_slot_bytes = max((held[i] for layers in streamed for i in layers), default=0)
     ring_slots = tuple(layout.ring_slots if layers else 0 for layers in streamed)
+    pages = host_pages(shape, layout, budgets)
     memory = tuple(
         replace(
             _without_weights(shape, layout, stage, cache),
             resident=_bytes_in(held, layout, stage, tiers, Tier.DEVICE),
-            ring=ring_slots[stage] * slot_bytes,
+            ring=ring_slots[stage] * ring_slot_bytes,
             host_layers=_bytes_in(held, layout, stage, tiers, Tier.HOST),
             process=budget.process_bytes,
+            host_kv=pages * slot_bytes(page_bytes(shape, layout, stage)),
         )
         for stage, budget in enumerate(budgets)
     )
     if not layout.split:
-        return Filling(placement, slot_bytes, ring_slots, memory, None)
+        return Filling(placement, ring_slot_bytes, ring_slots, memory, None, pages)
     pools = _pools(shape, layout, budgets, memory)
     slots = zip(memory, pools.device, pools.host, strict=True)
     memory = tuple(
         replace(m, experts=device * pools.slot_bytes, host_experts=host * pools.slot_bytes)
         for m, device, host in slots
     )
-    return Filling(placement, slot_bytes, ring_slots, memory, pools)
+    return Filling(placement, ring_slot_bytes, ring_slots, memory, pools, pages)
 
 
 def _pools(
@@ -279,7 +301,7 @@ def _pools(
             transit = transit_slots(shape, layout.visits, stage, layout.micro_batches)
             most = min(total, transit + max(num_experts(shape, (i,)) for i in layers))
         device.append(min(most, (budget.device_memory - used.device) // nbytes))
-        room = (budget.host_memory - used.host) // nbytes
+        room = (budget.host_weights - used.host_layers) // nbytes
         host.append(0 if device[-1] == total else min(total, room))
     return ExpertPools(nbytes, tuple(device), tuple(host))
 

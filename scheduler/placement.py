@@ -102,7 +102,7 @@ class StageMemory:
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
     kv: pages of this stage's layers.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
     experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
-    experts.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
+    experts.  host_kv: host slots for pages.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
     """
 
@@ -119,6 +119,7 @@ class StageMemory:
     host_experts: int = 0
     graphs: int = 0
     tails: int = 0
+    host_kv: int = 0
 
     @property
     def device(self) -> int:
@@ -127,7 +128,7 @@ class StageMemory:
 
     @property
     def host(self) -> int:
-        return self.host_layers + self.host_experts
+        return self.host_layers + self.host_experts + self.host_kv
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,8 @@ class Plan:
 
     `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages in `kv_format` with the same
     ids on every stage, and `num_tails` in the compute type for requests' newest ones (0 where pages
-    are not quantized: there is no need); at most `token_budget` tokens and `max_sequences` requests a pass, in at most
+    are not quantized: there is no need), and `host_pages` slots in each stage's host RAM, with the same
+    ids, for full pages that have to leave the device; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes, and `ahead` (0 or 1) that
     are submitted before the tokens of the pass they follow are known. Micro-batches of at most
@@ -203,3 +205,4 @@ class Plan:
     host_experts: tuple[int, ...] = ()
     graph_lanes: int = 0
     num_tails: int = 0
+    host_pages: int = 0

@@ -134,7 +134,8 @@ class Sample(NamedTuple):
 class StageTimes:
     """Where one stage's pass went, in seconds, and what it streamed, in bytes.
 
-    `experts_used` counts the experts that tokens reached, each once a layer and micro-batch,
+    `kv_wait` is how long it waited for moves of KV pages, and `kv_out_bytes` and `kv_in_bytes` what
+    those that have ended since the pass before took to host RAM and back to the device. `experts_used` counts the experts that tokens reached, each once a layer and micro-batch,
     `experts_loaded` those of them that were not on the device. Their bytes are in the bytes.
     """
 
@@ -146,6 +147,9 @@ class StageTimes:
     host_bytes: int
     experts_used: int = 0
     experts_loaded: int = 0
+    kv_wait: float = 0.0
+    kv_out_bytes: int = 0
+    kv_in_bytes: int = 0
 
     def plus(self, other: "StageTimes") -> "StageTimes":
         """The two times of one stage together."""
@@ -158,6 +162,9 @@ class StageTimes:
             self.host_bytes + other.host_bytes,
             self.experts_used + other.experts_used,
             self.experts_loaded + other.experts_loaded,
+            self.kv_wait + other.kv_wait,
+            self.kv_out_bytes + other.kv_out_bytes,
+            self.kv_in_bytes + other.kv_in_bytes,
         )
 
     def since(self, start: "StageTimes") -> "StageTimes":
@@ -171,6 +178,9 @@ class StageTimes:
             self.host_bytes - start.host_bytes,
             self.experts_used - start.experts_used,
             self.experts_loaded - start.experts_loaded,
+            self.kv_wait - start.kv_wait,
+            self.kv_out_bytes - start.kv_out_bytes,
+            self.kv_in_bytes - start.kv_in_bytes,
         )
 
 

@@ -1,8 +1,8 @@
 """From sizes, speeds and budgets to a Plan, or to a refusal that says what would fit.
 
 Memory goes first to what a run cannot do without (head, ring, scratch, activations), then to KV
-pages, then to resident layers, then to experts of split ones; host RAM goes to pinned layers and
-experts. Layers are split where they are streamed and their experts can be read alone. How far pages
+pages, then to resident layers, then to experts of split ones; host RAM goes to KV
+pages if it is given to them, else to pinned layers and experts. Layers are split where they are streamed and their experts can be read alone. How far pages
 go before layers is searched: a few page counts for each of a few layouts are filled and predicted by
 the formula, and the best of each layout is simulated. What goes in is described in
 headrace.scheduler.inputs.
@@ -23,13 +23,14 @@ from headrace.scheduler.inputs import (
     Workload,
 )
 from headrace.scheduler.layouts import resident_layouts, streaming_layouts
-from headrace.scheduler.memory import Cache, Filling, Layout, fill
+from headrace.scheduler.memory import Cache, Filling, Layout, fill, page_bytes, slot_bytes
 from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
 from headrace.scheduler.problem import Problem
 from headrace.scheduler.refusal import refusal
 from headrace.scheduler.simulate import simulate
+from headrace.scheduler.sizes import format_size
 
 __all__ = ["Budget", "Choices", "DeviceProfile", "ModelShape", "Workload", "make_plan"]
 
@@ -79,6 +80,7 @@ def make_plan(
         raise DoesNotFitError(
             refusal(shape, problem.profiles[0].kind, budgets, problem.context, problem.choices)
         )
+    _check_host_pages(problem, best)
     return _plan(problem, best)
 
 
@@ -104,10 +106,30 @@ def _check(problem: Problem, workload: Workload) -> None:
             f"--micro-batches {choices.micro_batches} cannot share --token-budget"
             f" {choices.token_budget}: give at least one token to each"
         )
+    for stage, budget in enumerate(problem.budgets):
+        if not 0 <= budget.kv_host_memory <= budget.host_memory:
+            size = format_size(budget.kv_host_memory, up=True)
+            raise DoesNotFitError(
+                f"--kv-host-memory {size} is not within the {format_size(budget.host_memory)} of host"
+                f" memory that stage {stage} has: raise --host-memory to at least {size}, or lower"
+                " --kv-host-memory"
+            )
     stages, layers = len(problem.budgets), problem.shape.num_layers
     if stages > layers:
         raise DoesNotFitError(
             f"--stages {stages} cannot share {layers} layers: use --stages {layers} or fewer"
+        )
+
+
+def _check_host_pages(problem: Problem, best: _Candidate) -> None:
+    """Host memory for KV that was asked for and that no page fits would be there in vain."""
+    given = min(budget.kv_host_memory for budget in problem.budgets)
+    stages = range(len(problem.budgets))
+    page = max(slot_bytes(page_bytes(problem.shape, best.layout, stage)) for stage in stages)
+    if given and not best.filling.host_pages:
+        raise DoesNotFitError(
+            f"--kv-host-memory {format_size(given)} holds no KV page of a stage's layers: give it at"
+            f" least {format_size(page, up=True)} for each page, or leave it out"
         )
 
 
@@ -279,6 +301,7 @@ def _plan(problem: Problem, candidate: _Candidate) -> Plan:
         host_experts=pools.host if pools else (),
         kv_format=shape.kv_format,
         num_tails=cache.sequences if shape.layer_tail_bytes else 0,
+        host_pages=filling.host_pages,
     )
 
 

@@ -2,6 +2,7 @@
 
 from headrace.scheduler.experts import num_experts, transit_slots
 from headrace.scheduler.inputs import Budget, ModelShape
+from headrace.scheduler.memory import slot_bytes
 from headrace.scheduler.placement import Plan, Tier
 
 
@@ -25,6 +26,9 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
         assert memory.kv == plan.num_pages * sum(shape.layer_kv_bytes[i] for i in layers)
         tails = sum(shape.layer_tail_bytes[i] for i in layers) if shape.layer_tail_bytes else 0
         assert memory.tails == plan.num_tails * tails
+        slot = slot_bytes(sum(shape.layer_kv_bytes[i] for i in layers))
+        assert memory.host_kv == plan.host_pages * slot <= budget.kv_host_memory
+        assert memory.host_layers + memory.host_experts <= budget.host_weights
         assert memory.ring == plan.ring_slots[stage] * plan.slot_bytes
         assert memory.head == (shape.head_bytes if stage == placement.last_stage else 0)
         assert memory.embed == (shape.embed_bytes if stage == placement.first_stage else 0)

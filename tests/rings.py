@@ -11,6 +11,7 @@ import torch
 from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
+from headrace.runtime.kv_moves import PageLog
 from headrace.runtime.recording import Capture
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
@@ -113,6 +114,7 @@ def manual_plan(
     ahead: int = 0,
     kv_format: str = "fp32",
     num_tails: int = 16,
+    host_pages: int = 0,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
@@ -162,6 +164,7 @@ def manual_plan(
         host_experts=(host_experts,) * stages,
         kv_format=kv_format,
         num_tails=num_tails if FORMATS[kv_format].is_quantized else 0,
+        host_pages=host_pages,
     )
 
 
@@ -174,7 +177,10 @@ def local_ring(
     trace: bool = False,
     capture: Capture | None = None,
     storage: str = "auto",
+    logs: Sequence[PageLog] = (),
+    deadline: float = 60.0,
 ) -> Iterator[LocalPipeline]:
+    """`logs` keep the stages' KV pages, if they are given, and stay the caller's."""
     stages = [
         Stage(
             StageConfig(
@@ -185,11 +191,12 @@ def local_ring(
                 device_memory=0,
                 dtype="float32",
                 storage=storage,
-                deadline=60.0,
+                deadline=deadline,
                 threads=torch.get_num_threads(),
                 trace=trace,
             ),
             capture,
+            logs[stage] if logs else None,
         )
         for stage in range(plan.placement.num_stages)
     ]

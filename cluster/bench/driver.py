@@ -155,4 +155,7 @@ def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
         int(middle("host_bytes")),
         int(middle("experts_used")),
         int(middle("experts_loaded")),
+        middle("kv_wait"),
+        int(middle("kv_out_bytes")),
+        int(middle("kv_in_bytes")),
     )

@@ -121,7 +121,9 @@ def check_request(given: EngineOptions, work: Work, directory: Path) -> None:
     if work.local and given.stages > 1:
         raise HeadraceError("--local runs one stage in this process: leave --stages out")
     if work.tier in ("device", "nvme") and given.host_memory:
-        raise HeadraceError(f"--tier {work.tier} uses no host memory: leave --host-memory out")
+        raise HeadraceError(
+            f"--tier {work.tier} has no weights in host memory: leave --host-memory out"
+        )
     if work.tier == "device" and given.resident_layers is not None:
         raise HeadraceError("--tier device keeps every layer: leave --resident-layers out")
     if not directory.is_dir():
@@ -177,10 +179,10 @@ def options_of(given: EngineOptions, work: Work, store: Store) -> EngineOptions:
 
 def _tier(given: EngineOptions, tier: str, store: Store) -> dict[str, Any]:
     if tier == "device":
-        return {"host_memory": 0, "resident_layers": len(store.layers)}
-    host = 0
+        return {"host_memory": given.kv_host_memory, "resident_layers": len(store.layers)}
+    host = given.kv_host_memory
     if tier == "host":
-        host = _host_bytes(store) if given.host_memory is None else given.host_memory
+        host = _host_bytes(store) + host if given.host_memory is None else given.host_memory
     return {"host_memory": host, "resident_layers": given.resident_layers or 0}
 
 

@@ -64,10 +64,14 @@ class RunOptions:
     host_memory: Annotated[
         str | None,
         typer.Option(
-            help="Per stage, pinned RAM for weights. "
-            "[default: half of what is free, shared; CPU: 0]"
+            help="Per stage, pinned RAM for weights and for KV pages. "
+            "[default: half of what is free, shared; CPU: as --kv-host-memory]"
         ),
     ] = None
+    kv_host_memory: Annotated[
+        str,
+        typer.Option(help="Of a stage's host memory, for KV pages that have to leave its device."),
+    ] = "0"
     placement: Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")] = (
         PlacementChoice.AUTO
     )
@@ -115,7 +119,7 @@ class RunOptions:
         for name, value in given.items():
             if isinstance(value, Enum):
                 given[name] = value.value
-        for name in ("device_memory", "host_memory"):
+        for name in ("device_memory", "host_memory", "kv_host_memory"):
             if given[name] is not None:
                 given[name] = parse_size(given[name])
         return EngineOptions(store=store, **given, **more)

@@ -62,6 +62,7 @@ PARTS = (
     ("device", "device memory in all"),
     ("host_layers", "layers in host memory"),
     ("host_experts", "experts in host memory"),
+    ("host_kv", "KV pages in host memory"),
     ("embed", "embedding in host memory"),
     ("process", "the process itself"),
 )
@@ -101,6 +102,8 @@ def _summary(plan: Plan) -> Table:
     )
     if plan.num_tails:
         table.add_row("", f"{plan.num_tails} sequences at once have room for their newest page")
+    if plan.host_pages:
+        table.add_row("", f"{plan.host_pages} more pages have room in host memory")
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
     if nvme + host:
         slots = f"{max(plan.ring_slots)} slots of {format_size(plan.slot_bytes)}"

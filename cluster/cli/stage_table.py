@@ -47,8 +47,10 @@ def _table(
         if name == "computing" and any(splits):
             _add_split(table, report, [splits[stage] for stage in stages], times)
     _add_experts(table, report, times, expert_bytes)
-    _add_bytes(table, report, "NVMe", lambda one: one.nvme_bytes, times)
-    _add_bytes(table, report, "host RAM", lambda one: one.host_bytes, times)
+    _add_bytes(table, report, "from NVMe", lambda one: one.nvme_bytes, times)
+    _add_bytes(table, report, "from host RAM", lambda one: one.host_bytes, times)
+    _add_bytes(table, report, "KV to host RAM", lambda one: one.kv_out_bytes, times)
+    _add_bytes(table, report, "KV from host RAM", lambda one: one.kv_in_bytes, times)
     return table
 
 
@@ -57,12 +59,14 @@ def _times(report: JobReport) -> Iterator[tuple[str, Callable[[StageTimes], floa
     yield "computing", computing
     yield "wait for weights", lambda one: one.weights_wait
     yield "wait for link", lambda one: one.link_wait
+    if any(one.kv_wait for one in report.work.stages):
+        yield "wait for KV", lambda one: one.kv_wait
     yield "between passes", lambda one: max(report.seconds - one.total, 0.0)
 
 
 def computing(times: StageTimes) -> float:
     """Seconds of passes in which the stage did not wait."""
-    return max(times.total - times.weights_wait - times.link_wait, 0.0)
+    return max(times.total - times.weights_wait - times.link_wait - times.kv_wait, 0.0)
 
 
 def _add_split(
@@ -109,14 +113,14 @@ def _hits(times: StageTimes) -> str:
 def _add_bytes(
     table: Table,
     report: JobReport,
-    source: str,
+    name: str,
     moved: Callable[[StageTimes], int],
     times: Sequence[StageTimes],
 ) -> None:
     """Two rows if any stage of the run has them, so that all tables are alike."""
     if not any(moved(one) for one in report.work.stages):
         return
-    table.add_row(f"from {source}", *(format_size(moved(one)) for one in times))
+    table.add_row(name, *(format_size(moved(one)) for one in times))
     rates = (moved(one) / GB / report.seconds if report.seconds > 0 else 0.0 for one in times)
     table.add_row("  GB/s", *(f"{rate:.2f}" for rate in rates))
 

@@ -22,16 +22,17 @@ class AlignedBuffer:
     `pinned` registers it with CUDA, so that copies from it run beside the host; that costs about
     0.6 s per GB. torch's own pinned memory is rounded up to a power of two and not page-aligned.
     The memory goes back when the buffer and every view of `tensor` are gone; close() unpins it.
-    Raises DoesNotFitError when the host has no such memory or may not lock it.
+    Raises DoesNotFitError when the host has no such memory or may not lock it; `option` is what the
+    user may lower.
     """
 
-    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+    def __init__(self, nbytes: int, *, pinned: bool = False, option: str = "--host-memory") -> None:
         assert nbytes > 0
         try:
             pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise DoesNotFitError(
-                f"the host has no {nbytes} bytes of memory to give ({error}); lower --host-memory"
+                f"the host has no {nbytes} bytes of memory to give ({error}); lower {option}"
             ) from error
         with suppress(OSError):  # a kernel without huge pages: slower page faults, nothing else
             pages.madvise(mmap.MADV_HUGEPAGE)
@@ -40,7 +41,7 @@ class AlignedBuffer:
         self.tensor = torch.frombuffer(pages, dtype=torch.uint8)
         self._pinned = False
         if pinned:
-            register(self.tensor)
+            register(self.tensor, option)
             self._pinned = True
 
     def close(self) -> None:
@@ -55,13 +56,13 @@ class AlignedBuffer:
         self.close()
 
 
-def register(memory: torch.Tensor) -> None:
+def register(memory: torch.Tensor, option: str = "--host-memory") -> None:
     """Pin host memory for CUDA. Flags 0: with unified addressing it is pinned for every device."""
     result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if result:
         raise DoesNotFitError(
             f"CUDA could not pin {memory.nbytes} bytes of host memory (cudaError {result}); lower "
-            "--host-memory, or raise the locked-memory limit (ulimit -l)"
+            f"{option}, or raise the locked-memory limit (ulimit -l)"
         )
 
 

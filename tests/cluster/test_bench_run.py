@@ -131,6 +131,16 @@ def test_the_batch_is_what_the_plan_has_room_for(tmp_path: Path) -> None:
         measured(tmp_path, "8b", work, tiny)
 
 
+def test_pages_have_room_in_host_memory_whatever_the_tier(tmp_path: Path) -> None:
+    given = replace(CPU, kv_host_memory=1 << 20)
+    for tier in ("nvme", "device", "host"):
+        work = Work(batch=2, prompt=8, new=6, tier=tier, local=True)
+        plan = measured(tmp_path, "8b", work, given).plan
+        assert plan.host_pages > 0
+        streamed = [sum(plan.nvme_bytes_a_pass), sum(plan.host_bytes_a_pass)]
+        assert [count > 0 for count in streamed] == [tier == "nvme", tier == "host"]
+
+
 def test_a_kept_store_is_used_again(tmp_path: Path) -> None:
     config = small_config("8b")
     with random_store(tmp_path, config, "int8", in_memory=True, keep=True) as store:
@@ -145,7 +155,11 @@ def test_a_kept_store_is_used_again(tmp_path: Path) -> None:
     [
         ({"device": "cuda"}, Work(), "PyTorch sees no CUDA device"),
         ({"stages": 2}, Work(local=True), "--local runs one stage"),
-        ({"host_memory": 5}, Work(tier="nvme"), "uses no host memory: leave --host-memory out"),
+        (
+            {"host_memory": 5},
+            Work(tier="nvme"),
+            "has no weights in host memory: leave --host-memory out",
+        ),
         ({"resident_layers": 5}, Work(tier="device"), "leave --resident-layers out"),
     ],
 )

@@ -104,6 +104,18 @@ def test_the_kv_format_is_shown_and_so_are_tails() -> None:
     assert json.loads(json.dumps(plan_json(plan)))["kv_format"] == "int4"
 
 
+def test_kv_pages_in_host_memory_are_shown() -> None:
+    budgets = [Budget(100_000_000, 3 << 20, kv_host_memory=2 << 20)] * 2
+    plan = make_plan(SHAPE, [CPU] * 2, budgets, Workload(context=64))
+    assert plan.host_pages == 32
+    text = printed(plan)
+    assert "32 more pages have room in host memory" in " ".join(text.split())
+    assert "KV pages in host memory" in text and "2.00 MiB" in text
+    data = json.loads(json.dumps(plan_json(plan)))
+    assert data["host_pages"] == 32 and data["memory"][1]["host_kv"] == 2 << 20
+    assert "KV pages in host memory" not in printed(plan_of(2, 100_000_000))
+
+
 @pytest.mark.parametrize("stages", [1, 3, 8])
 def test_experts_in_80_columns(stages: int) -> None:
     device = DeviceProfile("cuda", 7.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)

@@ -51,12 +51,14 @@ def test_quantized_pages_give_the_same_on_one_stage_and_on_two(
     stories: Path, kv_format: str
 ) -> None:
     prompts = [ONCE * 12, "The sun was", ONCE * 20]
+    in_host: dict[str, Any] = {"host_memory": "3MiB", "kv_host_memory": "2MiB"}
     found = []
     for room in (
         {"stages": 2, "device_memory": "8MiB", "resident_layers": 3, "token_budget": 50},
-        {"device_memory": "60MiB", "resident_layers": 12},
+        {"device_memory": "60MiB", "resident_layers": 12} | in_host,
     ):
-        with LLM(stories, kv_format=kv_format, **room, **ROOM) as llm:
+        with LLM(stories, kv_format=kv_format, **(ROOM | room)) as llm:
+            assert (llm.plan.host_pages > 0) == ("kv_host_memory" in room)
             assert llm.plan.kv_format == kv_format and llm.plan.num_tails > 0
             found.append([output.outputs[0] for output in llm.generate(prompts, GREEDY)])
     assert found[0] == found[1]

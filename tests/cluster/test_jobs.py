@@ -494,8 +494,24 @@ def test_experts_have_rows_of_their_own() -> None:
     assert "every pass streamed experts as tokens reached them." in told
 
 
+def test_moved_pages_have_rows_of_their_own() -> None:
+    stages = (
+        StageTimes(0, 10.0, 6.0, 1.0, 0, 0, kv_wait=2.0, kv_out_bytes=1 << 30),
+        StageTimes(1, 10.0, 6.0, 1.0, 0, 0, kv_in_bytes=1 << 20),
+    )
+    text = table_of(make_report(work=Work(50, 30, 200, 10.0, 9.0, stages)), ())
+    assert "computing 1.0s 10% 3.0s 30%" in text
+    assert "wait for KV 2.0s 20% 0.0s 0%" in text
+    assert "KV to host RAM 1.00 GiB 0 B GB/s 0.11 0.00" in text
+    assert "KV from host RAM 0 B 1.00 MiB GB/s 0.00 0.00" in text
+    assert "KV" not in " ".join(table_of(make_report(), ()).split("The model")[0].split())
+
+
 def test_many_stages_stay_within_eighty_columns() -> None:
-    stages = tuple(StageTimes(i, 10.0, 6.0, 1.0, 10**9, 0) for i in range(9))
+    stages = tuple(
+        StageTimes(i, 10.0, 6.0, 1.0, 10**9, 0, kv_wait=1e5, kv_out_bytes=1000, kv_in_bytes=10**12)
+        for i in range(9)
+    )
     report = make_report(seconds=2e5, work=Work(50, 30, 200, 10.0, 9.0, stages))
     console = Console(file=StringIO(), width=200)
     console.print(stage_table(report))

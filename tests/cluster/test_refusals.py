@@ -151,6 +151,11 @@ def test_a_model_beyond_every_budget(refused: Refused, stories: Path) -> None:
     assert "stage 0 of 1 needs at least" in said and "has 1.00 MiB" in said
     assert "--device-memory at least" in said and "--context" in said
     assert "--stages 99 cannot share 12 layers" in refused("plan", stories, "--stages", 99)
+    options = ("--device", "cpu", "--device-memory", "60MiB")
+    said = refused("plan", stories, *options, "--host-memory", 0, "--kv-host-memory", "1MiB")
+    assert "--kv-host-memory 1.00 MiB is not within the 0 B of host memory" in said
+    said = refused("plan", stories, *options, "--kv-host-memory", "1KiB")
+    assert "--kv-host-memory 1.00 KiB holds no KV page" in said
 
 
 def test_sizes_and_devices(refused: Refused, stories: Path, rows: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def check_kinds(tracks: dict[tuple[str, str], list[Event]], wanted: set[Kind]) -
     assert seen == {kind.value for kind in wanted}
 
 
-ON_CPU = set(Kind) - {Kind.GRAPH}
+ON_CPU = set(Kind) - {Kind.GRAPH, Kind.KV_COPY, Kind.KV_LOG, Kind.KV_WAIT}
 BETWEEN_PROCESSES = {Kind.SEND, Kind.RECV}
 
 

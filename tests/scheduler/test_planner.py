@@ -312,7 +312,14 @@ def shapes(draw: st.DrawFn) -> ModelShape:
 @given(
     shape=shapes(),
     budgets=st.lists(
-        st.builds(Budget, st.integers(10**5, 10**7), st.integers(0, 10**6)), min_size=1, max_size=4
+        st.builds(
+            Budget,
+            st.integers(10**5, 10**7),
+            st.integers(0, 10**6),
+            kv_host_memory=st.sampled_from([0, 0, 10**5]),
+        ),
+        min_size=1,
+        max_size=4,
     ),
     profile=st.sampled_from([CPU, GPU]),
     context=st.integers(1, 600),

@@ -1,0 +1,89 @@
+"""Host memory for KV pages: as many slots as every stage has room for, and no byte more."""
+
+from dataclasses import replace
+
+import pytest
+from mixtures import QWEN3_235B, mixture
+from plan_checks import check
+
+from headrace.scheduler.errors import DoesNotFitError
+from headrace.scheduler.inputs import Budget, DeviceProfile, ModelShape, Workload
+from headrace.scheduler.memory import slot_bytes
+from headrace.scheduler.placement import Plan, Tier
+from headrace.scheduler.planner import make_plan
+
+GB = 10**9
+GPU = DeviceProfile("cuda", 7.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)
+CPU = DeviceProfile("cpu", 1.5, 8.0, 0.05, 20.0, 3e-4, 4.8)
+
+
+def dense(layers: int, hidden: int, vocab: int, kv_columns: int) -> ModelShape:
+    """A mixture without experts: an MLP of 3.5 times the hidden size."""
+    shape = mixture(
+        layers,
+        hidden,
+        vocab,
+        attention=3 * hidden**2,
+        expert_size=1,
+        experts=1,
+        per_token=1,
+        kv_columns=kv_columns,
+        dense_layers=layers,
+        dense_size=7 * hidden // 2,
+    )
+    return replace(shape, experts=())
+
+
+LLAMA_70B = dense(80, 8192, 128256, 2 * 8 * 128)
+TINY = dense(8, 64, 512, 64)
+
+
+def plan_of(shape: ModelShape, budgets: list[Budget], profile: DeviceProfile = GPU) -> Plan:
+    plan = make_plan(shape, [profile] * len(budgets), budgets, Workload())
+    check(plan, shape, budgets)
+    return plan
+
+
+def test_slots_are_rounded_up() -> None:
+    assert [slot_bytes(n) for n in (1, 4096, 4097)] == [4096, 4096, 8192]
+
+
+def test_every_stage_has_as_many_slots_as_the_one_with_least_room() -> None:
+    budgets = [Budget(24 * GB, 20 * GB, kv_host_memory=kv * GB) for kv in (8, 2, 8, 8)]
+    plan = plan_of(LLAMA_70B, budgets)
+    page = 20 * 64 * 8 * 128 * 2 * 2
+    assert plan.host_pages == 2 * GB // page
+    assert [memory.host_kv for memory in plan.memory] == [plan.host_pages * page] * 4
+    assert all(memory.host >= memory.host_kv for memory in plan.memory)
+
+
+def test_pages_go_before_layers_and_experts() -> None:
+    for shape, device in ((LLAMA_70B, 12 * GB), (QWEN3_235B, 16 * GB)):
+        without = plan_of(shape, [Budget(device, 30 * GB)])
+        halved = plan_of(shape, [Budget(device, 30 * GB, kv_host_memory=15 * GB)])
+        as_half = plan_of(shape, [Budget(device, 15 * GB)])
+        assert without.host_pages == as_half.host_pages == 0 < halved.host_pages
+        assert halved.placement == as_half.placement
+        assert halved.host_experts == as_half.host_experts
+        (more,), (less,) = without.memory, halved.memory
+        assert more.host_layers + more.host_experts > less.host_layers + less.host_experts > 0
+        assert replace(halved, host_pages=0, memory=as_half.memory) == as_half
+
+
+def test_memory_that_all_goes_to_pages_leaves_layers_on_the_drive() -> None:
+    plan = plan_of(LLAMA_70B, [Budget(12 * GB, 9 * GB, kv_host_memory=9 * GB)] * 3)
+    assert plan.host_pages > 0 and Tier.HOST not in plan.placement.tiers
+
+
+@pytest.mark.parametrize("given", [2_000_000, -1])
+def test_more_than_there_is_is_refused(given: int) -> None:
+    budgets = [Budget(10**8, 2_000_000), Budget(10**8, 10**6, kv_host_memory=given)]
+    with pytest.raises(DoesNotFitError, match=r"--kv-host-memory .* stage 1 has: raise --host-mem"):
+        plan_of(TINY, budgets, CPU)
+
+
+def test_memory_that_holds_no_page_is_refused() -> None:
+    least = 4 * 64 * 64 * 2
+    assert plan_of(TINY, [Budget(10**8, 10**6, kv_host_memory=least)] * 2, CPU).host_pages == 1
+    with pytest.raises(DoesNotFitError, match=r"holds no KV page .* at least 32.0 KiB for each"):
+        plan_of(TINY, [Budget(10**8, 10**6, kv_host_memory=least - 1)] * 2, CPU)
