@@ -60,13 +60,14 @@ class Engine:
         *,
         stop_ids: frozenset[int],
         digest: str,
+        dtype: str,
         trace: "RunTrace | None" = None,
     ) -> None:
         self.plan = plan
         self.model_digest = digest
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
-        self._scheduler = Scheduler(scheduler_config(plan))
+        self._scheduler = Scheduler(scheduler_config(plan, f"{digest} {plan.kv_format} {dtype}"))
         self._reports = MoveReports(plan.placement.num_stages)
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
@@ -78,13 +79,26 @@ class Engine:
         self._newest_started = -1
         self._busy_since: float | None = None
 
-    def add(self, token_ids: list[int], params: SamplingParams, seed: int) -> int:
-        """Queue a prompt; returns the request's id. RequestError when it cannot be served."""
+    def add(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        *,
+        tenant: str = "",
+        keep: bool = False,
+    ) -> int:
+        """Queue a prompt; returns the request's id. RequestError when it cannot be served.
+
+        Nothing that a tenant has had computed is found by another one. `keep` saves the keys and
+        values below the device for a prompt that goes on from where this one ends.
+        """
         request_id, self._next_id = self._next_id, self._next_id + 1
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._stop_ids
-        self._scheduler.add(Request(request_id, list(token_ids), params, seed, stop_ids))
+        request = Request(request_id, list(token_ids), params, seed, stop_ids, tenant, keep)
+        self._scheduler.add(request)
         if params.stop:
             self._watchers[request_id] = StopStrings(self.tokenizer, params)
         if params.logprobs is not None:
@@ -105,7 +119,8 @@ class Engine:
         return self._scheduler.num_waiting
 
     def has_started(self, request_id: int) -> bool:
-        """Whether any token of the request was computed; requests start in the order of their ids."""
+        """Whether any token of the request was computed, or of a later one, for which it need not wait
+        while its pages are loaded."""
         return request_id <= self._newest_started
 
     def step(self) -> list[Completion]:
@@ -227,7 +242,8 @@ def _streamed_share(plan: Plan, experts_loaded: int) -> float:
     return needed / predicted if predicted else 1.0
 
 
-def scheduler_config(plan: Plan) -> SchedulerConfig:
+def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
+    """What the scheduler is told of a plan; `identity` of what its keys and values depend on."""
     return SchedulerConfig(
         num_pages=plan.num_pages,
         num_tails=plan.num_tails,
@@ -238,4 +254,6 @@ def scheduler_config(plan: Plan) -> SchedulerConfig:
         micro_batch_tokens=plan.micro_batch_tokens,
         passes_in_flight=plan.passes_in_flight,
         ahead=plan.ahead,
+        host_pages=plan.host_pages,
+        identity=identity,
     )

@@ -276,7 +276,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             _connect(actors, options, stack)
         times.ended("connecting")
         log.info("%s", times)
-        yield stack.enter_context(_engine(actors, plan, options, store, tokenizer))
+        yield stack.enter_context(_engine(actors, plan, options, store, dtype, tokenizer))
 
 
 def _check(options: EngineOptions) -> None:
@@ -290,7 +290,12 @@ def _check(options: EngineOptions) -> None:
 
 
 def _engine(
-    actors: Sequence[Any], plan: Plan, options: EngineOptions, store: Store, tokenizer: Any
+    actors: Sequence[Any],
+    plan: Plan,
+    options: EngineOptions,
+    store: Store,
+    dtype: str,
+    tokenizer: Any,
 ) -> Engine:
     ring = RayPipeline(actors, plan, options.deadline)
     pipeline: Pipeline = ring
@@ -306,5 +311,6 @@ def _engine(
         tokenizer,
         stop_ids=stop_ids(store, tokenizer),
         digest=store.digest,
+        dtype=dtype,
         trace=trace,
     )

@@ -75,7 +75,7 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that can be allocated: those that hold nothing and those that are cached."""
-        return self._counts[PageState.FREE] + self._counts[PageState.CACHED]
+        return len(self._free) + len(self._cached[False]) + len(self._cached[True])
 
     @property
     def num_spare(self) -> int:

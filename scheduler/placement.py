@@ -203,3 +203,4 @@ class Plan:
     host_experts: tuple[int, ...] = ()
     graph_lanes: int = 0
     num_tails: int = 0
+    host_pages: int = 0

@@ -241,7 +241,9 @@ class Scheduler:
 
     def _grow(self, request: Request, count: int) -> bool:
         """Make the pages cover `count` more tokens; younger requests give way if need be."""
-        missing = max(0, pages_for(request.num_scheduled + count) - len(request.pages))
+        missing = pages_for(request.num_scheduled + count) - len(request.pages)
+        if missing <= 0:
+            return True
         while not self.holdings.can_grow(missing):
             if self.holdings.can_grow_soon(missing):
                 return False
