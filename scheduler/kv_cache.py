@@ -41,8 +41,8 @@ class KVCache:
     """Decides over Tiers, by what a page costs to load and to compute.
 
     Nothing waits for a page to be saved but a request that needs its room. A load goes through a
-    host slot, and looks before each step where the page is now: it goes on from wherever a copy is
-    left, and fails when there is none. One that waits for a slot has it once moves have ended.
+    host slot, and looks before each step where the page is now: it fails when that is nowhere. One
+    that waits for a slot has it once moves have ended.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -162,7 +162,7 @@ class KVCache:
             move = self.tiers.moves.end(number, lost=True)
             self.tiers.lose(move)
             if move.kind is MoveKind.IN:
-                self._load_again(move.page, move.key)
+                settled.failed.add(move.page)
             elif move.kind is MoveKind.OUT:
                 self._kept.discard(move.key)
         settled.failed.update(self._advance())
@@ -193,13 +193,6 @@ class KVCache:
         self._device.share(page)
         self._loads[page] = key
         return page
-
-    def _load_again(self, page: int, key: bytes) -> None:
-        """The bytes did not come; if somebody waits for them, there may be another copy."""
-        if self._device.is_held(page):
-            self._loads[page] = key
-        else:
-            self._device.forget(page)
 
     def _advance(self) -> set[int]:
         """Begin each load's next step. Returns the pages of those that have nowhere to come from."""

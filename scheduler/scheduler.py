@@ -7,9 +7,9 @@ from heapq import heappop, heappush
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.draft import Draft
-from headrace.scheduler.errors import RequestError
 from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.limits import check_request, token_limit
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
 from headrace.scheduler.policy import choose_victim, service_order, watermark
@@ -27,12 +27,12 @@ class Update:
 class Scheduler:
     """Continuous batching over one pool of KV pages.
 
-    A live request waits (no pages) or runs (a tail, and pages for what is scheduled); one that runs is in
-    no pass while pages of its prefix are being loaded. Several passes may be in
-    flight and are returned in order. A request is in at most one of them; passes made ahead may also
-    hold requests of the oldest one, which continue by tokens that are not known yet. What a request
-    that has ended meanwhile gets in such a pass is ignored. Request ids are unique while a request
-    lives or is in flight, and give precedence: lower ids are admitted first and preempted last.
+    A live request waits (no pages) or runs (a tail, and pages for what is scheduled). One that runs is
+    in no pass while pages of its prefix are being loaded. Several passes may be in flight and are
+    returned in order. A request is in at most one of them; passes made ahead may also hold requests of
+    the oldest one, which continue by tokens that are not known yet. What a request that has ended
+    meanwhile gets in such a pass is ignored. Request ids are unique while a request lives or is in
+    flight, and give precedence: lower ids are admitted first and preempted last.
 
     There is always a runnable request. `add` refuses what could not run alone, admission reserves
     the pages of all tokens that a request has, so that only decodes need more, and only younger
@@ -89,7 +89,7 @@ class Scheduler:
         """
         assert request.request_id not in self._live, request.request_id
         assert request.request_id not in self._in_flight, request.request_id
-        self._check(request)
+        check_request(request, self.config)
         self._live[request.request_id] = request
         heappush(self._waiting, request.request_id)
 
@@ -169,28 +169,6 @@ class Scheduler:
                 self._put_back(request)
         return update
 
-    def _check(self, request: Request) -> None:
-        if not request.tokens:
-            raise RequestError("the prompt is empty; give it at least one token")
-        if request.num_prompt + 1 > self.config.max_context:
-            raise RequestError(
-                f"the prompt has {request.num_prompt} tokens, but a context of "
-                f"{self.config.max_context} tokens holds at most {self.config.max_context - 1} and "
-                "one of output; shorten the prompt or raise --context"
-            )
-        need = pages_for(self._limit(request) - 1)
-        if need > self.config.num_pages:
-            raise RequestError(
-                f"a prompt of {request.num_prompt} tokens and up to "
-                f"{self._limit(request) - request.num_prompt} of output need {need} KV pages of "
-                f"{PAGE_TOKENS} tokens, but there are {self.config.num_pages}; shorten the prompt, "
-                "lower max_tokens or raise --context"
-            )
-
-    def _limit(self, request: Request) -> int:
-        """Tokens at which the request ends. The last one is never computed and needs no page."""
-        return min(request.num_prompt + request.params.max_tokens, self.config.max_context)
-
     def _continue_running(self, draft: Draft, *, may_follow: bool) -> None:
         ready = [r for r in self._running.values() if self._is_ready(r, may_follow)]
         for request in service_order(ready):
@@ -206,7 +184,7 @@ class Scheduler:
             return False
         if not request.passes:
             return True
-        ends = len(request.tokens) + request.num_drawing >= self._limit(request)
+        ends = len(request.tokens) + request.num_drawing >= token_limit(request, self.config)
         return may_follow and request.passes == [self._steps[0]] and not ends
 
     def _admit_waiting(self, draft: Draft) -> None:
@@ -216,7 +194,7 @@ class Scheduler:
         growth = sum(self._growth(request) for request in self._running.values())
         while draft.room and (request := self._oldest_waiting()) is not None:
             # The token that is drawn next needs a place, too, if it is computed at all.
-            tokens = min(len(request.tokens) + 1, self._limit(request) - 1)
+            tokens = min(len(request.tokens) + 1, token_limit(request, self.config) - 1)
             # No more is left free than the running ones can still come to need.
             spare = min(growth, watermark(self.config.num_pages, len(self._running)))
             if not self.holdings.admit(request, tokens, spare):
@@ -229,7 +207,7 @@ class Scheduler:
 
     def _growth(self, request: Request) -> int:
         """Pages that a running request still lacks if it goes on to its limit."""
-        return pages_for(self._limit(request) - 1) - len(request.pages)
+        return pages_for(token_limit(request, self.config) - 1) - len(request.pages)
 
     def _oldest_waiting(self) -> Request | None:
         while self._waiting:
@@ -299,7 +277,7 @@ class Scheduler:
         update.committed.append((request, sample))
         if sample.token in request.stop_ids:
             self._end(request, FinishReason.STOP)
-        elif len(request.tokens) >= self._limit(request):
+        elif len(request.tokens) >= token_limit(request, self.config):
             self._end(request, FinishReason.LENGTH)
         if request.finish_reason is not None:
             update.finished.append(request)

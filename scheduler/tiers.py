@@ -102,14 +102,17 @@ class Tiers:
         self.rate(move.key)
 
     def lose(self, move: PageMove) -> None:
-        """Forget the copy that could not be read, or written. The device page of an IN is still coming."""
+        """Forget the copy that could not be read, or written."""
         if move.kind is MoveKind.OUT:
             self.host.forget(move.slot)
             self.device.departed(move.page)
             self.device.rate(move.page, precious=False)  # or it would be tried again at once
         elif move.kind is MoveKind.IN:
+            # The copy on NVMe, too, from which it may have come: who asks for it would ask for ever.
+            self.nvme.discard(move.key)
             self.host.forget(move.slot)
             self.host.departed(move.slot)
+            self.device.forget(move.page)
         elif move.kind is MoveKind.SPILL:
             self.host.departed(move.slot)
             self.host.rate(move.slot, precious=False)

@@ -285,3 +285,22 @@ def test_all_tiers_are_used(ahead: int) -> None:
     assert all(hits[tier] > 0 for tier in ("device", "host", "nvme"))
     assert all(moved[kind] > 0 for kind in MoveKind)
     assert swaps > 0
+
+
+@pytest.mark.parametrize("kind", MoveKind)
+def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind) -> None:
+    config = SchedulerConfig(
+        num_pages=6,
+        max_context=5 * PAGE_TOKENS,
+        token_budget=256,
+        max_sequences=4,
+        micro_batches=1,
+        micro_batch_tokens=256,
+        host_pages=4,
+        nvme_pages=40,
+    )
+    lost = 0
+    for seed in range(3):
+        driver = Driver(config, random.Random(seed), loss=1.0, lossy={kind})
+        lost += driver.run(14, 1).lost[kind]
+    assert lost > 0
