@@ -1,6 +1,6 @@
 """What requests hold: pages and tails, and pages that are still coming."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.kv_cache import KVCache, Prefix
@@ -16,7 +16,8 @@ class Holdings:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.cache = KVCache(config)
-        self.pool = self.cache.tiers.device
+        self._tiers = self.cache.tiers
+        self.pool = self._tiers.device
         # Whoever runs has a page, so that as many tails as pages bound nothing.
         self.tails = PagePool(config.num_tails or config.num_pages)
         self._identity = config.identity
@@ -31,12 +32,16 @@ class Holdings:
     @property
     def is_moving(self) -> bool:
         """Whether moves are under way, or wait for a pass to carry them."""
-        return len(self.cache.tiers.moves) > 0
+        return len(self._tiers.moves) > 0
 
     def take_moves(self) -> tuple[PageMove, ...]:
         """What the next pass carries, with what there is time to save."""
         self.cache.write_back()
-        return self.cache.tiers.moves.take()
+        return self._tiers.moves.take()
+
+    def adopt(self, keys: Iterable[bytes]) -> None:
+        """Take over what every stage's NVMe holds of an earlier run, oldest first."""
+        self._tiers.adopt(keys)
 
     def admit(self, request: Request, num_tokens: int, spare: int) -> bool:
         """Give the request pages for `num_tokens` tokens and a tail, if that leaves `spare` pages.
@@ -44,12 +49,11 @@ class Holdings:
         What is found of its prefix is shared, or loaded: until that has come it is `coming`. At
         least its last token is computed, so that no request needs nothing.
         """
-        if not (self.tails.can_allocate(1) and self.pool.can_allocate(1 + spare)):
-            return False  # whatever is found
-        full = (len(request.tokens) - 1) // PAGE_TOKENS
+        full, total = (len(request.tokens) - 1) // PAGE_TOKENS, pages_for(num_tokens)
+        if not (self.tails.can_allocate(1) and self.pool.can_allocate(total - full + spare)):
+            return False  # whatever would be found
         self._extend_keys(request, full)
         prefix = self.cache.find(request.keys[:full])
-        total = pages_for(num_tokens)
         if not self.pool.can_allocate(total - prefix.num_held + spare):
             return False
         found = self.cache.claim(prefix)
@@ -122,7 +126,7 @@ class Holdings:
             request.tail = None
 
     def stats(self) -> KVStats:
-        tiers = self.cache.tiers
+        tiers = self._tiers
         return KVStats(
             device=_counts(tiers.device),
             host=_counts(tiers.host),

@@ -79,7 +79,7 @@ class Scheduler:
 
     def adopt(self, keys: Iterable[bytes]) -> None:
         """Take over what every stage's NVMe holds of an earlier run, oldest first."""
-        self.holdings.cache.tiers.adopt(keys)
+        self.holdings.adopt(keys)
 
     def add(self, request: Request) -> None:
         """Queue a new request. Output is clipped to `max_context`, then ends with LENGTH.

@@ -238,7 +238,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     )
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=100, deadline=None, database=None)
 @given(
     config=configs(),
     count=st.sampled_from([12, 8, 5, 2]),
