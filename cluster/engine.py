@@ -12,6 +12,8 @@ from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import StageError
+from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Totals since the engine started; `stages` sums each stage's times over all passes."""
+    """Totals since the engine started; `stages` sums each stage's times over all passes.
+
+    `passes` are those that computed something, `kv` says where pages are and what was found of them.
+    """
 
     num_stages: int
     passes: int = 0
@@ -31,13 +36,14 @@ class EngineStats:
     output_tokens: int = 0
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
+    kv: KVStats = field(default_factory=KVStats)
     stages: list[StageTimes] = field(init=False)
 
     def __post_init__(self) -> None:
         self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(self.num_stages)]
 
-    def add(self, results: Sequence[PassResult]) -> None:
-        self.passes += 1
+    def add(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
+        self.passes += bool(a_pass.micro_batches)
         for result in results:
             stage = result.times.stage
             self.stages[stage] = self.stages[stage].plus(result.times)
@@ -54,13 +60,15 @@ class Engine:
         *,
         stop_ids: frozenset[int],
         digest: str,
+        dtype: str,
         trace: "RunTrace | None" = None,
     ) -> None:
         self.plan = plan
         self.model_digest = digest
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
-        self._scheduler = Scheduler(scheduler_config(plan))
+        self._scheduler = Scheduler(scheduler_config(plan, f"{digest} {plan.kv_format} {dtype}"))
+        self._reports = MoveReports(plan.placement.num_stages)
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
         self._pipeline, self._stop_ids = pipeline, stop_ids
@@ -71,13 +79,26 @@ class Engine:
         self._newest_started = -1
         self._busy_since: float | None = None
 
-    def add(self, token_ids: list[int], params: SamplingParams, seed: int) -> int:
-        """Queue a prompt; returns the request's id. RequestError when it cannot be served."""
+    def add(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        *,
+        tenant: str = "",
+        keep: bool = False,
+    ) -> int:
+        """Queue a prompt; returns the request's id. RequestError when it cannot be served.
+
+        Nothing that a tenant has had computed is found by another one. `keep` saves the keys and
+        values below the device for a prompt that goes on from where this one ends.
+        """
         request_id, self._next_id = self._next_id, self._next_id + 1
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._stop_ids
-        self._scheduler.add(Request(request_id, list(token_ids), params, seed, stop_ids))
+        request = Request(request_id, list(token_ids), params, seed, stop_ids, tenant, keep)
+        self._scheduler.add(request)
         if params.stop:
             self._watchers[request_id] = StopStrings(self.tokenizer, params)
         if params.logprobs is not None:
@@ -98,7 +119,8 @@ class Engine:
         return self._scheduler.num_waiting
 
     def has_started(self, request_id: int) -> bool:
-        """Whether any token of the request was computed; requests start in the order of their ids."""
+        """Whether any token of the request was computed, or of a later one, for which it need not wait
+        while its pages are loaded."""
         return request_id <= self._newest_started
 
     def step(self) -> list[Completion]:
@@ -113,8 +135,9 @@ class Engine:
             if a_pass is None:
                 break
             self._in_flight.append((a_pass, self._pipeline.submit(a_pass)))
-            newest = max(piece.request for batch in a_pass.micro_batches for piece in batch.slices)
-            self._newest_started = max(self._newest_started, newest)
+            pieces = (piece for batch in a_pass.micro_batches for piece in batch.slices)
+            started_now = (piece.request for piece in pieces)
+            self._newest_started = max(self._newest_started, *started_now, -1)
         if not self._in_flight:
             return []
         a_pass, pending = self._in_flight.popleft()
@@ -147,8 +170,9 @@ class Engine:
         if any(result.step != a_pass.step for result in results):
             raise StageError(f"a stage answered another pass than {a_pass.step}")
         samples = [sample for result in results for sample in result.samples]
-        update = self._scheduler.update(a_pass, samples)
-        self.stats.add(results)
+        update = self._scheduler.update(a_pass, samples, *self._reports.merge(results))
+        self.stats.add(a_pass, results)
+        self.stats.kv = self._scheduler.kv_stats()
         self.stats.output_tokens += len(update.committed)
         ended = {request.request_id: request for request in update.finished}
         texts: dict[int, str] = {}
@@ -196,8 +220,10 @@ def least_seconds(plan: Plan, num_tokens: int, experts_loaded: int = 0) -> float
     """What the binding resource needs for one pass of `num_tokens` tokens, by the plan's terms.
 
     Weights are moved once a pass whatever it computes, experts of split layers when they had to be
-    loaded; arithmetic grows with the pass's tokens.
+    loaded; arithmetic grows with the pass's tokens. A pass of moves alone needs nothing of the plan's.
     """
+    if not num_tokens:
+        return 0.0
     prediction, rounds = plan.prediction, plan.passes_in_flight
     streaming = max(prediction.terms["nvme"], prediction.terms["pcie"])
     streaming *= _streamed_share(plan, experts_loaded)
@@ -216,7 +242,8 @@ def _streamed_share(plan: Plan, experts_loaded: int) -> float:
     return needed / predicted if predicted else 1.0
 
 
-def scheduler_config(plan: Plan) -> SchedulerConfig:
+def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
+    """What the scheduler is told of a plan; `identity` of what its keys and values depend on."""
     return SchedulerConfig(
         num_pages=plan.num_pages,
         num_tails=plan.num_tails,
@@ -227,4 +254,6 @@ def scheduler_config(plan: Plan) -> SchedulerConfig:
         micro_batch_tokens=plan.micro_batch_tokens,
         passes_in_flight=plan.passes_in_flight,
         ahead=plan.ahead,
+        host_pages=plan.host_pages,
+        identity=identity,
     )

@@ -279,7 +279,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             _connect(actors, options, stack)
         times.ended("connecting")
         log.info("%s", times)
-        yield stack.enter_context(_engine(actors, plan, options, store, tokenizer))
+        yield stack.enter_context(_engine(actors, plan, options, store, dtype, tokenizer))
 
 
 def _check(options: EngineOptions) -> None:
@@ -293,7 +293,12 @@ def _check(options: EngineOptions) -> None:
 
 
 def _engine(
-    actors: Sequence[Any], plan: Plan, options: EngineOptions, store: Store, tokenizer: Any
+    actors: Sequence[Any],
+    plan: Plan,
+    options: EngineOptions,
+    store: Store,
+    dtype: str,
+    tokenizer: Any,
 ) -> Engine:
     ring = RayPipeline(actors, plan, options.deadline)
     pipeline: Pipeline = ring
@@ -309,5 +314,6 @@ def _engine(
         tokenizer,
         stop_ids=stop_ids(store, tokenizer),
         digest=store.digest,
+        dtype=dtype,
         trace=trace,
     )

@@ -1,8 +1,26 @@
-"""What bounds a pass and the requests in it."""
+"""What bounds a pass and the requests in it, and where their KV pages may lie."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.plan import PAGE_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class KVCosts:
+    """What a full page of a request costs, in seconds, beside the pass that computes anyway.
+
+    `host_page` to load it from host RAM, `nvme_page` from NVMe (through host RAM), `token` to compute
+    one of its tokens. Where all are 0, whatever is found is loaded.
+    """
+
+    host_page: float = 0.0
+    nvme_page: float = 0.0
+    token: float = 0.0
+
+    @property
+    def computed_page(self) -> float:
+        return PAGE_TOKENS * self.token
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +34,11 @@ class SchedulerConfig:
     more, made before the tokens that they continue are known. No more than `num_tails` requests run
     at once; 0 bounds them by their pages alone.
 
+    Full pages go to `host_pages` slots in host RAM and from there to NVMe, which has room for
+    `nvme_pages`; at most `write_backs` a pass to each while there is time, and as `costs` say.
+    `identity` names all that keys and values depend on besides tokens (model, formats, adapter):
+    what a run finds on NVMe of an earlier one is of the same identity or not found.
+
     Raises HeadraceError for a limit that no request could meet.
     """
 
@@ -28,14 +51,24 @@ class SchedulerConfig:
     passes_in_flight: int = 1
     ahead: int = 0
     num_tails: int = 0
+    host_pages: int = 0
+    nvme_pages: int = 0
+    write_backs: int = 16
+    costs: KVCosts = field(default_factory=KVCosts)
+    identity: str = ""
 
     def __post_init__(self) -> None:
         assert self.ahead <= 1, "a pass follows the one before, whose tokens a stage remembers"
+        # The shortest request is one token of prompt and one of output.
+        least = {"max_context": 2, "ahead": 0, "num_tails": 0, "host_pages": 0, "nvme_pages": 0}
         for limit in fields(self):
-            # The shortest request is one token of prompt and one of output.
-            least = {"max_context": 2, "ahead": 0, "num_tails": 0}.get(limit.name, 1)
             value = getattr(self, limit.name)
-            if value < least:
+            if isinstance(value, int) and value < least.get(limit.name, 1):
                 raise HeadraceError(
-                    f"scheduler: {limit.name} must be at least {least}, not {value}"
+                    f"scheduler: {limit.name} must be at least {least.get(limit.name, 1)}, not {value}"
                 )
+        if self.nvme_pages and not self.host_pages:
+            raise HeadraceError(
+                f"scheduler: {self.nvme_pages} KV pages on NVMe are reached through host RAM, which "
+                "has none: host_pages must be at least 1"
+            )

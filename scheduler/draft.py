@@ -39,4 +39,6 @@ class Draft:
         self.slices.append(piece)
 
     def pack(self) -> tuple[MicroBatch, ...]:
+        if not self.slices:
+            return ()
         return pack(self.slices, self._config.micro_batches, self._config.micro_batch_tokens)

@@ -86,13 +86,17 @@ class MoveKind(str, Enum):
     FETCH = "fetch"  # NVMe -> host slot
 
 
+NO_PAGE = -1
+
+
 @dataclass(frozen=True, slots=True)
 class PageMove:
     """A copy of one full page on every stage, beside the pass that brings it and maybe later ones.
 
     It sees what passes before that one wrote. Until every stage has reported its `number`, nothing else
-    touches what it reads and writes. `page` is the device page of OUT and IN, `slot` a host slot.
-    `key` names what the page holds, by which NVMe keeps it; `cohort` are pages that will go together.
+    writes what it reads, or touches what it writes. `page` is the device page of OUT and IN (NO_PAGE
+    for the others), `slot` a host slot. `key` names what the page holds, by which NVMe keeps it;
+    `cohort` are pages that will go together.
     """
 
     number: int

@@ -6,6 +6,7 @@ A request's age is its id: lower ids came earlier and have precedence everywhere
 from collections.abc import Callable, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
+from headrace.scheduler.config import KVCosts
 from headrace.scheduler.plan import MicroBatch, Slice
 from headrace.scheduler.request import Request
 
@@ -37,6 +38,36 @@ def watermark(num_pages: int, num_running: int) -> int:
     if not num_running:
         return 0
     return max(-(-num_pages // 100), num_running // 8)
+
+
+def best_prefix(gains: Iterable[float]) -> int:
+    """How many pages from the first on to take, when taking page i instead of computing it gains
+    gains[i] seconds: a page that costs more than it gains may have pages behind it that are there.
+
+    Where it makes no difference they are taken: the device has other work.
+    """
+    count, total, most = 0, 0.0, 0.0
+    for i, gain in enumerate(gains, 1):
+        total += gain
+        if total >= most:
+            count, most = i, total
+    return count
+
+
+def swap_beats_recompute(costs: KVCosts) -> bool:
+    """Whether a victim's full pages go to host RAM and come back, or are computed again.
+
+    The newest page is computed again in any case.
+    """
+    return 2 * costs.host_page <= costs.computed_page
+
+
+def clean_watermark(num_pages: int) -> int:
+    """Pages that are to be had without losing a precious one, of `num_pages` in a tier.
+
+    A sixteenth takes some passes' worth of new pages, so that write-backs stay ahead of them.
+    """
+    return -(-num_pages // 16)
 
 
 def attention_work(piece: Slice) -> int:

@@ -78,6 +78,11 @@ class Request:
     `tail` is the slot of the newest page while the request runs.
     Whatever lies beyond `num_scheduled` is pending, so prefill, decode, a decode whose token is still
     being drawn and recompute after a preemption are the same subtraction.
+    The first `num_named` pages are full, computed and found by others under `keys`; those that are
+    `coming` are being loaded, and until they have come the request is in no pass.
+
+    No page of a `tenant` is found by another one. `keep` brings the full pages to host RAM and NVMe
+    once the request has stopped or reached its length, for a request that continues it.
     """
 
     request_id: int
@@ -85,12 +90,17 @@ class Request:
     params: SamplingParams
     seed: int
     stop_ids: frozenset[int] = frozenset()
+    tenant: str = ""
+    keep: bool = False
     num_prompt: int = field(init=False)
     num_scheduled: int = field(init=False, default=0)
     num_drawing: int = field(init=False, default=0)
     passes: list[int] = field(init=False, default_factory=list)
     pages: list[int] = field(init=False, default_factory=list)
     tail: int | None = field(init=False, default=None)
+    keys: list[bytes] = field(init=False, default_factory=list)
+    num_named: int = field(init=False, default=0)
+    coming: set[int] = field(init=False, default_factory=set)
     finish_reason: FinishReason | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

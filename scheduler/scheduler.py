@@ -1,14 +1,16 @@
 """The scheduler: requests in, passes out, samples in, tokens committed."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.draft import Draft
-from headrace.scheduler.errors import RequestError
-from headrace.scheduler.pages import PagePool, pages_for
+from headrace.scheduler.holdings import Holdings
+from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.limits import check_request, token_limit
+from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
 from headrace.scheduler.policy import choose_victim, service_order, watermark
 from headrace.scheduler.request import FinishReason, Request
@@ -25,25 +27,26 @@ class Update:
 class Scheduler:
     """Continuous batching over one pool of KV pages.
 
-    A live request waits (no pages) or runs (a tail, and pages for what is scheduled). Several passes may be in
-    flight and are returned in order. A request is in at most one of them; passes made ahead may also
-    hold requests of the oldest one, which continue by tokens that are not known yet. What a request
-    that has ended meanwhile gets in such a pass is ignored. Request ids are unique while a request
-    lives or is in flight, and give precedence: lower ids are admitted first and preempted last.
+    A live request waits (no pages) or runs (a tail, and pages for what is scheduled). One that runs is
+    in no pass while pages of its prefix are being loaded. Several passes may be in flight and are
+    returned in order. A request is in at most one of them; passes made ahead may also hold requests of
+    the oldest one, which continue by tokens that are not known yet. What a request that has ended
+    meanwhile gets in such a pass is ignored. Request ids are unique while a request lives or is in
+    flight, and give precedence: lower ids are admitted first and preempted last.
 
     There is always a runnable request. `add` refuses what could not run alone, admission reserves
     the pages of all tokens that a request has, so that only decodes need more, and only younger
     requests give theirs up: at once, or when they come back if they are in flight, for which they are
     not scheduled again. With nothing in flight, the oldest running request can therefore always go
-    on, and if none runs all pages and tails are free for the oldest one that waits.
+    on, and if none runs all pages and tails are free for the oldest one that waits. Either may have
+    to wait for moves of pages, and waits for nothing else: a pass without slices ends when they have,
+    and then no page is kept from being allocated but by requests that run.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pool = PagePool(config.num_pages)
-        # Whoever runs has a page, so that as many tails as pages bound nothing.
-        self.tails = PagePool(config.num_tails or config.num_pages)
-        self.num_preemptions = 0
+        self.holdings = Holdings(config)
+        self.pool, self.tails = self.holdings.pool, self.holdings.tails
         self._step = 0
         self._live: dict[int, Request] = {}
         self._running: dict[int, Request] = {}
@@ -57,7 +60,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a request is live or a pass is still to be returned to `update`."""
-        return bool(self._live or self._in_flight)
+        return bool(self._live or self._steps)
 
     @property
     def num_waiting(self) -> int:
@@ -67,6 +70,17 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_preemptions(self) -> int:
+        return self.holdings.num_preemptions
+
+    def kv_stats(self) -> KVStats:
+        return self.holdings.stats()
+
+    def adopt(self, keys: Iterable[bytes]) -> None:
+        """Take over what every stage's NVMe holds of an earlier run, oldest first."""
+        self.holdings.adopt(keys)
+
     def add(self, request: Request) -> None:
         """Queue a new request. Output is clipped to `max_context`, then ends with LENGTH.
 
@@ -75,7 +89,7 @@ class Scheduler:
         """
         assert request.request_id not in self._live, request.request_id
         assert request.request_id not in self._in_flight, request.request_id
-        self._check(request)
+        check_request(request, self.config)
         self._live[request.request_id] = request
         heappush(self._waiting, request.request_id)
 
@@ -101,7 +115,10 @@ class Scheduler:
         return request
 
     def schedule(self) -> Pass | None:
-        """The next pass, or None when nothing can run until a pass in flight returns."""
+        """The next pass, or None when nothing can run until a pass in flight returns.
+
+        It has no slices when nothing can run until moves of pages have ended.
+        """
         # A pass that took every request would leave the others in flight without any.
         share = -(-len(self._live) // self.config.passes_in_flight)
         draft = Draft(self.config, min(self.config.max_sequences, share))
@@ -112,16 +129,25 @@ class Scheduler:
         self._admit_waiting(draft)
         if can_follow and not is_ahead and not draft.slices:
             self._continue_running(draft, may_follow=True)
-        if not draft.slices:
-            assert self._in_flight or not self._live, "idle with work to do"
+        if not draft.slices and (self._steps or not self._live):
             return None
+        assert draft.slices or self.holdings.is_moving, "idle with work to do"
         follows = self._steps[0] if any(piece.follows for piece in draft.slices) else None
         self._step += 1
         self._steps.append(self._step)
-        return Pass(self._step, draft.pack(), follows)
+        return Pass(self._step, draft.pack(), follows, self.holdings.take_moves())
 
-    def update(self, a_pass: Pass, samples: Sequence[Sample]) -> Update:
-        """Commit what the oldest pass in flight computed: one sample for each slice that asks for one."""
+    def update(
+        self,
+        a_pass: Pass,
+        samples: Sequence[Sample],
+        moved: Sequence[int] = (),
+        lost: Sequence[int] = (),
+    ) -> Update:
+        """Commit what the oldest pass in flight computed: one sample for each slice that asks for one.
+
+        `moved` and `lost` are the moves that have ended on every stage since the last update.
+        """
         drawn = {sample.request: sample for sample in samples}
         pieces = [piece for batch in a_pass.micro_batches for piece in batch.slices]
         asked = {piece.request for piece in pieces if piece.sampling is not None}
@@ -131,34 +157,17 @@ class Scheduler:
         update = Update([], [])
         for piece in pieces:
             request = self._in_flight[piece.request]
+            if piece.end >= (request.num_named + 1) * PAGE_TOKENS:
+                self.holdings.name(request, piece.end)
             if piece.sampling is not None and request.finish_reason is None:
                 self._commit(request, drawn[piece.request], update)
             request.passes.remove(step)
             if not request.passes:
                 self._land(request)
+        if moved or lost:
+            for request in self.holdings.settle(moved, lost):
+                self._put_back(request)
         return update
-
-    def _check(self, request: Request) -> None:
-        if not request.tokens:
-            raise RequestError("the prompt is empty; give it at least one token")
-        if request.num_prompt + 1 > self.config.max_context:
-            raise RequestError(
-                f"the prompt has {request.num_prompt} tokens, but a context of "
-                f"{self.config.max_context} tokens holds at most {self.config.max_context - 1} and "
-                "one of output; shorten the prompt or raise --context"
-            )
-        need = pages_for(self._limit(request) - 1)
-        if need > self.config.num_pages:
-            raise RequestError(
-                f"a prompt of {request.num_prompt} tokens and up to "
-                f"{self._limit(request) - request.num_prompt} of output need {need} KV pages of "
-                f"{PAGE_TOKENS} tokens, but there are {self.config.num_pages}; shorten the prompt, "
-                "lower max_tokens or raise --context"
-            )
-
-    def _limit(self, request: Request) -> int:
-        """Tokens at which the request ends. The last one is never computed and needs no page."""
-        return min(request.num_prompt + request.params.max_tokens, self.config.max_context)
 
     def _continue_running(self, draft: Draft, *, may_follow: bool) -> None:
         ready = [r for r in self._running.values() if self._is_ready(r, may_follow)]
@@ -171,11 +180,11 @@ class Scheduler:
                 self._take(request, draft)
 
     def _is_ready(self, request: Request, may_follow: bool) -> bool:
-        if request is self._leaving:
+        if request is self._leaving or request.coming:
             return False
         if not request.passes:
             return True
-        ends = len(request.tokens) + request.num_drawing >= self._limit(request)
+        ends = len(request.tokens) + request.num_drawing >= token_limit(request, self.config)
         return may_follow and request.passes == [self._steps[0]] and not ends
 
     def _admit_waiting(self, draft: Draft) -> None:
@@ -184,22 +193,21 @@ class Scheduler:
             return
         growth = sum(self._growth(request) for request in self._running.values())
         while draft.room and (request := self._oldest_waiting()) is not None:
-            tokens = min(len(request.tokens) + 1, self._limit(request) - 1)
-            need = pages_for(tokens)
+            # The token that is drawn next needs a place, too, if it is computed at all.
+            tokens = min(len(request.tokens) + 1, token_limit(request, self.config) - 1)
             # No more is left free than the running ones can still come to need.
             spare = min(growth, watermark(self.config.num_pages, len(self._running)))
-            if not (self.tails.can_allocate(1) and self.pool.can_allocate(need + spare)):
+            if not self.holdings.admit(request, tokens, spare):
                 return
             heappop(self._waiting)
-            request.pages = self.pool.allocate(need)
-            [request.tail] = self.tails.allocate(1)
             growth += self._growth(request)
             self._running[request.request_id] = request
-            self._take(request, draft)
+            if not request.coming:
+                self._take(request, draft)
 
     def _growth(self, request: Request) -> int:
         """Pages that a running request still lacks if it goes on to its limit."""
-        return pages_for(self._limit(request) - 1) - len(request.pages)
+        return pages_for(token_limit(request, self.config) - 1) - len(request.pages)
 
     def _oldest_waiting(self) -> Request | None:
         while self._waiting:
@@ -211,8 +219,12 @@ class Scheduler:
 
     def _grow(self, request: Request, count: int) -> bool:
         """Make the pages cover `count` more tokens; younger requests give way if need be."""
-        missing = max(0, pages_for(request.num_scheduled + count) - len(request.pages))
-        while not self.pool.can_allocate(missing):
+        missing = pages_for(request.num_scheduled + count) - len(request.pages)
+        if missing <= 0:
+            return True
+        while not self.holdings.can_grow(missing):
+            if self.holdings.can_grow_soon(missing):
+                return False
             victim = choose_victim(self._running.values(), request)
             if victim is None:
                 return False
@@ -221,17 +233,23 @@ class Scheduler:
                 self._leaving = self._leaving or victim
                 return False
             self._preempt(victim)
-        request.pages += self.pool.allocate(missing)
+        self.holdings.grow(request, missing)
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Back to waiting; its keys and values are computed again, its tokens stay."""
+        """Back to waiting. Its tokens stay, and its pages where they can be found, for as long."""
         assert not request.passes, request.request_id
-        self._release(request)
-        request.num_scheduled = 0
+        self.holdings.give_way(request)
+        self._wait_again(request)
+
+    def _put_back(self, request: Request) -> None:
+        """Back to waiting, to look for its prefix once more."""
+        self.holdings.release(request)
+        self._wait_again(request)
+
+    def _wait_again(self, request: Request) -> None:
         del self._running[request.request_id]
         heappush(self._waiting, request.request_id)
-        self.num_preemptions += 1
 
     def _take(self, request: Request, draft: Draft) -> None:
         count = min(request.num_pending, draft.room)
@@ -259,7 +277,7 @@ class Scheduler:
         update.committed.append((request, sample))
         if sample.token in request.stop_ids:
             self._end(request, FinishReason.STOP)
-        elif len(request.tokens) >= self._limit(request):
+        elif len(request.tokens) >= token_limit(request, self.config):
             self._end(request, FinishReason.LENGTH)
         if request.finish_reason is not None:
             update.finished.append(request)
@@ -268,7 +286,7 @@ class Scheduler:
         """No pass in flight holds the request any more."""
         del self._in_flight[request.request_id]
         if request.finish_reason is not None:
-            self._release(request)
+            self.holdings.release(request)
         elif request is self._leaving:
             self._leaving = None
             self._preempt(request)
@@ -280,11 +298,4 @@ class Scheduler:
         del self._live[request.request_id]
         self._running.pop(request.request_id, None)
         if request.request_id not in self._in_flight:
-            self._release(request)
-
-    def _release(self, request: Request) -> None:
-        self.pool.free(request.pages)
-        request.pages = []
-        if request.tail is not None:
-            self.tails.free([request.tail])
-            request.tail = None
+            self.holdings.release(request)

@@ -18,6 +18,7 @@ from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.kv_format import FORMATS
+from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -217,6 +218,7 @@ def run_all(
 ) -> dict[int, list[int]]:
     """Serve `requests` to their end; their outputs by id."""
     scheduler = Scheduler(scheduler_config(plan))
+    reports = MoveReports(plan.placement.num_stages)
     for request in requests:
         scheduler.add(request)
     outputs: dict[int, list[int]] = {}
@@ -228,7 +230,9 @@ def run_all(
                 break
             in_flight.append((made, pipeline.submit(made)))
         a_pass, pending = in_flight.popleft()
-        samples = [sample for result in pending.result() for sample in result.samples]
-        for request in scheduler.update(a_pass, samples).finished:
+        results = pending.result()
+        samples = [sample for result in results for sample in result.samples]
+        update = scheduler.update(a_pass, samples, *reports.merge(results))
+        for request in update.finished:
             outputs[request.request_id] = request.output
     return outputs

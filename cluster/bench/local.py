@@ -81,5 +81,6 @@ def local_engine(
         tokenizer,
         stop_ids=stop_ids(store, tokenizer),
         digest=store.digest,
+        dtype=dtype,
     ) as engine:
         yield engine

@@ -74,7 +74,7 @@ def engine_of(store: Path, ring: dict[str, Any]) -> Iterator[Engine]:
     plan, ends = manual_plan(opened, **ring), stop_ids(opened, tokenizer)
     with (
         local_ring(store, plan) as pipeline,
-        Engine(plan, pipeline, tokenizer, stop_ids=ends, digest="") as engine,
+        Engine(plan, pipeline, tokenizer, stop_ids=ends, digest="", dtype="float32") as engine,
     ):
         yield engine
 

@@ -66,6 +66,7 @@ class JobCase:
                 tokenizer,
                 stop_ids=stop_ids(store, tokenizer),
                 digest=store.digest,
+                dtype="float32",
             ) as engine,
         ):
             Job(engine, tokenizer, files, model_name=self.store.name).run(lambda _: None)

@@ -117,6 +117,7 @@ def traced_run(stories: Path, file: Path) -> tuple[Keeping, list[int]]:
             tokenizer,
             stop_ids=frozenset(),
             digest=store.digest,
+            dtype="float32",
             trace=trace,
         ) as engine:
             params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)

@@ -39,8 +39,9 @@ def make_scheduler(
 
 
 def make_request(request_id: int, prompt: int = 4, max_tokens: int = 8) -> Request:
-    params = SamplingParams(max_tokens=max_tokens)
-    return Request(request_id, [1] * prompt, params, seed=request_id, stop_ids=frozenset({EOS}))
+    """No two requests have a prefix in common."""
+    params, tokens = SamplingParams(max_tokens=max_tokens), [100 + request_id] * prompt
+    return Request(request_id, tokens, params, seed=request_id, stop_ids=frozenset({EOS}))
 
 
 def slices_of(a_pass: Pass | None) -> list[Slice]:
@@ -219,7 +220,8 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
     a_pass = scheduler.schedule()
     assert requests_of(a_pass) == [1, 2, 3]  # the others have all the pages that they can need
     piece = slices_of(a_pass)[1]
-    assert (piece.start, piece.end) == (0, tokens)
+    # Its newest page went to request 0 at once, the full one before that was still there.
+    assert (piece.start, piece.end) == (PAGE_TOKENS, tokens)
     assert piece.sampling is not None
     assert (scheduler.num_preemptions, scheduler.num_waiting) == (1, 0)
 

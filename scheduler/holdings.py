@@ -1,0 +1,158 @@
+"""What requests hold: pages and tails, and pages that are still coming."""
+
+from collections.abc import Iterable, Sequence
+
+from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.kv_cache import KVCache, Prefix
+from headrace.scheduler.kv_stats import KVStats, PageCounts, TierHits
+from headrace.scheduler.pages import PagePool, PageState, pages_for
+from headrace.scheduler.plan import PAGE_TOKENS, PageMove
+from headrace.scheduler.prefixes import extend_keys
+from headrace.scheduler.request import FinishReason, Request
+
+
+class Holdings:
+    """Gives requests pages and tails and takes them back; finds what need not be computed."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.cache = KVCache(config)
+        self._tiers = self.cache.tiers
+        self.pool = self._tiers.device
+        # Whoever runs has a page, so that as many tails as pages bound nothing.
+        self.tails = PagePool(config.num_tails or config.num_pages)
+        self._identity = config.identity
+        self._loading: dict[int, tuple[Request, Prefix]] = {}
+        self._hits, self._misses = TierHits(), 0
+        self._by_swap = self._by_recompute = 0
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._by_swap + self._by_recompute
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether moves are under way, or wait for a pass to carry them."""
+        return len(self._tiers.moves) > 0
+
+    def take_moves(self) -> tuple[PageMove, ...]:
+        """What the next pass carries, with what there is time to save."""
+        self.cache.write_back()
+        return self._tiers.moves.take()
+
+    def adopt(self, keys: Iterable[bytes]) -> None:
+        """Take over what every stage's NVMe holds of an earlier run, oldest first."""
+        self._tiers.adopt(keys)
+
+    def admit(self, request: Request, num_tokens: int, spare: int) -> bool:
+        """Give the request pages for `num_tokens` tokens and a tail, if that leaves `spare` pages.
+
+        What is found of its prefix is shared, or loaded: until that has come it is `coming`. At
+        least its last token is computed, so that no request needs nothing.
+        """
+        full, total = (len(request.tokens) - 1) // PAGE_TOKENS, pages_for(num_tokens)
+        if not (self.tails.can_allocate(1) and self.pool.can_allocate(total - full + spare)):
+            return False  # whatever would be found
+        self._extend_keys(request, full)
+        prefix = self.cache.find(request.keys[:full])
+        if not self.pool.can_allocate(total - prefix.num_held + spare):
+            return False
+        found = self.cache.claim(prefix)
+        request.pages = found + self.pool.allocate(total - len(found))
+        [request.tail] = self.tails.allocate(1)
+        request.num_named = len(found)
+        request.num_scheduled = len(found) * PAGE_TOKENS
+        request.coming = self.cache.coming(found)
+        if request.coming:
+            self._loading[request.request_id] = (request, prefix)
+        else:
+            self._count(request, prefix)
+        return True
+
+    def can_grow(self, count: int) -> bool:
+        return self.pool.can_allocate(count)
+
+    def can_grow_soon(self, count: int) -> bool:
+        """Whether it is only moves that keep `count` pages from being allocated. They wait for nothing."""
+        return self.pool.can_allocate(count - self.pool.num_settling)
+
+    def grow(self, request: Request, count: int) -> None:
+        request.pages += self.pool.allocate(count)
+
+    def name(self, request: Request, end: int) -> None:
+        """Let pages be found that are full of known tokens, after a pass has computed up to `end`."""
+        # Tokens behind a stop string are not known any more; a page with some of them is not full.
+        full = min(end, len(request.tokens)) // PAGE_TOKENS
+        done = request.num_named
+        if full > done:
+            self._extend_keys(request, full)
+            self.cache.name(request.pages[done:full], request.keys[done:full], request.request_id)
+            request.num_named = full
+
+    def settle(self, moved: Sequence[int], lost: Sequence[int]) -> list[Request]:
+        """Let requests begin whose pages have come. Returns those for whom a page will not come."""
+        settled = self.cache.settle(moved, lost)
+        failed = []
+        for request, prefix in [*self._loading.values()]:
+            if request.coming & settled.failed:
+                failed.append(request)
+                continue
+            request.coming -= settled.arrived
+            if not request.coming:
+                del self._loading[request.request_id]
+                self._count(request, prefix)
+        return failed
+
+    def give_way(self, request: Request) -> None:
+        """Take a victim's pages; full ones are saved, if that is cheaper than computing them again."""
+        named = request.pages[: request.num_named]
+        self.release(request)
+        if named and self.cache.swap_out(named):
+            self._by_swap += 1
+        else:
+            self._by_recompute += 1
+
+    def release(self, request: Request) -> None:
+        """Take back all that the request holds. Its full pages can be found until they are taken."""
+        named = request.pages[: request.num_named]
+        self.cache.release(request.pages)
+        if request.keep and request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.cache.keep(named)
+        request.pages = []
+        request.num_named = request.num_scheduled = 0
+        request.coming.clear()
+        self._loading.pop(request.request_id, None)
+        if request.tail is not None:
+            self.tails.free([request.tail])
+            request.tail = None
+
+    def stats(self) -> KVStats:
+        tiers = self._tiers
+        return KVStats(
+            device=_counts(tiers.device),
+            host=_counts(tiers.host),
+            nvme=len(tiers.nvme),
+            hits=self._hits,
+            misses=self._misses,
+            moved=dict(tiers.moves.num_moved),
+            lost=dict(tiers.moves.num_lost),
+            preempted_by_swap=self._by_swap,
+            preempted_by_recompute=self._by_recompute,
+            evicted_from_device=tiers.device.num_evicted,
+            evicted_from_host=tiers.host.num_evicted,
+        )
+
+    def check_integrity(self) -> None:
+        self.cache.check_integrity()
+        self.tails.check_integrity()
+
+    def _extend_keys(self, request: Request, count: int) -> None:
+        extend_keys(request.keys, self._identity, request.tenant, request.tokens, count)
+
+    def _count(self, request: Request, prefix: Prefix) -> None:
+        """Note what became of the search, now that the request can begin."""
+        self._hits = self._hits.plus(prefix.hits)
+        self._misses += (len(request.tokens) - 1) // PAGE_TOKENS - prefix.hits.total
+
+
+def _counts(pool: PagePool) -> PageCounts:
+    return PageCounts(**{state.value: pool.count(state) for state in PageState})

@@ -1,0 +1,306 @@
+"""Whatever tiers do with pages, every request ends with exactly its tokens."""
+
+import random
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from fake_tiers import Content, FakeTiers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.scheduler.config import KVCosts, SchedulerConfig
+from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.moves import MoveReports
+from headrace.scheduler.pages import PageState, pages_for
+from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, MoveKind, Pass, Sample, Slice
+from headrace.scheduler.prefixes import extend_keys
+from headrace.scheduler.request import FinishReason, Request, SamplingParams
+from headrace.scheduler.scheduler import Scheduler
+
+VOCABULARY = 50
+
+
+def next_token(context: Sequence[object]) -> int:
+    """The model: the next token depends on every token before it, and on nothing else."""
+    return hash(tuple(context)) % VOCABULARY
+
+
+@dataclass
+class Ring:
+    """Stages that compute at once, move when they please, and read contexts from pages alone."""
+
+    tiers: FakeTiers
+    requests: dict[int, Request]
+    tails: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    in_flight: deque[tuple[Pass, list[Sample]]] = field(default_factory=deque)
+    drawn: dict[int, dict[int, int]] = field(default_factory=dict)
+    computed: int = 0
+
+    def submit(self, a_pass: Pass) -> None:
+        pieces = slices_of(a_pass)
+        assert pieces or a_pass.moves or self.tiers.under_way, "a pass of nothing"
+        assert pieces or not self.in_flight, "a pass of moves in the way of others"
+        flying = pieces + [p for made, _ in self.in_flight for p in slices_of(made)]
+        self.check_pages(a_pass, flying)
+        self.tiers.start(a_pass.moves)
+        drawn = self.drawn.get(a_pass.follows or 0, {})
+        samples = [sample for piece in pieces for sample in self.compute(piece, drawn)]
+        self.drawn[a_pass.step] = {sample.request: sample.token for sample in samples}
+        self.in_flight.append((a_pass, samples))
+        self.computed += a_pass.num_tokens
+
+    def check_pages(self, a_pass: Pass, flying: list[Slice]) -> None:
+        """What passes in flight read and write is not what moves write, nor what others write."""
+        read = {(page, piece.request) for piece in flying for page in piece.pages}
+        written = {
+            (page, piece.request)
+            for piece in flying
+            for page in piece.pages[piece.start // PAGE_TOKENS :]
+        }
+        holders = Counter(page for page, _ in read)
+        assert all(holders[page] == 1 for page, _ in written), "a shared page is written"
+        pages = {page for page, _ in read}
+        for move in (*self.tiers.under_way, *a_pass.moves):
+            if move.kind is MoveKind.IN:
+                assert move.page not in pages, "a page is used before it has come"
+            elif move.kind is MoveKind.OUT:
+                assert move.page not in {page for page, _ in written}, "written while it leaves"
+
+    def compute(self, piece: Slice, drawn: dict[int, int]) -> list[Sample]:
+        request, before = self.requests[piece.request], piece.start // PAGE_TOKENS
+        new = [drawn[piece.request]] if piece.tokens == (FOLLOWS,) else list(piece.tokens)
+        known: list[object] = [request.tenant, *request.tokens[: before * PAGE_TOKENS]]
+        for number in range(before):
+            found = self.tiers.read(piece.pages[number])
+            assert found == tuple(known[: 1 + (number + 1) * PAGE_TOKENS]), "another's page"
+        tail = self.tails.setdefault(piece.tail, {})
+        entries = [tail[at] for at in range(piece.start % PAGE_TOKENS)]
+        assert all(owner == piece.request for owner, _ in entries)
+        known += [token for _, token in entries] + new
+        for number in range(before, piece.end // PAGE_TOKENS):
+            content: Content = tuple(known[: 1 + (number + 1) * PAGE_TOKENS])
+            self.tiers.write(piece.pages[number], content)
+        rest = known[1 + piece.end // PAGE_TOKENS * PAGE_TOKENS :]
+        tail.update((at, (piece.request, token)) for at, token in enumerate(rest))  # type: ignore[misc]
+        assert len(piece.pages) == pages_for(piece.end)
+        if piece.sampling is None:
+            return []
+        return [Sample(piece.request, next_token(known[1:]), None, ())]
+
+
+def slices_of(a_pass: Pass) -> list[Slice]:
+    return [piece for batch in a_pass.micro_batches for piece in batch.slices]
+
+
+class Driver:
+    """An engine that adds, continues and ends requests at random, and knows what each must say."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        rng: random.Random,
+        *,
+        loss: float = 0.0,
+        lossy: Collection[MoveKind] = tuple(MoveKind),
+        interference: float = 0.0,
+    ) -> None:
+        self.scheduler = Scheduler(config)
+        self.config, self.rng, self.interference = config, rng, interference
+        self.requests: dict[int, Request] = {}
+        self.live: dict[int, Request] = {}
+        tiers = FakeTiers(rng, loss=loss, lossy=lossy)
+        self.loss = loss
+        self.ring = Ring(tiers, self.requests)
+        self.reports = MoveReports(len(tiers.stages))
+        self.stories = [[rng.randrange(VOCABULARY) for _ in range(200)] for _ in range(2)]
+        self.waiting: deque[Request] = deque()
+
+    def new(self, tokens: list[int] | None = None) -> None:
+        """Queue a request that continues `tokens`, or else the beginning of a story."""
+        rng, config = self.rng, self.config
+        if tokens is None:
+            # Those that end shortly before a page does need another one soon.
+            tokens = rng.choice(self.stories)[: rng.choice([30, 60, 64, 65, 124, 128, 150, 190])]
+            tokens = tokens + [rng.randrange(VOCABULARY) for _ in range(rng.choice([0, 1, 40]))]
+        number = len(self.requests)
+        request = Request(
+            number,
+            tokens[: config.max_context - 1],
+            SamplingParams(max_tokens=rng.randint(1, 130)),
+            seed=number,
+            stop_ids=frozenset({3}) if rng.random() < 0.2 else frozenset(),
+            tenant=rng.choice(["", "", "other"]),
+            keep=rng.random() < 0.3,
+        )
+        self.requests[number] = request
+        self.waiting.append(request)
+
+    def run(self, count: int, depth: int) -> KVStats:
+        for _ in range(count):
+            self.new()
+        rounds = 0
+        while self.waiting or self.scheduler.has_work:
+            rounds += 1
+            assert rounds < 20_000, "no end"
+            while self.waiting and self.rng.random() < 0.5:
+                self.add(self.waiting.popleft())
+            if self.live and self.rng.random() < self.interference:
+                self.interfere(self.rng.choice(list(self.live.values())))
+            while len(self.ring.in_flight) < depth and (a_pass := self.scheduler.schedule()):
+                self.ring.submit(a_pass)
+            assert self.ring.in_flight or not self.live
+            if self.ring.in_flight:
+                self.collect()
+            self.check()
+        self.check_answers()
+        return self.scheduler.kv_stats()
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.live[request.request_id] = request
+
+    def interfere(self, request: Request) -> None:
+        if self.rng.random() < 0.5:
+            count = self.rng.randint(0, request.num_output)
+            self.scheduler.finish(request.request_id, FinishReason.STOP, count)
+        else:
+            self.scheduler.abort(request.request_id)
+        del self.live[request.request_id]
+
+    def collect(self) -> None:
+        a_pass, samples = self.ring.in_flight.popleft()
+        self.name_contents(a_pass)
+        self.ring.tiers.drop_from_logs(self.loss / 10)
+        results = self.ring.tiers.report(a_pass.step, everything=not a_pass.micro_batches)
+        update = self.scheduler.update(a_pass, samples, *self.reports.merge(results))
+        for request, _ in update.committed:
+            assert request.request_id in self.live, "a token after the end"
+        for request in update.finished:
+            del self.live[request.request_id]
+            if self.rng.random() < 0.2 and len(request.tokens) < self.config.max_context - 20:
+                self.new(request.tokens + [self.rng.randrange(VOCABULARY) for _ in range(9)])
+
+    def name_contents(self, a_pass: Pass) -> None:
+        """What keys stand for, by a reckoning of its own."""
+        for piece in slices_of(a_pass):
+            request, keys = self.requests[piece.request], []
+            full = min(piece.end, len(request.tokens)) // PAGE_TOKENS
+            extend_keys(keys, self.config.identity, request.tenant, request.tokens, full)
+            for number, key in enumerate(keys):
+                content = (request.tenant, *request.tokens[: (number + 1) * PAGE_TOKENS])
+                assert self.ring.tiers.contents.setdefault(key, content) == content
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        scheduler.holdings.check_integrity()
+        assert scheduler.num_waiting + scheduler.num_running == len(self.live)
+        for request in self.live.values():
+            assert (request.tail is None) == (not request.pages)
+            assert request.num_pending > 0
+            states = map(scheduler.pool.state, request.pages)
+            coming = sum(state is PageState.COMING for state in states)
+            assert coming == len(request.coming)
+
+    def check_answers(self) -> None:
+        for request in self.requests.values():
+            assert request.finish_reason is not None and request.pages == []
+            tokens = request.tokens[: request.num_prompt]
+            while len(tokens) < len(request.tokens):
+                tokens.append(next_token(tokens))
+            assert tokens == request.tokens
+        assert self.scheduler.pool.count(PageState.USED) == 0
+        assert self.scheduler.tails.num_free == self.scheduler.tails.num_pages
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> SchedulerConfig:
+    num_pages = draw(st.sampled_from([8, 6, 5, 4, 3, 2]))
+    full = num_pages * PAGE_TOKENS + 1
+    host_pages = draw(st.sampled_from([20, 5, 3, 2, 1, 0]))
+    return SchedulerConfig(
+        num_pages=num_pages,
+        max_context=draw(st.sampled_from([full, full - 20, full // 2])),
+        token_budget=draw(st.sampled_from([400, 100, 64, 20])),
+        max_sequences=draw(st.sampled_from([8, 4, 2, 1])),
+        micro_batches=draw(st.integers(1, 2)),
+        micro_batch_tokens=draw(st.sampled_from([300, 64, 30])),
+        passes_in_flight=draw(st.integers(1, 3)),
+        ahead=draw(st.integers(0, 1)),
+        num_tails=draw(st.sampled_from([0, 4, 1])),
+        host_pages=host_pages,
+        nvme_pages=draw(st.sampled_from([30, 4, 1, 0])) if host_pages else 0,
+        write_backs=draw(st.sampled_from([1, 3, 16])),
+        costs=draw(
+            st.sampled_from([KVCosts(), KVCosts(40.0, 50.0, 1.0), KVCosts(20.0, 70.0, 1.0)])
+        ),
+    )
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    config=configs(),
+    count=st.sampled_from([12, 8, 5, 2]),
+    depth=st.integers(1, 4),
+    loss=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    lossy=st.sets(st.sampled_from(MoveKind)),
+    interference=st.sampled_from([0.0, 0.02]),
+    seed=st.integers(0, 2**32),
+)
+def test_every_request_ends_with_its_tokens_whatever_is_lost(
+    config: SchedulerConfig,
+    count: int,
+    depth: int,
+    loss: float,
+    lossy: set[MoveKind],
+    interference: float,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    Driver(config, rng, loss=loss, lossy=lossy, interference=interference).run(count, depth)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_all_tiers_are_used(ahead: int) -> None:
+    config = SchedulerConfig(
+        num_pages=7,
+        max_context=6 * PAGE_TOKENS,
+        token_budget=128,
+        max_sequences=4,
+        micro_batches=2,
+        micro_batch_tokens=64,
+        ahead=ahead,
+        host_pages=6,
+        nvme_pages=40,
+        write_backs=4,
+    )
+    hits, moved, swaps = Counter[str](), Counter[MoveKind](), 0
+    for seed in range(6):
+        driver = Driver(config, random.Random(seed), interference=0.01)
+        stats = driver.run(20, 1 + ahead)
+        hits.update(device=stats.hits.device, host=stats.hits.host, nvme=stats.hits.nvme)
+        moved.update(stats.moved)
+        swaps += stats.preempted_by_swap
+    assert all(hits[tier] > 0 for tier in ("device", "host", "nvme"))
+    assert all(moved[kind] > 0 for kind in MoveKind)
+    assert swaps > 0
+
+
+@pytest.mark.parametrize("kind", MoveKind)
+def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind) -> None:
+    config = SchedulerConfig(
+        num_pages=6,
+        max_context=5 * PAGE_TOKENS,
+        token_budget=256,
+        max_sequences=4,
+        micro_batches=1,
+        micro_batch_tokens=256,
+        host_pages=4,
+        nvme_pages=40,
+    )
+    lost = 0
+    for seed in range(3):
+        driver = Driver(config, random.Random(seed), loss=1.0, lossy={kind})
+        lost += driver.run(14, 1).lost[kind]
+    assert lost > 0
