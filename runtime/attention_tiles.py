@@ -1,7 +1,7 @@
 """Block sizes for the attention kernels, fitted to a device before a launch; nothing is tried out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,6 +76,12 @@ def power_of_two(at_least: int) -> int:
 
 def padded_dim(dim: int) -> int:
     return max(MIN_ROWS, power_of_two(dim))
+
+
+def widened(tile: Tile, bits: int) -> Tile:
+    """With dims as wide as numbers of `bits` need: those of a word of 16 bits are multiplied apart."""
+    least = MIN_ROWS * 16 // min(bits, 16)
+    return replace(tile, dim_k=max(tile.dim_k, least), dim_v=max(tile.dim_v, least))
 
 
 def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits) -> int:

@@ -25,6 +25,7 @@ from headrace.runtime.attention_tiles import (
     choose_tile,
     heads_at_once,
     power_of_two,
+    widened,
 )
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv_store import LayerKV, QuantizedKV
@@ -63,7 +64,9 @@ def _reads(kv: LayerKV | QuantizedKV, newest: tuple[Tensor, Tensor] | None) -> _
         # There are no scales, and neither new ones nor tails are read.
         return _Reads(16, (kv.k, kv.v) * 4, _strides(kv.k, kv.v) * 2)
     assert newest is not None
-    codes, tails = (kv.k.codes, kv.v.codes), (kv.k.tails, kv.v.tails)
+    # Words of 16 bits, as wide as scales are.
+    codes = kv.k.codes.view(torch.int16), kv.v.codes.view(torch.int16)
+    tails = kv.k.tails, kv.v.tails
     tensors = (*codes, kv.k.scales, kv.v.scales, *newest, *tails)
     return _Reads(kv.k.fmt.bits, tensors, _strides(*codes) + _strides(*newest))
 
@@ -134,7 +137,7 @@ def _launch(
     """Attend for the sequences of at most `short` queries (`one` block each), or for the others."""
     sequences, kv_heads, window = len(batch.lengths), kv.kv_heads, rule.sliding_window
     chosen, parts = choose(q, kv, batch, rule, one=one, tile=tile)
-    tile, splits = chosen, splits or parts
+    tile, splits = widened(chosen, reads.bits), splits or parts
     group = heads_at_once(q.shape[1] // kv_heads, tile)
     groups, block_q = q.shape[1] // group, tile.rows // group
     blocks = sequences if one else q.shape[0] // block_q + sequences
