@@ -14,7 +14,7 @@ Runs on CPUs with TRITON_INTERPRET=1.
 """
 
 # Kernels are Triton's dialect: their arguments are pointers and scalars of a launch.
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 import triton
 import triton.language as tl
@@ -42,10 +42,8 @@ def load_parts(at, alive, BITS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.const
     word = tl.arange(0, BLOCK * BITS // 16)
     parts = ()
     for part in tl.static_range(16 // BITS):
-        if BITS == 8:
-            dim = 2 * word + part
-        else:
-            dim = part % 2 * (DIM // 2) + 2 * word + part // 2
+        own = part if BITS == 8 else part % 2 * (DIM // 2) + part // 2
+        dim = 2 * word + own
         there = word < DIM * BITS // 16
         parts = parts + (load_queries(at, alive, tl.where(there, dim, DIM), DIM, BLOCK),)
     return parts
@@ -64,20 +62,28 @@ def _join(parts, BITS: tl.constexpr):
 
 
 @triton.jit
-def _numbers(words, part: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """One of the codes of each word."""
-    if BITS == 4:
-        code = (words >> (4 * part)) & 15
-        if DTYPE == tl.bfloat16:
-            # Its last bits are those of 128 + code.
-            return (code | 0x4300).to(tl.bfloat16, bitcast=True) - 128.0
-        return code.to(DTYPE)
-    code = words >> 8 if part == 1 else (words << 8) >> 8
-    if DTYPE == tl.bfloat16:
-        # 128 + the last seven bits, less 256 for negative codes, and 128 for others.
-        last = ((code & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-        return last - ((code & 0x80) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return code.to(DTYPE)
+def _numbers(
+    words, queries, BITS: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr
+):  # fmt: skip
+    """Codes of words, by parts, in the type of the queries; by PTX, if there is any."""
+    if ASM != "" and BITS == 8:
+        parts = tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, [words], (queries.dtype,) * 2, is_pure=True, pack=2
+        )
+    elif ASM != "":
+        parts = tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, [words], (queries.dtype,) * 4, is_pure=True, pack=2
+        )
+    elif BITS == 8:
+        parts = (((words << 8) >> 8).to(queries.dtype), (words >> 8).to(queries.dtype))
+    else:
+        parts = (
+            (words & 15).to(queries.dtype),
+            ((words >> 4) & 15).to(queries.dtype),
+            ((words >> 8) & 15).to(queries.dtype),
+            ((words >> 12) & 15).to(queries.dtype),
+        )
+    return parts
 
 
 @triton.jit
@@ -123,14 +129,15 @@ def _load_scales(
 
 
 @triton.jit
-def _products(parts, sums, words, step, lowest, BITS: tl.constexpr):
+def _products(
+    parts, sums, words, step, lowest, BITS: tl.constexpr, ASM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+):  # fmt: skip
     """Of queries, by parts, and keys: [rows, BLOCK_N]."""
-    score = tl.dot(
-        parts[0], tl.trans(_numbers(words, 0, BITS, parts[0].dtype)), input_precision="ieee"
-    )
+    numbers = _numbers(tl.trans(words), parts[0], BITS, ASM, CONSTRAINTS)
+    score = tl.dot(parts[0], numbers[0], input_precision="ieee")
     for part in tl.static_range(1, 16 // BITS):
-        numbers = _numbers(words, part, BITS, parts[0].dtype)
-        score = tl.dot(parts[part], tl.trans(numbers), score, input_precision="ieee")
+        score = tl.dot(parts[part], numbers[part], score, input_precision="ieee")
     score *= step[None, :]
     if BITS == 4:
         score += sums[:, None] * lowest[None, :]
@@ -152,6 +159,7 @@ def _attend_tiles(
     LATENT: tl.constexpr, BITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, LIFT: tl.constexpr,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
     """Add tiles [tile, tiles) of pages, which hold `total` keys, to (sums of weighted codes, sum of
     weighted lowest numbers, max, sum of weights).
@@ -171,18 +179,23 @@ def _attend_tiles(
             v_pages, page, v_page, i, DV * BITS // 16, BLOCK_V * BITS // 16, BLOCK_N, PAGE
         )
         v_step, v_lowest = _load_scales(v_scales, page, v_page, i, total, BITS, BLOCK_N, PAGE)
-        score = _products(parts, sums, words, step, lowest, BITS)
+        score = _products(parts, sums, words, step, lowest, BITS, ASM, CONSTRAINTS)
         if LATENT:
-            score += _products(common, common_sums, v_words, v_step, v_lowest, BITS)
+            score += _products(
+                common, common_sums, v_words, v_step, v_lowest, BITS, ASM, CONSTRAINTS
+            )
         share, keep, top, weight = shares(
             score, top, weight, key, since, until, scale, softcap, SINCE, SOFTCAP, MASKED
         )
+        if BITS == 4:
+            # For Triton, which loads ahead what products need, and nothing else.
+            v_step += 0.0 * v_lowest
         coded = (share * (v_step * LIFT)[None, :]).to(parts[0].dtype)
+        numbers = _numbers(v_words, parts[0], BITS, ASM, CONSTRAINTS)
         new = ()
         for part in tl.static_range(16 // BITS):
-            numbers = _numbers(v_words, part, BITS, coded.dtype)
             acc = accs[part] * keep[:, None]
-            new = new + (tl.dot(coded, numbers, acc, input_precision="ieee"),)
+            new = new + (tl.dot(coded, numbers[part], acc, input_precision="ieee"),)
         accs = new
         if BITS == 4:
             low = low * keep + tl.sum(share * v_lowest[None, :], 1)
@@ -197,13 +210,16 @@ def attend_codes(
     LATENT: tl.constexpr, BITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, SINCE: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
     """Rows of queries `q_at` against tiles [tile, tiles) of pages: (sum of weighted values, max, sum of
     weights). PEEL: those before `seen`, which every row sees, are a loop of their own without masks.
     """
     # Steps may be small. In float16, which has no numbers below 6e-8, weights times them are lifted;
     # the largest stays below 2^16, for a step is at most 2^16 / 127, or 2^17 / 15.
-    LIFT: tl.constexpr = (64.0 if BITS == 8 else 4.0) if q_at.dtype.element_ty == tl.float16 else 1.0
+    LIFT: tl.constexpr = (
+        (64.0 if BITS == 8 else 4.0) if q_at.dtype.element_ty == tl.float16 else 1.0
+    )
     if LATENT:
         common = load_parts(q_at, alive, BITS, DV, BLOCK_V)
         parts = load_parts(q_at + DV, alive, BITS, DK, BLOCK_K)
@@ -223,14 +239,14 @@ def attend_codes(
             accs, low, top, weight, parts, sums, common, common_sums, since, until,
             tile, seen, total, table,
             k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-            LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, False, LIFT,
+            LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, False, LIFT, ASM, CONSTRAINTS,
         )  # fmt: skip
         tile = seen
     accs, low, top, weight = _attend_tiles(
         accs, low, top, weight, parts, sums, common, common_sums, since, until,
         tile, tiles, total, table,
         k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-        LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, True, LIFT,
+        LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, True, LIFT, ASM, CONSTRAINTS,
     )  # fmt: skip
     acc = _join(accs, BITS) * (1.0 / LIFT)
     if BITS == 4:

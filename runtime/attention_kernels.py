@@ -125,6 +125,7 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr, PEEL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows, of GROUP heads, against one part of their keys. BLOCKS such groups share a key head.
 
@@ -185,7 +186,7 @@ def attend_kernel(
             q_at, alive, since, until, tile, seen, tiles, in_pages, table, k_pages, v_pages,
             k_scales + kv_at * k_page_head, v_scales + kv_at * v_page_head, k_page, v_page,
             scale, softcap, LATENT, BITS, DK, DV, PAGE,
-            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, PEEL,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, PEEL, ASM, CONSTRAINTS,
         )  # fmt: skip
     dk = dims_of(BITS, DK, BLOCK_K)
     dv = dims_of(BITS, DV, BLOCK_V)

@@ -64,11 +64,8 @@ def load_exact(
     Those of positions [begin, total) are rows `first` and on of `x`, those before, as far as they are
     in the page of `begin`, in the sequence's tail.
     """
-    new = (key >= begin) & (key < total)
-    past = (key >= begin // PAGE * PAGE) & (key < begin)
-    inside = (dim < DIM)[None, :]
+    new = ((key >= begin) & (key < total))[:, None]
+    past = ((key >= begin // PAGE * PAGE) & (key < begin))[:, None]
     row = (first + key - begin).to(tl.int64) * x_token
-    mine = tl.load(x + row[:, None] + dim[None, :], mask=new[:, None] & inside, other=0.0)
-    at = tail + (key % PAGE * DIM)[:, None] + dim[None, :]
-    kept = tl.load(at, mask=past[:, None] & inside, other=0.0)
-    return tl.where(new[:, None], mine, kept)
+    at = tl.where(new, x + row[:, None], tail + (key % PAGE * DIM)[:, None])
+    return tl.load(at + dim[None, :], mask=(new | past) & (dim < DIM)[None, :], other=0.0)

@@ -28,6 +28,7 @@ from headrace.runtime.attention_tiles import (
     widened,
 )
 from headrace.runtime.batch import Batch
+from headrace.runtime.code_words import unpacking
 from headrace.runtime.kv_store import LayerKV, QuantizedKV
 from headrace.runtime.kv_write_triton import fill, keep, rows
 from headrace.runtime.softmax import Rule
@@ -144,6 +145,7 @@ def _launch(
     partial, stats = _parts(out, blocks * groups * splits, tile) if splits > 1 else (out, out)
     sinks = out if rule.sinks is None else rule.sinks
     scale = rule.scaling if rule.softcap is not None else rule.scaling * _LOG2_E
+    asm, constraints = _unpacking(reads.bits, q)
     flags = {"GROUP": group, "ONE": one, "SKIP": short, "SINKS": rule.sinks is not None}
     attend_kernel[(blocks, groups, splits)](
         q, *reads.tensors, out, partial, stats, sinks,
@@ -154,7 +156,8 @@ def _launch(
         DK=kv.k_dim, DV=kv.v_dim, PAGE=PAGE_TOKENS,
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_K=tile.dim_k, BLOCK_V=tile.dim_v,
         SPLIT=splits > 1, PEEL=tile.peel and window is None,
-        WINDOW=window is not None, SOFTCAP=rule.softcap is not None, **flags,
+        WINDOW=window is not None, SOFTCAP=rule.softcap is not None,
+        ASM=asm, CONSTRAINTS=constraints, **flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
@@ -164,6 +167,11 @@ def _launch(
             DV=kv.v_dim, BLOCK_M=tile.rows, BLOCK_V=tile.dim_v, BLOCK_S=block_s, **flags,
             num_warps=8 if block_s * tile.dim_v > 1 << 14 else 4,
         )  # fmt: skip
+
+
+def _unpacking(bits: int, q: Tensor) -> tuple[str, str]:
+    """PTX for codes of quantized pages; blank where there are none, and in the interpreter."""
+    return (bits < 16 and q.is_cuda and unpacking(bits, q.dtype)) or ("", "")
 
 
 def _parts(out: Tensor, count: int, tile: Tile) -> tuple[Tensor, Tensor]:

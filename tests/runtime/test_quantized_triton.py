@@ -40,7 +40,14 @@ def check(
                 stored(ours, piece), stored(theirs, piece), atol=close, rtol=0
             )
             left = piece.end % PAGE_TOKENS
-            assert torch.equal(ours.tails[piece.tail, :, :left], theirs.tails[piece.tail, :, :left])
+            # A rotation's sums are in another order for other numbers of rows there.
+            close = 0.0 if device == "cpu" else bound
+            torch.testing.assert_close(
+                ours.tails[piece.tail, :, :left],
+                theirs.tails[piece.tail, :, :left],
+                atol=close,
+                rtol=close,
+            )
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
