@@ -84,14 +84,19 @@ def widened(tile: Tile, bits: int) -> Tile:
     return replace(tile, dim_k=max(tile.dim_k, least), dim_v=max(tile.dim_v, least))
 
 
-def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits) -> int:
+def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits, bits: int = 16) -> int:
     """Shared memory for the queries and for the keys and values in flight.
 
-    Triton's pipeline keeps stages - 1 tiles, and one more where products read them asynchronously.
+    Triton's pipeline keeps stages - 1 tiles, and one more where products read them asynchronously. Of
+    quantized pages (of fewer `bits`), such products read what codes were made into.
     """
-    ahead = tile.stages if limits.wgmma and tile.rows >= 64 and itemsize == 2 else tile.stages - 1
+    wgmma = limits.wgmma and tile.rows >= 64 and itemsize == 2
     step = tile.keys * (tile.dim_k + tile.dim_v)
-    return (tile.rows * tile.dim_k + max(ahead, 1) * step) * itemsize
+    if bits < 16:
+        kept = max(tile.stages - 1, 1) * step * bits // 8 + wgmma * step * itemsize
+    else:
+        kept = max(tile.stages - (not wgmma), 1) * step * itemsize
+    return tile.rows * tile.dim_k * itemsize + kept
 
 
 def choose_tile(

@@ -48,16 +48,19 @@ def _float16(bits: int) -> list[str]:
     int8: 128 more than a code, whose sign is turned around. int4: codes in bits 4 to 7 count 16 times.
     """
     parts = 16 // bits
-    lines = ["mov.b32 one, 0x3C003C00;", "mov.b32 less, 0xE400E400;"]
+    lines = []
     for part in range(parts):
-        lines.append(f"shr.u32 r, ${parts}, {8 * (part * bits // 8)};")
         if bits == 8:
-            lines.append("lop3.b32 r, r, 0x00FF00FF, 0x64806480, 0x6A;")
-            lines.append(f"add.rn.f16x2 ${part}, r, 0xE480E480;")
+            merged, unit, less = "0x00FF00FF, 0x64806480, 0x6A", "0x3C003C00", "0xE480E480"
         elif part % 2 == 0:
-            lines.append("lop3.b32 r, r, 0x000F000F, 0x64006400, 0xEA;")
-            lines.append(f"fma.rn.f16x2 ${part}, r, one, less;")
+            merged, unit, less = "0x000F000F, 0x64006400, 0xEA", "0x3C003C00", "0xE400E400"
         else:
-            lines.append("lop3.b32 r, r, 0x00F000F0, 0x64006400, 0xEA;")
-            lines.append(f"fma.rn.f16x2 ${part}, r, 0x2C002C00, 0xD400D400;")
+            merged, unit, less = "0x00F000F0, 0x64006400, 0xEA", "0x2C002C00", "0xD400D400"
+        lines += [
+            f"shr.u32 r, ${parts}, {part * bits // 8 * 8};",
+            f"lop3.b32 r, r, {merged};",
+            f"mov.b32 one, {unit};",
+            f"mov.b32 less, {less};",
+            f"fma.rn.f16x2 ${part}, r, one, less;",
+        ]
     return lines
