@@ -159,7 +159,7 @@ def _attend_tiles(
     LATENT: tl.constexpr, BITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, LIFT: tl.constexpr,
-    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
     """Add tiles [tile, tiles) of pages, which hold `total` keys, to (sums of weighted codes, sum of
     weighted lowest numbers, max, sum of weights).
@@ -198,7 +198,8 @@ def _attend_tiles(
             new = new + (tl.dot(coded, numbers[part], acc, input_precision="ieee"),)
         accs = new
         if BITS == 4:
-            low = low * keep + tl.sum(share * v_lowest[None, :], 1)
+            lowest = share * v_lowest[None, :]
+            low = low * keep[:, None] + lowest if BLOCK_M < 64 else low * keep + tl.sum(lowest, 1)
         page = next_page
     return accs, low, top, weight
 
@@ -230,7 +231,8 @@ def attend_codes(
     common_sums = _sum_of(common) if BITS == 4 and LATENT else sums
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
-    low = weight
+    # Warps share few rows, and would wait for each other's sums in every tile.
+    low = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if BLOCK_M < 64 else weight
     accs = ()
     for _ in tl.static_range(16 // BITS):
         accs = accs + (tl.zeros([BLOCK_M, BLOCK_V * BITS // 16], tl.float32),)
@@ -239,16 +241,18 @@ def attend_codes(
             accs, low, top, weight, parts, sums, common, common_sums, since, until,
             tile, seen, total, table,
             k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-            LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, False, LIFT, ASM, CONSTRAINTS,
+            LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, False, LIFT,
+            BLOCK_M, ASM, CONSTRAINTS,
         )  # fmt: skip
         tile = seen
     accs, low, top, weight = _attend_tiles(
         accs, low, top, weight, parts, sums, common, common_sums, since, until,
         tile, tiles, total, table,
         k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-        LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, True, LIFT, ASM, CONSTRAINTS,
+        LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, True, LIFT,
+        BLOCK_M, ASM, CONSTRAINTS,
     )  # fmt: skip
     acc = _join(accs, BITS) * (1.0 / LIFT)
     if BITS == 4:
-        acc += low[:, None]
+        acc += (tl.sum(low, 1) if BLOCK_M < 64 else low)[:, None]
     return acc, top, weight
