@@ -1,7 +1,7 @@
 """Block sizes for the attention kernels, fitted to a device before a launch; nothing is tried out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,14 +75,25 @@ def padded_dim(dim: int) -> int:
     return max(MIN_ROWS, power_of_two(dim))
 
 
-def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits) -> int:
+def widened(tile: Tile, bits: int) -> Tile:
+    """With dims as wide as numbers of `bits` need: those of a word of 16 bits are multiplied apart."""
+    least = MIN_ROWS * 16 // min(bits, 16)
+    return replace(tile, dim_k=max(tile.dim_k, least), dim_v=max(tile.dim_v, least))
+
+
+def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits, bits: int = 16) -> int:
     """Shared memory for the queries and for the keys and values in flight.
 
-    Triton's pipeline keeps stages - 1 tiles, and one more where products read them asynchronously.
+    Triton's pipeline keeps stages - 1 tiles, and one more where products read them asynchronously. Of
+    quantized pages (of fewer `bits`), such products read what codes were made into.
     """
-    ahead = tile.stages if limits.wgmma and tile.rows >= 64 and itemsize == 2 else tile.stages - 1
+    wgmma = limits.wgmma and tile.rows >= 64 and itemsize == 2
     step = tile.keys * (tile.dim_k + tile.dim_v)
-    return (tile.rows * tile.dim_k + max(ahead, 1) * step) * itemsize
+    if bits < 16:
+        kept = max(tile.stages - 1, 1) * step * bits // 8 + wgmma * step * itemsize
+    else:
+        kept = max(tile.stages - (not wgmma), 1) * step * itemsize
+    return tile.rows * tile.dim_k * itemsize + kept
 
 
 def choose_tile(
