@@ -15,6 +15,7 @@ _LONG = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
 _BRIEF = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2))
 _EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))
 _FEW = ((32, 32, 4, 4), *_EXACT)
+_CODES = (MIN_ROWS, 64, 4, 3)  # of quantized pages, for the fewest rows
 _LONG_KEYS = 1024
 
 # Of latents, whose sums are hundreds of numbers wide: compiled for Hopper, none spills registers to
@@ -98,9 +99,10 @@ def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits, bits: int = 16
 
 def choose_tile(
     queries: int, visible: int, group: int, k_dim: int, v_dim: int, itemsize: int,
-    limits: DeviceLimits,
+    limits: DeviceLimits, bits: int = 16,
 ) -> Tile:  # fmt: skip
-    """For sequences of at most `queries` queries, each of which sees at most `visible` keys.
+    """For sequences of at most `queries` queries, each of which sees at most `visible` keys, in pages
+    of numbers or of codes of fewer `bits`.
 
     Decodes are bound by loads, which small programs keep under way best; prefill by the tensor
     cores, which want more rows and keys, as long as scores and sums [rows, v_dim] stay in registers.
@@ -108,6 +110,9 @@ def choose_tile(
     dims = padded_dim(k_dim), padded_dim(v_dim)
     needed = max(MIN_ROWS, power_of_two(group * queries))
     found = list(_candidates(needed, visible, power_of_two(group), dims, itemsize))
+    if bits < 16 and itemsize < 4 and needed == MIN_ROWS:
+        rows, keys, warps, stages = _CODES
+        found.insert(0, Tile(rows, keys, *dims, warps, stages, peel=False))
     budget = limits.shared_memory * 9 // 10
     return next(
         (tile for tile in found if shared_bytes(tile, itemsize, limits) <= budget), found[-1]
@@ -156,14 +161,16 @@ def _candidates(
         yield Tile(rows, keys, *dims, warps, stages, peel=many and visible >= 16 * keys)
 
 
-def choose_splits(programs: int, visible: int, tile: Tile, limits: DeviceLimits) -> int:
+def choose_splits(
+    programs: int, visible: int, tile: Tile, limits: DeviceLimits, bits: int = 16
+) -> int:
     """Parts to cut the keys of `programs` programs into.
 
-    The busiest processor's tiles are what counts, and it is full with two programs, or with one
-    that is bound by the tensor cores.
+    The busiest processor's tiles are what counts, and it is full with two programs, with four that
+    take codes of fewer `bits` apart, or with one that is bound by the tensor cores.
     """
     tiles = -(-visible // tile.keys)
-    full = 1 if tile.rows >= 64 else 2
+    full = 1 if tile.rows >= 64 else 2 if bits >= 16 else 4
 
     def cost(splits: int) -> int:
         busiest = max(-(-programs * splits // limits.processors), full)

@@ -119,18 +119,19 @@ def choose(
     queries = min(short_queries(group), batch.max_query) if one else batch.max_query
     limits = DeviceLimits.of(q.device)
     shape = group, kv.k_dim, kv.v_dim, q.element_size(), limits
+    bits = 16 if isinstance(kv, LayerKV) else kv.k.fmt.bits
     if tile is None and kv.latent:
         tile = choose_latent_tile(queries, *shape)
     elif tile is None:
         seen = visible if window is None else min(visible, window + queries)
-        tile = choose_tile(queries, seen, *shape)
+        tile = choose_tile(queries, seen, *shape, bits)
     at_once = heads_at_once(group, tile)
     block_q = tile.rows // at_once
     seen = visible if window is None else min(visible, window + block_q)
     blocks = len(batch.lengths)
     if not one:
         blocks = max(blocks, -(-q.shape[0] // block_q))
-    return tile, choose_splits(blocks * (q.shape[1] // at_once), seen, tile, limits)
+    return tile, choose_splits(blocks * (q.shape[1] // at_once), seen, tile, limits, bits)
 
 
 def _launch(
