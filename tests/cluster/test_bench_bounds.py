@@ -99,11 +99,11 @@ def test_a_running_job_s_bound_counts_the_experts_that_a_pass_loaded() -> None:
     traffic, dense = plan.prediction.experts, sum(plan.nvme_bytes_a_pass)
     assert traffic is not None and plan.prediction.bound_by == "nvme"
     expected = round(traffic.loaded)
-    whole = least_seconds(plan, 0, expected)
+    whole = least_seconds(plan, 1, expected)
     assert whole == pytest.approx(plan.prediction.terms["nvme"], rel=0.01)
     fewer = dense + expected // 4 * plan.expert_slot_bytes
     share = fewer / (dense + expected * plan.expert_slot_bytes)
-    assert least_seconds(plan, 0, expected // 4) == pytest.approx(whole * share, rel=0.01)
+    assert least_seconds(plan, 1, expected // 4) == pytest.approx(whole * share, rel=0.01)
 
 
 def test_experts_come_from_where_most_of_them_came_from() -> None:
