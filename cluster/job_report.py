@@ -1,10 +1,11 @@
 """Where a job stands: the same report is its progress while it runs and its result at the end."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import StageTimes
 
 
@@ -28,6 +29,9 @@ class Stats(Protocol):
 
     @property
     def stages(self) -> Sequence[StageTimes]: ...
+
+    @property
+    def kv(self) -> KVStats: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,8 @@ class JobReport:
     """Rows of the whole job, and the work of this run of it.
 
     `resumed` of the finished rows were finished by earlier runs. `running` rows are being
-    generated; after a stop they count as not finished. `seconds` is this run's wall-clock time.
+    generated; after a stop they count as not finished. `seconds` is this run's wall-clock time. `kv` is
+    of the engine, which may have done other things before.
     """
 
     output: Path
@@ -128,6 +133,7 @@ class JobReport:
     stopping: bool
     seconds: float
     work: Work
+    kv: KVStats = field(default_factory=KVStats)
 
     @property
     def finished(self) -> int:

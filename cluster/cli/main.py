@@ -167,7 +167,14 @@ def generate(
     ):
         job = Job(engine, engine.tokenizer, files, model_name=store.name)
         setting = Setting(engine.plan, opened.nbytes, options.device_memory)
-        code = run_job(job, setting, Console(), resume_command=_command(), trace=engine.trace)
+        code = run_job(
+            job,
+            setting,
+            Console(),
+            resume_command=_command(),
+            trace=engine.trace,
+            logs=engine.log_reports,
+        )
     raise typer.Exit(code)
 
 

@@ -31,6 +31,7 @@ from headrace.cluster.job_report import ComputeSplit, JobReport, Work
 from headrace.cluster.jobs import Job, JobFiles
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError, StageError
+from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -94,6 +95,7 @@ class FakeStats:
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
     stages: list[StageTimes] = field(default_factory=lambda: [StageTimes(0, 0, 0, 0, 0, 0)])
+    kv: KVStats = field(default_factory=KVStats)
 
 
 @dataclass
@@ -128,7 +130,9 @@ class FakeEngine:
     def num_waiting(self) -> int:
         return max(len(self._requests) - self._batch, 0)
 
-    def add(self, token_ids: list[int], params: SamplingParams, seed: int) -> int:
+    def add(
+        self, token_ids: list[int], params: SamplingParams, seed: int, *, keep: bool = False
+    ) -> int:
         if token_ids == [ord("!")] and self._count % 2:
             raise RequestError("the engine refuses this")
         self._count += 1
