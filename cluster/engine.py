@@ -168,6 +168,14 @@ class Engine:
         """Return when every stage's host RAM is filled: before measuring, for passes go on meanwhile."""
         self._pipeline.wait_host_tier()
 
+    def save(self) -> None:
+        """Bring to NVMe what a later run may take over, before the end: no request is continued."""
+        while self._in_flight:
+            a_pass, pending = self._in_flight.popleft()
+            self._apply(a_pass, pending.result())
+        while (last := self._scheduler.save()) is not None:
+            self._apply(last, self._pipeline.submit(last).result())
+
     def log_reports(self) -> "list[LogReport | None]":
         """What the stages' KV logs have done until now; empty where there are none."""
         return [] if self._logs is None else self._logs.reports()

@@ -1,11 +1,10 @@
 """Where a job stands: the same report is its progress while it runs and its result at the end."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import StageTimes
 
 
@@ -29,9 +28,6 @@ class Stats(Protocol):
 
     @property
     def stages(self) -> Sequence[StageTimes]: ...
-
-    @property
-    def kv(self) -> KVStats: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +115,7 @@ class JobReport:
     """Rows of the whole job, and the work of this run of it.
 
     `resumed` of the finished rows were finished by earlier runs. `running` rows are being
-    generated; after a stop they count as not finished. `seconds` is this run's wall-clock time. `kv` is
-    of the engine, which may have done other things before.
+    generated; after a stop they count as not finished. `seconds` is this run's wall-clock time.
     """
 
     output: Path
@@ -133,7 +128,6 @@ class JobReport:
     stopping: bool
     seconds: float
     work: Work
-    kv: KVStats = field(default_factory=KVStats)
 
     @property
     def finished(self) -> int:

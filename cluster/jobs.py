@@ -171,7 +171,6 @@ class Job:
                 stopping=self._stops > 0,
                 seconds=self._clock() - began,
                 work=Work.of(self._engine.stats).since(before),
-                kv=self._engine.stats.kv,
             )
 
         return report

@@ -254,7 +254,10 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             _connect(actors, options, stack)
         times.ended("connecting")
         log.info("%s", times)
-        yield stack.enter_context(_engine(actors, plan, options, store, dtype, tokenizer, logs))
+        engine = stack.enter_context(_engine(actors, plan, options, store, dtype, tokenizer, logs))
+        yield engine
+        if options.kv_keep:  # not after an error
+            engine.save()
 
 
 def _check(options: EngineOptions) -> None:

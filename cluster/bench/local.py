@@ -94,3 +94,5 @@ def local_engine(
             logs=None if log is None else LocalLogs([stage], [log]),
         )
         yield opened.enter_context(engine)
+        if options.kv_keep:
+            engine.save()

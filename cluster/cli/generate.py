@@ -9,18 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from headrace.cluster.cli.kv_report import kv_table
 from headrace.cluster.cli.stage_table import GB, stage_table
 from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.job_report import ComputeSplit, JobReport, JobTrace, Work
 from headrace.cluster.jobs import Job
-from headrace.runtime.kv_stats import LogReport
 from headrace.scheduler.errors import HeadraceError, JobError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.sizes import format_size
@@ -82,11 +80,11 @@ def run_job(
     *,
     resume_command: str,
     trace: JobTrace | None = None,
-    logs: Callable[[], Sequence[LogReport | None]] = list,
+    kv: Callable[[], RenderableType | None] = lambda: None,
 ) -> int:
     """Run a job with a progress display and signal handling; returns the exit code.
 
-    The trace is closed when the job ends, and `logs` asked for what KV logs did. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
+    The trace is closed when the job ends, and `kv` asked what became of KV pages. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
     HeadraceErrors pass through; a stage's one says how to go on, too.
     """
     hint = f"Finished rows are safe; to go on: {resume_command}"
@@ -97,7 +95,7 @@ def run_job(
         if isinstance(error, JobError):  # which says itself what to do
             raise
         raise type(error)(f"{error}\n{hint}") from error
-    console.print(final_table(report, setting, _close(trace) if trace else (), logs()))
+    console.print(final_table(report, setting, _close(trace) if trace else (), kv()))
     if trace and trace.written:
         told = f"The trace is in {trace.file}: open it at ui.perfetto.dev"
         console.print(Text(told), soft_wrap=True)
@@ -143,7 +141,7 @@ def final_table(
     report: JobReport,
     setting: Setting,
     splits: Sequence[ComputeSplit | None] = (),
-    logs: Sequence[LogReport | None] = (),
+    kv: RenderableType | None = None,
 ) -> Group:
     """What the run achieved, what bound it, where its time went, and the same in two sentences."""
     work = report.work
@@ -159,7 +157,6 @@ def final_table(
         return Group(summary)
     told = Text(f"{_fitted(setting)} {_bound(report, setting)}")
     stages = stage_table(report, splits, expert_bytes=setting.plan.expert_slot_bytes)
-    kv = kv_table(report.kv, work.stages, logs)
     return Group(summary, stages, *(() if kv is None else (kv,)), told)
 
 

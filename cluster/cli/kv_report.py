@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cluster.engine import Engine
 from headrace.runtime.kv_record import Miss
 from headrace.runtime.kv_stats import KVLogStats, LogReport
 from headrace.scheduler.kv_stats import KVStats, TierHits
@@ -35,6 +36,13 @@ def kv_table(
     for name, value in (*rows, *_held(kv), *_worn(logs)):
         table.add_row(name, Text(value))
     return table
+
+
+def end_of_pages(engine: Engine, *, keep: bool) -> Table | None:
+    """The table at the end of a run, whose pages are saved first if they are to be kept."""
+    if keep:
+        engine.save()
+    return kv_table(engine.stats.kv, engine.stats.stages, engine.log_reports())
 
 
 def _found(kv: KVStats) -> Iterator[tuple[str, str]]:

@@ -148,6 +148,7 @@ def generate(
 ) -> None:
     """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
     from headrace.cluster.cli.generate import Setting, run_job
+    from headrace.cluster.cli.kv_report import end_of_pages
     from headrace.cluster.jobs import Job, JobFiles
     from headrace.cluster.launch import running_engine
     from headrace.runtime.store import Store
@@ -173,7 +174,7 @@ def generate(
             Console(),
             resume_command=_command(),
             trace=engine.trace,
-            logs=engine.log_reports,
+            kv=lambda: end_of_pages(engine, keep=run.kv_keep),
         )
     raise typer.Exit(code)
 

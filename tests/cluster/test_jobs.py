@@ -31,7 +31,6 @@ from headrace.cluster.job_report import ComputeSplit, JobReport, Work
 from headrace.cluster.jobs import Job, JobFiles
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError, StageError
-from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.placement import (
     Placement,
     Plan,
@@ -95,7 +94,6 @@ class FakeStats:
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
     stages: list[StageTimes] = field(default_factory=lambda: [StageTimes(0, 0, 0, 0, 0, 0)])
-    kv: KVStats = field(default_factory=KVStats)
 
 
 @dataclass
