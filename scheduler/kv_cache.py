@@ -156,14 +156,17 @@ class KVCache:
         precious pages and all that is in host RAM. Each slot is tried once, some at a time."""
         if not self._uses_nvme:
             return
-        room = min(self._host.num_spare, SAVED_AT_ONCE)
-        for page in self._device.coldest(room):
-            self.tiers.move_out(page)
         slots = ((slot, self._host.key(slot)) for slot in self._host.resting())
-        left = [(s, key) for s, key in slots if key and not self._is_tried(key)]
+        left = [(slot, key) for slot, key in slots if key and not self._is_tried(key)]
         for slot, key in left[:SAVED_AT_ONCE]:
             self._tried.add(key)
             self.tiers.spill(slot)
+        # Only then: no slot is taken whose page has not been tried, or it would come again for ever.
+        room = self._host.num_spare - len(left[SAVED_AT_ONCE:])
+        keys = ((p, self._device.key(p)) for p in self._device.coldest(self._device.num_pages))
+        pages = [page for page, key in keys if key and not self._is_tried(key)]
+        for page in pages[: max(0, min(room, SAVED_AT_ONCE))]:
+            self.tiers.move_out(page)
 
     def settle(self, moved: Iterable[int], lost: Iterable[int]) -> Settled:
         """Take note of moves that have ended on every stage, and begin what waited for them."""

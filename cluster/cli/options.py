@@ -66,7 +66,7 @@ class RunOptions:
         str | None,
         typer.Option(
             help="Per stage, pinned RAM for weights and for KV pages. "
-            "[default: half of what is free, shared; CPU: as --kv-host-memory]"
+            "[default: half of what is free, shared; CPU: what KV pages take]"
         ),
     ] = None
     kv_host_memory: Annotated[
