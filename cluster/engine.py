@@ -169,12 +169,18 @@ class Engine:
         self._pipeline.wait_host_tier()
 
     def save(self) -> None:
-        """Bring to NVMe what a later run may take over, before the end: no request is continued."""
-        while self._in_flight:
-            a_pass, pending = self._in_flight.popleft()
-            self._apply(a_pass, pending.result())
-        while (last := self._scheduler.save()) is not None:
-            self._apply(last, self._pipeline.submit(last).result())
+        """Bring to NVMe what a later run may take over, before the end: no request is continued.
+
+        A stage that fails now is logged: the run's results are there already, or its error is.
+        """
+        try:
+            while self._in_flight:
+                a_pass, pending = self._in_flight.popleft()
+                self._apply(a_pass, pending.result())
+            while (last := self._scheduler.save()) is not None:
+                self._apply(last, self._pipeline.submit(last).result())
+        except StageError as error:
+            log.warning("not all KV pages were saved for the next run: %s", error)
 
     def log_reports(self) -> "list[LogReport | None]":
         """What the stages' KV logs have done until now; empty where there are none."""

@@ -47,7 +47,8 @@ class LLM:
     ...     llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=32))
 
     `model` is a store made by `headrace convert`. Keywords are EngineOptions' (`device`, `dtype`,
-    `placement`, `context`, ...); memory may be bytes or text such as "600MB" or "10GiB". Starting
+    `placement`, `context`, ...); memory may be bytes or text such as "600MB" or "10GiB",
+    `kv_ttl` seconds or text such as "12h". Starting
     takes seconds; `close()`, or leaving the `with` block, ends every process that was started and
     writes `trace`, if there is one: a file for Perfetto of each stage's newest passes.
     """
