@@ -14,15 +14,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from headrace.cluster.bench.driver import random_prompts
+from headrace.cluster.completion import Completion
+from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.launch import local_plan
-from headrace.cluster.llm import LLM
+from headrace.cluster.launch import local_plan, running_engine
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.inputs import KV_LOG_BYTES
@@ -59,32 +59,43 @@ class Turn:
     seconds: float
 
 
-def hold(llm: LLM, chat: Chat, vocabulary: int) -> Iterator[Turn]:
+def hold(engine: Engine, chat: Chat, vocabulary: int) -> Iterator[Turn]:
     """Have all conversations; yields the turns that are not a conversation's first."""
     words = iter(random_prompts(chat.conversations * chat.turns, chat.said, vocabulary, seed=1))
-    first = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-    others = replace(first, max_tokens=chat.answered - 1)
     told: list[list[int]] = [[] for _ in range(chat.conversations)]
     for turn in range(chat.turns):
         for tokens in told:
             tokens += next(words)
-            before, started = llm.stats.kv.hits, time.perf_counter()
-            (begun,) = llm.generate([tokens], first)
-            seconds = time.perf_counter() - started
+            before, prompt = engine.stats.kv.hits.tokens.total, len(tokens)
+            seconds, answer = ask(engine, tokens, chat.answered)
             if turn:
-                found = llm.stats.kv.hits.tokens.total - before.tokens.total
-                yield Turn(len(tokens), len(tokens) - found, seconds)
-            tokens += begun.outputs[0].token_ids
-            (rest,) = llm.generate([tokens], others, keep_context=llm.plan.host_pages > 0)
-            tokens += rest.outputs[0].token_ids
+                found = engine.stats.kv.hits.tokens.total - before
+                yield Turn(prompt, prompt - found, seconds)
+            tokens += answer
 
 
-def measure(name: str, options: dict[str, Any], store: Path, chat: Chat, table: Table) -> None:
-    vocabulary = Store.open(store).config["vocab_size"]
+def ask(engine: Engine, tokens: list[int], answered: int) -> tuple[float, list[int]]:
+    """Seconds to the first token, and the answer."""
+    params = SamplingParams(temperature=0.0, max_tokens=answered, ignore_eos=True)
+    drawn, done = engine.stats.output_tokens, list[Completion]()
     started = time.perf_counter()
-    with LLM(store, **options) as llm:
-        plan, turns = llm.plan, list(hold(llm, chat, vocabulary))
-        kv = llm.stats.kv
+    engine.add(tokens, params, seed=0, keep=engine.plan.host_pages > 0)
+    while engine.stats.output_tokens == drawn:
+        done += engine.step()
+    seconds = time.perf_counter() - started
+    while engine.has_work:
+        done += engine.step()
+    (completion,) = done
+    return seconds, completion.token_ids
+
+
+def measure(name: str, options: EngineOptions, chat: Chat, table: Table) -> None:
+    vocabulary = Store.open(options.store).config["vocab_size"]
+    with running_engine(options) as engine:
+        started = time.perf_counter()
+        turns = list(hold(engine, chat, vocabulary))
+        whole = time.perf_counter() - started
+        plan, kv = engine.plan, engine.stats.kv
     seconds = sorted(turn.seconds for turn in turns)
     last = [turn for turn in turns if turn.prompt == max(turn.prompt for turn in turns)]
     table.add_row(
@@ -95,7 +106,7 @@ def measure(name: str, options: dict[str, Any], store: Path, chat: Chat, table: 
         f"{statistics.median(turn.seconds for turn in last) * 1e3:.0f} ms",
         f"{sum(turn.computed for turn in turns):,} of {sum(turn.prompt for turn in turns):,}",
         _pages(kv.hits),
-        f"{time.perf_counter() - started:.0f} s",
+        f"{whole:.0f} s",
     )
 
 
@@ -103,29 +114,31 @@ def _pages(hits: TierHits) -> str:
     return f"{hits.device}, {hits.host}, {hits.nvme}"
 
 
-def variants(store: Path, chat: Chat, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Options of LLM: device only, host RAM for all, and NVMe for all."""
-    common: dict[str, Any] = {
-        "device": "cpu",
-        "device_memory": 2 << 30,
-        "context": chat.context,
-        "max_sequences": chat.on_device,
-    }
-    plan = local_plan(EngineOptions(store, host_memory=0, **common), Store.open(store))
+def variants(store: Path, chat: Chat, folder: Path) -> Iterator[tuple[str, EngineOptions]]:
+    """Device only, host RAM for all, and NVMe for all."""
+    common = EngineOptions(
+        store,
+        device="cpu",
+        device_memory=2 << 30,
+        host_memory=0,
+        context=chat.context,
+        max_sequences=chat.on_device,
+    )
+    plan = local_plan(common, Store.open(store))
     slot = slot_bytes(plan.memory[0].kv // plan.num_pages)
     pages = pages_for(chat.context)
     every, some = (count * pages * slot for count in (chat.conversations, chat.on_device))
-    yield "device", common | {"host_memory": 0}
-    yield "and host RAM", common | {"host_memory": every, "kv_host_memory": every}
+    yield "device", common
+    yield "and host RAM", replace(common, host_memory=every, kv_host_memory=every)
     yield (
         "and NVMe",
-        common
-        | {
-            "host_memory": some + KV_LOG_BYTES,
-            "kv_host_memory": some,
-            "kv_directory": folder / "kv",
-            "kv_disk": 2 * every,  # room is made of whole files
-        },
+        replace(
+            common,
+            host_memory=some + KV_LOG_BYTES,
+            kv_host_memory=some,
+            kv_directory=folder / "kv",
+            kv_disk=2 * every,  # room is made of whole files
+        ),
     )
 
 
@@ -133,11 +146,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--conversations", type=int, default=64)
     parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--said", type=int, default=80, help="tokens a turn by the user")
-    parser.add_argument("--answered", type=int, default=16, help="and by the model")
+    parser.add_argument("--said", type=int, default=88, help="tokens a turn by the user")
+    parser.add_argument("--answered", type=int, default=8, help="and by the model")
     parser.add_argument("--on-device", type=int, default=8, help="conversations with room there")
     parser.add_argument("--directory", type=Path, help="on the drive (default: $TMPDIR)")
     given = parser.parse_args()
+    console = Console(width=140)
     chat = Chat(given.conversations, given.turns, given.said, given.answered, given.on_device)
     table = Table(title=f"{chat.conversations} conversations, {chat.turns} turns, returning turns")
     for name in ("keys and values", "pages", "first token", "95%", "last turn"):
@@ -147,8 +161,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="headrace-bench-", dir=given.directory) as made:
         store = convert(STORIES, Path(made) / "store", format="nf4").path
         for name, options in variants(store, chat, Path(made)):
-            measure(name, options, store, chat, table)
-    Console(width=140).print(table)
+            measure(name, options, chat, table)
+            console.print(table)
 
 
 if __name__ == "__main__":
