@@ -123,7 +123,8 @@ def run_airllm(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_headrace(job: dict[str, Any]) -> dict[str, Any]:
     from headrace.cluster.cli.plan import describe
-    from headrace.cluster.launch import EngineOptions, running_engine
+    from headrace.cluster.engine_options import EngineOptions
+    from headrace.cluster.launch import running_engine
 
     options = EngineOptions(
         store=Path(job["path"]),

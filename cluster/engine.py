@@ -1,8 +1,10 @@
 """The engine: keeps the ring full, commits what comes back, and turns tokens into text."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +22,11 @@ from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from headrace.cluster.stage_logs import StageLogs
     from headrace.cluster.trace_file import RunTrace  # imports torch: a driver has no time yet
+    from headrace.runtime.kv_stats import LogReport
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -61,13 +67,21 @@ class Engine:
         stop_ids: frozenset[int],
         digest: str,
         dtype: str,
+        tenant: str = "",
         trace: "RunTrace | None" = None,
+        logs: "StageLogs | None" = None,
     ) -> None:
+        """Takes over what the stages' `logs` hold of `tenant`, whose all requests are."""
         self.plan = plan
         self.model_digest = digest
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
-        self._scheduler = Scheduler(scheduler_config(plan, f"{digest} {plan.kv_format} {dtype}"))
+        identity = f"{digest} {plan.kv_format} {dtype} {tenant}"
+        self._scheduler = Scheduler(scheduler_config(plan, identity))
+        self._logs, self._warned_of_keep = logs, False
+        if logs is not None:
+            self._scheduler.adopt(logs.keys())
+            self.stats.kv = self._scheduler.kv_stats()
         self._reports = MoveReports(plan.placement.num_stages)
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
@@ -93,6 +107,7 @@ class Engine:
         Nothing that a tenant has had computed is found by another one. `keep` saves the keys and
         values below the device for a prompt that goes on from where this one ends.
         """
+        self._check_keep(keep)
         request_id, self._next_id = self._next_id, self._next_id + 1
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -153,12 +168,39 @@ class Engine:
         """Return when every stage's host RAM is filled: before measuring, for passes go on meanwhile."""
         self._pipeline.wait_host_tier()
 
-    def close(self) -> None:
+    def save(self) -> None:
+        """Bring to NVMe what a later run may take over, before the end: no request is continued.
+
+        A stage that fails now is logged: the run's results are there already, or its error is.
+        """
         try:
+            while self._in_flight:
+                a_pass, pending = self._in_flight.popleft()
+                self._apply(a_pass, pending.result())
+            while (last := self._scheduler.save()) is not None:
+                self._apply(last, self._pipeline.submit(last).result())
+        except StageError as error:
+            log.warning("not all KV pages were saved for the next run: %s", error)
+
+    def log_reports(self) -> "list[LogReport | None]":
+        """What the stages' KV logs have done until now; empty where there are none."""
+        return [] if self._logs is None else self._logs.reports()
+
+    def close(self) -> None:
+        with ExitStack() as last_first:
+            last_first.callback(self._pipeline.close)
+            if self._logs is not None:
+                last_first.callback(self._logs.close)  # while the stages are there
             if self.trace is not None:
-                self.trace.close()
-        finally:
-            self._pipeline.close()
+                last_first.callback(self.trace.close)
+
+    def _check_keep(self, keep: bool) -> None:
+        if keep and not self.plan.host_pages and not self._warned_of_keep:
+            self._warned_of_keep = True
+            log.warning(
+                "keep_context: pages stay on the device for as long as nobody needs their room; with"
+                " --kv-host-memory (and --kv-directory) they are saved"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -255,5 +297,7 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         passes_in_flight=plan.passes_in_flight,
         ahead=plan.ahead,
         host_pages=plan.host_pages,
+        nvme_pages=plan.nvme_pages,
+        costs=plan.kv_costs,
         identity=identity,
     )

@@ -46,7 +46,9 @@ class BatchEngine(Protocol):
     @property
     def stats(self) -> Stats: ...
 
-    def add(self, token_ids: list[int], params: SamplingParams, seed: int) -> int: ...
+    def add(
+        self, token_ids: list[int], params: SamplingParams, seed: int, *, keep: bool = False
+    ) -> int: ...
 
     def step(self) -> list[Completion]: ...
 
@@ -200,7 +202,8 @@ class Job:
         one = replace(row.params, n=1)
         try:
             for index in range(row.params.n):
-                request_id = self._engine.add(row.token_ids, one, self._seed(row, index))
+                seed = self._seed(row, index)
+                request_id = self._engine.add(row.token_ids, one, seed, keep=row.keep_context)
                 running.request_ids.append(request_id)
                 self._running[request_id] = running
         except RequestError as error:

@@ -9,17 +9,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.engine import Engine
+from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
 from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
 from headrace.cluster.stage_actor import Connection
+from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.start_times import StartTimes, read_at_start
 from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
@@ -36,40 +37,6 @@ log = logging.getLogger(__name__)
 
 OVERHEAD_BYTES = 64 << 20
 """What a stage process takes besides what is counted: allocator arenas, buffers of Ray and links."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
-
-    `context` is the longest sequence to be served (prompt and output), None the model's own;
-    `min_sequences` at once have room for their KV, if they can; `kv_host_memory` of each stage's host
-    memory is for KV pages that have to leave its device, 0 leaves it to weights; `kv_format` is one of KV_FORMATS;
-    `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
-    `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
-    `trace` a file to write, when the engine closes, for Perfetto.
-    """
-
-    store: Path
-    stages: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-    kv_format: str = "auto"
-    device_memory: int | None = None
-    host_memory: int | None = None
-    kv_host_memory: int = 0
-    placement: str = "auto"
-    token_budget: int | None = None
-    max_sequences: int | None = None
-    min_sequences: int = 1
-    micro_batches: int | None = None
-    resident_layers: int | None = None
-    context: int | None = None
-    storage: str = "auto"
-    graphs: bool | None = None
-    address: str | None = None
-    deadline: float = 600.0
-    trace: Path | None = None
 
 
 def resolve_device(device: str, address: str | None = None) -> str:
@@ -110,7 +77,7 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
     stages of a node. Stages on CPUs compute in it, and nothing but KV pages moves out of their way.
     """
     shared = Counter(discovery.node for discovery in found)
-    result, kv = [], options.kv_host_memory
+    result, kv = [], options.kv_host_bytes
     for discovery in found:
         host = discovery.host_free // 2 // shared[discovery.node]
         free = max(host - kv, 0) if device == "cpu" else discovery.device_free * 9 // 10
@@ -120,7 +87,8 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
                 device_memory=free if options.device_memory is None else options.device_memory,
                 host_memory=spare if options.host_memory is None else options.host_memory,
                 process_bytes=discovery.process + OVERHEAD_BYTES,
-                kv_host_memory=kv,
+                kv_host_memory=options.kv_host_memory,
+                kv_disk=options.kv_disk,
             )
         )
     return result
@@ -154,6 +122,7 @@ def plan_run(
 
 def local_plan(options: EngineOptions, store: Store) -> Plan:
     """The plan of stages that are all on this machine. HeadraceError when there is none."""
+    check_kv_options(options)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
     # First: what it imports is counted by what follows.
@@ -216,6 +185,7 @@ def _load(
             deadline=options.deadline,
             threads=max(1, discovery.cores // shared[discovery.node]),
             trace=options.trace is not None,
+            kv_log=log_config(options),
         )
         refs.append(actor.load.remote(encode(config)))
     names = gather(refs, max(options.deadline, START_SECONDS), doing="loading weights")
@@ -273,19 +243,28 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         tokenizer = loading.result()
         plan = plan_run(options, device, found, measuring.result())
         times.ended("tokenizer and plan")
+        logs = None
+        if plan.nvme_pages:
+            logs = ActorLogs(actors)
+            stack.callback(logs.close)
+        log_kv(plan)
         _load(actors, plan, options, device, dtype, found)
         times.ended(f"loading {read_at_start(plan)} and models' code")
         if plan.placement.edges:  # a single stage has none
             _connect(actors, options, stack)
         times.ended("connecting")
         log.info("%s", times)
-        yield stack.enter_context(_engine(actors, plan, options, store, dtype, tokenizer))
+        engine = stack.enter_context(_engine(actors, plan, options, store, dtype, tokenizer, logs))
+        yield engine
+        if options.kv_keep:  # not after an error
+            engine.save()
 
 
 def _check(options: EngineOptions) -> None:
     """HeadraceError for what a run would miss, could not write or does not know; takes no time."""
     check_tokenizer(options.store)
     check_kv_format(options.kv_format)
+    check_kv_options(options)
     if options.trace is not None:
         from headrace.cluster.trace_file import check_writable
 
@@ -299,6 +278,7 @@ def _engine(
     store: Store,
     dtype: str,
     tokenizer: Any,
+    logs: ActorLogs | None,
 ) -> Engine:
     ring = RayPipeline(actors, plan, options.deadline)
     pipeline: Pipeline = ring
@@ -315,5 +295,7 @@ def _engine(
         stop_ids=stop_ids(store, tokenizer),
         digest=store.digest,
         dtype=dtype,
+        tenant=options.kv_tenant,
         trace=trace,
+        logs=logs,
     )

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from headrace.cluster.completion import Completion
-from headrace.cluster.launch import EngineOptions, running_engine
+from headrace.cluster.engine import EngineStats
+from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.launch import running_engine
 from headrace.cluster.rows import chat_tokens, prompt_tokens
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.placement import Plan
@@ -45,19 +47,19 @@ class LLM:
     ...     llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=32))
 
     `model` is a store made by `headrace convert`. Keywords are EngineOptions' (`device`, `dtype`,
-    `placement`, `context`, ...); memory may be bytes or text such as "600MB" or "10GiB". Starting
+    `placement`, `context`, ...); memory may be bytes or text such as "600MB" or "10GiB",
+    `kv_ttl` seconds or text such as "12h". Starting
     takes seconds; `close()`, or leaving the `with` block, ends every process that was started and
     writes `trace`, if there is one: a file for Perfetto of each stage's newest passes.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        from headrace.cluster.cli.sizes import parse_size
+        from headrace.cluster.cli.options import parsed
 
-        for name in ("device_memory", "host_memory", "kv_host_memory"):
-            if isinstance(options.get(name), str):
-                options[name] = parse_size(options[name])
-        if options.get("trace") is not None:
-            options["trace"] = Path(options["trace"])
+        options = parsed(options)
+        for name in ("trace", "kv_directory", "kv_key_file"):
+            if options.get(name) is not None:
+                options[name] = Path(options[name])
         self._stack = ExitStack()
         self._engine = self._stack.enter_context(
             running_engine(EngineOptions(store=Path(model), **options))
@@ -69,6 +71,11 @@ class LLM:
         """The Plan that this engine runs by."""
         return self._engine.plan
 
+    @property
+    def stats(self) -> EngineStats:
+        """What has been done since the engine started; `stats.kv` is about KV pages."""
+        return self._engine.stats
+
     def get_tokenizer(self) -> Any:
         return self._engine.tokenizer
 
@@ -76,10 +83,13 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        keep_context: bool = False,
     ) -> list[RequestOutput]:
         """Continue each prompt (text or token ids); results come in the order of the prompts.
 
-        RequestError when a prompt cannot be served (empty, or longer than the context).
+        `keep_context` saves keys and values of prompts and answers to host RAM and NVMe, where there
+        is room for them: a later prompt that begins with the same tokens finds them. RequestError when a prompt cannot be served (empty, or longer than the context).
         """
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         several: Any = [prompts] if single else prompts
@@ -89,24 +99,27 @@ class LLM:
             prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in several
         ]
-        return self._run(texts, tokens, sampling_params)
+        return self._run(texts, tokens, sampling_params, keep_context)
 
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        keep_context: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template."""
         one = bool(messages) and isinstance(messages[0], dict)
         conversations: Any = [messages] if one else messages
         tokens = [chat_tokens(self._engine.tokenizer, list(c)) for c in conversations]
-        return self._run([None] * len(tokens), tokens, sampling_params)
+        return self._run([None] * len(tokens), tokens, sampling_params, keep_context)
 
     def _run(
         self,
         texts: Sequence[str | None],
         tokens: Sequence[list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        keep: bool,
     ) -> list[RequestOutput]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(tokens)
@@ -116,7 +129,8 @@ class LLM:
             for index in range(wish.n):
                 own = self._count if wish.seed is None else wish.seed
                 seed = derive_seed(self._engine.model_digest, own, index)
-                waiting[self._engine.add(prompt, replace(wish, n=1), seed)] = (i, index)
+                one = replace(wish, n=1)
+                waiting[self._engine.add(prompt, one, seed, keep=keep)] = (i, index)
         done: dict[tuple[int, int], Completion] = {}
         while waiting:
             for completion in self._engine.step():

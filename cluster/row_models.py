@@ -1,6 +1,6 @@
 """What a row of a batch job may hold, and what is wrong with one that holds something else.
 
-The names are OpenAI's, plus vLLM's extras. An unknown name is an error, so that a misspelled
+The names are OpenAI's, plus vLLM's extras and `keep_context`. An unknown name is an error, so that a misspelled
 parameter is never silently ignored.
 """
 
@@ -63,7 +63,13 @@ TokenId = Annotated[int, Field(ge=0)]
 Prompt = str | list[TokenId]
 
 
-class NativeRow(Parameters):
+class OwnParameters(Parameters):
+    """And ours, which is none of sampling."""
+
+    keep_context: bool | None = None
+
+
+class NativeRow(OwnParameters):
     id: str | int | None = None
     prompt: Prompt | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -76,7 +82,7 @@ class NativeRow(Parameters):
         return self
 
 
-class BatchBody(Parameters):
+class BatchBody(OwnParameters):
     """`model` and `user` are understood and have no effect: the job runs one model for all."""
 
     model: str | None = None

@@ -73,7 +73,10 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row that is ready to run. `params.seed` is the row's own one, or None."""
+    """A row that is ready to run. `params.seed` is the row's own one, or None.
+
+    `keep_context`: another row, of this job or of one to come, goes on from where this one ends.
+    """
 
     number: int
     id: str | int
@@ -81,6 +84,7 @@ class Row:
     kind: Kind
     token_ids: list[int]
     params: SamplingParams
+    keep_context: bool = False
 
     @property
     def batch(self) -> bool:
@@ -126,7 +130,8 @@ def prepare(draft: Draft, tokenizer: Tokenizer, defaults: SamplingParams, max_co
             f"the prompt has {len(token_ids)} tokens and the context {max_context}, "
             "one of which must be left for the answer: shorten it or raise --context"
         )
-    return Row(draft.number, draft.id, draft.key, kind, token_ids, params)
+    keep = bool(row.keep_context)
+    return Row(draft.number, draft.id, draft.key, kind, token_ids, params, keep)
 
 
 def digest64(*parts: bytes) -> int:

@@ -18,6 +18,7 @@ from headrace.scheduler.plan import Pass, PassResult
 
 if TYPE_CHECKING:
     from headrace.runtime.stage import Stage
+    from headrace.runtime.stage_log import StageLog
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MMAP_BYTES = 1 << 20
@@ -62,6 +63,7 @@ class StageActor:
         self._name = name
         self._thread = StageThread()
         self._stage: Stage | None = None
+        self._log: StageLog | None = None
 
     def __repr__(self) -> str:  # what the Ray dashboard shows
         return self._name
@@ -81,11 +83,14 @@ class StageActor:
     def load(self, payload: bytes) -> str:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
         from headrace.runtime.stage import Stage
+        from headrace.runtime.stage_log import StageLog
 
         config = decode(payload, StageConfig)
+        if config.kv_log is not None:
+            self._log = StageLog(config)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
-        self._stage = self._thread.do(Stage, config)
+        self._stage = self._thread.do(Stage, config, None, self._log)
         return self._stage.storage_name
 
     def connect(self, payload: bytes) -> None:
@@ -126,6 +131,26 @@ class StageActor:
         """The Trace of the newest passes, for a stage that was told to keep one."""
         assert self._stage is not None and self._stage.recorder is not None
         return encode(self._thread.do(self._stage.recorder.take))
+
+    def log_keys(self) -> list[bytes]:
+        """Of the KV pages that this stage has on NVMe, oldest first."""
+        assert self._log is not None
+        return self._log.keys()
+
+    def log_report(self) -> bytes:
+        """The LogReport of this stage's KV pages on NVMe."""
+        assert self._log is not None
+        return encode(self._log.report())
+
+    def close_log(self) -> None:
+        """Keep KV pages on NVMe or delete them, as it was said; passes fail from then on.
+
+        Not on the stage's thread, where a pass may wait for a stage that is gone.
+        """
+        if self._stage is not None:
+            self._stage.end_moves()
+        if self._log is not None:
+            self._log.close()
 
     def clock(self) -> int:
         """This node's wall clock, in nanoseconds."""

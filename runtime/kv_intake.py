@@ -10,11 +10,15 @@ from headrace.runtime.kv_extents import Page
 from headrace.runtime.kv_record import KEY_BYTES
 from headrace.runtime.kv_segment import EXTENT_BYTES
 from headrace.runtime.kv_stats import Counts
-
-WAITING_BYTES = 32 << 20
-"""Most memory for pages that wait, of all cohorts together."""
+from headrace.scheduler.inputs import KV_LOG_BYTES
 
 _MAX_TENANT = 256  # bytes of its name
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises ValueError for what can be no tenant's name."""
+    if not tenant.isprintable() or not 0 < len(tenant.encode()) <= _MAX_TENANT:
+        raise ValueError(f"a tenant's name is 1 to {_MAX_TENANT} printable bytes, not {tenant!r}")
 
 
 class Intake:
@@ -38,10 +42,7 @@ class Intake:
 
     def check(self, pages: Sequence[tuple[bytes, memoryview]], tenant: str) -> None:
         """Raises ValueError for what can be no page, and for what can be no tenant."""
-        if not tenant.isprintable() or not 0 < len(tenant.encode()) <= _MAX_TENANT:
-            raise ValueError(
-                f"a tenant's name is 1 to {_MAX_TENANT} printable bytes, not {tenant!r}"
-            )
+        check_tenant(tenant)
         for key, page in pages:
             if len(key) != KEY_BYTES:
                 raise ValueError(f"a page's key has {KEY_BYTES} bytes, not {len(key)}")
@@ -92,7 +93,7 @@ class Intake:
     def take_surplus(self) -> tuple[Cohort, list[Page]] | None:
         """Pages that have to be written because too many wait, in an extent as small as they are."""
         with self._changed:
-            if self._catalog.waiting_bytes <= WAITING_BYTES:
+            if self._catalog.waiting_bytes <= KV_LOG_BYTES:
                 return None
             cohort = self._catalog.longest_waiting()
             return None if cohort is None else (cohort, self._take(cohort))

@@ -33,10 +33,9 @@ from headrace.runtime.kv_record import Miss, identity_digest
 from headrace.runtime.kv_segment import Buffers, Disk, copy
 from headrace.runtime.kv_start import LEDGER_NAME, check_options, load, make_directory, max_page
 from headrace.runtime.kv_stats import Counts, KVLogStats
+from headrace.runtime.stage_config import TENANT
 from headrace.scheduler.errors import KVLogError
-
-SEGMENT_BYTES = 256 << 20
-TENANT = "default"
+from headrace.scheduler.kv_room import SEGMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

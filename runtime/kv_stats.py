@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+from headrace.runtime.endurance import DriveWear
 from headrace.runtime.kv_catalog import Catalog
 from headrace.runtime.kv_record import Miss
 
@@ -31,6 +32,15 @@ class KVLogStats:
     def write_amplification(self) -> float:
         """Bytes on the drive for each byte of a page; 1.0 when nothing was written."""
         return self.bytes_written / self.payload_written if self.payload_written else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LogReport:
+    """A stage's log: what it has done, and the drive that it is on."""
+
+    directory: str
+    stats: KVLogStats
+    wear: DriveWear
 
 
 @dataclass(slots=True)

@@ -96,6 +96,12 @@ class Stage:
         if self._moves is not None:
             self._moves.wait_host()
 
+    def end_moves(self) -> None:
+        """Let moves of KV pages under way end and begin no more, so that their log can be closed. No
+        pass succeeds afterwards. Any thread; safe to call twice."""
+        if self._moves is not None:
+            self._moves.close()
+
     def receive_ring(self) -> ReceiveRing:
         """Buffers for incoming hidden states: one more than the micro-batches of a pass."""
         plan = self._plan

@@ -4,6 +4,27 @@ from dataclasses import dataclass
 
 from headrace.scheduler.placement import Plan
 
+TENANT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """How stages keep KV pages on NVMe: each in a folder of its own in `directory`, in `cap` bytes.
+
+    All pages are a `tenant`'s, encrypted with its key in `key_file`, or without that with one that is
+    in memory only, or `plaintext`. `keep`: pages outlive the run. They go after `ttl` seconds;
+    `daily_writes` bytes are written a day at most. None is no limit.
+    """
+
+    directory: str
+    cap: int
+    tenant: str = TENANT
+    key_file: str | None = None
+    plaintext: bool = False
+    keep: bool = False
+    ttl: float | None = None
+    daily_writes: int | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class StageConfig:
@@ -12,7 +33,7 @@ class StageConfig:
     `device_memory` is the budget in bytes, which CUDA's allocator enforces. `dtype` is the compute
     type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
     for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
-    stage keeps a Trace of its newest passes.
+    stage keeps a Trace of its newest passes. `kv_log` is for KV pages on NVMe, if there are to be any.
     """
 
     store: str
@@ -25,3 +46,4 @@ class StageConfig:
     deadline: float
     threads: int
     trace: bool = False
+    kv_log: LogConfig | None = None

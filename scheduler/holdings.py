@@ -39,6 +39,11 @@ class Holdings:
         self.cache.write_back()
         return self._tiers.moves.take()
 
+    def take_saves(self) -> tuple[PageMove, ...]:
+        """What a pass of moves alone carries to NVMe before the end."""
+        self.cache.begin_save()
+        return self._tiers.moves.take()
+
     def adopt(self, keys: Iterable[bytes]) -> None:
         """Take over what every stage's NVMe holds of an earlier run, oldest first."""
         self._tiers.adopt(keys)

@@ -7,6 +7,9 @@ DEFAULT_CONTEXT = 1024
 
 PLACEMENTS = ("auto", "cyclic", "contiguous")
 
+KV_LOG_BYTES = 32 << 20
+"""Most host memory of a stage for KV pages on their way to NVMe: small ones wait to be written together."""
+
 Kind = Literal["cpu", "cuda"]
 
 
@@ -126,7 +129,8 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that one stage may use. `kv_host_memory` of its host memory is for KV pages.
+    """Bytes that one stage may use. `kv_host_memory` of its host memory is for KV pages, `kv_disk` of
+    its drive.
 
     `process_bytes` is reported, not planned with.
     """
@@ -135,11 +139,17 @@ class Budget:
     host_memory: int
     process_bytes: int = 0
     kv_host_memory: int = 0
+    kv_disk: int = 0
+
+    @property
+    def kv_log(self) -> int:
+        """Host memory for pages on their way to the drive."""
+        return KV_LOG_BYTES if self.kv_disk else 0
 
     @property
     def host_weights(self) -> int:
         """Host memory for weights."""
-        return self.host_memory - self.kv_host_memory
+        return self.host_memory - self.kv_host_memory - self.kv_log
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,9 @@ from headrace.scheduler.plan import MoveKind
 from headrace.scheduler.policy import best_prefix, clean_watermark, swap_beats_recompute
 from headrace.scheduler.tiers import Tiers
 
+SAVED_AT_ONCE = 64
+"""Pages that a pass of moves alone brings to host RAM, and to NVMe, so that it ends in good time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -59,6 +62,7 @@ class KVCache:
         self.tiers = Tiers(config, saves=self._uses_host)
         self._device, self._host = self.tiers.device, self.tiers.host
         self._loads: dict[int, bytes] = {}  # device pages that no move brings yet
+        self._tried: set[bytes] = set()  # to be saved before the end
         self._kept: set[bytes] = set()  # go on to NVMe as soon as they are in host RAM
 
     def find(self, keys: Iterable[bytes]) -> Prefix:
@@ -147,6 +151,23 @@ class KVCache:
             for slot in self._host.coldest(self._shortage(self._host)):
                 self.tiers.spill(slot)
 
+    def begin_save(self) -> None:
+        """Begin to bring to NVMe what would be lost with the device and host RAM, and was worth saving:
+        precious pages and all that is in host RAM. Each slot is tried once, some at a time."""
+        if not self._uses_nvme:
+            return
+        slots = ((slot, self._host.key(slot)) for slot in self._host.resting())
+        left = [(slot, key) for slot, key in slots if key and not self._is_tried(key)]
+        for slot, key in left[:SAVED_AT_ONCE]:
+            self._tried.add(key)
+            self.tiers.spill(slot)
+        # Only then: no slot is taken whose page has not been tried, or it would come again for ever.
+        room = self._host.num_spare - len(left[SAVED_AT_ONCE:])
+        keys = ((p, self._device.key(p)) for p in self._device.coldest(self._device.num_pages))
+        pages = [page for page, key in keys if key and not self._is_tried(key)]
+        for page in pages[: max(0, min(room, SAVED_AT_ONCE))]:
+            self.tiers.move_out(page)
+
     def settle(self, moved: Iterable[int], lost: Iterable[int]) -> Settled:
         """Take note of moves that have ended on every stage, and begin what waited for them."""
         settled = Settled()
@@ -177,6 +198,9 @@ class KVCache:
         assert len(brought | self._loads.keys()) == self._device.count(PageState.COMING)
         assert all(self._device.key(page) == key for page, key in self._loads.items())
         assert len(moves) or not self._loads, "a load that waits for nothing"
+
+    def _is_tried(self, key: bytes) -> bool:
+        return key in self.tiers.nvme or key in self._tried
 
     def _is_whole(self, page: int) -> bool:
         return (

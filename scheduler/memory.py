@@ -272,6 +272,7 @@ def _filled(
             host_layers=_bytes_in(held, layout, stage, tiers, Tier.HOST),
             process=budget.process_bytes,
             host_kv=pages * slot_bytes(page_bytes(shape, layout, stage)),
+            host_log=budget.kv_log,
         )
         for stage, budget in enumerate(budgets)
     )

@@ -107,6 +107,10 @@ class PagePool:
         """Up to `count` precious cached pages, the next to go first."""
         return list(islice(self._cached[True], count))
 
+    def resting(self) -> list[int]:
+        """All cached pages, the next to go first."""
+        return [*self._cached[False], *self._cached[True]]
+
     def can_allocate(self, count: int) -> bool:
         return count <= self.num_free
 

@@ -1,7 +1,9 @@
 """Placement is data: which stage visits which layers, in what order, and where their bytes live."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+
+from headrace.scheduler.config import KVCosts
 
 
 class Tier(str, Enum):
@@ -102,7 +104,7 @@ class StageMemory:
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
     kv: pages of this stage's layers.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
     experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
-    experts.  host_kv: host slots for pages.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
+    experts.  host_kv: host slots for pages.  host_log: pages on their way to NVMe.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
     """
 
@@ -120,6 +122,7 @@ class StageMemory:
     graphs: int = 0
     tails: int = 0
     host_kv: int = 0
+    host_log: int = 0
 
     @property
     def device(self) -> int:
@@ -128,7 +131,7 @@ class StageMemory:
 
     @property
     def host(self) -> int:
-        return self.host_layers + self.host_experts + self.host_kv
+        return self.host_layers + self.host_experts + self.host_kv + self.host_log
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,8 @@ class Plan:
     `ring_slots[stage]` slots of `slot_bytes` each; `num_pages` KV pages in `kv_format` with the same
     ids on every stage, and `num_tails` in the compute type for requests' newest ones (0 where pages
     are not quantized: there is no need), and `host_pages` slots in each stage's host RAM, with the same
-    ids, for full pages that have to leave the device; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
+    ids, for full pages that have to leave the device, and room for `nvme_pages` of them on each stage's
+    drive, at `kv_costs`; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes, and `ahead` (0 or 1) that
     are submitted before the tokens of the pass they follow are known. Micro-batches of at most
@@ -206,3 +210,5 @@ class Plan:
     graph_lanes: int = 0
     num_tails: int = 0
     host_pages: int = 0
+    nvme_pages: int = 0
+    kv_costs: KVCosts = field(default_factory=KVCosts)

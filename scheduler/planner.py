@@ -22,8 +22,9 @@ from headrace.scheduler.inputs import (
     ModelShape,
     Workload,
 )
+from headrace.scheduler.kv_room import check_room, kv_costs, nvme_pages
 from headrace.scheduler.layouts import resident_layouts, streaming_layouts
-from headrace.scheduler.memory import Cache, Filling, Layout, fill, page_bytes, slot_bytes
+from headrace.scheduler.memory import Cache, Filling, Layout, fill
 from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
@@ -80,7 +81,7 @@ def make_plan(
         raise DoesNotFitError(
             refusal(shape, problem.profiles[0].kind, budgets, problem.context, problem.choices)
         )
-    _check_host_pages(problem, best)
+    check_room(shape, best.layout, budgets, best.filling.host_pages)
     return _plan(problem, best)
 
 
@@ -107,29 +108,19 @@ def _check(problem: Problem, workload: Workload) -> None:
             f" {choices.token_budget}: give at least one token to each"
         )
     for stage, budget in enumerate(problem.budgets):
-        if not 0 <= budget.kv_host_memory <= budget.host_memory:
+        needed = budget.kv_host_memory + budget.kv_log
+        if not 0 <= budget.kv_host_memory <= needed <= budget.host_memory:
             size = format_size(budget.kv_host_memory, up=True)
+            log = f" (and {format_size(budget.kv_log)} for --kv-directory)" if budget.kv_log else ""
             raise DoesNotFitError(
-                f"--kv-host-memory {size} is not within the {format_size(budget.host_memory)} of host"
-                f" memory that stage {stage} has: raise --host-memory to at least {size}, or lower"
-                " --kv-host-memory"
+                f"--kv-host-memory {size}{log} is not within the {format_size(budget.host_memory)} of"
+                f" host memory that stage {stage} has: raise --host-memory to at least"
+                f" {format_size(needed, up=True)}, or lower --kv-host-memory"
             )
     stages, layers = len(problem.budgets), problem.shape.num_layers
     if stages > layers:
         raise DoesNotFitError(
             f"--stages {stages} cannot share {layers} layers: use --stages {layers} or fewer"
-        )
-
-
-def _check_host_pages(problem: Problem, best: _Candidate) -> None:
-    """Host memory for KV that was asked for and that no page fits would be there in vain."""
-    given = min(budget.kv_host_memory for budget in problem.budgets)
-    stages = range(len(problem.budgets))
-    page = max(slot_bytes(page_bytes(problem.shape, best.layout, stage)) for stage in stages)
-    if given and not best.filling.host_pages:
-        raise DoesNotFitError(
-            f"--kv-host-memory {format_size(given)} holds no KV page of a stage's layers: give it at"
-            f" least {format_size(page, up=True)} for each page, or leave it out"
         )
 
 
@@ -302,6 +293,8 @@ def _plan(problem: Problem, candidate: _Candidate) -> Plan:
         kv_format=shape.kv_format,
         num_tails=cache.sequences if shape.layer_tail_bytes else 0,
         host_pages=filling.host_pages,
+        nvme_pages=nvme_pages(shape, layout, problem.budgets),
+        kv_costs=kv_costs(shape, layout, problem.profiles, candidate.prediction),
     )
 
 

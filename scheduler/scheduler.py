@@ -137,6 +137,17 @@ class Scheduler:
         self._steps.append(self._step)
         return Pass(self._step, draft.pack(), follows, self.holdings.take_moves())
 
+    def save(self) -> Pass | None:
+        """A pass without slices that brings to NVMe what a later run may `adopt`; None when all that
+        is worth it has been. For the end: nothing is in flight."""
+        assert not self._steps
+        moves = self.holdings.take_saves()
+        if not self.holdings.is_moving:
+            return None
+        self._step += 1
+        self._steps.append(self._step)
+        return Pass(self._step, (), None, moves)
+
     def update(
         self,
         a_pass: Pass,

@@ -116,10 +116,11 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **(_BASE | settings | changes))
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, **changes: Any) -> Any:
     """A random float32 model whose logits are far from uniform: greedy decoding is well defined."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    config = tiny_config(model_type, **changes)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

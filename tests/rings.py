@@ -116,6 +116,7 @@ def manual_plan(
     kv_format: str = "fp32",
     num_tails: int = 16,
     host_pages: int = 0,
+    nvme_pages: int = 0,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
@@ -166,6 +167,7 @@ def manual_plan(
         kv_format=kv_format,
         num_tails=num_tails if FORMATS[kv_format].is_quantized else 0,
         host_pages=host_pages,
+        nvme_pages=nvme_pages,
     )
 
 

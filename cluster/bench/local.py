@@ -1,14 +1,15 @@
 """An engine inside this process: one stage, no Ray. For profiles and to see what Ray adds."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from headrace.cluster.discovery import discover
 from headrace.cluster.engine import Engine
+from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
 from headrace.cluster.launch import (
-    EngineOptions,
     plan_run,
     resolve_device,
     resolve_dtype,
@@ -16,9 +17,11 @@ from headrace.cluster.launch import (
     stage_device,
 )
 from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
+from headrace.cluster.stage_logs import LocalLogs
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
+from headrace.runtime.stage_log import StageLog
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import Pass, PassResult
 
@@ -57,11 +60,13 @@ def local_engine(
 ) -> Iterator[Engine]:
     """What running_engine gives, with its one stage in this process."""
     assert options.stages == 1, "several stages need processes of their own"
+    check_kv_options(options)
     store = Store.open(options.store)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
     found = discover(stage_device(device), str(store.path.resolve()))
     plan = plan_run(options, device, [found], shape_in(store, dtype, options.kv_format))
+    log_kv(plan)
     config = StageConfig(
         store=str(store.path),
         stage=0,
@@ -72,15 +77,22 @@ def local_engine(
         storage=options.storage,
         deadline=options.deadline,
         threads=torch.get_num_threads(),
+        kv_log=log_config(options),
     )
     tokenizer = load_tokenizer(store.path)
-    pipeline = make_pipeline(Stage(config))
-    with Engine(
-        plan,
-        pipeline,
-        tokenizer,
-        stop_ids=stop_ids(store, tokenizer),
-        digest=store.digest,
-        dtype=dtype,
-    ) as engine:
-        yield engine
+    with ExitStack() as opened:
+        log = None if config.kv_log is None else opened.enter_context(StageLog(config))
+        stage = Stage(config, pages=log)
+        engine = Engine(
+            plan,
+            make_pipeline(stage),
+            tokenizer,
+            stop_ids=stop_ids(store, tokenizer),
+            digest=store.digest,
+            dtype=dtype,
+            tenant=options.kv_tenant,
+            logs=None if log is None else LocalLogs([stage], [log]),
+        )
+        yield opened.enter_context(engine)
+        if options.kv_keep:
+            engine.save()

@@ -21,8 +21,9 @@ from headrace.cluster.bench.profile import Breakdown, profile_passes
 from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.speeds import disk_gbps, measure_profile
 from headrace.cluster.engine import Engine
+from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.kv_options import check_kv_options
 from headrace.cluster.launch import (
-    EngineOptions,
     local_plan,
     resolve_device,
     resolve_dtype,
@@ -30,12 +31,14 @@ from headrace.cluster.launch import (
     shape_in,
 )
 from headrace.cluster.processes import ray_cluster
+from headrace.runtime.kv_stats import LogReport
 from headrace.runtime.shape import model_shape
 from headrace.runtime.store import Store
 from headrace.runtime.streaming.storage import available_memory
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.experts import num_experts
 from headrace.scheduler.inputs import DeviceProfile
+from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import PAGE_TOKENS, StageTimes
@@ -75,7 +78,7 @@ class Work:
 class Result:
     """`decode` is a round in which all `batch` sequences advance: the median of `rounds` of them.
 
-    `stages` are medians, too. `profile` is what was measured beside the run.
+    `stages` are medians, too. `kv` and `logs` say what became of KV pages. `profile` is what was measured beside the run.
     """
 
     plan: Plan
@@ -87,6 +90,8 @@ class Result:
     stages: tuple[StageTimes, ...]
     start_seconds: float
     peak_device_bytes: int
+    kv: KVStats
+    logs: Sequence[LogReport | None]
 
 
 @contextmanager
@@ -115,6 +120,7 @@ def random_store(
 
 def check_request(given: EngineOptions, work: Work, directory: Path) -> None:
     """HeadraceError for what this machine lacks or what contradicts itself; takes no time."""
+    check_kv_options(given)
     gpus = torch.cuda.device_count() if resolve_device(given.device) == "cuda" else given.stages
     if given.stages > gpus:
         raise HeadraceError(f"--stages {given.stages}: this machine has {gpus} GPUs, one a stage")
@@ -179,8 +185,8 @@ def options_of(given: EngineOptions, work: Work, store: Store) -> EngineOptions:
 
 def _tier(given: EngineOptions, tier: str, store: Store) -> dict[str, Any]:
     if tier == "device":
-        return {"host_memory": given.kv_host_memory, "resident_layers": len(store.layers)}
-    host = given.kv_host_memory
+        return {"host_memory": given.kv_host_bytes, "resident_layers": len(store.layers)}
+    host = given.kv_host_bytes
     if tier == "host":
         host = _host_bytes(store) + host if given.host_memory is None else given.host_memory
     return {"host_memory": host, "resident_layers": given.resident_layers or 0}
@@ -228,7 +234,7 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
         driver.steps.clear()
         _generate(driver, batch, work.prompt, work.new, store)
         meter.sample()
-        plan = engine.plan
+        plan, kv, logs = engine.plan, engine.stats.kv, engine.log_reports()
     found = steady(driver.steps, batch, plan.passes_in_flight)
     if sum(plan.nvme_bytes_a_pass):
         # A drive's speed drifts, and a bound is the best that it did.
@@ -245,6 +251,8 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
         stages=found.stages,
         start_seconds=ready,
         peak_device_bytes=meter.most,
+        kv=kv,
+        logs=logs,
     )
 
 

@@ -15,6 +15,7 @@ from headrace.cluster.bench.machine import Reading
 from headrace.cluster.bench.phases import Phase
 from headrace.cluster.bench.profile import Breakdown
 from headrace.cluster.bench.run import Result, Work
+from headrace.cluster.cli.kv_report import kv_json, kv_table
 from headrace.cluster.cli.plan import describe, plan_json
 from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.launch import resolve_device
@@ -50,7 +51,8 @@ def run_view(title: str, work: Work, result: Result) -> RenderableType:
     table.add_row(
         "tokens/s", *(f"{phase.tokens_per_second:,.1f}" for phase in phases), style="bold"
     )
-    return Group(table, _setting(work, result))
+    kv = kv_table(result.kv, (), result.logs)
+    return Group(table, *(() if kv is None else (kv,)), _setting(work, result))
 
 
 def _speeds(result: Result) -> dict[str, str]:
@@ -132,6 +134,7 @@ def run_json(
         "stages": [asdict(stage) for stage in result.stages],
         "start_seconds": result.start_seconds,
         "peak_device_bytes": result.peak_device_bytes,
+        "kv": kv_json(result.kv, result.logs),
         "plan": plan_json(result.plan),
     }
 

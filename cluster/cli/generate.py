@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -80,10 +80,11 @@ def run_job(
     *,
     resume_command: str,
     trace: JobTrace | None = None,
+    kv: Callable[[], RenderableType | None] = lambda: None,
 ) -> int:
     """Run a job with a progress display and signal handling; returns the exit code.
 
-    The trace is closed when the job ends. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
+    The trace is closed when the job ends, and `kv` asked what became of KV pages. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
     HeadraceErrors pass through; a stage's one says how to go on, too.
     """
     hint = f"Finished rows are safe; to go on: {resume_command}"
@@ -94,7 +95,7 @@ def run_job(
         if isinstance(error, JobError):  # which says itself what to do
             raise
         raise type(error)(f"{error}\n{hint}") from error
-    console.print(final_table(report, setting, _close(trace) if trace else ()))
+    console.print(final_table(report, setting, _close(trace) if trace else (), kv()))
     if trace and trace.written:
         told = f"The trace is in {trace.file}: open it at ui.perfetto.dev"
         console.print(Text(told), soft_wrap=True)
@@ -137,7 +138,10 @@ def _close(trace: JobTrace) -> list[ComputeSplit | None]:
 
 
 def final_table(
-    report: JobReport, setting: Setting, splits: Sequence[ComputeSplit | None] = ()
+    report: JobReport,
+    setting: Setting,
+    splits: Sequence[ComputeSplit | None] = (),
+    kv: RenderableType | None = None,
 ) -> Group:
     """What the run achieved, what bound it, where its time went, and the same in two sentences."""
     work = report.work
@@ -153,7 +157,7 @@ def final_table(
         return Group(summary)
     told = Text(f"{_fitted(setting)} {_bound(report, setting)}")
     stages = stage_table(report, splits, expert_bytes=setting.plan.expert_slot_bytes)
-    return Group(summary, stages, told)
+    return Group(summary, stages, *(() if kv is None else (kv,)), told)
 
 
 def _streamed(work: Work, rates: Rates) -> str:

@@ -138,6 +138,11 @@ def purge_pages(
 def _look(directory: Path) -> tuple[list[Found], list[Strange], bool]:
     if not directory.is_dir():
         raise KVLogError(f"{directory} is not a directory: name one that holds a stage's KV pages")
+    stages = sorted(path for path in directory.glob("stage-*") if path.is_dir())
+    if stages:
+        raise KVLogError(
+            f"{directory} has a folder of KV pages for each stage: name one, such as {stages[0]}"
+        )
     try:
         in_use = is_held(directory)
     except OSError as error:

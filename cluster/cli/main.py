@@ -148,6 +148,7 @@ def generate(
 ) -> None:
     """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
     from headrace.cluster.cli.generate import Setting, run_job
+    from headrace.cluster.cli.kv_report import end_of_pages
     from headrace.cluster.jobs import Job, JobFiles
     from headrace.cluster.launch import running_engine
     from headrace.runtime.store import Store
@@ -167,7 +168,14 @@ def generate(
     ):
         job = Job(engine, engine.tokenizer, files, model_name=store.name)
         setting = Setting(engine.plan, opened.nbytes, options.device_memory)
-        code = run_job(job, setting, Console(), resume_command=_command(), trace=engine.trace)
+        code = run_job(
+            job,
+            setting,
+            Console(),
+            resume_command=_command(),
+            trace=engine.trace,
+            kv=lambda: end_of_pages(engine, keep=run.kv_keep),
+        )
     raise typer.Exit(code)
 
 

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from headrace.cluster.cli.sizes import parse_size
+from headrace.cluster.cli.sizes import parse_duration, parse_size
+from headrace.cluster.engine_options import EngineOptions
+from headrace.runtime.stage_config import TENANT
 
-if TYPE_CHECKING:
-    from headrace.cluster.launch import EngineOptions
+SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
 
 
 class Device(str, Enum):
@@ -65,13 +66,46 @@ class RunOptions:
         str | None,
         typer.Option(
             help="Per stage, pinned RAM for weights and for KV pages. "
-            "[default: half of what is free, shared; CPU: as --kv-host-memory]"
+            "[default: half of what is free, shared; CPU: what KV pages take]"
         ),
     ] = None
     kv_host_memory: Annotated[
         str,
         typer.Option(help="Of a stage's host memory, for KV pages that have to leave its device."),
     ] = "0"
+    kv_directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="On NVMe, for KV pages that have to leave host memory, each stage's in a folder of "
+            "its own; encrypted, and deleted at the end of the run.",
+        ),
+    ] = None
+    kv_disk: Annotated[
+        str | None, typer.Option(help="Per stage, such as 100GiB: most of it in --kv-directory.")
+    ] = None
+    kv_keep: Annotated[
+        bool,
+        typer.Option("--kv-keep", help="Leave KV pages in --kv-directory for the next run."),
+    ] = False
+    kv_key_file: Annotated[
+        Path | None,
+        typer.Option(help="For --kv-keep: where the keys of KV pages are kept. Made if need be."),
+    ] = None
+    kv_plaintext: Annotated[
+        bool, typer.Option("--kv-plaintext", help="Do not encrypt KV pages in --kv-directory.")
+    ] = False
+    kv_tenant: Annotated[
+        str,
+        typer.Option(help="Whose KV pages these are: no other tenant's run uses them."),
+    ] = TENANT
+    kv_ttl: Annotated[
+        str | None,
+        typer.Option(help="How long KV pages stay in --kv-directory, such as 90min, 12h or 7d."),
+    ] = None
+    kv_daily_writes: Annotated[
+        str | None,
+        typer.Option(help="Per stage, such as 500GB: most bytes a day that KV pages wear a drive."),
+    ] = None
     placement: Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")] = (
         PlacementChoice.AUTO
     )
@@ -111,18 +145,26 @@ class RunOptions:
         ),
     ] = None
 
-    def engine(self, store: Path, **more: Any) -> "EngineOptions":
-        """What the engine takes, with sizes in bytes. HeadraceError for a malformed size."""
-        from headrace.cluster.launch import EngineOptions  # imports torch and Ray
-
+    def engine(self, store: Path, **more: Any) -> EngineOptions:
+        """What the engine takes, with sizes in bytes. HeadraceError for a malformed one."""
         given = asdict(self)
         for name, value in given.items():
             if isinstance(value, Enum):
                 given[name] = value.value
-        for name in ("device_memory", "host_memory", "kv_host_memory"):
-            if given[name] is not None:
-                given[name] = parse_size(given[name])
-        return EngineOptions(store=store, **given, **more)
+        return EngineOptions(store=store, **parsed(given), **more)
+
+
+def parsed(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the engine, with sizes in bytes and times in seconds where they are texts."""
+    given = dict(given)
+    for name in SIZES:
+        if isinstance(given.get(name), str):
+            given[name] = parse_size(given[name])
+    if isinstance(given.get("kv_ttl"), str):
+        given["kv_ttl"] = parse_duration(given["kv_ttl"])
+    if given.get("kv_disk", 0) is None:
+        del given["kv_disk"]
+    return given
 
 
 def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:

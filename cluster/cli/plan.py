@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.cluster.cli.terms import TERMS
+from headrace.cluster.kv_options import describe_costs
 from headrace.scheduler.placement import Placement, Plan, Tier
 from headrace.scheduler.sizes import format_size
 
@@ -63,6 +64,7 @@ PARTS = (
     ("host_layers", "layers in host memory"),
     ("host_experts", "experts in host memory"),
     ("host_kv", "KV pages in host memory"),
+    ("host_log", "KV pages on their way to NVMe"),
     ("embed", "embedding in host memory"),
     ("process", "the process itself"),
 )
@@ -104,6 +106,9 @@ def _summary(plan: Plan) -> Table:
         table.add_row("", f"{plan.num_tails} sequences at once have room for their newest page")
     if plan.host_pages:
         table.add_row("", f"{plan.host_pages} more pages have room in host memory")
+        if plan.nvme_pages:
+            table.add_row("", f"{plan.nvme_pages} more pages have room on NVMe")
+        table.add_row("", f"a page takes {describe_costs(plan)}")
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
     if nvme + host:
         slots = f"{max(plan.ring_slots)} slots of {format_size(plan.slot_bytes)}"

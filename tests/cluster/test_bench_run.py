@@ -24,7 +24,7 @@ from headrace.cluster.bench.run import (
 )
 from headrace.cluster.cli import bench_tables
 from headrace.cluster.cli.main import main
-from headrace.cluster.launch import EngineOptions
+from headrace.cluster.engine_options import EngineOptions
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError
 from headrace.scheduler.placement import Tier
 

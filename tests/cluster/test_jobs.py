@@ -128,7 +128,9 @@ class FakeEngine:
     def num_waiting(self) -> int:
         return max(len(self._requests) - self._batch, 0)
 
-    def add(self, token_ids: list[int], params: SamplingParams, seed: int) -> int:
+    def add(
+        self, token_ids: list[int], params: SamplingParams, seed: int, *, keep: bool = False
+    ) -> int:
         if token_ids == [ord("!")] and self._count % 2:
             raise RequestError("the engine refuses this")
         self._count += 1

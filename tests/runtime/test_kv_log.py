@@ -226,7 +226,7 @@ def test_a_cohort_larger_than_the_cap_loses_its_first_pages(tmp_path):
 
 
 def test_waiting_pages_take_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("headrace.runtime.kv_intake.WAITING_BYTES", 500_000)
+    monkeypatch.setattr("headrace.runtime.kv_intake.KV_LOG_BYTES", 500_000)
     with opened(tmp_path) as log:
         for cohort in range(100):
             log.put(cohort, pages([cohort], 20_000))

@@ -1,0 +1,57 @@
+"""What a user chooses of an engine. Light to import: the command line looks at it before anything starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.runtime.stage_config import TENANT
+from headrace.scheduler.inputs import KV_LOG_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a user chooses. Memory in bytes per stage; None takes what discovery finds free.
+
+    `context` is the longest sequence to be served (prompt and output), None the model's own;
+    `min_sequences` at once have room for their KV, if they can; `kv_host_memory` of each stage's host
+    memory is for KV pages that have to leave its device, 0 leaves it to weights; `kv_format` is one of KV_FORMATS;
+    `kv_directory` is for KV pages on NVMe, at most `kv_disk` bytes a stage, encrypted unless `kv_plaintext`;
+    `kv_keep` lets them outlive the run, under keys in `kv_key_file`; they are `kv_tenant`'s, and go after
+    `kv_ttl` seconds; at most `kv_daily_writes` bytes a day are written by each stage;
+    `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
+    `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
+    `trace` a file to write, when the engine closes, for Perfetto.
+    """
+
+    store: Path
+    stages: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    kv_format: str = "auto"
+    device_memory: int | None = None
+    host_memory: int | None = None
+    kv_host_memory: int = 0
+    kv_directory: Path | None = None
+    kv_disk: int = 0
+    kv_keep: bool = False
+    kv_key_file: Path | None = None
+    kv_plaintext: bool = False
+    kv_tenant: str = TENANT
+    kv_ttl: float | None = None
+    kv_daily_writes: int | None = None
+    placement: str = "auto"
+    token_budget: int | None = None
+    max_sequences: int | None = None
+    min_sequences: int = 1
+    micro_batches: int | None = None
+    resident_layers: int | None = None
+    context: int | None = None
+    storage: str = "auto"
+    graphs: bool | None = None
+    address: str | None = None
+    deadline: float = 600.0
+    trace: Path | None = None
+
+    @property
+    def kv_host_bytes(self) -> int:
+        """A stage's host memory for KV pages, in slots and on their way to NVMe."""
+        return self.kv_host_memory + (KV_LOG_BYTES if self.kv_disk else 0)
