@@ -27,6 +27,9 @@ EXPERT_ROWS = 2
 SLOT_ALIGNMENT = 4096
 """Of host slots for KV pages, so that files are read into them and written from them directly."""
 
+KV_RING_SLOTS = 2
+"""Slots of a KV ring: over the pages in one a layer attends while others are brought into the next."""
+
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 

@@ -100,7 +100,7 @@ class StageMemory:
     """What one stage allocates, in bytes. `device` parts fit --device-memory, `host` parts --host-memory.
 
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
-    kv: pages of this stage's layers.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
+    kv: pages of this stage's layers.  kv_ring: slots for pages that pass through, of the layer with the largest.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
     experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
     experts.  host_kv: host slots for pages.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
@@ -120,11 +120,20 @@ class StageMemory:
     graphs: int = 0
     tails: int = 0
     host_kv: int = 0
+    kv_ring: int = 0
 
     @property
     def device(self) -> int:
         weights = self.resident + self.ring + self.experts + self.head
-        return weights + self.kv + self.tails + self.scratch + self.activations + self.graphs
+        return (
+            weights
+            + self.kv
+            + self.kv_ring
+            + self.tails
+            + self.scratch
+            + self.activations
+            + self.graphs
+        )
 
     @property
     def host(self) -> int:
@@ -174,6 +183,10 @@ class Plan:
     are submitted before the tokens of the pass they follow are known. Micro-batches of at most
     `graph_rows` decodes are replayed as CUDA graphs, from at most `graph_lanes` lanes.
 
+    Requests whose pages lie in host slots go on decoding in up to `cold_micro_batches` more micro-batches
+    of at most as many tokens, each of which may need up to `kv_ring_pages` pages: for so many, two slots
+    of each stage's KV ring have room in turn.
+
     Where `expert_slots[stage]` is not 0, the stage's layers whose experts can be read alone are
     split, whatever their tier: what every token needs of them rests in the tier (on the device, too)
     and passes through the ring if it rests elsewhere; each routed expert is loaded when tokens reach
@@ -206,3 +219,5 @@ class Plan:
     graph_lanes: int = 0
     num_tails: int = 0
     host_pages: int = 0
+    kv_ring_pages: int = 0
+    cold_micro_batches: int = 0

@@ -158,4 +158,5 @@ def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
         middle("kv_wait"),
         int(middle("kv_out_bytes")),
         int(middle("kv_in_bytes")),
+        int(middle("kv_cold_bytes")),
     )
