@@ -255,5 +255,7 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         passes_in_flight=plan.passes_in_flight,
         ahead=plan.ahead,
         host_pages=plan.host_pages,
+        kv_ring_pages=plan.kv_ring_pages,
+        cold_micro_batches=plan.cold_micro_batches,
         identity=identity,
     )
