@@ -5,12 +5,9 @@ from collections.abc import Sequence
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.kv_cache import KVCache
+from headrace.scheduler.memory import lendable_slots
 from headrace.scheduler.pages import PageState
 from headrace.scheduler.request import Request
-
-SPARE_SHARE = 16
-"""One slot in so many, and at least one, is held by no request: loads from NVMe and copies of what is to
-be saved go through it."""
 
 
 class ColdPages:
@@ -23,7 +20,7 @@ class ColdPages:
     def __init__(self, config: SchedulerConfig, cache: KVCache) -> None:
         self._cache = cache
         self._device, self._host = cache.tiers.device, cache.tiers.host
-        self._most = max(0, config.host_pages - max(1, config.host_pages // SPARE_SHARE))
+        self._most = lendable_slots(config.host_pages)
         self._holders: Counter[int] = Counter()
 
     @property

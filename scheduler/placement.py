@@ -160,6 +160,8 @@ class Prediction:
 
     `terms` maps each physical bound ("nvme", "pcie", "compute", "hbm", "hops") to its seconds; the
     largest binds. tokens/s = sequences / pass_seconds. `experts` is None where no layer is split.
+    `guests` of the sequences have their full pages in host RAM, which adds `cold_seconds` to "pcie" for
+    `cold_pages` that are brought to every stage.
     """
 
     sequences: int
@@ -168,6 +170,9 @@ class Prediction:
     bound_by: str
     terms: dict[str, float]
     experts: ExpertTraffic | None = None
+    guests: int = 0
+    cold_pages: int = 0
+    cold_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from mixtures import MIXTRAL
 
@@ -99,11 +101,11 @@ def test_a_running_job_s_bound_counts_the_experts_that_a_pass_loaded() -> None:
     traffic, dense = plan.prediction.experts, sum(plan.nvme_bytes_a_pass)
     assert traffic is not None and plan.prediction.bound_by == "nvme"
     expected = round(traffic.loaded)
-    whole = least_seconds(plan, 0, expected)
+    whole = least_seconds(plan, 1, expected)
     assert whole == pytest.approx(plan.prediction.terms["nvme"], rel=0.01)
     fewer = dense + expected // 4 * plan.expert_slot_bytes
     share = fewer / (dense + expected * plan.expert_slot_bytes)
-    assert least_seconds(plan, 0, expected // 4) == pytest.approx(whole * share, rel=0.01)
+    assert least_seconds(plan, 1, expected // 4) == pytest.approx(whole * share, rel=0.01)
 
 
 def test_experts_come_from_where_most_of_them_came_from() -> None:
@@ -120,3 +122,27 @@ def test_no_share_of_a_bound_that_was_beaten() -> None:
     assert bound.share(2.0) == 0.5
     assert bound.share(0.99) == pytest.approx(1.0, abs=0.02)
     assert bound.share(0.8) is None
+
+
+def test_a_pass_s_bound_counts_the_pages_that_it_brings() -> None:
+    budget = Budget(200 << 20, 4 << 30, kv_host_memory=3 << 30)
+    choices = Choices(resident_layers=0, token_budget=512)
+    fast = replace(SPEEDS, host_gbps=20.0)
+    plan = make_plan(SHAPE, [fast], [budget], Workload(context=1024), choices)
+    found = plan.prediction
+    assert found.guests > 0 and found.bound_by == "pcie"
+    assert found.cold_pages == 15 * found.guests
+    assert least_seconds(plan, 1, 0, found.cold_pages) == pytest.approx(found.terms["pcie"])
+    weights = sum(plan.host_bytes_a_pass) / 20e9
+    assert least_seconds(plan, 1) == pytest.approx(weights)
+    half = weights + found.cold_pages // 2 * 4 * 65536 / 20e9
+    assert least_seconds(plan, 1, 0, found.cold_pages // 2) == pytest.approx(half)
+
+
+def test_pages_that_a_round_brought_cross_the_link() -> None:
+    plan = plan_of(1, "auto", host=1 << 30)
+    pages, layers = 7 << 30, sum(plan.host_bytes_a_pass)
+    times = StageTimes(0, 3.0, 2.0, 0.0, 0, layers, kv_cold_bytes=pages)
+    found = Steady(9.0, (3.0, 3.0), (times,), (times,), 1)
+    bound = Measured(plan, SHAPE, SPEEDS, 4, found).decode(256).bound
+    assert bound.terms["pcie"] == pytest.approx((layers + pages) / 50e9)
