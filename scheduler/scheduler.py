@@ -201,6 +201,11 @@ class Scheduler:
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Admit in order of age, never past one that does not fit: it would wait for ever."""
+        self._admit_while_room(draft)
+        if self._hosting.is_possible and (request := self._oldest_waiting()) is not None:
+            self._make_room(request)
+
+    def _admit_while_room(self, draft: Draft) -> None:
         if not draft.room or self._oldest_waiting() is None:
             return
         growth = sum(self._growth(request) for request in self._running.values())
@@ -210,8 +215,6 @@ class Scheduler:
             # No more is left free than the running ones can still come to need.
             spare = min(growth, watermark(self.config.num_pages, len(self._running)))
             if not self.holdings.admit(request, tokens, spare):
-                if self.tails.can_allocate(1):
-                    self._make_room(pages_for(tokens) + spare)
                 return
             heappop(self._waiting)
             growth += self._growth(request)
@@ -225,11 +228,18 @@ class Scheduler:
         lacks = pages_for(token_limit(request, self.config) - 1) - request.num_pages
         return min(lacks, 1) if request.is_hosted and not request.returning else lacks
 
-    def _make_room(self, count: int) -> None:
-        """Have running requests go on over pages in host RAM until `count` pages will be free."""
-        while not self._can_grow_soon(count):
-            if not self._invite():
-                return
+    def _make_room(self, oldest: Request) -> None:
+        """Have running requests go on over pages in host RAM until there will be room for those that
+        wait, as many as a pass computes prompts of; they are taken to be like the oldest of them."""
+        tokens, config = len(oldest.tokens) + 1, self.config
+        places = config.max_sequences * config.passes_in_flight - self.num_running
+        count = min(
+            -(-config.token_budget // tokens), places, self.num_waiting, self.tails.num_free
+        )
+        if count > 0:
+            pages = count * pages_for(tokens) + watermark(config.num_pages, self.num_running)
+            while not self._can_grow_soon(min(pages, config.num_pages)) and self._invite():
+                pass
 
     def _invite(self) -> bool:
         return self._hosting.invite([r for r in self._running.values() if r is not self._leaving])

@@ -61,7 +61,7 @@ class Measured:
             self.plan, self.shape, self.profile, self.batch, context, experts, cold
         )
         needed, moved = self._needed(experts, passes), _moved(found.stages)
-        return Phase(found.seconds, self.batch, bound, needed, moved)
+        return Phase(found.seconds, round(found.tokens), bound, needed, moved)
 
     def _needed(self, experts: Sequence[Bytes], passes: int) -> int:
         return round(sum(part.both for part in (*layer_bytes(self.plan, passes), *experts)))

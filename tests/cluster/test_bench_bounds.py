@@ -83,7 +83,7 @@ def test_what_tokens_needed_of_experts_binds_not_what_was_moved() -> None:
     # 60 were loaded for tokens, ten more that none of them reached.
     decode = StageTimes(0, 3.0, 2.0, 0.0, dense + 70 * expert, 0, 100, 60)
     prefill = StageTimes(0, 9.0, 2.0, 0.0, 2 * dense + 512 * expert, 0, 512, 512)
-    found = Steady(9.0, (3.0, 3.0), (decode,), (prefill,), 2)
+    found = Steady(9.0, (3.0, 3.0), (decode,), (prefill,), 2, 4.0)
     measured = Measured(plan, MIXTRAL, SPEEDS, 4, found)
     phase = measured.decode(256)
     assert (phase.needed_bytes, phase.moved_bytes) == (dense + 60 * expert, dense + 70 * expert)
@@ -143,6 +143,6 @@ def test_pages_that_a_round_brought_cross_the_link() -> None:
     plan = plan_of(1, "auto", host=1 << 30)
     pages, layers = 7 << 30, sum(plan.host_bytes_a_pass)
     times = StageTimes(0, 3.0, 2.0, 0.0, 0, layers, kv_cold_bytes=pages)
-    found = Steady(9.0, (3.0, 3.0), (times,), (times,), 1)
+    found = Steady(9.0, (3.0, 3.0), (times,), (times,), 1, 4.0)
     bound = Measured(plan, SHAPE, SPEEDS, 4, found).decode(256).bound
     assert bound.terms["pcie"] == pytest.approx((layers + pages) / 50e9)
