@@ -23,7 +23,9 @@ class PageIds(NamedTuple):
 
     @classmethod
     def of(cls, source: np.ndarray, dest: np.ndarray, *, pinned: bool) -> "PageIds":
-        both = torch.empty((2, len(source)), dtype=torch.int32, pin_memory=pinned)
+        count = len(source)
+        # Both begin where a kernel that was compiled for aligned addresses can read them.
+        both = torch.empty((2, -(-count // 4) * 4), dtype=torch.int32, pin_memory=pinned)[:, :count]
         both.numpy()[:] = source, dest
         return cls(both[0], both[1])
 
@@ -40,13 +42,15 @@ def copy_pages(source: Tensor, dest: Tensor, ids: PageIds, *, over_link: bool = 
     if not len(ids.source):
         return
     if dest.is_cuda:
-        # Imported where it is needed: installations without a GPU have no Triton.
-        from headrace.runtime.page_copies_triton import launch
-
-        launch(_words(source), _words(dest), ids.source, ids.dest, over_link=over_link)
-        return
-    dest.numpy()[ids.dest.numpy()] = source.numpy()[ids.source.numpy()]
+        copy_by_kernel(source, dest, ids, over_link=over_link)
+    else:
+        dest.numpy()[ids.dest.numpy()] = source.numpy()[ids.source.numpy()]
 
 
-def _words(pages: Tensor) -> Tensor:
-    return pages.view(torch.int64)
+def copy_by_kernel(source: Tensor, dest: Tensor, ids: PageIds, *, over_link: bool) -> None:
+    """What copy_pages does on CUDA."""
+    # Imported where it is needed: installations without a GPU have no Triton.
+    from headrace.runtime.page_copies_triton import launch
+
+    words = source.view(torch.int64), dest.view(torch.int64)
+    launch(*words, ids.source, ids.dest, over_link=over_link)

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Iterable
 
-from headrace.scheduler.cold_pages import ColdPages
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.draft import ColdBatches
+from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.limits import token_limit
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.policy import choose_guest, hosting_pays
+from headrace.scheduler.policy import guest_order, hosting_pays
 from headrace.scheduler.request import Request
 
 
@@ -19,12 +19,21 @@ class Hosting:
     here can hold up a request that has precedence: guests are preempted like others.
     """
 
-    def __init__(self, config: SchedulerConfig, cold: ColdPages) -> None:
-        self._config, self._cold = config, cold
+    def __init__(self, config: SchedulerConfig, holdings: Holdings) -> None:
+        self._config, self._holdings, self._cold = config, holdings, holdings.cold
         self.is_possible = config.kv_ring_pages > 0 and config.host_pages > 1
+        # Device pages that guests let go of when moves have ended and passes have returned, and whether
+        # anybody else may become one: as of this pass, for it is asked for each page that is short.
+        self._leaving = 0
+        self._may_invite = False
 
-    def advance(self, running: Iterable[Request]) -> None:
-        """Have guests change to what has come, and send out what they have filled."""
+    def advance(self, running: Collection[Request]) -> None:
+        """Have guests change to what has come, and send out what they have filled: once a pass."""
+        self._turn(running)
+        self._leaving = sum(self._cold.num_leaving(r) for r in running if r.is_hosted)
+        self._may_invite = self.is_possible
+
+    def _turn(self, running: Iterable[Request]) -> None:
         for request in running:
             if not request.is_hosted:
                 continue
@@ -43,21 +52,24 @@ class Hosting:
         """Whether a request that is in flight should come back before it goes on."""
         return request.is_hosted and self._cold.is_due(request)
 
-    def num_leaving(self, running: Iterable[Request]) -> int:
-        """Device pages that guests let go of when moves have ended and passes have returned."""
-        return sum(self._cold.num_leaving(request) for request in running if request.is_hosted)
-
-    def invite(self, running: Collection[Request]) -> bool:
-        """Begin to send out one request's pages, if there is one for whom that is possible and pays."""
-        if not self.is_possible:
+    def make_room(self, count: int, running: Collection[Request]) -> bool:
+        """Send out pages, if need be, until `count` will be free once moves have ended and passes have
+        returned; whether they will."""
+        if self._holdings.can_grow_soon(count, self._leaving):
+            return True
+        if not self._may_invite:
             return False
         batches = self._batches(running)
-        guest = choose_guest(request for request in running if self._may_go(request, batches))
-        if guest is None:
-            return False
-        guest.is_hosted = True
-        self._cold.send_out(guest)
-        return True
+        for request in guest_order(running):
+            if self._may_go(request, batches):
+                request.is_hosted = True
+                self._cold.send_out(request)
+                batches.reserve(request.num_pages + 1, 1)
+                self._leaving += self._cold.num_leaving(request)
+                if self._holdings.can_grow_soon(count, self._leaving):
+                    return True
+        self._may_invite = False
+        return False
 
     def call_back(self, running: Collection[Request], free: int) -> None:
         """Load guests' pages again, oldest first, as far as `free` pages of the device are not needed."""

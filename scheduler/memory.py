@@ -75,8 +75,14 @@ class Layout:
         return max(2, self.logit_rows // 16)
 
 
-GUEST_PAGES = 2
-"""Device pages of a sequence whose full pages lie in host RAM: the newest, and one on its way out."""
+LEAVING_SHARE = 4
+"""One in so many sequences whose full pages lie in host RAM has a page that has just become full and is
+on its way out. Where more have, some of them wait for a pass."""
+
+
+def guest_pages(guests: int) -> int:
+    """Device pages of so many sequences whose full pages lie in host RAM: their newest, and some more."""
+    return guests + -(-guests // LEAVING_SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ class Cache:
     @property
     def num_pages(self) -> int:
         """On the device."""
-        return self.sequences * self.pages + self.guests * GUEST_PAGES
+        return self.sequences * self.pages + guest_pages(self.guests)
 
     @property
     def in_all(self) -> int:

@@ -249,9 +249,10 @@ def _with_guests(problem: Problem, layout: Layout) -> list[_Candidate]:
     pages = problem.cache(0).pages
     wanted = problem.wanted(layout)
     most = min(most_guests(problem.shape, layout, problem.budgets, pages), wanted - 1)
+    if most < 1:
+        return []
     counts = {most * i // GUEST_STEPS for i in range(1, GUEST_STEPS + 1)}
-    # Just what is asked for, where the device holds all that it can of it.
-    counts.add(min(most, problem.min_sequences - problem.most_sequences(layout)))
+    counts.add(_guests_asked_for(problem, layout, most))
     found = []
     for guests in sorted(count for count in counts if count > 0):
         room = problem.hosting(layout, guests)
@@ -264,6 +265,19 @@ def _with_guests(problem: Problem, layout: Layout) -> list[_Candidate]:
                 found.append(_candidate(problem, layout, cache))
     whole = [candidate for candidate in found if candidate is not None]
     return sorted(whole, key=lambda candidate: candidate.cache.in_all)
+
+
+def _guests_asked_for(problem: Problem, layout: Layout, most: int) -> int:
+    """The fewest guests with whom there is room for all sequences that shall have some, or `most`."""
+    low, high = 1, most
+    while low < high:
+        guests = (low + high) // 2
+        room = problem.hosting(layout, guests)
+        if room is None or guests + problem.most_sequences(layout, room) >= problem.min_sequences:
+            high = guests
+        else:
+            low = guests + 1
+    return low
 
 
 def _candidate(problem: Problem, layout: Layout, cache: Cache) -> _Candidate | None:

@@ -71,10 +71,10 @@ def hosting_pays(costs: KVCosts, num_pages: int) -> bool:
     return num_pages * costs.host_page <= costs.decode
 
 
-def choose_guest(candidates: Iterable[Request]) -> Request | None:
-    """Who leaves the device to the others and goes on over pages in host RAM: whoever frees the most
-    pages, for it is brought no more bytes for each of them than another; of those the youngest."""
-    return max(candidates, key=lambda r: (r.num_named, r.request_id), default=None)
+def guest_order(candidates: Iterable[Request]) -> list[Request]:
+    """Who leaves the device first to go on over pages in host RAM: whoever frees the most pages, for it
+    is brought no more bytes for each of them than another; of those the youngest."""
+    return sorted(candidates, key=lambda r: (r.num_named, r.request_id), reverse=True)
 
 
 def clean_watermark(num_pages: int) -> int:

@@ -48,7 +48,7 @@ class Scheduler:
         self.config = config
         self.holdings = Holdings(config)
         self.pool, self.tails = self.holdings.pool, self.holdings.tails
-        self._hosting = Hosting(config, self.holdings.cold)
+        self._hosting = Hosting(config, self.holdings)
         self._step = 0
         self._live: dict[int, Request] = {}
         self._running: dict[int, Request] = {}
@@ -230,23 +230,18 @@ class Scheduler:
 
     def _make_room(self, oldest: Request) -> None:
         """Have running requests go on over pages in host RAM until there will be room for those that
-        wait, as many as a pass computes prompts of; they are taken to be like the oldest of them."""
+        wait, as many as are computed until it is there; they are taken to be like the oldest of them."""
         tokens, config = len(oldest.tokens) + 1, self.config
+        passes = config.passes_in_flight + config.ahead + 1
         places = config.max_sequences * config.passes_in_flight - self.num_running
-        count = min(
-            -(-config.token_budget // tokens), places, self.num_waiting, self.tails.num_free
-        )
+        wanted = -(-passes * config.token_budget // tokens)
+        count = min(wanted, places, self.num_waiting, self.tails.num_free)
         if count > 0:
             pages = count * pages_for(tokens) + watermark(config.num_pages, self.num_running)
-            while not self._can_grow_soon(min(pages, config.num_pages)) and self._invite():
-                pass
+            self._hosting.make_room(min(pages, config.num_pages), self._staying())
 
-    def _invite(self) -> bool:
-        return self._hosting.invite([r for r in self._running.values() if r is not self._leaving])
-
-    def _can_grow_soon(self, count: int) -> bool:
-        leaving = self._hosting.num_leaving(self._running.values())
-        return self.holdings.can_grow_soon(count, leaving)
+    def _staying(self) -> list[Request]:
+        return [request for request in self._running.values() if request is not self._leaving]
 
     def _call_back(self) -> None:
         """Where nobody waits and nobody can come to need pages, guests have theirs on the device again."""
@@ -269,10 +264,8 @@ class Scheduler:
         if missing <= 0:
             return True
         while not self.holdings.can_grow(missing):
-            if self._can_grow_soon(missing):
+            if self._hosting.make_room(missing, self._staying()):
                 return False
-            if self._invite():
-                continue
             victim = choose_victim(self._running.values(), request)
             if victim is None:
                 return False

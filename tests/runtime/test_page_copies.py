@@ -5,7 +5,7 @@ import pytest
 import torch
 from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
 
-from headrace.runtime.page_copies import PageIds, copy_pages
+from headrace.runtime.page_copies import PageIds, copy_by_kernel, copy_pages
 
 FROM, TO = [8, 0, 3, 4], [1, 6, 0, 2]
 
@@ -45,10 +45,11 @@ def test_by_indexing() -> None:
 @pytest.mark.parametrize("over_link", [False, True])
 @pytest.mark.parametrize("words", [8, 1024, 2100])
 def test_by_a_kernel(words: int, over_link: bool, device: str) -> None:
-    from headrace.runtime.page_copies_triton import launch
-
-    source, on_cuda = pages(9, words), device == "cuda"
-    there = source.pin_memory() if over_link and on_cuda else source.to(device)
-    dest = torch.zeros(7, words, dtype=torch.int64, device=device)
-    launch(there, dest, *ids(pinned=on_cuda), over_link=over_link)
+    source, on_cuda = pages(9, words).view(torch.uint8), device == "cuda"
+    there = source.to(device)
+    if over_link and on_cuda:  # rows of pinned memory that lie apart
+        whole = torch.empty(9, words * 8 + 4096, dtype=torch.uint8, pin_memory=True)
+        there = whole[:, 64 : words * 8 + 64].copy_(source)
+    dest = torch.zeros(7, words * 8, dtype=torch.uint8, device=device)
+    copy_by_kernel(there, dest, ids(pinned=on_cuda), over_link=over_link)
     assert torch.equal(dest.cpu(), copied(source))
