@@ -53,8 +53,8 @@ class Hosting:
         return request.is_hosted and self._cold.is_due(request)
 
     def make_room(self, count: int, running: Collection[Request]) -> bool:
-        """Send out pages, if need be, until `count` will be free once moves have ended and passes have
-        returned; whether they will."""
+        """Send out pages, if need be, until `count` are free or will be, once moves have ended and passes
+        have returned; whether they will."""
         if self._holdings.can_grow_soon(count, self._leaving):
             return True
         if not self._may_invite:
@@ -64,6 +64,10 @@ class Hosting:
             if self._may_go(request, batches):
                 request.is_hosted = True
                 self._cold.send_out(request)
+                if (
+                    not request.passes
+                ):  # else what is there already would be waited for, and by whom?
+                    self._cold.retire(request)
                 batches.reserve(request.num_pages + 1, 1)
                 self._leaving += self._cold.num_leaving(request)
                 if self._holdings.can_grow_soon(count, self._leaving):

@@ -265,6 +265,8 @@ class Scheduler:
             return True
         while not self.holdings.can_grow(missing):
             if self._hosting.make_room(missing, self._staying()):
+                if self.holdings.can_grow(missing):
+                    break
                 return False
             victim = choose_victim(self._running.values(), request)
             if victim is None:
