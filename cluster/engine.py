@@ -161,7 +161,8 @@ class Engine:
             completions = self._apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
         loaded = sum(result.times.experts_loaded for result in results)
-        self.stats.bound_seconds += least_seconds(self.plan, a_pass.num_tokens, loaded)
+        tokens, cold = a_pass.num_tokens, a_pass.num_cold
+        self.stats.bound_seconds += least_seconds(self.plan, tokens, loaded, cold)
         return completions
 
     def wait_host_tier(self) -> None:
@@ -258,18 +259,23 @@ class Engine:
         self._logprobs.pop(request_id, None)
 
 
-def least_seconds(plan: Plan, num_tokens: int, experts_loaded: int = 0) -> float:
+def least_seconds(
+    plan: Plan, num_tokens: int, experts_loaded: int = 0, cold_pages: int = 0
+) -> float:
     """What the binding resource needs for one pass of `num_tokens` tokens, by the plan's terms.
 
     Weights are moved once a pass whatever it computes, experts of split layers when they had to be
-    loaded; arithmetic grows with the pass's tokens. A pass of moves alone needs nothing of the plan's.
+    loaded, and `cold_pages` pages of sequences that have theirs in host RAM; arithmetic grows with the
+    pass's tokens. A pass of moves alone needs nothing of the plan's.
     """
     if not num_tokens:
         return 0.0
     prediction, rounds = plan.prediction, plan.passes_in_flight
-    streaming = max(prediction.terms["nvme"], prediction.terms["pcie"])
-    streaming *= _streamed_share(plan, experts_loaded)
-    moving = max(streaming, prediction.terms["hbm"]) / rounds
+    share = _streamed_share(plan, experts_loaded) / rounds
+    link = (prediction.terms["pcie"] - prediction.cold_seconds) * share
+    if cold_pages:
+        link += prediction.cold_seconds * cold_pages / max(1, prediction.cold_pages)
+    moving = max(prediction.terms["nvme"] * share, link, prediction.terms["hbm"] / rounds)
     return max(moving, prediction.terms["compute"] * num_tokens / prediction.sequences)
 
 
@@ -299,5 +305,7 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         host_pages=plan.host_pages,
         nvme_pages=plan.nvme_pages,
         costs=plan.kv_costs,
+        kv_ring_pages=plan.kv_ring_pages,
+        cold_micro_batches=plan.cold_micro_batches,
         identity=identity,
     )

@@ -69,6 +69,14 @@ class HostPages:
         used = self.slot(index)[: sum(self.page_bytes)]
         return tuple(used.split(self.page_bytes))
 
+    def pages(self, layer: int) -> Tensor:
+        """All slots' pages of the layer-th of the layers, uint8 [count, page_bytes[layer]].
+
+        Of slots that hold something: those that were written have been pinned.
+        """
+        start = sum(self.page_bytes[:layer])
+        return self._slots[:, start : start + self.page_bytes[layer]]
+
     def check(self) -> None:
         """Raise the DoesNotFitError of slots that could not be pinned, if it is known by now."""
         if self._error is not None:

@@ -10,9 +10,10 @@ both have in common is kept once.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -113,6 +114,16 @@ def whole_keys(kv: LayerKV | QuantizedKV, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([v, k], dim=-1) if kv.latent else k
 
 
+class LayerPages(Protocol):
+    """Where layers find the pages of one micro-batch."""
+
+    def using(
+        self, layer: int, window: int | None
+    ) -> AbstractContextManager[LayerKV | QuantizedKV]:
+        """The pages that the micro-batch's page table names, while the layer writes to them and reads
+        them. A query sees no further back than `window` keys, if that is given."""
+
+
 class KVStore:
     """Pages and tails of the layers in `shapes`, allocated once, zeroed, and never resized.
 
@@ -130,23 +141,21 @@ class KVStore:
     ) -> None:
         self._fmt = fmt = fmt or plain_format(dtype)
         assert num_pages > 0 and (num_tails > 0 or not fmt.is_quantized), (num_pages, num_tails)
+        self._shapes = shapes
         self._pages: dict[int, Tensor] = {}
         self._tails: dict[int, tuple[Tensor, ...]] = {}
         self._layers: dict[int, LayerKV | QuantizedKV] = {}
-        rotations = {dim: Rotation.of(dim, dtype, device) for dim in _rotated(shapes, fmt)}
+        self._rotations = {dim: Rotation.of(dim, dtype, device) for dim in _rotated(shapes, fmt)}
         for layer, shape in shapes.items():
-            nbytes = page_nbytes(shape, fmt)
-            size = (num_pages, shape.kv_heads, nbytes // shape.kv_heads)
-            pages = torch.zeros(size, dtype=torch.uint8, device=device)
-            self._pages[layer] = pages
-            if not fmt.is_quantized:
-                self._layers[layer] = _plain(pages.view(_DTYPES[fmt.name]), shape)
-                continue
-            self._tails[layer] = tuple(
-                torch.zeros(num_tails, shape.kv_heads, PAGE_TOKENS, dim, dtype=dtype, device=device)
-                for dim in (shape.k_dim, shape.v_dim)
-            )
-            self._layers[layer] = _quantized(pages, self._tails[layer], shape, fmt, rotations)
+            size = num_pages, page_nbytes(shape, fmt)
+            self._pages[layer] = torch.zeros(size, dtype=torch.uint8, device=device)
+            if fmt.is_quantized:
+                tail = num_tails, shape.kv_heads, PAGE_TOKENS
+                self._tails[layer] = tuple(
+                    torch.zeros(*tail, dim, dtype=dtype, device=device)
+                    for dim in (shape.k_dim, shape.v_dim)
+                )
+            self._layers[layer] = self.over(layer, self._pages[layer])
 
     @property
     def nbytes(self) -> int:
@@ -157,6 +166,24 @@ class KVStore:
     def layer(self, index: int) -> LayerKV | QuantizedKV:
         return self._layers[index]
 
+    def over(self, layer: int, pages: Tensor) -> LayerKV | QuantizedKV:
+        """The layer with the tails it has and with other `pages`, uint8 [n, page_bytes(layer)]."""
+        shape = self._shapes[layer]
+        pages = pages.unflatten(1, (shape.kv_heads, -1))
+        if not self._fmt.is_quantized:
+            return _plain(pages.view(_DTYPES[self._fmt.name]), shape)
+        return _quantized(pages, self._tails[layer], shape, self._fmt, self._rotations)
+
+    def using(
+        self, layer: int, window: int | None
+    ) -> AbstractContextManager[LayerKV | QuantizedKV]:
+        """Where the layer's keys and values are while it attends."""
+        return nullcontext(self._layers[layer])
+
+    @property
+    def is_quantized(self) -> bool:
+        return self._fmt.is_quantized
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers' indices, in the order of `shapes`."""
@@ -164,7 +191,7 @@ class KVStore:
 
     def pages(self, layer: int) -> Tensor:
         """All pages of this layer as they lie in memory: uint8 [pages, page_bytes(layer)]."""
-        return self._pages[layer].flatten(1)
+        return self._pages[layer]
 
     def page_bytes(self, layer: int) -> int:
         """Bytes of one page of this layer, contiguous in memory."""

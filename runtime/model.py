@@ -16,7 +16,7 @@ from headrace.runtime.binding import Binder, ExpertStack, FetchedStack
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_store import LayerPages
 from headrace.runtime.latents import keeps_latents
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.linear_group import four_bit_products, grouped
@@ -210,7 +210,7 @@ class StageModel:
         return any(isinstance(b, (ExpertStack, FetchedStack)) for b in self._bindings[layer])
 
     def run_layers(
-        self, layers: Iterable[tuple[int, Tensor]], x: Tensor, prepared: Prepared, kv: KVStore
+        self, layers: Iterable[tuple[int, Tensor]], x: Tensor, prepared: Prepared, kv: LayerPages
     ) -> Tensor:
         """`run_layer` for consecutive layers, each bound to its bytes."""
         for layer, block in layers:
@@ -218,12 +218,10 @@ class StageModel:
             x = self.run_layer(layer, x, prepared, kv)
         return x
 
-    def run_layer(self, layer: int, x: Tensor, prepared: Prepared, kv: KVStore) -> Tensor:
+    def run_layer(self, layer: int, x: Tensor, prepared: Prepared, kv: LayerPages) -> Tensor:
         """x [T, hidden] -> [T, hidden]; writes the batch's keys and values to the layer's pages."""
         args, kwargs = prepared.calls[layer]
-        attend = partial(
-            paged_attention, kv=kv.layer(layer), batch=prepared.batch, tracer=self.tracer
-        )
+        attend = partial(_attend, kv, layer, prepared.batch, self.tracer)
         with plugs.attending(self._attentions[layer], attend):
             out = self._modules[layer](x[None], *args, **kwargs)
         for group in self._groups[layer]:
@@ -246,6 +244,24 @@ class StageModel:
         """x [R, hidden], the last layer's output -> [R, vocabulary] float32."""
         assert self._with_head, "this stage has no head"
         return self._skeleton.leave(x)
+
+
+def _attend(
+    kv: LayerPages,
+    layer: int,
+    batch: Batch,
+    tracer: Tracer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sliding_window: int | None,
+    **rule: Any,
+) -> Tensor:
+    """An Attend, once what is its own has been given."""
+    with kv.using(layer, sliding_window) as pages:
+        rule["sliding_window"] = sliding_window
+        return paged_attention(q, k, v, kv=pages, batch=batch, tracer=tracer, **rule)
 
 
 def _skeleton(store: Source, dtype: torch.dtype) -> Skeleton:

@@ -1,11 +1,12 @@
 """Passes made ready: all work of the host that needs neither the device nor the pass before."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.cold_batch import ColdBatch
 from headrace.runtime.drawn_tokens import Tokens
 from headrace.scheduler.plan import MicroBatch, PageMove
 
@@ -14,7 +15,8 @@ from headrace.scheduler.plan import MicroBatch, PageMove
 class ReadyBatch:
     """A micro-batch and its Batch on the host, which holds more rows where a lane pads it.
 
-    The tokens in the rows `unknown` are still to be drawn, by the requests `following`.
+    The tokens in the rows `unknown` are still to be drawn, by the requests `following`. `cold` where
+    pages are brought from host RAM; the Batch's page table is then of places in the ring.
     """
 
     micro_batch: MicroBatch
@@ -22,6 +24,17 @@ class ReadyBatch:
     for_lane: bool
     unknown: list[int]
     following: list[int]
+    cold: ColdBatch | None = None
+
+    @classmethod
+    def build_cold(
+        cls, micro_batch: MicroBatch, device: torch.device, *, quantized: bool
+    ) -> "ReadyBatch":
+        """For a micro-batch with cold pages; `quantized`: newest pages are in tails."""
+        pinned = device.type == "cuda"
+        cold = ColdBatch.of(micro_batch, quantized=quantized, pinned=pinned)
+        in_ring = cls.build(cold.in_ring, device)
+        return replace(in_ring, micro_batch=micro_batch, cold=cold)
 
     @classmethod
     def build(

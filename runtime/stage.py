@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from headrace.runtime.cold_batch import ColdBatch
 from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
 from headrace.runtime.kv_moves import NONE_ENDED, PageLog
+from headrace.runtime.kv_store import LayerPages
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import make_recorder
@@ -36,6 +38,7 @@ class _Travel:
     before: Tokens
     prepared: "Prepared"
     lane: "Lane | None"
+    cold: ColdBatch | None = None
     x: torch.Tensor | None = None
     drawn: list[Drawn] = field(default_factory=list)
 
@@ -76,6 +79,7 @@ class Stage:
             parts = StageStart(config, self.device, self.tracer, pages).make(opened)
             self._storage, self._weights = parts.storage, parts.weights
             self._model, self._kv, self._moves = parts.model, parts.kv, parts.moves
+            self._ring = parts.ring
             self._graphs = make_graphs(config, parts, capture or self._capture(parts))
             self._opened = opened.pop_all()
 
@@ -107,7 +111,7 @@ class Stage:
         plan = self._plan
         with self._on_device():
             return ReceiveRing(
-                plan.micro_batches + 1,
+                plan.micro_batches + plan.cold_micro_batches + 1,
                 plan.micro_batch_tokens,
                 self._model.hidden_size,
                 self._model.dtype,
@@ -120,12 +124,14 @@ class Stage:
 
     def prepare(self, a_pass: Pass) -> Ready:
         """What can be done of a pass before the one before it ends. Any thread may, while that runs."""
-        batches = [
-            (self._graphs.ready(batch) if self._graphs else None)
-            or ReadyBatch.build(batch, self.device)
-            for batch in a_pass.micro_batches
-        ]
+        batches = [self._prepare(batch) for batch in a_pass.micro_batches]
         return Ready(a_pass.step, a_pass.follows, batches, a_pass.moves)
+
+    def _prepare(self, batch: MicroBatch) -> ReadyBatch:
+        if batch.num_cold:
+            return ReadyBatch.build_cold(batch, self.device, quantized=self._kv.is_quantized)
+        for_lane = self._graphs.ready(batch) if self._graphs else None
+        return for_lane or ReadyBatch.build(batch, self.device)
 
     def run(self, ready: Ready, before: PassResult | None = None) -> PassResult:
         """Execute this stage's visits of a pass; blocks until the device has finished them.
@@ -155,10 +161,21 @@ class Stage:
         drawn = self._drawn.before(ready.step, ready.follows) if self._reads_tokens else {}
         travels = [self._begin(i, batch, drawn) for i, batch in enumerate(ready.batches)]
         self._weights.begin_pass(len(travels))
+        self._begin_ring(travels)
         for position, visit in enumerate(self._visits):
             self._visit(position, visit, travels)
         self._finish()
         return self._result(ready.step, travels, time.perf_counter() - started)
+
+    def _begin_ring(self, travels: Sequence[_Travel]) -> None:
+        """Have cold pages brought in the order in which layers will need them."""
+        cold = [travel.cold for travel in travels if travel.cold is not None]
+        if cold:
+            assert self._ring is not None, "the plan has no ring for pages in host RAM"
+            visits = (self._placement.visits[visit] for visit in self._visits)
+            self._ring.begin_pass(
+                (layer, batch) for visit in visits for batch in cold for layer in visit.layers
+            )
 
     def _begin_moves(self, ready: Ready) -> None:
         """Copies out see what earlier passes wrote; beside this one they need not be waited for."""
@@ -183,7 +200,7 @@ class Stage:
             ready.complete(drawn)
         if not ready.for_lane:
             prepared = self._model.prepare(ready.batch.to(self.device))
-            return _Travel(ready.micro_batch, drawn, prepared, None)
+            return _Travel(ready.micro_batch, drawn, prepared, None, ready.cold)
         assert self._graphs is not None
         lane = self._graphs.lane(index, ready)
         if lane is None:
@@ -198,10 +215,16 @@ class Stage:
             for travel in travels:
                 x = self._arrive(visit, travel)
                 if travel.lane is None:
-                    x = self._model.run_layers(layers, x, travel.prepared, self._kv)
+                    x = self._model.run_layers(layers, x, travel.prepared, self._pages_of(travel))
                 else:
                     x = travel.lane.run(layers, x)
                 self._depart(visit, travel, x)
+
+    def _pages_of(self, travel: _Travel) -> LayerPages:
+        if travel.cold is None:
+            return self._kv
+        assert self._ring is not None
+        return self._ring.pages(travel.cold)
 
     def _arrive(self, visit: int, travel: _Travel) -> torch.Tensor:
         """Hidden states [tokens, hidden] before the visit: embedded, still here, or received."""
@@ -249,6 +272,7 @@ class Stage:
         counters = self._weights.take_counters()
         self._check_streamed(step, counters.layers, computed=bool(travels))
         ended = NONE_ENDED if self._moves is None else self._moves.take()
+        cold_bytes, cold_wait = (0, 0.0) if self._ring is None else self._ring.take()
         times = StageTimes(
             stage=self.config.stage,
             total=seconds,
@@ -258,9 +282,10 @@ class Stage:
             host_bytes=counters.host_bytes,
             experts_used=counters.experts.used,
             experts_loaded=counters.experts.loaded,
-            kv_wait=kv_wait,
+            kv_wait=kv_wait + cold_wait,
             kv_out_bytes=ended.out_bytes,
             kv_in_bytes=ended.in_bytes,
+            kv_cold_bytes=cold_bytes,
         )
         drawn = (some for travel in travels for some in travel.drawn)
         samples = tuple(sample for some in drawn for sample in some.collect())

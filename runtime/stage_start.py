@@ -12,6 +12,7 @@ import torch
 
 from headrace.runtime.kv_host import HostPages
 from headrace.runtime.kv_moves import PageLog, PageMover
+from headrace.runtime.kv_ring import KVRing
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.matmul.room import tuning_bytes
 from headrace.runtime.stage_config import StageConfig
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 class StageParts:
     """A stage's weights and where they are read from, the model that they are of, and KV pages.
 
-    `moves` is None where pages have no host slots to go to.
+    `moves` is None where pages have no host slots to go to, `ring` where none come from there to
+    be attended to.
     """
 
     storage: Storage
@@ -41,6 +43,7 @@ class StageParts:
     model: "StageModel"
     kv: KVStore
     moves: PageMover | None
+    ring: KVRing | None
 
 
 class StageStart:
@@ -81,17 +84,19 @@ class StageStart:
         kv = KVStore(shapes, plan.num_pages, self._dtype, self._device, fmt, plan.num_tails)
         weights.wait_resident()
         self._pack(model, weights)
-        moves = self._make_mover(kv)  # last: pinning slows other calls of the driver
-        if moves is not None:
-            opened.enter_context(moves)
-        return StageParts(storage, weights, model, kv, moves)
+        moves, ring = self._make_mover(kv, opened)  # last: pinning slows other calls of the driver
+        return StageParts(storage, weights, model, kv, moves, ring)
 
-    def _make_mover(self, kv: KVStore) -> PageMover | None:
-        count = self._plan.host_pages
+    def _make_mover(self, kv: KVStore, opened: ExitStack) -> tuple[PageMover | None, KVRing | None]:
+        count, ring_pages = self._plan.host_pages, self._plan.kv_ring_pages
         if not count:
-            return None
+            return None, None
         host = HostPages({i: kv.page_bytes(i) for i in kv.layers}, count, self._device)
-        return PageMover(kv, host, self._device, self._pages, self._tracer)
+        moves = opened.enter_context(PageMover(kv, host, self._device, self._pages, self._tracer))
+        if not ring_pages:
+            return moves, None
+        ring = KVRing(kv, host, ring_pages, self._device, self._tracer)
+        return moves, opened.enter_context(ring)
 
     def _choose_storage(self) -> Storage:
         blocks = [self._store.layers[layer] for layer in self._layers]

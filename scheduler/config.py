@@ -1,5 +1,6 @@
 """What bounds a pass and the requests in it, and where their KV pages may lie."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from headrace.scheduler.errors import HeadraceError
@@ -11,16 +12,29 @@ class KVCosts:
     """What a full page of a request costs, in seconds, beside the pass that computes anyway.
 
     `host_page` to load it from host RAM, `nvme_page` from NVMe (through host RAM), `token` to compute
-    one of its tokens. Where all are 0, whatever is found is loaded.
+    one of its tokens. Where all are 0, whatever is found is loaded. `decode` is what a decoded token is
+    worth: a request whose pages lie in host RAM has them brought for each token, and goes on where that
+    takes no longer.
     """
 
     host_page: float = 0.0
     nvme_page: float = 0.0
     token: float = 0.0
+    decode: float = math.inf
 
     @property
     def computed_page(self) -> float:
         return PAGE_TOKENS * self.token
+
+
+_OPTIONAL = (
+    "ahead",
+    "num_tails",
+    "host_pages",
+    "nvme_pages",
+    "kv_ring_pages",
+    "cold_micro_batches",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +47,9 @@ class SchedulerConfig:
     `passes_in_flight` passes under way, over which requests are spread evenly, and `ahead` (0 or 1)
     more, made before the tokens that they continue are known. No more than `num_tails` requests run
     at once; 0 bounds them by their pages alone.
+
+    Requests may go on decoding while their full pages lie in host RAM, in up to `cold_micro_batches` more
+    micro-batches of at most `kv_ring_pages` pages; none does where these are 0.
 
     Full pages go to `host_pages` slots in host RAM and from there to NVMe, which has room for
     `nvme_pages`; at most `write_backs` a pass to each while there is time, and as `costs` say.
@@ -53,6 +70,8 @@ class SchedulerConfig:
     num_tails: int = 0
     host_pages: int = 0
     nvme_pages: int = 0
+    kv_ring_pages: int = 0
+    cold_micro_batches: int = 0
     write_backs: int = 16
     costs: KVCosts = field(default_factory=KVCosts)
     identity: str = ""
@@ -60,13 +79,18 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         assert self.ahead <= 1, "a pass follows the one before, whose tokens a stage remembers"
         # The shortest request is one token of prompt and one of output.
-        least = {"max_context": 2, "ahead": 0, "num_tails": 0, "host_pages": 0, "nvme_pages": 0}
+        least = {"max_context": 2} | dict.fromkeys(_OPTIONAL, 0)
         for limit in fields(self):
             value = getattr(self, limit.name)
             if isinstance(value, int) and value < least.get(limit.name, 1):
                 raise HeadraceError(
                     f"scheduler: {limit.name} must be at least {least.get(limit.name, 1)}, not {value}"
                 )
+        if bool(self.kv_ring_pages) != bool(self.cold_micro_batches):
+            raise HeadraceError(
+                f"scheduler: {self.cold_micro_batches} micro-batches over pages in host RAM have room for"
+                f" {self.kv_ring_pages} pages: give both or neither"
+            )
         if self.nvme_pages and not self.host_pages:
             raise HeadraceError(
                 f"scheduler: {self.nvme_pages} KV pages on NVMe are reached through host RAM, which "

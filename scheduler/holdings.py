@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from headrace.scheduler.cold_pages import ColdPages
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.kv_cache import KVCache, Prefix
 from headrace.scheduler.kv_stats import KVStats, PageCounts, TierHits
@@ -16,6 +17,7 @@ class Holdings:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.cache = KVCache(config)
+        self.cold = ColdPages(config, self.cache)
         self._tiers = self.cache.tiers
         self.pool = self._tiers.device
         # Whoever runs has a page, so that as many tails as pages bound nothing.
@@ -76,9 +78,12 @@ class Holdings:
     def can_grow(self, count: int) -> bool:
         return self.pool.can_allocate(count)
 
-    def can_grow_soon(self, count: int) -> bool:
-        """Whether it is only moves that keep `count` pages from being allocated. They wait for nothing."""
-        return self.pool.can_allocate(count - self.pool.num_settling)
+    def can_grow_soon(self, count: int, leaving: int = 0) -> bool:
+        """Whether it is only moves that keep `count` pages from being allocated. They wait for nothing.
+
+        `leaving` pages are those that requests let go of then.
+        """
+        return self.pool.can_allocate(count - self.pool.num_settling - leaving)
 
     def grow(self, request: Request, count: int) -> None:
         request.pages += self.pool.allocate(count)
@@ -90,7 +95,8 @@ class Holdings:
         done = request.num_named
         if full > done:
             self._extend_keys(request, full)
-            self.cache.name(request.pages[done:full], request.keys[done:full], request.request_id)
+            own = request.pages[done - request.num_cold : full - request.num_cold]
+            self.cache.name(own, request.keys[done:full], request.request_id)
             request.num_named = full
 
     def settle(self, moved: Sequence[int], lost: Sequence[int]) -> list[Request]:
@@ -109,19 +115,21 @@ class Holdings:
 
     def give_way(self, request: Request) -> None:
         """Take a victim's pages; full ones are saved, if that is cheaper than computing them again."""
-        named = request.pages[: request.num_named]
+        has_saved = request.num_cold > 0
+        named = self._named(request)
         self.release(request)
-        if named and self.cache.swap_out(named):
+        if (named or has_saved) and self.cache.swap_out(named):
             self._by_swap += 1
         else:
             self._by_recompute += 1
 
     def release(self, request: Request) -> None:
         """Take back all that the request holds. Its full pages can be found until they are taken."""
-        named = request.pages[: request.num_named]
+        named, slots = self._named(request), request.slots[: request.num_cold]
         self.cache.release(request.pages)
+        self.cold.release(request)
         if request.keep and request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            self.cache.keep(named)
+            self.cache.keep(named, slots)
         request.pages = []
         request.num_named = request.num_scheduled = 0
         request.coming.clear()
@@ -144,11 +152,19 @@ class Holdings:
             preempted_by_recompute=self._by_recompute,
             evicted_from_device=tiers.device.num_evicted,
             evicted_from_host=tiers.host.num_evicted,
+            cold=self.cold.num_held,
         )
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, requests: Sequence[Request] = ()) -> None:
+        """Assert that pages and tails are in order, and that slots are held by `requests` alone."""
+        self.cold.check_integrity(requests)
         self.cache.check_integrity()
         self.tails.check_integrity()
+
+    @staticmethod
+    def _named(request: Request) -> list[int]:
+        """The request's full pages that are on the device."""
+        return request.pages[: request.num_named - request.num_cold]
 
     def _extend_keys(self, request: Request, count: int) -> None:
         extend_keys(request.keys, self._identity, request.tenant, request.tokens, count)

@@ -125,13 +125,33 @@ class KVCache:
         alone = [page for page in pages if self._device.state(page) is PageState.CACHED]
         return self._swaps and self._save(alone)
 
-    def keep(self, pages: Sequence[int]) -> None:
-        """Begin to bring released pages as far down as there is a tier, ahead of all others."""
+    def hold_below(self, page: int, key: bytes, cohort: int) -> int | None:
+        """Hold a host slot for the page that a request has on the device under `key`.
+
+        It is written by a move, if it is not there yet. None while no slot is to be had.
+        """
+        if self._device.key(page) is None and self._device.state(page) is PageState.USED:
+            self.tiers.name(page, key, cohort)  # a twin that was found in its place may be gone
+        slot = self._host.find(key)
+        if slot is None:
+            found = self._device.find(key)
+            if found is None or not self._is_whole(found) or not self._host.num_free:
+                return None
+            self.tiers.move_out(found)
+            slot = self._host.find(key)
+        assert slot is not None
+        self._host.share(slot)
+        return slot
+
+    def keep(self, pages: Sequence[int], slots: Sequence[int] = ()) -> None:
+        """Begin to bring released pages, of the device and of host RAM, as far down as there is a
+        tier, ahead of all others."""
         whole = [page for page in pages if self._is_whole(page)]
         self._save(whole)
         if not self._uses_nvme:
             return
-        for key in filter(None, map(self._device.key, whole)):
+        keys = [*map(self._host.key, slots), *map(self._device.key, whole)]
+        for key in filter(None, keys):
             slot = self._host.find(key)
             if slot is None or key in self.tiers.nvme:
                 continue

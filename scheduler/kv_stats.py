@@ -47,7 +47,8 @@ class KVStats:
     """Pages now, and totals since the scheduler was made.
 
     `misses` are full pages that were looked for and computed. A preemption is `by_swap` when every
-    full page of the request's is still to be had without computing it, else `by_recompute`.
+    full page of the request's is still to be had without computing it, else `by_recompute`. `cold` of
+    the host's pages are held by requests that decode over them.
     """
 
     device: PageCounts = field(default_factory=PageCounts)
@@ -61,3 +62,4 @@ class KVStats:
     preempted_by_recompute: int = 0
     evicted_from_device: int = 0
     evicted_from_host: int = 0
+    cold: int = 0

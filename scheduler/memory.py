@@ -27,6 +27,12 @@ EXPERT_ROWS = 2
 SLOT_ALIGNMENT = 4096
 """Of host slots for KV pages, so that files are read into them and written from them directly."""
 
+SPARE_SHARE = 16
+"""One host slot in so many, and at least one, is held by no request."""
+
+KV_RING_SLOTS = 2
+"""Slots of a KV ring: over the pages in one a layer attends while others are brought into the next."""
+
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 
@@ -69,16 +75,38 @@ class Layout:
         return max(2, self.logit_rows // 16)
 
 
+LEAVING_SHARE = 4
+"""One in so many sequences whose full pages lie in host RAM has a page that has just become full and is
+on its way out. Where more have, some of them wait for a pass."""
+
+
+def guest_pages(guests: int) -> int:
+    """Device pages of so many sequences whose full pages lie in host RAM: their newest, and some more."""
+    return guests + -(-guests // LEAVING_SHARE)
+
+
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Room for keys and values of so many `sequences` at once, of so many `pages` each."""
+    """Room for keys and values of so many `sequences` at once, of so many `pages` each.
+
+    `guests` more have theirs in host RAM; a pass has up to `cold_batches` micro-batches of them, each of
+    at most `ring_pages` pages.
+    """
 
     sequences: int
     pages: int
+    guests: int = 0
+    cold_batches: int = 0
+    ring_pages: int = 0
 
     @property
     def num_pages(self) -> int:
-        return self.sequences * self.pages
+        """On the device."""
+        return self.sequences * self.pages + guest_pages(self.guests)
+
+    @property
+    def in_all(self) -> int:
+        return self.sequences + self.guests
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +174,24 @@ def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget]) -> 
     )
 
 
+def most_guests(shape: ModelShape, layout: Layout, budgets: Sequence[Budget], pages: int) -> int:
+    """Sequences of so many pages whose full ones have slots in every stage's host memory."""
+    if pages < 2:
+        return 0
+    return lendable_slots(host_pages(shape, layout, budgets)) // (pages - 1)
+
+
+def lendable_slots(count: int) -> int:
+    """How many of `count` host slots requests may hold: loads and copies go through the others."""
+    return max(0, count - max(1, count // SPARE_SHARE))
+
+
+def kv_ring_bytes(shape: ModelShape, layout: Layout, stage: int, ring_pages: int) -> int:
+    """Slots that each have room for so many pages of any of the stage's layers."""
+    largest = max(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
+    return KV_RING_SLOTS * ring_pages * largest
+
+
 def tail_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     """One sequence's newest page over all of the stage's layers, where full ones are quantized."""
     if not shape.layer_tail_bytes:
@@ -155,14 +201,19 @@ def tail_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
 
 def _without_weights(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> StageMemory:
     has_head = stage == layout.visits[-1].stage
+    activations = activation_bytes(shape, layout, has_head)
+    if layout.num_stages > 1:  # a buffer for each micro-batch that is received
+        a_batch = layout.micro_batch_tokens * shape.hidden_size * shape.compute_bytes
+        activations += cache.cold_batches * a_batch
     return StageMemory(
         resident=0,
         ring=0,
         head=shape.head_bytes if has_head else 0,
         kv=cache.num_pages * page_bytes(shape, layout, stage),
-        tails=cache.sequences * tail_bytes(shape, layout, stage),
+        kv_ring=kv_ring_bytes(shape, layout, stage, cache.ring_pages),
+        tails=cache.in_all * tail_bytes(shape, layout, stage),
         scratch=shape.largest_matrix * shape.compute_bytes if shape.needs_scratch else 0,
-        activations=activation_bytes(shape, layout, has_head),
+        activations=activations,
         host_layers=0,
         embed=shape.embed_bytes if stage == layout.visits[0].stage else 0,
         process=0,

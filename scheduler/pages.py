@@ -99,6 +99,10 @@ class PagePool:
     def is_held(self, page: int) -> bool:
         return self._pages[page].holders > 0
 
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one hold it."""
+        return self._pages[page].holders > 1
+
     def find(self, key: bytes) -> int | None:
         """The page that holds what `key` names, or will when it has come."""
         return self._by_key.get(key)

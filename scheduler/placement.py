@@ -102,7 +102,7 @@ class StageMemory:
     """What one stage allocates, in bytes. `device` parts fit --device-memory, `host` parts --host-memory.
 
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
-    kv: pages of this stage's layers.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
+    kv: pages of this stage's layers.  kv_ring: slots for pages that pass through, of the layer with the largest.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
     experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
     experts.  host_kv: host slots for pages.  host_log: pages on their way to NVMe.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
@@ -123,11 +123,20 @@ class StageMemory:
     tails: int = 0
     host_kv: int = 0
     host_log: int = 0
+    kv_ring: int = 0
 
     @property
     def device(self) -> int:
         weights = self.resident + self.ring + self.experts + self.head
-        return weights + self.kv + self.tails + self.scratch + self.activations + self.graphs
+        return (
+            weights
+            + self.kv
+            + self.kv_ring
+            + self.tails
+            + self.scratch
+            + self.activations
+            + self.graphs
+        )
 
     @property
     def host(self) -> int:
@@ -154,6 +163,8 @@ class Prediction:
 
     `terms` maps each physical bound ("nvme", "pcie", "compute", "hbm", "hops") to its seconds; the
     largest binds. tokens/s = sequences / pass_seconds. `experts` is None where no layer is split.
+    `guests` of the sequences have their full pages in host RAM, which adds `cold_seconds` to "pcie" for
+    `cold_pages` that are brought to every stage.
     """
 
     sequences: int
@@ -162,6 +173,9 @@ class Prediction:
     bound_by: str
     terms: dict[str, float]
     experts: ExpertTraffic | None = None
+    guests: int = 0
+    cold_pages: int = 0
+    cold_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +191,10 @@ class Plan:
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes, and `ahead` (0 or 1) that
     are submitted before the tokens of the pass they follow are known. Micro-batches of at most
     `graph_rows` decodes are replayed as CUDA graphs, from at most `graph_lanes` lanes.
+
+    Requests whose pages lie in host slots go on decoding in up to `cold_micro_batches` more micro-batches
+    of at most as many tokens, each of which may need up to `kv_ring_pages` pages: for so many, two slots
+    of each stage's KV ring have room in turn.
 
     Where `expert_slots[stage]` is not 0, the stage's layers whose experts can be read alone are
     split, whatever their tier: what every token needs of them rests in the tier (on the device, too)
@@ -212,3 +230,5 @@ class Plan:
     host_pages: int = 0
     nvme_pages: int = 0
     kv_costs: KVCosts = field(default_factory=KVCosts)
+    kv_ring_pages: int = 0
+    cold_micro_batches: int = 0

@@ -43,7 +43,9 @@ class Sampling:
 class Slice:
     """Consecutive tokens of one request: positions [start, start + len(tokens)).
 
-    `pages[i]` holds positions [64 i, 64 i + 64); together they cover at least the slice's end.
+    Page i holds positions [64 i, 64 i + 64). The first len(cold) pages, which are full, lie in the host
+    slots `cold`, the others in the device pages `pages`; together they cover at least the slice's end,
+    and what the slice writes is in the latter.
     `sampling` is None while the slice does not reach the end of the request's tokens. A decode's
     token may be FOLLOWS. `tail` is the request's own slot for its newest page, where full pages are
     quantized.
@@ -55,6 +57,11 @@ class Slice:
     pages: tuple[int, ...]
     sampling: Sampling | None
     tail: int = 0
+    cold: tuple[int, ...] = ()
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.cold) + len(self.pages)
 
     @property
     def end(self) -> int:
@@ -68,9 +75,17 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Slices that travel together; hidden states are packed in this order."""
+    """Slices that travel together; hidden states are packed in this order.
+
+    With a cold page among them, their pages together are no more than `Plan.kv_ring_pages`.
+    """
 
     slices: tuple[Slice, ...]
+
+    @property
+    def num_cold(self) -> int:
+        """Pages that are to be brought from host slots."""
+        return sum(len(piece.cold) for piece in self.slices)
 
     @property
     def num_tokens(self) -> int:
@@ -124,6 +139,11 @@ class Pass:
     def num_tokens(self) -> int:
         return sum(batch.num_tokens for batch in self.micro_batches)
 
+    @property
+    def num_cold(self) -> int:
+        """Pages that every stage brings from host slots for each of its layers."""
+        return sum(batch.num_cold for batch in self.micro_batches)
+
 
 class Sample(NamedTuple):
     """One drawn token. `top` holds (token, logprob) of the most likely ones, when asked for."""
@@ -138,7 +158,7 @@ class Sample(NamedTuple):
 class StageTimes:
     """Where one stage's pass went, in seconds, and what it streamed, in bytes.
 
-    `kv_wait` is how long it waited for moves of KV pages, and `kv_out_bytes` and `kv_in_bytes` what
+    `kv_wait` is how long it waited for KV pages, `kv_cold_bytes` what it brought of cold ones, and `kv_out_bytes` and `kv_in_bytes` what
     those that have ended since the pass before took to host RAM and back to the device. `experts_used` counts the experts that tokens reached, each once a layer and micro-batch,
     `experts_loaded` those of them that were not on the device. Their bytes are in the bytes.
     """
@@ -154,6 +174,7 @@ class StageTimes:
     kv_wait: float = 0.0
     kv_out_bytes: int = 0
     kv_in_bytes: int = 0
+    kv_cold_bytes: int = 0
 
     def plus(self, other: "StageTimes") -> "StageTimes":
         """The two times of one stage together."""
@@ -169,6 +190,7 @@ class StageTimes:
             self.kv_wait + other.kv_wait,
             self.kv_out_bytes + other.kv_out_bytes,
             self.kv_in_bytes + other.kv_in_bytes,
+            self.kv_cold_bytes + other.kv_cold_bytes,
         )
 
     def since(self, start: "StageTimes") -> "StageTimes":
@@ -185,6 +207,7 @@ class StageTimes:
             self.kv_wait - start.kv_wait,
             self.kv_out_bytes - start.kv_out_bytes,
             self.kv_in_bytes - start.kv_in_bytes,
+            self.kv_cold_bytes - start.kv_cold_bytes,
         )
 
 

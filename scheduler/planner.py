@@ -3,13 +3,14 @@
 Memory goes first to what a run cannot do without (head, ring, scratch, activations), then to KV
 pages, then to resident layers, then to experts of split ones; host RAM goes to KV
 pages if it is given to them, else to pinned layers and experts. Layers are split where they are streamed and their experts can be read alone. How far pages
-go before layers is searched: a few page counts for each of a few layouts are filled and predicted by
+go before layers is searched, and how many sequences beyond those that the device holds have theirs in
+host RAM and brought for each token: a few page counts for each of a few layouts are filled and predicted by
 the formula, and the best of each layout is simulated. What goes in is described in
 headrace.scheduler.inputs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.experts import loads_ahead
@@ -24,7 +25,13 @@ from headrace.scheduler.inputs import (
 )
 from headrace.scheduler.kv_room import check_room, kv_costs, nvme_pages
 from headrace.scheduler.layouts import resident_layouts, streaming_layouts
-from headrace.scheduler.memory import Cache, Filling, Layout, fill
+from headrace.scheduler.memory import (
+    Cache,
+    Filling,
+    Layout,
+    fill,
+    most_guests,
+)
 from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
@@ -37,6 +44,12 @@ __all__ = ["Budget", "Choices", "DeviceProfile", "ModelShape", "Workload", "make
 
 PAGE_STEPS = 16
 """Page counts that are tried for a layout, evenly spaced up to the most that fit or are wanted."""
+
+GUEST_STEPS = 8
+"""Counts of sequences with pages in host RAM that are tried for a layout."""
+
+DEVICE_SHARES = (1, 2, 4)
+"""Beside these the device holds as many sequences as it can, or one in so many of them."""
 
 WORTH_IT = 1.02
 """A larger or less simple candidate has to be this much faster."""
@@ -204,7 +217,11 @@ def _search_pages(problem: Problem, layout: Layout) -> _Candidate:
     most = min(problem.most_sequences(layout), problem.wanted(layout))
     least = min(most, problem.min_sequences)
     steps = sorted({max(least, 1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)})
-    found = [_candidate(problem, layout, sequences) for sequences in steps]
+    tried = (_candidate(problem, layout, problem.cache(sequences)) for sequences in steps)
+    found = [candidate for candidate in tried if candidate is not None]
+    assert found, "the least memory was checked to fit"
+    found += _with_guests(problem, layout)
+    found = [one for one in found if one.cache.in_all >= problem.min_sequences] or found
     rates = [candidate.prediction.tokens_per_second for candidate in found]
     if layout.split:
         good = (i for i, rate in enumerate(rates) if rate * WORTH_IT >= max(rates))
@@ -216,18 +233,55 @@ def _search_pages(problem: Problem, layout: Layout) -> _Candidate:
     return found[best]
 
 
-def _candidate(problem: Problem, layout: Layout, sequences: int) -> _Candidate:
-    cache = problem.cache(sequences)
+def _with_guests(problem: Problem, layout: Layout) -> list[_Candidate]:
+    """Sequences beyond those that the device holds, with their pages in host RAM: fewest first."""
+    pages = problem.cache(0).pages
+    wanted = problem.wanted(layout)
+    most = min(most_guests(problem.shape, layout, problem.budgets, pages), wanted - 1)
+    if most < 1:
+        return []
+    counts = {most * i // GUEST_STEPS for i in range(1, GUEST_STEPS + 1)}
+    counts.add(_guests_asked_for(problem, layout, most))
+    found = []
+    for guests in sorted(count for count in counts if count > 0):
+        room = problem.hosting(layout, guests)
+        if room is None:
+            break
+        beside = min(problem.most_sequences(layout, room), wanted - guests)
+        for share in DEVICE_SHARES:
+            if beside // share > 0:
+                cache = replace(room, sequences=beside // share)
+                found.append(_candidate(problem, layout, cache))
+    whole = [candidate for candidate in found if candidate is not None]
+    return sorted(whole, key=lambda candidate: candidate.cache.in_all)
+
+
+def _guests_asked_for(problem: Problem, layout: Layout, most: int) -> int:
+    """The fewest guests with whom there is room for all sequences that shall have some, or `most`."""
+    low, high = 1, most
+    while low < high:
+        guests = (low + high) // 2
+        room = problem.hosting(layout, guests)
+        if room is None or guests + problem.most_sequences(layout, room) >= problem.min_sequences:
+            high = guests
+        else:
+            low = guests + 1
+    return low
+
+
+def _candidate(problem: Problem, layout: Layout, cache: Cache) -> _Candidate | None:
+    """None where that does not fit."""
     filling = fill(problem.shape, layout, problem.budgets, cache)
-    assert filling is not None, "the least memory was checked to fit"
-    decode = Decode.of(layout, sequences, problem.context)
+    if filling is None:
+        return None
+    decode = Decode.of(layout, cache, problem.context)
     prediction = predict(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
     return _Candidate(layout, filling, cache, prediction)
 
 
 def _simulated_rate(problem: Problem, candidate: _Candidate) -> float:
     layout, filling = candidate.layout, candidate.filling
-    decode = Decode.of(layout, candidate.prediction.sequences, problem.context)
+    decode = Decode.of(layout, candidate.cache, problem.context)
     times = timing(
         problem.shape,
         problem.profiles,
@@ -291,10 +345,12 @@ def _plan(problem: Problem, candidate: _Candidate) -> Plan:
         expert_slots=pools.device if pools else (),
         host_experts=pools.host if pools else (),
         kv_format=shape.kv_format,
-        num_tails=cache.sequences if shape.layer_tail_bytes else 0,
+        num_tails=cache.in_all if shape.layer_tail_bytes else 0,
         host_pages=filling.host_pages,
         nvme_pages=nvme_pages(shape, layout, problem.budgets),
         kv_costs=kv_costs(shape, layout, problem.profiles, candidate.prediction),
+        kv_ring_pages=cache.ring_pages,
+        cold_micro_batches=cache.cold_batches,
     )
 
 

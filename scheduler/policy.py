@@ -62,6 +62,21 @@ def swap_beats_recompute(costs: KVCosts) -> bool:
     return 2 * costs.host_page <= costs.computed_page
 
 
+def hosting_pays(costs: KVCosts, num_pages: int) -> bool:
+    """Whether a request of so many full pages goes on decoding over them in host RAM.
+
+    Every pass has them brought over the link, which works for nobody else meanwhile, and gives one
+    token for it. The request that does not go on waits, and gives none.
+    """
+    return num_pages * costs.host_page <= costs.decode
+
+
+def guest_order(candidates: Iterable[Request]) -> list[Request]:
+    """Who leaves the device first to go on over pages in host RAM: whoever frees the most pages, for it
+    is brought no more bytes for each of them than another; of those the youngest."""
+    return sorted(candidates, key=lambda r: (r.num_named, r.request_id), reverse=True)
+
+
 def clean_watermark(num_pages: int) -> int:
     """Pages that are to be had without losing a precious one, of `num_pages` in a tier.
 

@@ -1,6 +1,8 @@
 """How long a decode pass takes, by the formula of the design:
 
-    T = max( nvme bytes / drive GB/s, (nvme + host bytes) / link GB/s, compute, HBM, hops )
+    T = max( nvme bytes / drive GB/s, (nvme + host + KV bytes) / link GB/s, compute, HBM, hops )
+
+KV bytes are the full pages of sequences that have them in host RAM, once for each token.
 
 The slowest stage decides every term. With one convoy (one pass in flight) each stage loads its
 layers once for all sequences. With a group in flight per stage, each group has the layers loaded
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 from headrace.scheduler.experts import ExpertPools, Loads, layer_loads, reached
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
-from headrace.scheduler.memory import Layout
+from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import ExpertTraffic, Placement, Prediction, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.simulate import ExpertTimes, Timing
@@ -45,17 +47,29 @@ for a second one to end."""
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """A steady decode: `sequences` over all passes, `rows` tokens in each micro-batch of a pass."""
+    """A steady decode: `sequences` over all passes, `rows` tokens in each micro-batch of a pass.
+
+    `guests` of the sequences have their full pages in host RAM and `cold_batches` of the micro-batches.
+    """
 
     sequences: int
     context: int
     micro_batches: int
     passes_in_flight: int
+    guests: int = 0
+    cold_batches: int = 0
 
     @classmethod
-    def of(cls, layout: Layout, sequences: int, context: int) -> "Decode":
-        a_pass = -(-sequences // layout.passes_in_flight)
-        return cls(sequences, context, min(layout.micro_batches, a_pass), layout.passes_in_flight)
+    def of(cls, layout: Layout, cache: Cache, context: int) -> "Decode":
+        a_pass = -(-cache.sequences // layout.passes_in_flight)
+        batches = min(layout.micro_batches, a_pass) + cache.cold_batches
+        passes, guests, cold = layout.passes_in_flight, cache.guests, cache.cold_batches
+        return cls(cache.in_all, context, batches, passes, guests, cold)
+
+    @property
+    def cold_pages(self) -> int:
+        """Pages that all passes together bring from host RAM: all but the newest."""
+        return self.guests * (max(0, self.context - 1) // PAGE_TOKENS)
 
     @property
     def rows(self) -> float:
@@ -173,7 +187,15 @@ def timing(
     compute[-1] += _head_flops(shape, decode.rows) / (last.tflops * TERA)
     compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)
     hop = sum(_hop_seconds(shape, profiles, decode.rows))
-    return Timing(tuple(load), tuple(compute), hop, turnaround(placement, ahead), experts)
+    cold = [0.0] * shape.num_layers
+    if decode.cold_batches:
+        pages = decode.cold_pages / decode.passes_in_flight / decode.cold_batches
+        for visit in placement.visits:
+            for layer in visit.layers:
+                nbytes = pages * shape.layer_kv_bytes[layer]
+                cold[layer] = _load_seconds(profiles[visit.stage], Tier.HOST, nbytes)
+    turn = turnaround(placement, ahead)
+    return Timing(tuple(load), tuple(compute), hop, turn, experts, tuple(cold), decode.cold_batches)
 
 
 def _head_flops(shape: ModelShape, rows: float) -> float:
@@ -198,8 +220,11 @@ def predict(
     terms = dict.fromkeys(("nvme", "pcie", "compute", "hbm"), 0.0)
     held = shape.held_bytes(split=pools is not None)
     loads = _loads(shape, placement, decode, pools)
+    without_kv = 0.0
     for stage, profile in enumerate(profiles):
         found = _moving(profile, placement, held, loads, stage, idle)
+        without_kv = max(without_kv, rounds * found["pcie"])
+        found["pcie"] += _cold_seconds(shape, profile, placement, decode, stage)
         found |= _computing(shape, profile, placement, decode, stage)
         for name, seconds in found.items():
             waits = rounds * (idle if name in ("compute", "hbm") else 1.0)
@@ -209,7 +234,20 @@ def predict(
     seconds = terms[bound_by]
     rate = decode.sequences / seconds
     traffic = None if pools is None else _traffic_of(loads.values())
-    return Prediction(decode.sequences, seconds, rate, bound_by, terms, traffic)
+    cold = decode.guests, decode.cold_pages, terms["pcie"] - without_kv
+    return Prediction(decode.sequences, seconds, rate, bound_by, terms, traffic, *cold)
+
+
+def _cold_bytes(shape: ModelShape, placement: Placement, decode: Decode, stage: int) -> float:
+    """Of the pages that one pass brings from host RAM to one stage."""
+    page = sum(shape.layer_kv_bytes[layer] for layer in placement.layers_of(stage))
+    return decode.cold_pages * page / decode.passes_in_flight
+
+
+def _cold_seconds(
+    shape: ModelShape, profile: DeviceProfile, placement: Placement, decode: Decode, stage: int
+) -> float:
+    return _cold_bytes(shape, placement, decode, stage) / (profile.host_gbps * GIGA)
 
 
 def _traffic_of(loads: Iterable[Loads]) -> ExpertTraffic:
@@ -256,6 +294,7 @@ def _computing(
     layers = placement.layers_of(stage)
     flops = sum(_flops(shape, layer, decode.rows) for layer in layers)
     traffic = sum(_traffic(shape, layer, decode) for layer in layers)
+    traffic += _cold_bytes(shape, placement, decode, stage) / decode.micro_batches  # to the ring
     if stage == placement.last_stage:
         flops += _head_flops(shape, decode.rows)
         traffic += shape.head_bytes

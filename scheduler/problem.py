@@ -8,6 +8,7 @@ from headrace.scheduler.memory import (
     Cache,
     Layout,
     graph_bytes,
+    kv_ring_bytes,
     least_memory,
     page_bytes,
     tail_bytes,
@@ -16,6 +17,12 @@ from headrace.scheduler.pages import pages_for
 
 ACTIVATIONS_SHARE = 8
 """Passes are cut until activations take at most one part in so many of the device budget."""
+
+RING_SHARE = 16
+"""A KV ring takes at most one part in so many of the device budget."""
+
+COLD_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Micro-batches that guests may be shared among: each has the weights read again in device memory."""
 
 GRAPHS_SHARE = 64
 """CUDA graphs take at most one part in so many of the device budget, unless they were asked for."""
@@ -36,6 +43,25 @@ class Problem:
     def cache(self, sequences: int) -> Cache:
         """Room for that many sequences of the context."""
         return Cache(sequences, pages_for(self.context))
+
+    def hosting(self, layout: Layout, guests: int) -> Cache | None:
+        """Room for so many guests, in as few micro-batches as the ring may be large; None where even
+        one of them takes a larger ring than that."""
+        pages = pages_for(self.context)
+        a_pass = -(-guests // layout.passes_in_flight)
+        for batches in COLD_BATCHES:
+            together = -(-a_pass // batches)
+            sizes = (
+                kv_ring_bytes(self.shape, layout, stage, together * pages)
+                for stage in range(layout.num_stages)
+            )
+            small = all(
+                size * RING_SHARE <= budget.device_memory
+                for size, budget in zip(sizes, self.budgets, strict=True)
+            )
+            if small and together <= layout.micro_batch_tokens:
+                return Cache(0, pages, guests, -(-a_pass // together), together * pages)
+        return None
 
     def wanted(self, layout: Layout) -> int:
         """Sequences at once, over all passes in flight, beyond which none can be scheduled."""
@@ -75,11 +101,13 @@ class Problem:
         lanes = min(lanes, wanted.graph_lanes)
         return replace(wanted, graph_lanes=lanes) if lanes > layout.graph_lanes else layout
 
-    def most_sequences(self, layout: Layout) -> int:
-        """Sequences whose keys and values every stage can hold beside the least of the weights."""
+    def most_sequences(self, layout: Layout, guests: Cache | None = None) -> int:
+        """Sequences whose keys and values every stage can hold beside the least of the weights, and
+        beside what `guests` need."""
+        none = guests or self.cache(0)
 
         def most(stage: int, budget: Budget) -> int:
-            least = least_memory(self.shape, layout, stage, self.cache(0)).device
+            least = least_memory(self.shape, layout, stage, none).device
             pages = self.cache(1).pages * page_bytes(self.shape, layout, stage)
             return (budget.device_memory - least) // (pages + tail_bytes(self.shape, layout, stage))
 

@@ -81,6 +81,11 @@ class Request:
     The first `num_named` pages are full, computed and found by others under `keys`; those that are
     `coming` are being loaded, and until they have come the request is in no pass.
 
+    A request that `is_hosted` decodes over pages in host RAM. It holds `slots` for its first pages; `pages`
+    begin behind the `num_cold` of these that it has on the device no more. To have all of them there
+    again it holds `returning` pages, to which they are loaded. One of which a move failed `stays` as it
+    is, on the device or not.
+
     No page of a `tenant` is found by another one. `keep` brings the full pages to host RAM and NVMe
     once the request has stopped or reached its length, for a request that continues it.
     """
@@ -101,6 +106,11 @@ class Request:
     keys: list[bytes] = field(init=False, default_factory=list)
     num_named: int = field(init=False, default=0)
     coming: set[int] = field(init=False, default_factory=set)
+    slots: list[int] = field(init=False, default_factory=list)
+    num_cold: int = field(init=False, default=0)
+    returning: list[int] = field(init=False, default_factory=list)
+    is_hosted: bool = field(init=False, default=False)
+    stays: bool = field(init=False, default=False)
     finish_reason: FinishReason | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -109,6 +119,11 @@ class Request:
     @property
     def num_pending(self) -> int:
         return len(self.tokens) + self.num_drawing - self.num_scheduled
+
+    @property
+    def num_pages(self) -> int:
+        """Pages from its first on that it has, cold ones and those on the device."""
+        return self.num_cold + len(self.pages)
 
     @property
     def num_output(self) -> int:

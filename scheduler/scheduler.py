@@ -8,6 +8,7 @@ from heapq import heappop, heappush
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.draft import Draft
 from headrace.scheduler.holdings import Holdings
+from headrace.scheduler.hosting import Hosting
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request, token_limit
 from headrace.scheduler.pages import pages_for
@@ -27,8 +28,8 @@ class Update:
 class Scheduler:
     """Continuous batching over one pool of KV pages.
 
-    A live request waits (no pages) or runs (a tail, and pages for what is scheduled). One that runs is
-    in no pass while pages of its prefix are being loaded. Several passes may be in flight and are
+    A live request waits (no pages) or runs (a tail, and pages for what is scheduled, on the device or, of
+    guests, in host RAM). One that runs is in no pass while pages of its prefix are being loaded. Several passes may be in flight and are
     returned in order. A request is in at most one of them; passes made ahead may also hold requests of
     the oldest one, which continue by tokens that are not known yet. What a request that has ended
     meanwhile gets in such a pass is ignored. Request ids are unique while a request lives or is in
@@ -47,6 +48,7 @@ class Scheduler:
         self.config = config
         self.holdings = Holdings(config)
         self.pool, self.tails = self.holdings.pool, self.holdings.tails
+        self._hosting = Hosting(config, self.holdings)
         self._step = 0
         self._live: dict[int, Request] = {}
         self._running: dict[int, Request] = {}
@@ -119,6 +121,7 @@ class Scheduler:
 
         It has no slices when nothing can run until moves of pages have ended.
         """
+        self._hosting.advance(self._running.values())
         # A pass that took every request would leave the others in flight without any.
         share = -(-len(self._live) // self.config.passes_in_flight)
         draft = Draft(self.config, min(self.config.max_sequences, share))
@@ -127,15 +130,18 @@ class Scheduler:
         is_ahead = can_follow and len(self._steps) >= self.config.passes_in_flight
         self._continue_running(draft, may_follow=is_ahead)
         self._admit_waiting(draft)
-        if can_follow and not is_ahead and not draft.slices:
+        if can_follow and not is_ahead and not draft.num_slices:
             self._continue_running(draft, may_follow=True)
-        if not draft.slices and (self._steps or not self._live):
+        self._call_back()
+        if not draft.num_slices and (self._steps or not self._live):
             return None
-        assert draft.slices or self.holdings.is_moving, "idle with work to do"
-        follows = self._steps[0] if any(piece.follows for piece in draft.slices) else None
+        assert draft.num_slices or self.holdings.is_moving, "idle with work to do"
+        batches = draft.pack()
+        ahead = any(piece.follows for batch in batches for piece in batch.slices)
+        follows = self._steps[0] if ahead else None
         self._step += 1
         self._steps.append(self._step)
-        return Pass(self._step, draft.pack(), follows, self.holdings.take_moves())
+        return Pass(self._step, batches, follows, self.holdings.take_moves())
 
     def save(self) -> Pass | None:
         """A pass without slices that brings to NVMe what a later run may `adopt`; None when all that
@@ -183,23 +189,34 @@ class Scheduler:
     def _continue_running(self, draft: Draft, *, may_follow: bool) -> None:
         ready = [r for r in self._running.values() if self._is_ready(r, may_follow)]
         for request in service_order(ready):
-            if not draft.room:
+            if not draft.left:
                 break
             if request.request_id not in self._running or request is self._leaving:
                 continue  # gave way to an older one, just now
-            if self._grow(request, min(request.num_pending, draft.room)):
-                self._take(request, draft)
+            room = draft.room
+            if request.num_cold:
+                room = draft.cold_room(pages_for(request.num_scheduled + request.num_pending))
+            count = min(request.num_pending, room)
+            if count and self._grow(request, count):
+                self._take(request, draft, count)
 
     def _is_ready(self, request: Request, may_follow: bool) -> bool:
         if request is self._leaving or request.coming:
             return False
         if not request.passes:
             return True
+        if self._hosting.is_due(request):
+            return False
         ends = len(request.tokens) + request.num_drawing >= token_limit(request, self.config)
         return may_follow and request.passes == [self._steps[0]] and not ends
 
     def _admit_waiting(self, draft: Draft) -> None:
         """Admit in order of age, never past one that does not fit: it would wait for ever."""
+        self._admit_while_room(draft)
+        if self._hosting.is_possible and (request := self._oldest_waiting()) is not None:
+            self._make_room(request)
+
+    def _admit_while_room(self, draft: Draft) -> None:
         if not draft.room or self._oldest_waiting() is None:
             return
         growth = sum(self._growth(request) for request in self._running.values())
@@ -214,11 +231,35 @@ class Scheduler:
             growth += self._growth(request)
             self._running[request.request_id] = request
             if not request.coming:
-                self._take(request, draft)
+                self._take(request, draft, min(request.num_pending, draft.room))
 
     def _growth(self, request: Request) -> int:
-        """Pages that a running request still lacks if it goes on to its limit."""
-        return pages_for(token_limit(request, self.config) - 1) - len(request.pages)
+        """Pages that a running request still lacks if it goes on to its limit; a guest gives back those
+        that it fills."""
+        lacks = pages_for(token_limit(request, self.config) - 1) - request.num_pages
+        return min(lacks, 1) if request.is_hosted and not request.returning else lacks
+
+    def _make_room(self, oldest: Request) -> None:
+        """Have running requests go on over pages in host RAM until there will be room for those that
+        wait, as many as are computed until it is there; they are taken to be like the oldest of them."""
+        tokens, config = len(oldest.tokens) + 1, self.config
+        passes = config.passes_in_flight + config.ahead + 1
+        places = config.max_sequences * config.passes_in_flight - self.num_running
+        wanted = -(-passes * config.token_budget // tokens)
+        count = min(wanted, places, self.num_waiting, self.tails.num_free)
+        if count > 0:
+            pages = count * pages_for(tokens) + watermark(config.num_pages, self.num_running)
+            self._hosting.make_room(min(pages, config.num_pages), self._staying())
+
+    def _staying(self) -> list[Request]:
+        return [request for request in self._running.values() if request is not self._leaving]
+
+    def _call_back(self) -> None:
+        """Where nobody waits and nobody can come to need pages, guests have theirs on the device again."""
+        if self._hosting.is_possible and self._oldest_waiting() is None:
+            running = self._running.values()
+            growth = sum(self._growth(request) for request in running)
+            self._hosting.call_back(running, self.pool.num_free - growth)
 
     def _oldest_waiting(self) -> Request | None:
         while self._waiting:
@@ -230,11 +271,13 @@ class Scheduler:
 
     def _grow(self, request: Request, count: int) -> bool:
         """Make the pages cover `count` more tokens; younger requests give way if need be."""
-        missing = pages_for(request.num_scheduled + count) - len(request.pages)
+        missing = pages_for(request.num_scheduled + count) - request.num_pages
         if missing <= 0:
             return True
         while not self.holdings.can_grow(missing):
-            if self.holdings.can_grow_soon(missing):
+            if self._hosting.make_room(missing, self._staying()):
+                if self.holdings.can_grow(missing):
+                    break
                 return False
             victim = choose_victim(self._running.values(), request)
             if victim is None:
@@ -262,8 +305,7 @@ class Scheduler:
         del self._running[request.request_id]
         heappush(self._waiting, request.request_id)
 
-    def _take(self, request: Request, draft: Draft) -> None:
-        count = min(request.num_pending, draft.room)
+    def _take(self, request: Request, draft: Draft, count: int) -> None:
         draws = count == request.num_pending
         assert request.tail is not None, request.request_id
         start, end = request.num_scheduled, request.num_scheduled + count
@@ -272,9 +314,10 @@ class Scheduler:
                 request=request.request_id,
                 start=start,
                 tokens=tuple(request.tokens[start:end]) or (FOLLOWS,),
-                pages=tuple(request.pages[: pages_for(end)]),
+                pages=tuple(request.pages[: pages_for(end) - request.num_cold]),
                 sampling=request.sampling() if draws else None,
                 tail=request.tail,
+                cold=tuple(request.slots[: request.num_cold]),
             )
         )
         request.num_scheduled = end

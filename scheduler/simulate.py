@@ -32,7 +32,8 @@ class Timing:
     and of one micro-batch's hop to another stage. `turnaround` is what lies between the end of a
     pass and the start of the one that needs its samples: sampling, committing, calling the stages,
     or handing over what was drawn where the stages have been called before. `experts` are those of
-    split layers.
+    split layers. `cold` is what bringing pages from host RAM takes each layer for each of the last
+    `cold_batches` micro-batches.
     """
 
     load: tuple[float, ...]
@@ -40,6 +41,30 @@ class Timing:
     hop: float
     turnaround: float = 0.0
     experts: Mapping[int, ExpertTimes] = field(default_factory=dict)
+    cold: tuple[float, ...] = ()
+    cold_batches: int = 0
+
+
+@dataclass(slots=True)
+class _ColdPages:
+    """One stage's KV ring in one pass: what the next use needs is asked for when this one begins."""
+
+    loader: "_Loader"
+    seconds: Sequence[float]  # of each use of the ring
+    arrivals: list[float] = field(default_factory=list)
+    taken: int = 0
+
+    def take(self, now: float) -> float:
+        """When the next use, for which all else is there `now`, can begin."""
+        begins = max(now, self.arrivals[self.taken])
+        self.taken += 1
+        self.ask(begins)
+        return begins
+
+    def ask(self, now: float) -> None:
+        if len(self.arrivals) < len(self.seconds):
+            load = {Tier.HOST: self.seconds[len(self.arrivals)]}
+            self.arrivals.append(self.loader.fetch(load, now))
 
 
 @dataclass(slots=True)
@@ -107,6 +132,19 @@ def _loads(placement: Placement, timing: Timing) -> dict[int, dict[Tier, float]]
     return found
 
 
+def _cold_pages(
+    placement: Placement, timing: Timing, loaders: Sequence[_Loader], start: float
+) -> list[_ColdPages]:
+    """Each stage's ring in a pass that begins at `start`, with the first use's pages asked for."""
+    rings = []
+    for stage, loader in enumerate(loaders):
+        visits = (placement.visits[visit] for visit in placement.visits_of(stage))
+        layers = (visit.layers * timing.cold_batches for visit in visits)
+        rings.append(_ColdPages(loader, [timing.cold[i] for some in layers for i in some]))
+        rings[-1].ask(start)
+    return rings
+
+
 def simulate(
     placement: Placement,
     timing: Timing,
@@ -135,6 +173,8 @@ def simulate(
             ends[step - passes_in_flight] + timing.turnaround if step >= passes_in_flight else 0.0
         )
         ready = [start] * micro_batches
+        rings = _cold_pages(placement, timing, loaders, start)
+        warm = micro_batches - timing.cold_batches
         stage_before = placement.first_stage
         for visit in placement.visits:
             if visit.stage != stage_before:
@@ -147,6 +187,8 @@ def simulate(
                 now = max(now, ready[batch])
                 for layer in visit.layers:
                     now = max(now, loaded.get(layer, 0.0))
+                    if batch >= warm:
+                        now = rings[visit.stage].take(now)
                     late_at = (
                         loader.fetch(late[layer], now) if batch == 0 and layer in late else 0.0
                     )

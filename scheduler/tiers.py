@@ -15,8 +15,7 @@ class Tiers:
 
     The copies of a key are found, moved, taken and lost each alone. A page on the device is
     *precious* when it was wanted more than once, no tier below has it and `saves`, a slot when it is
-    the only copy: precious ones are taken last. Slots are held by moves alone, so that all can be
-    reserved once moves have ended.
+    the only copy: precious ones are taken last.
     """
 
     def __init__(self, config: SchedulerConfig, *, saves: bool) -> None:
@@ -131,7 +130,6 @@ class Tiers:
         assert len(reads) == self.host.count(PageState.LEAVING)
         assert len(writes) == self.host.count(PageState.COMING)
         assert len(kinds[MoveKind.OUT]) == self.device.count(PageState.LEAVING)
-        assert self.host.count(PageState.USED) == 0
 
     @staticmethod
     def _key(pool: PagePool, page: int) -> bytes:

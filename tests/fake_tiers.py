@@ -94,6 +94,14 @@ class FakeTiers:
         assert content is not GARBAGE, f"page {page} was read before it had come"
         return content
 
+    def read_slot(self, slot: int) -> Content:
+        """What a pass finds in host RAM, on all stages alike."""
+        found = {stage.host[slot] for stage in self.stages}
+        assert len(found) == 1, f"slot {slot} differs between stages"
+        content = found.pop()
+        assert content is not GARBAGE, f"slot {slot} was read before it had come"
+        return content
+
     def report(self, step: int, *, everything: bool) -> list[PassResult]:
         """One result a stage, with some of the moves under way, or with all of them."""
         results = []

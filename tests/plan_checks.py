@@ -2,7 +2,7 @@
 
 from headrace.scheduler.experts import num_experts, transit_slots
 from headrace.scheduler.inputs import Budget, ModelShape
-from headrace.scheduler.memory import slot_bytes
+from headrace.scheduler.memory import KV_RING_SLOTS, lendable_slots, slot_bytes
 from headrace.scheduler.placement import Plan, Tier
 
 
@@ -26,6 +26,8 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
         assert memory.kv == plan.num_pages * sum(shape.layer_kv_bytes[i] for i in layers)
         tails = sum(shape.layer_tail_bytes[i] for i in layers) if shape.layer_tail_bytes else 0
         assert memory.tails == plan.num_tails * tails
+        largest = max(shape.layer_kv_bytes[i] for i in layers)
+        assert memory.kv_ring == KV_RING_SLOTS * plan.kv_ring_pages * largest
         slot = slot_bytes(sum(shape.layer_kv_bytes[i] for i in layers))
         assert memory.host_kv == plan.host_pages * slot <= budget.kv_host_memory
         assert memory.host_layers + memory.host_experts <= budget.host_weights
@@ -45,6 +47,7 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
     assert plan.micro_batches * plan.micro_batch_tokens >= plan.token_budget >= plan.micro_batches
     assert 1 <= plan.max_sequences <= plan.token_budget
     prediction = plan.prediction
+    check_guests(plan)
     assert prediction.pass_seconds == prediction.terms[prediction.bound_by]
     assert prediction.pass_seconds == max(prediction.terms.values()) > 0
     assert prediction.tokens_per_second == prediction.sequences / prediction.pass_seconds
@@ -53,6 +56,17 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
     assert bool(plan.num_tails) == bool(shape.layer_tail_bytes)
     assert not plan.num_tails or prediction.sequences <= plan.num_tails
     assert plan.ahead == (prediction.pass_seconds < 1.0)
+
+
+def check_guests(plan: Plan) -> None:
+    """Sequences whose pages lie in host memory have slots there, and room in a ring."""
+    prediction = plan.prediction
+    assert bool(prediction.guests) == bool(plan.kv_ring_pages) == bool(plan.cold_micro_batches)
+    assert prediction.cold_pages <= lendable_slots(plan.host_pages)
+    assert 0 <= prediction.guests < prediction.sequences
+    assert 0 <= prediction.cold_seconds <= prediction.terms["pcie"]
+    a_pass = -(-prediction.cold_pages // plan.passes_in_flight)
+    assert a_pass <= plan.cold_micro_batches * plan.kv_ring_pages
 
 
 def check_experts(plan: Plan, shape: ModelShape) -> None:

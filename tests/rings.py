@@ -117,6 +117,10 @@ def manual_plan(
     num_tails: int = 16,
     host_pages: int = 0,
     nvme_pages: int = 0,
+    kv_ring_pages: int = 0,
+    cold_micro_batches: int = 0,
+    micro_batches: int = 0,
+    max_context: int = 0,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
@@ -140,13 +144,13 @@ def manual_plan(
     def passing(stage: int, which: Tier) -> int:
         return sum(sizes[i] for i in streamed[stage] if tiers[i] is which)
 
-    micro_batches = stages
+    micro_batches = micro_batches or stages
     return Plan(
         placement=placement,
         slot_bytes=max(sizes),
         ring_slots=tuple(2 * layers_a_visit if layers else 0 for layers in streamed),
         num_pages=num_pages,
-        max_context=num_pages * 64,
+        max_context=max_context or num_pages * 64,
         token_budget=token_budget,
         max_sequences=max_sequences,
         micro_batches=micro_batches,
@@ -168,6 +172,8 @@ def manual_plan(
         num_tails=num_tails if FORMATS[kv_format].is_quantized else 0,
         host_pages=host_pages,
         nvme_pages=nvme_pages,
+        kv_ring_pages=kv_ring_pages,
+        cold_micro_batches=cold_micro_batches,
     )
 
 

@@ -44,13 +44,14 @@ def decode_bound(
     sequences: int,
     context: int,
     experts: Sequence[Bytes] = (),
+    cold: Sequence[Bytes] = (),
 ) -> Bound:
     """A round in which `sequences` of `context` tokens advance by one; each stage has to load
-    `experts` in it."""
+    `experts` in it, and `cold` KV pages."""
     a_pass = -(-sequences // plan.passes_in_flight)
     micro_batches = min(plan.micro_batches, a_pass)
     decode = Decode(sequences, context, micro_batches, plan.passes_in_flight)
-    return _bound(plan, shape, profile, decode, 1, experts)
+    return _bound(plan, shape, profile, decode, 1, experts, cold)
 
 
 def prefill_bound(
@@ -82,6 +83,7 @@ def _bound(
     decode: Decode,
     rounds: int,
     experts: Sequence[Bytes],
+    cold: Sequence[Bytes] = (),
 ) -> Bound:
     stages = plan.placement.num_stages
     shared = profile.shared_by(stages)
@@ -89,8 +91,9 @@ def _bound(
     layers = layer_bytes(plan, rounds * decode.passes_in_flight)
     # One drive serves all stages here, so that it does not matter whose bytes it reads.
     read = sum(part.nvme for part in (*layers, *experts))
-    whole = zip(layers, experts or (Bytes(0, 0),) * stages, strict=True)
-    crossing = max(_crossing(one, profile) + _crossing(other, profile) for one, other in whole)
+    nothing = (Bytes(0, 0),) * stages
+    whole = zip(layers, experts or nothing, cold or nothing, strict=True)
+    crossing = max(sum(_crossing(part, profile) for part in parts) for parts in whole)
     return Bound(
         {name: seconds * rounds for name, seconds in terms.items()}
         | {

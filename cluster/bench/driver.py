@@ -91,9 +91,10 @@ class Driver:
 
 @dataclass(frozen=True, slots=True)
 class Steady:
-    """Rounds in which every sequence advances by one token, and what came before.
+    """Rounds in which sequences advance by one token, and what came before.
 
-    A round is as many passes as there are in flight. `rounds` are seconds, `stages` the medians of
+    A round is as many passes as there are in flight. `rounds` are seconds, `tokens` what one commits on
+    average: one a sequence, or fewer where some of them gave up turns for their pages. `stages` the medians of
     each stage's times and bytes over them, `prefill_stages` their sums over what came before.
     """
 
@@ -102,6 +103,7 @@ class Steady:
     stages: tuple[StageTimes, ...]
     prefill_stages: tuple[StageTimes, ...]
     prefill_passes: int
+    tokens: float
 
     @property
     def seconds(self) -> float:
@@ -138,6 +140,7 @@ def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
         tuple(_median(rounds, stage) for stage in range(len(steps[0].stages))),
         tuple(reduce(StageTimes.plus, of_one) for of_one in zip(*before, strict=True)),
         len(before),
+        statistics.mean(sum(step.committed for step in one) for one in rounds),
     )
 
 
@@ -158,4 +161,5 @@ def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
         middle("kv_wait"),
         int(middle("kv_out_bytes")),
         int(middle("kv_in_bytes")),
+        int(middle("kv_cold_bytes")),
     )

@@ -37,3 +37,8 @@ def expert_bytes(plan: Plan, stages: Sequence[StageTimes], passes: int) -> tuple
         share = min(1.0, reached / (nvme + host)) if nvme + host > 0 else 0.0
         found.append(Bytes(share * nvme, share * host))
     return tuple(found)
+
+
+def cold_bytes(stages: Sequence[StageTimes]) -> tuple[Bytes, ...]:
+    """What `stages` brought of KV pages in host RAM, once for each token of their sequences."""
+    return tuple(Bytes(0, times.kv_cold_bytes) for times in stages)

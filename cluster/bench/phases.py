@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from headrace.cluster.bench.bounds import Bound, decode_bound, prefill_bound
 from headrace.cluster.bench.driver import Steady
-from headrace.cluster.bench.needed import Bytes, expert_bytes, layer_bytes
+from headrace.cluster.bench.needed import Bytes, cold_bytes, expert_bytes, layer_bytes
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import StageTimes
@@ -56,9 +56,12 @@ class Measured:
         """A round at `context` tokens a sequence."""
         found, passes = self.found, self.plan.passes_in_flight
         experts = expert_bytes(self.plan, found.stages, passes)
-        bound = decode_bound(self.plan, self.shape, self.profile, self.batch, context, experts)
+        cold = cold_bytes(found.stages)
+        bound = decode_bound(
+            self.plan, self.shape, self.profile, self.batch, context, experts, cold
+        )
         needed, moved = self._needed(experts, passes), _moved(found.stages)
-        return Phase(found.seconds, self.batch, bound, needed, moved)
+        return Phase(found.seconds, round(found.tokens), bound, needed, moved)
 
     def _needed(self, experts: Sequence[Bytes], passes: int) -> int:
         return round(sum(part.both for part in (*layer_bytes(self.plan, passes), *experts)))

@@ -39,6 +39,7 @@ from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.experts import num_experts
 from headrace.scheduler.inputs import DeviceProfile
 from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.memory import guest_pages
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import PAGE_TOKENS, StageTimes
@@ -201,7 +202,9 @@ def _host_bytes(store: Store) -> int:
 
 def batch_of(plan: Plan, work: Work) -> int:
     """How many sequences run at once. HeadraceError when the plan has no KV for that many."""
-    room = plan.num_pages * PAGE_TOKENS // work.context
+    guests = plan.prediction.guests
+    on_device = plan.num_pages - guest_pages(guests)
+    room = on_device * PAGE_TOKENS // work.context + guests
     room = min(room, plan.max_sequences * plan.passes_in_flight, plan.num_tails or room)
     if room < (work.batch or 1):
         raise HeadraceError(

@@ -71,7 +71,10 @@ class RunOptions:
     ] = None
     kv_host_memory: Annotated[
         str,
-        typer.Option(help="Of a stage's host memory, for KV pages that have to leave its device."),
+        typer.Option(
+            help="Of a stage's host memory, for KV pages that have to leave its device; where that is "
+            "faster, requests go on decoding over them there."
+        ),
     ] = "0"
     kv_directory: Annotated[
         Path | None,

@@ -56,6 +56,7 @@ PARTS = (
     ("experts", "slots for experts"),
     ("head", "final norm and LM head"),
     ("kv", "KV pages"),
+    ("kv_ring", "ring for KV pages in host memory"),
     ("tails", "newest KV pages, as computed"),
     ("scratch", "one dequantized matrix"),
     ("activations", "activations"),
@@ -109,7 +110,14 @@ def _summary(plan: Plan) -> Table:
         if plan.nvme_pages:
             table.add_row("", f"{plan.nvme_pages} more pages have room on NVMe")
         table.add_row("", f"a page takes {describe_costs(plan)}")
+    if prediction.guests:
+        on_device = prediction.sequences - prediction.guests
+        table.add_row(
+            "", f"{on_device} sequences on the device, {prediction.guests} more in host memory"
+        )
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
+    if prediction.guests:
+        table.add_row("", _cold(plan))
     if nvme + host:
         slots = f"{max(plan.ring_slots)} slots of {format_size(plan.slot_bytes)}"
         table.add_row("ring", f"{slots} on each stage that streams")
@@ -122,6 +130,16 @@ def _summary(plan: Plan) -> Table:
         if seconds:
             table.add_row("", f"{_seconds(seconds):>9}  {TERMS[name]}")
     return table
+
+
+def _cold(plan: Plan) -> str:
+    """What a pass brings of sequences whose pages lie in host memory, over all stages."""
+    page = sum(memory.kv for memory in plan.memory) // plan.num_pages
+    pages = plan.prediction.cold_pages // plan.passes_in_flight
+    return (
+        f"and {format_size(page * pages)} of KV pages from host memory, in up to"
+        f" {plan.cold_micro_batches} more micro-batches"
+    )
 
 
 def _experts(plan: Plan) -> Iterator[str]:

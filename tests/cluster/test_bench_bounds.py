@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from mixtures import MIXTRAL
 
@@ -81,7 +83,7 @@ def test_what_tokens_needed_of_experts_binds_not_what_was_moved() -> None:
     # 60 were loaded for tokens, ten more that none of them reached.
     decode = StageTimes(0, 3.0, 2.0, 0.0, dense + 70 * expert, 0, 100, 60)
     prefill = StageTimes(0, 9.0, 2.0, 0.0, 2 * dense + 512 * expert, 0, 512, 512)
-    found = Steady(9.0, (3.0, 3.0), (decode,), (prefill,), 2)
+    found = Steady(9.0, (3.0, 3.0), (decode,), (prefill,), 2, 4.0)
     measured = Measured(plan, MIXTRAL, SPEEDS, 4, found)
     phase = measured.decode(256)
     assert (phase.needed_bytes, phase.moved_bytes) == (dense + 60 * expert, dense + 70 * expert)
@@ -120,3 +122,27 @@ def test_no_share_of_a_bound_that_was_beaten() -> None:
     assert bound.share(2.0) == 0.5
     assert bound.share(0.99) == pytest.approx(1.0, abs=0.02)
     assert bound.share(0.8) is None
+
+
+def test_a_pass_s_bound_counts_the_pages_that_it_brings() -> None:
+    budget = Budget(200 << 20, 4 << 30, kv_host_memory=3 << 30)
+    choices = Choices(resident_layers=0, token_budget=512)
+    fast = replace(SPEEDS, host_gbps=20.0)
+    plan = make_plan(SHAPE, [fast], [budget], Workload(context=1024), choices)
+    found = plan.prediction
+    assert found.guests > 0 and found.bound_by == "pcie"
+    assert found.cold_pages == 15 * found.guests
+    assert least_seconds(plan, 1, 0, found.cold_pages) == pytest.approx(found.terms["pcie"])
+    weights = sum(plan.host_bytes_a_pass) / 20e9
+    assert least_seconds(plan, 1) == pytest.approx(weights)
+    half = weights + found.cold_pages // 2 * 4 * 65536 / 20e9
+    assert least_seconds(plan, 1, 0, found.cold_pages // 2) == pytest.approx(half)
+
+
+def test_pages_that_a_round_brought_cross_the_link() -> None:
+    plan = plan_of(1, "auto", host=1 << 30)
+    pages, layers = 7 << 30, sum(plan.host_bytes_a_pass)
+    times = StageTimes(0, 3.0, 2.0, 0.0, 0, layers, kv_cold_bytes=pages)
+    found = Steady(9.0, (3.0, 3.0), (times,), (times,), 1, 4.0)
+    bound = Measured(plan, SHAPE, SPEEDS, 4, found).decode(256).bound
+    assert bound.terms["pcie"] == pytest.approx((layers + pages) / 50e9)

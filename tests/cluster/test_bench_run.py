@@ -72,6 +72,24 @@ def test_a_shape_runs_and_says_what_bound_it(tmp_path: Path, shape: str, tier: s
     assert json.loads(json.dumps(data))["decode"]["bound_by"] == result.decode.bound.bound_by
 
 
+def test_more_sequences_than_the_device_holds(tmp_path: Path) -> None:
+    """Their pages lie in host memory, and are brought for each token."""
+    tight = replace(CPU, device_memory=4 << 20)
+    work = Work(batch=40, prompt=200, new=120, tier="host", local=True)
+    with pytest.raises(HeadraceError, match=r"KV for \d+ sequences of 200 \+ 120 tokens"):
+        measured(tmp_path, "8b", work, tight)
+    result = measured(tmp_path, "8b", work, replace(tight, kv_host_memory=8 << 20))
+    plan = result.plan
+    assert plan.prediction.guests > 20
+    assert result.batch == 40 and 36 <= result.decode.tokens <= 40
+    (stage,) = result.stages
+    assert stage.kv_cold_bytes > 0
+    brought = stage.kv_cold_bytes + stage.host_bytes
+    assert result.decode.bound.terms["pcie"] == pytest.approx(
+        brought / result.profile.host_gbps / 1e9
+    )
+
+
 @pytest.mark.parametrize("shape", ["mixtral-8x7b", "qwen3-235b", "deepseek-v3"])
 @pytest.mark.parametrize("tier", ["nvme", "host"])
 def test_experts_are_loaded_as_tokens_reach_them(tmp_path: Path, shape: str, tier: str) -> None:

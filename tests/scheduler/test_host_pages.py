@@ -7,7 +7,7 @@ from mixtures import QWEN3_235B, mixture
 from plan_checks import check
 
 from headrace.scheduler.errors import DoesNotFitError
-from headrace.scheduler.inputs import Budget, DeviceProfile, ModelShape, Workload
+from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
 from headrace.scheduler.memory import slot_bytes
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.planner import make_plan
@@ -38,8 +38,15 @@ LLAMA_70B = dense(80, 8192, 128256, 2 * 8 * 128)
 TINY = dense(8, 64, 512, 64)
 
 
-def plan_of(shape: ModelShape, budgets: list[Budget], profile: DeviceProfile = GPU) -> Plan:
-    plan = make_plan(shape, [profile] * len(budgets), budgets, Workload())
+def plan_of(
+    shape: ModelShape,
+    budgets: list[Budget],
+    profile: DeviceProfile = GPU,
+    workload: Workload | None = None,
+    choices: Choices | None = None,
+) -> Plan:
+    profiles = [profile] * len(budgets)
+    plan = make_plan(shape, profiles, budgets, workload or Workload(), choices)
     check(plan, shape, budgets)
     return plan
 
@@ -58,10 +65,11 @@ def test_every_stage_has_as_many_slots_as_the_one_with_least_room() -> None:
 
 
 def test_pages_go_before_layers_and_experts() -> None:
+    short = Workload(context=64)  # a page, which nobody decodes over in host memory
     for shape, device in ((LLAMA_70B, 12 * GB), (QWEN3_235B, 16 * GB)):
-        without = plan_of(shape, [Budget(device, 30 * GB)])
-        halved = plan_of(shape, [Budget(device, 30 * GB, kv_host_memory=15 * GB)])
-        as_half = plan_of(shape, [Budget(device, 15 * GB)])
+        without = plan_of(shape, [Budget(device, 30 * GB)], workload=short)
+        halved = plan_of(shape, [Budget(device, 30 * GB, kv_host_memory=15 * GB)], workload=short)
+        as_half = plan_of(shape, [Budget(device, 15 * GB)], workload=short)
         assert without.host_pages == as_half.host_pages == 0 < halved.host_pages
         assert halved.placement == as_half.placement
         assert halved.host_experts == as_half.host_experts
@@ -87,3 +95,46 @@ def test_memory_that_holds_no_page_is_refused() -> None:
     assert plan_of(TINY, [Budget(10**8, 10**6, kv_host_memory=least)] * 2, CPU).host_pages == 1
     with pytest.raises(DoesNotFitError, match=r"holds no KV page .* at least 32.0 KiB for each"):
         plan_of(TINY, [Budget(10**8, 10**6, kv_host_memory=least - 1)] * 2, CPU)
+
+
+def test_sequences_beyond_what_the_device_holds_raise_the_throughput() -> None:
+    """Weights come from the drive, and the link is idle for most of a pass."""
+    for stages in (1, 2):
+        without = plan_of(LLAMA_70B, [Budget(24 * GB, 0)] * stages)
+        budgets = [Budget(24 * GB, 60 * GB, kv_host_memory=60 * GB)] * stages
+        plan = plan_of(LLAMA_70B, budgets)
+        found, before = plan.prediction, without.prediction
+        assert found.guests > 0 == before.guests
+        assert found.tokens_per_second > 1.5 * before.tokens_per_second
+        assert found.sequences > 1.5 * before.sequences
+        page = 80 // stages * 64 * 8 * 128 * 2 * 2
+        assert found.cold_pages == found.guests * 15
+        assert found.cold_seconds == pytest.approx(found.cold_pages * page / 24e9, rel=0.01)
+
+
+def test_pages_that_take_longer_than_their_tokens_are_worth_are_not_brought() -> None:
+    """All layers stay on the device, and a pass takes milliseconds."""
+    shape = dense(32, 4096, 128256, 2 * 8 * 128)
+    budgets = [Budget(20 * GB, 60 * GB, kv_host_memory=20 * GB)]
+    plan = plan_of(shape, budgets, replace(GPU, host_gbps=4.0))
+    assert plan.host_pages > 0 == plan.prediction.guests
+    assert plan.kv_ring_pages == plan.memory[0].kv_ring == 0
+
+
+def test_as_many_are_planned_as_are_asked_for() -> None:
+    """As a benchmark does: four times what the device holds, though fewer might be faster."""
+    choices = Choices(resident_layers=0, max_sequences=512)
+    alone = plan_of(LLAMA_70B, [Budget(24 * GB, 50 * GB)], workload=Workload(768), choices=choices)
+    held = alone.num_pages // 12
+    wanted = 4 * held
+    budgets = [Budget(24 * GB, 200 * GB, kv_host_memory=150 * GB)]
+    choices = replace(choices, max_sequences=wanted)
+    workload = Workload(768, min_sequences=wanted)
+    plan = plan_of(LLAMA_70B, budgets, workload=workload, choices=choices)
+    assert plan.prediction.sequences == wanted
+    assert 2 * held < plan.prediction.guests < wanted
+
+
+def test_a_split_model_has_guests_too() -> None:
+    plan = plan_of(QWEN3_235B, [Budget(24 * GB, 60 * GB, kv_host_memory=30 * GB)])
+    assert plan.expert_slots and plan.prediction.guests > 0

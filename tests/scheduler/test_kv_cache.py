@@ -68,6 +68,8 @@ class Model:
             self.end(self.rng.choice(going))
         elif choice < 0.72 and going:
             self.give_way(self.rng.choice(going))
+        elif choice < 0.78 and idle:
+            self.host(self.rng.choice(idle))
         elif choice < 0.86:
             self.tiers.start(self.holdings.take_moves())
         else:
@@ -92,16 +94,36 @@ class Model:
         assert request.num_scheduled < len(request.tokens)
         assert len(request.pages) == pages_for(len(request.tokens) + 1)
 
+    def host(self, request: Request) -> None:
+        """A step of a request that goes to host RAM, or comes back from there; it is in no pass."""
+        cold, pool = self.holdings.cold, self.holdings.pool
+        if request.returning:
+            cold.come_back(request)
+            self.done["back"] += not request.is_hosted
+        elif request.num_cold and self.rng.random() < 0.4:
+            if pool.can_allocate(request.num_cold):
+                cold.recall(request)
+        else:
+            request.is_hosted = True
+            cold.retire(request)
+            cold.send_out(request)
+            self.done["cold"] += request.num_cold
+
     def compute(self, request: Request) -> None:
         """Read the pages before `num_scheduled` and fill those behind; the pass returns later."""
         start, end = request.num_scheduled, self.rng.randint(1, len(request.tokens))
         if start >= end:
             return
+        cold = request.num_cold
         for number in range(start // PAGE_TOKENS):
-            assert self.tiers.read(request.pages[number]) == self.content(request, number)
+            if number < cold:
+                found = self.tiers.read_slot(request.slots[number])
+            else:
+                found = self.tiers.read(request.pages[number - cold])
+            assert found == self.content(request, number)
             self.done["read"] += 1
         for number in range(start // PAGE_TOKENS, end // PAGE_TOKENS):
-            page = request.pages[number]
+            page = request.pages[number - cold]
             others = [r for r in self.requests.values() if page in r.pages and r is not request]
             assert not others, "a shared page was written"
             self.tiers.write(page, self.content(request, number))
@@ -141,15 +163,19 @@ class Model:
 
     def check(self) -> None:
         """Every page's holders are those requests that have it, and counts add up."""
-        self.holdings.check_integrity()
-        held = Counter(page for request in self.requests.values() for page in request.pages)
+        requests = [*self.requests.values()]
+        self.holdings.check_integrity(requests)
+        held = Counter(page for request in requests for page in request.pages)
+        held.update(page for request in requests for page in request.returning)
         pool = self.holdings.pool
         for page in range(pool.num_pages):
             assert pool.is_held(page) == (page in held)
         stats = self.holdings.stats()
         assert stats.device.total == pool.num_pages
         assert stats.host.total == self.holdings.cache.tiers.host.num_pages
-        for page, count in held.items():
+        lost = {page for request in requests for page in request.returning if not pool.key(page)}
+        for page in held.keys() - lost:
+            count = held[page]
             assert count == 1 or pool.key(page) is not None, "a page without a key is shared"
         waiting = set().union(*(request.coming for request in self.requests.values()))
         assert waiting <= {page for page in held if pool.state(page) is PageState.COMING}
@@ -193,3 +219,5 @@ def test_random_operations_lose_double_and_leak_nothing(case: int, loss: float) 
     assert (model.done["coming"] > 0) == (CASES[case].host_pages > 0)
     assert (sum(stats.lost.values()) > 0) == (loss > 0 and CASES[case].host_pages > 0)
     assert stats.host.total or not sum(stats.moved.values())
+    assert (model.done["cold"] > 0) == (CASES[case].host_pages > 1)
+    assert model.done["back"] > 0 or not model.done["cold"]

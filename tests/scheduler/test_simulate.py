@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
-from headrace.scheduler.memory import Layout
+from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Placement, Plan, Tier, contiguous_visits, cyclic_visits
 from headrace.scheduler.planner import make_plan
 from headrace.scheduler.predict import TURNAROUND, Decode, timing, turnaround
@@ -120,7 +120,7 @@ def simulated(plan: Plan, shape: ModelShape, profiles: list[DeviceProfile], cont
         plan.micro_batches,
         plan.passes_in_flight,
     )
-    decode = Decode.of(layout, plan.prediction.sequences, context)
+    decode = Decode.of(layout, Cache(plan.prediction.sequences, 1), context)
     return simulate(
         plan.placement,
         timing(shape, profiles, plan.placement, decode, plan.ahead),

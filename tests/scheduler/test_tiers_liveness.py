@@ -3,7 +3,7 @@
 import random
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from fake_tiers import Content, FakeTiers
@@ -37,6 +37,7 @@ class Ring:
     in_flight: deque[tuple[Pass, list[Sample]]] = field(default_factory=deque)
     drawn: dict[int, dict[int, int]] = field(default_factory=dict)
     computed: int = 0
+    cold: int = 0
 
     def submit(self, a_pass: Pass) -> None:
         pieces = slices_of(a_pass)
@@ -57,12 +58,15 @@ class Ring:
         written = {
             (page, piece.request)
             for piece in flying
-            for page in piece.pages[piece.start // PAGE_TOKENS :]
+            for page in piece.pages[piece.start // PAGE_TOKENS - len(piece.cold) :]
         }
+        slots = {slot for piece in flying for slot in piece.cold}
         holders = Counter(page for page, _ in read)
         assert all(holders[page] == 1 for page, _ in written), "a shared page is written"
         pages = {page for page, _ in read}
         for move in (*self.tiers.under_way, *a_pass.moves):
+            if move.kind in (MoveKind.OUT, MoveKind.FETCH):
+                assert move.slot not in slots, "a cold page is written"
             if move.kind is MoveKind.IN:
                 assert move.page not in pages, "a page is used before it has come"
             elif move.kind is MoveKind.OUT:
@@ -72,8 +76,14 @@ class Ring:
         request, before = self.requests[piece.request], piece.start // PAGE_TOKENS
         new = [drawn[piece.request]] if piece.tokens == (FOLLOWS,) else list(piece.tokens)
         known: list[object] = [request.tenant, *request.tokens[: before * PAGE_TOKENS]]
+        hot = len(piece.cold)
+        assert hot <= before, "a cold page is written"
+        self.cold += hot
         for number in range(before):
-            found = self.tiers.read(piece.pages[number])
+            if number < hot:
+                found = self.tiers.read_slot(piece.cold[number])
+            else:
+                found = self.tiers.read(piece.pages[number - hot])
             assert found == tuple(known[: 1 + (number + 1) * PAGE_TOKENS]), "another's page"
         tail = self.tails.setdefault(piece.tail, {})
         entries = [tail[at] for at in range(piece.start % PAGE_TOKENS)]
@@ -81,10 +91,10 @@ class Ring:
         known += [token for _, token in entries] + new
         for number in range(before, piece.end // PAGE_TOKENS):
             content: Content = tuple(known[: 1 + (number + 1) * PAGE_TOKENS])
-            self.tiers.write(piece.pages[number], content)
+            self.tiers.write(piece.pages[number - hot], content)
         rest = known[1 + piece.end // PAGE_TOKENS * PAGE_TOKENS :]
         tail.update((at, (piece.request, token)) for at, token in enumerate(rest))  # type: ignore[misc]
-        assert len(piece.pages) == pages_for(piece.end)
+        assert piece.num_pages == pages_for(piece.end)
         if piece.sampling is None:
             return []
         return [Sample(piece.request, next_token(known[1:]), None, ())]
@@ -116,6 +126,7 @@ class Driver:
         self.reports = MoveReports(len(tiers.stages))
         self.stories = [[rng.randrange(VOCABULARY) for _ in range(200)] for _ in range(2)]
         self.waiting: deque[Request] = deque()
+        self.most_pages = 0
 
     def new(self, tokens: list[int] | None = None) -> None:
         """Queue a request that continues `tokens`, or else the beginning of a story."""
@@ -149,6 +160,7 @@ class Driver:
             if self.live and self.rng.random() < self.interference:
                 self.interfere(self.rng.choice(list(self.live.values())))
             while len(self.ring.in_flight) < depth and (a_pass := self.scheduler.schedule()):
+                self.check_batches(a_pass)
                 self.ring.submit(a_pass)
             assert self.ring.in_flight or not self.live
             if self.ring.in_flight:
@@ -156,6 +168,19 @@ class Driver:
             self.check()
         self.check_answers()
         return self.scheduler.kv_stats()
+
+    def check_batches(self, a_pass: Pass) -> None:
+        """Slices with cold pages have micro-batches of their own, which fit a ring."""
+        config, batches = self.config, a_pass.micro_batches
+        cold = [batch for batch in batches if batch.num_cold]
+        assert len(cold) <= config.cold_micro_batches
+        assert len(batches) - len(cold) <= config.micro_batches
+        assert len(slices_of(a_pass)) <= config.max_sequences
+        assert a_pass.num_tokens <= config.token_budget
+        assert all(0 < batch.num_tokens <= config.micro_batch_tokens for batch in batches)
+        for batch in cold:
+            assert all(piece.cold for piece in batch.slices)
+            assert sum(piece.num_pages for piece in batch.slices) <= config.kv_ring_pages
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -194,10 +219,12 @@ class Driver:
 
     def check(self) -> None:
         scheduler = self.scheduler
-        scheduler.holdings.check_integrity()
+        held = {id(r): r for r in (*self.live.values(), *scheduler._in_flight.values())}
+        scheduler.holdings.check_integrity([*held.values()])
         assert scheduler.num_waiting + scheduler.num_running == len(self.live)
+        self.most_pages = max(self.most_pages, sum(r.num_pages for r in self.live.values()))
         for request in self.live.values():
-            assert (request.tail is None) == (not request.pages)
+            assert (request.tail is None) == (not request.num_pages)
             assert request.num_pending > 0
             states = map(scheduler.pool.state, request.pages)
             coming = sum(state is PageState.COMING for state in states)
@@ -205,12 +232,13 @@ class Driver:
 
     def check_answers(self) -> None:
         for request in self.requests.values():
-            assert request.finish_reason is not None and request.pages == []
+            assert request.finish_reason is not None and request.pages == request.slots == []
             tokens = request.tokens[: request.num_prompt]
             while len(tokens) < len(request.tokens):
                 tokens.append(next_token(tokens))
             assert tokens == request.tokens
         assert self.scheduler.pool.count(PageState.USED) == 0
+        assert self.scheduler.kv_stats().host.used == 0
         assert self.scheduler.tails.num_free == self.scheduler.tails.num_pages
 
 
@@ -219,6 +247,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     num_pages = draw(st.sampled_from([8, 6, 5, 4, 3, 2]))
     full = num_pages * PAGE_TOKENS + 1
     host_pages = draw(st.sampled_from([20, 5, 3, 2, 1, 0]))
+    ring = draw(st.sampled_from([num_pages, 2 * num_pages, 3, 0]))
     return SchedulerConfig(
         num_pages=num_pages,
         max_context=draw(st.sampled_from([full, full - 20, full // 2])),
@@ -231,9 +260,17 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         num_tails=draw(st.sampled_from([0, 4, 1])),
         host_pages=host_pages,
         nvme_pages=draw(st.sampled_from([30, 4, 1, 0])) if host_pages else 0,
+        kv_ring_pages=ring,
+        cold_micro_batches=draw(st.integers(1, 3)) if ring else 0,
         write_backs=draw(st.sampled_from([1, 3, 16])),
         costs=draw(
-            st.sampled_from([KVCosts(), KVCosts(40.0, 50.0, 1.0), KVCosts(20.0, 70.0, 1.0)])
+            st.sampled_from(
+                [
+                    KVCosts(),
+                    KVCosts(40.0, 50.0, 1.0),
+                    KVCosts(20.0, 70.0, 1.0, decode=50.0),
+                ]
+            )
         ),
     )
 
@@ -287,6 +324,40 @@ def test_all_tiers_are_used(ahead: int) -> None:
     assert swaps > 0
 
 
+HOSTING = SchedulerConfig(
+    num_pages=7,
+    max_context=6 * PAGE_TOKENS,
+    token_budget=300,
+    max_sequences=12,
+    micro_batches=2,
+    micro_batch_tokens=150,
+    host_pages=40,
+    kv_ring_pages=12,
+    cold_micro_batches=3,
+)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_requests_decode_over_pages_in_host_memory_and_come_back(ahead: int) -> None:
+    cold = most = moved = 0
+    for seed in range(6):
+        driver = Driver(replace(HOSTING, ahead=ahead), random.Random(seed), interference=0.01)
+        stats = driver.run(20, 1 + ahead)
+        assert stats.preempted_by_recompute + stats.preempted_by_swap <= 3
+        cold += driver.ring.cold
+        most = max(most, driver.most_pages)
+        moved += stats.moved[MoveKind.IN]
+    assert cold > 1000 and moved > 20
+    assert most > 2 * HOSTING.num_pages
+
+
+def test_without_room_in_a_ring_nobody_is_hosted() -> None:
+    for limits in ({"host_pages": 1}, {"kv_ring_pages": 1}, {"costs": KVCosts(1.0, decode=0.5)}):
+        driver = Driver(replace(HOSTING, **limits), random.Random(0))
+        driver.run(20, 1)
+        assert driver.ring.cold == 0
+
+
 @pytest.mark.parametrize("kind", MoveKind)
 def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind) -> None:
     config = SchedulerConfig(
@@ -298,6 +369,8 @@ def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind) -> N
         micro_batch_tokens=256,
         host_pages=4,
         nvme_pages=40,
+        kv_ring_pages=6,
+        cold_micro_batches=1,
     )
     lost = 0
     for seed in range(3):

@@ -1,0 +1,97 @@
+"""Requests get the same tokens on the device, in host RAM, and while they go from one to the other."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from rings import local_ring, manual_plan, run_all
+
+from headrace.cluster.pipeline import LocalPipeline, Pending
+from headrace.runtime.conversion.convert import convert
+from headrace.runtime.store import Store
+from headrace.scheduler.placement import Tier
+from headrace.scheduler.plan import MoveKind, Pass
+from headrace.scheduler.request import Request, SamplingParams
+
+RINGS: list[dict[str, Any]] = [
+    {"stages": 1, "tier": Tier.DEVICE, "micro_batches": 2},
+    {"stages": 2, "cyclic": True},
+    {"stages": 2, "passes_in_flight": 2},
+    {"stages": 3, "tier": Tier.HOST, "ahead": 1},
+]
+IDS = ["resident", "cyclic", "in flight", "ahead"]
+MODELS = ["llama", "gemma3_text", "gpt_oss", "deepseek_v3"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SCARCE = {
+    "num_pages": 9,
+    "host_pages": 40,
+    "kv_ring_pages": 16,
+    "cold_micro_batches": 2,
+    "max_context": 64 * 7,
+}
+CASES = [
+    pytest.param(model, fmt, ring, id=f"{model}-{fmt}-{name}")
+    for model in MODELS
+    for fmt in ("fp32", "int8", "int4")
+    for ring, name in zip(RINGS, IDS, strict=True)
+    if (model == "llama" and fmt == "fp32") or name == ("ahead" if fmt == "fp32" else "cyclic")
+    if (model, fmt) != ("deepseek_v3", "int4")  # its keys' rotated part is too small
+]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name in MODELS:
+        folder = tmp_path_factory.mktemp(name)
+        tiny_model(name).save_pretrained(folder / "checkpoint")
+        checkpoint = folder / "checkpoint"
+        convert(checkpoint, folder / "store", format="keep", allow_missing_tokenizer=True)
+        made[name] = folder / "store"
+    return made
+
+
+def make_requests() -> list[Request]:
+    """Some greedy and some drawn, of one to six pages."""
+    random = torch.Generator().manual_seed(5)
+    requests = []
+    for i, length in enumerate([130, 200, 60, 129, 250, 90, 190, 127]):
+        tokens = torch.randint(3, 250, (length,), generator=random).tolist()
+        hot = i % 2 * 0.8
+        params = SamplingParams(max_tokens=40 + 4 * i, temperature=hot, top_k=20, ignore_eos=True)
+        requests.append(Request(i, tokens, params, seed=100 + i))
+    return requests
+
+
+class Watched:
+    """A pipeline that counts what passes ask for."""
+
+    def __init__(self, pipeline: LocalPipeline) -> None:
+        self.pipeline = pipeline
+        self.cold = self.mixed = self.back = 0
+
+    def submit(self, a_pass: Pass) -> Pending:
+        cold = [bool(batch.num_cold) for batch in a_pass.micro_batches]
+        self.cold += a_pass.num_cold
+        self.mixed += any(cold) and not all(cold)
+        self.back += sum(move.kind is MoveKind.IN for move in a_pass.moves)
+        return self.pipeline.submit(a_pass)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("model", "fmt", "ring"), CASES)
+def test_tokens_are_the_same_with_pages_in_host_memory(
+    stores: dict[str, Path], model: str, fmt: str, ring: dict[str, Any], device: str
+) -> None:
+    store = Store.open(stores[model])
+    more = {"kv_format": fmt, "graph_rows": 8 if device == "cuda" else 0}
+    plenty = manual_plan(store, **ring, **more)
+    with local_ring(stores[model], plenty, device) as pipeline:
+        want = run_all(plenty, pipeline, make_requests())
+    scarce = manual_plan(store, **ring, **more, **SCARCE)
+    with local_ring(stores[model], scarce, device) as pipeline:
+        watched = Watched(pipeline)
+        assert run_all(scarce, watched, make_requests()) == want  # type: ignore[arg-type]
+    assert watched.cold > 200 and watched.mixed > 0 and watched.back > 0
