@@ -2,7 +2,7 @@
 
     python benchmarks/chat.py [--conversations 64] [--turns 6] [--on-device 8] [--directory /mnt/nvme]
 
-Runs the bundled model on a CPU. Conversations speak one after the other, turn by turn, so that the
+Runs the bundled model on a CPU, on one stage in this process. Conversations speak one after the other, turn by turn, so that the
 device has forgotten each when it comes back. Keys and values have room on the device alone, also in
 host RAM (for all), or also on NVMe (for all, with as much in host RAM as on the device).
 """
@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.cluster.bench.driver import random_prompts
+from headrace.cluster.bench.local import local_engine
 from headrace.cluster.completion import Completion
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.launch import local_plan, running_engine
+from headrace.cluster.launch import local_plan
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.inputs import KV_LOG_BYTES
@@ -91,7 +92,7 @@ def ask(engine: Engine, tokens: list[int], answered: int) -> tuple[float, list[i
 
 def measure(name: str, options: EngineOptions, chat: Chat, table: Table) -> None:
     vocabulary = Store.open(options.store).config["vocab_size"]
-    with running_engine(options) as engine:
+    with local_engine(options) as engine:
         started = time.perf_counter()
         turns = list(hold(engine, chat, vocabulary))
         whole = time.perf_counter() - started
@@ -146,8 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--conversations", type=int, default=64)
     parser.add_argument("--turns", type=int, default=6)
-    parser.add_argument("--said", type=int, default=88, help="tokens a turn by the user")
-    parser.add_argument("--answered", type=int, default=8, help="and by the model")
+    parser.add_argument("--said", type=int, default=154, help="tokens a turn by the user")
+    parser.add_argument("--answered", type=int, default=4, help="and by the model")
     parser.add_argument("--on-device", type=int, default=8, help="conversations with room there")
     parser.add_argument("--directory", type=Path, help="on the drive (default: $TMPDIR)")
     given = parser.parse_args()
