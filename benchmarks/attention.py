@@ -1,7 +1,7 @@
 """Time paged attention on a GPU, in the shape of a 70B model, against what the device could do.
 
     python benchmarks/attention.py [--kv-format int8] [--bandwidth 4.0e12] [--compute 8.0e14] [--json FILE]
-    python benchmarks/attention.py --search [--json FILE]
+    python benchmarks/attention.py --search [--kv-format int8] [--cases 1 2] [--json FILE]
 
 Decodes are bound by reading keys and values, prefill by the matrix products of the causal half.
 The bounds are measured first: a copy in device memory, and a product of matrices in bf16. Times are
@@ -14,7 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -163,23 +163,26 @@ def measure(case: Case, bounds: Bounds, timer: Timer) -> dict[str, Any]:
             "tile": asdict(tile), "splits": splits}  # fmt: skip
 
 
-def tiles(decode: bool) -> Iterator[Tile]:
-    """Tiles worth compiling, that fit the device."""
+def tiles(decode: bool, fmt: KVFormat) -> Iterator[Tile]:
+    """Tiles worth compiling, that fit the device. Codes leave room for more of them in flight."""
     limits = DeviceLimits.of(CUDA)
+    stages = (2, 3, 4, 6) if fmt.is_quantized else (2, 3, 4) if decode else (2, 3)
     found: Iterator[Tile]
     if decode:
         found = (
-            Tile(16, keys, DIM, DIM, warps, stages, peel=False)
-            for keys, warps, stages in itertools.product((32, 64, 128), (2, 4, 8), (2, 3, 4))
+            Tile(16, keys, DIM, DIM, warps, depth, peel=False)
+            for keys, warps, depth in itertools.product((32, 64, 128), (2, 4, 8), stages)
         )
     else:
         found = (
-            Tile(rows, keys, DIM, DIM, max(4, rows // 16), stages, peel)
-            for rows, keys, stages, peel in itertools.product(
-                (32, 64, 128, 256), (32, 64, 128), (2, 3), (False, True)
+            Tile(rows, keys, DIM, DIM, max(4, rows // 16), depth, peel)
+            for rows, keys, depth, peel in itertools.product(
+                (32, 64, 128, 256), (32, 64, 128), stages, (False, True)
             )
         )
-    return (tile for tile in found if shared_bytes(tile, 2, limits) <= limits.shared_memory)
+    return (
+        tile for tile in found if shared_bytes(tile, 2, limits, fmt.bits) <= limits.shared_memory
+    )
 
 
 def around(tile: Tile, splits: int) -> list[int]:
@@ -212,7 +215,7 @@ def search(case: Case, bounds: Bounds, timer: Timer) -> Iterator[dict[str, Any]]
     found: list[tuple[float, float, int, Tile]] = []
     with tensors(case, bounds.fmt) as inputs:
         expected = inputs.attend().float()
-        for tile in tiles(case.is_decode):
+        for tile in tiles(case.is_decode, bounds.fmt):
             _, chosen = inputs.choose(case.is_decode, tile)
             for splits in around(tile, chosen):
                 out = run(inputs, splits, tile)
@@ -231,8 +234,9 @@ def search(case: Case, bounds: Bounds, timer: Timer) -> Iterator[dict[str, Any]]
                "tile": asdict(tile)}  # fmt: skip
 
 
-def prepare(fmt: KVFormat) -> None:
-    jobs = [(decode, tile, fmt.name) for decode in (False, True) for tile in tiles(decode)]
+def prepare(fmt: KVFormat, cases: Sequence[Case]) -> None:
+    kinds = sorted({case.is_decode for case in cases})
+    jobs = [(decode, tile, fmt.name) for decode in kinds for tile in tiles(decode, fmt)]
     print(f"compiling {len(jobs)} tiles", flush=True)
     workers = min(16, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
@@ -245,8 +249,12 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, help="bytes/s; measured when left out")
     parser.add_argument("--compute", type=float, help="FLOP/s; measured when left out")
     parser.add_argument("--search", action="store_true", help="time other tiles and splits too")
+    parser.add_argument(
+        "--cases", type=int, nargs="+", help="numbers of cases, from 0; all of them"
+    )
     parser.add_argument("--json", type=Path, help="where to save all times")
     args = parser.parse_args()
+    cases = [CASES[i] for i in args.cases] if args.cases else CASES
     bounds = Bounds(
         FORMATS[args.kv_format],
         args.bandwidth or memory_gbps(CUDA) * 1e9,
@@ -257,10 +265,10 @@ def main() -> None:
         f"{bounds.compute / 1e12:.0f} TFLOP/s"
     )
     if args.search:
-        prepare(bounds.fmt)
+        prepare(bounds.fmt, cases)
     timer = Timer(CUDA)
     found: list[dict[str, Any]] = []
-    for case in CASES:
+    for case in cases:
         found.append(measure(case, bounds, timer))
         if args.search:
             found[-1]["runs"] = list(search(case, bounds, timer))

@@ -11,15 +11,9 @@ import triton
 import triton.language as tl
 
 from headrace.runtime.attention_blocks import locate, share_of
-from headrace.runtime.attention_loads import load_exact, load_tile, pages_of
-
-
-@triton.jit
-def _bend(score, softcap):
-    """softcap * tanh(score / softcap), in base 2."""
-    decay = tl.exp2(-2.0 * 1.4426950408889634 * tl.abs(score) / softcap)
-    bent = softcap * 1.4426950408889634 * (1.0 - decay) / (1.0 + decay)
-    return tl.where(score < 0, -bent, bent)
+from headrace.runtime.attention_codes import attend_codes, dims_of
+from headrace.runtime.attention_loads import load_exact, load_queries, load_tile, pages_of
+from headrace.runtime.attention_shares import shares
 
 
 @triton.jit
@@ -29,38 +23,25 @@ def _add(
 ):  # fmt: skip
     """Add a tile of keys to (sum of weighted values, max, sum of weights).
 
-    A row sees the keys before its `until`, with SINCE from its `since` on; unless MASKED, all of them.
     LATENT: values are parts of keys too, which `common` of the queries are multiplied with.
     """
     score = tl.dot(rows, tl.trans(keys), input_precision="ieee")
     if LATENT:
         score = tl.dot(common, tl.trans(values), score, input_precision="ieee")
-    unit = scale
-    if SOFTCAP:
-        score = _bend(score * scale, softcap)
-        unit = 1.0
-    if MASKED:
-        visible = key[None, :] < until[:, None]
-        if SINCE:
-            visible = visible & (key[None, :] >= since[:, None])
-        score = tl.where(visible, score, float("-inf"))
-
-    new_top = tl.maximum(top, tl.max(score, 1) * unit)
-    base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-    share = tl.exp2(score * unit - base[:, None])
-    keep = tl.exp2(top - base)
-    weight = weight * keep + tl.sum(share, 1)
+    share, keep, top, weight = shares(
+        score, top, weight, key, since, until, scale, softcap, SINCE, SOFTCAP, MASKED
+    )
     acc = acc * keep[:, None]
     acc = tl.dot(share.to(rows.dtype), values, acc, input_precision="ieee")
-    return acc, new_top, weight
+    return acc, top, weight
 
 
 @triton.jit
 def _attend_tiles(
     acc, top, weight, rows, common, since, until, tile, tiles, total, table,
-    k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-    LATENT: tl.constexpr, BITS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    k_pages, v_pages, k_page, v_page, scale, softcap,
+    LATENT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SINCE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`_add` for tiles [tile, tiles) of pages, which hold `total` keys."""
@@ -75,13 +56,11 @@ def _attend_tiles(
         # Behind the context's end lies what an earlier owner left. Scores of such keys are
         # replaced, but 0 * nan is nan, so values are masked.
         keys = load_tile(
-            k_pages, k_scales, page, k_page, i, fresh, rows.dtype, False,
-            BITS, DK, BLOCK_K, BLOCK_N, PAGE,
-        )  # fmt: skip
+            k_pages, page, k_page, i, fresh, rows.dtype, False, DK, BLOCK_K, BLOCK_N, PAGE
+        )
         values = load_tile(
-            v_pages, v_scales, page, v_page, i, fresh, rows.dtype, MASKED,
-            BITS, DV, BLOCK_V, BLOCK_N, PAGE,
-        )  # fmt: skip
+            v_pages, page, v_page, i, fresh, rows.dtype, MASKED, DV, BLOCK_V, BLOCK_N, PAGE
+        )
         acc, top, weight = _add(
             acc, top, weight, rows, common, keys, values, key, since, until, scale, softcap,
             LATENT, SINCE, SOFTCAP, MASKED,
@@ -91,15 +70,39 @@ def _attend_tiles(
 
 
 @triton.jit
+def _attend_pages(
+    rows, common, since, until, tile, seen, tiles, total, table, k_pages, v_pages,
+    k_page, v_page, scale, softcap,
+    LATENT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    SINCE: tl.constexpr, SOFTCAP: tl.constexpr, PEEL: tl.constexpr,
+):  # fmt: skip
+    """Rows against tiles [tile, tiles) of plain pages; with PEEL, every row sees those before `seen`."""
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if PEEL:
+        acc, top, weight = _attend_tiles(
+            acc, top, weight, rows, common, since, until, tile, seen, total, table,
+            k_pages, v_pages, k_page, v_page, scale, softcap,
+            LATENT, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, False,
+        )  # fmt: skip
+        tile = seen
+    return _attend_tiles(
+        acc, top, weight, rows, common, since, until, tile, tiles, total, table,
+        k_pages, v_pages, k_page, v_page, scale, softcap,
+        LATENT, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SINCE, SOFTCAP, True,
+    )  # fmt: skip
+
+
+@triton.jit
 def _attend_exact(
     acc, top, weight, rows, common, since, until, tile, tiles, first, begin, total,
-    k, v, k_tail, v_tail, k_token, v_token, scale, softcap,
+    dk, dv, k, v, k_tail, v_tail, k_token, v_token, scale, softcap,
     LATENT: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`_add` for tiles [tile, tiles) of the rows' own pages, as computed."""
-    dk = tl.arange(0, BLOCK_K)
-    dv = tl.arange(0, BLOCK_V)
+    """`_add` for tiles [tile, tiles) of the rows' own pages, as computed: their numbers dk and dv."""
     for i in tl.range(tile, tiles, num_stages=1):  # few: nothing to load ahead
         key = i * BLOCK_N + tl.arange(0, BLOCK_N)
         keys = load_exact(k, k_token, k_tail, first, begin, total, key, dk, DK, PAGE)
@@ -122,12 +125,14 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     SPLIT: tl.constexpr, ONE: tl.constexpr, SKIP: tl.constexpr, PEEL: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows, of GROUP heads, against one part of their keys. BLOCKS such groups share a key head.
 
     Pages hold all of these, or, where they are quantized (BITS < 16), those before a row's own page.
     PEEL: tiles that every row sees are a loop of their own, which has no masks.
     """
+    tl.static_assert(not (PEEL and WINDOW))
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
     # A sequence's last blocks have the most keys, and start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -142,17 +147,7 @@ def attend_kernel(
     head = tl.program_id(1) * GROUP + row % GROUP
     alive = (row < BLOCK_Q * GROUP) & (query_of_row < length)
     token = (first + query_of_row).to(tl.int64)
-    dk = tl.arange(0, BLOCK_K)
-    dv = tl.arange(0, BLOCK_V)
     q_at = q + (token * q_token + head * q_head)[:, None]
-    q_mask = alive[:, None] if DK == BLOCK_K else alive[:, None] & (dk < DK)[None, :]
-    v_mask = alive[:, None] if DV == BLOCK_V else alive[:, None] & (dv < DV)[None, :]
-    if LATENT:
-        common = tl.load(q_at + dv[None, :], mask=v_mask, other=0.0)
-        q_at += DV
-    rows = tl.load(q_at + dk[None, :], mask=q_mask, other=0.0)
-    if not LATENT:
-        common = rows
 
     # Keys that any row of the block sees, in tiles; this program takes its share of them.
     begin = total - length
@@ -181,38 +176,42 @@ def attend_kernel(
         own = own + tl.maximum(part - tiles, 0)
         tile, tiles = tl.minimum(part, tiles), tl.minimum(parts, tiles)
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    seen = tl.minimum(tl.maximum(seen // BLOCK_N, tile), tiles)
     table = page_table + sequence.to(tl.int64) * table_row
     kv_at = kv_head.to(tl.int64)
     k_pages += kv_at * k_page_head
     v_pages += kv_at * v_page_head
-    k_scales += kv_at * (k_page_head // 2)
-    v_scales += kv_at * (v_page_head // 2)
-    if PEEL:
-        tl.static_assert(not WINDOW)
-        seen = tl.minimum(tl.maximum(seen // BLOCK_N, tile), tiles)
-        acc, top, weight = _attend_tiles(
-            acc, top, weight, rows, common, since, until, tile, seen, in_pages, table,
-            k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-            LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, False,
+    if BITS < 16:
+        acc, top, weight = attend_codes(
+            q_at, alive, since, until, tile, seen, tiles, in_pages, table, k_pages, v_pages,
+            k_scales + kv_at * k_page_head, v_scales + kv_at * v_page_head, k_page, v_page,
+            scale, softcap, LATENT, BITS, DK, DV, PAGE,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, PEEL, ASM, CONSTRAINTS,
         )  # fmt: skip
-        tile = seen
-    acc, top, weight = _attend_tiles(
-        acc, top, weight, rows, common, since, until, tile, tiles, in_pages, table,
-        k_pages, v_pages, k_scales, v_scales, k_page, v_page, scale, softcap,
-        LATENT, BITS, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, True,
-    )  # fmt: skip
+    dk = dims_of(BITS, DK, BLOCK_K)
+    dv = dims_of(BITS, DV, BLOCK_V)
+    if LATENT:
+        common = load_queries(q_at, alive, dv, DV, BLOCK_V)
+        rows = load_queries(q_at + DV, alive, dk, DK, BLOCK_K)
+    else:
+        rows = load_queries(q_at, alive, dk, DK, BLOCK_K)
+        common = rows
     if BITS < 16:
         tail = tl.load(tails + sequence).to(tl.int64) * (tl.num_programs(1) // BLOCKS) + kv_head
         acc, top, weight = _attend_exact(
             acc, top, weight, rows, common, tl.maximum(since, until), position + 1, own, own_end,
-            first, begin, total, k + kv_at * k_head, v + kv_at * v_head,
+            first, begin, total, dk, dv, k + kv_at * k_head, v + kv_at * v_head,
             k_tails + tail * PAGE * DK, v_tails + tail * PAGE * DV, k_token, v_token, scale, softcap,
-            LATENT, DK, DV, PAGE, BLOCK_N, BLOCK_K, BLOCK_V, SOFTCAP,
+            LATENT, DK, DV, PAGE, BLOCK_N, SOFTCAP,
+        )  # fmt: skip
+    else:
+        acc, top, weight = _attend_pages(
+            rows, common, since, until, tile, seen, tiles, in_pages, table, k_pages, v_pages,
+            k_page, v_page, scale, softcap, LATENT, DK, DV, PAGE,
+            BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, PEEL,
         )  # fmt: skip
 
+    v_mask = alive[:, None] if DV == BLOCK_V else alive[:, None] & (dv < DV)[None, :]
     if SPLIT:
         at = (block * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * splits + tl.program_id(
             2
@@ -220,7 +219,7 @@ def attend_kernel(
         at = at * BLOCK_M + row
         tl.store(stats + 2 * at, top, mask=alive)
         tl.store(stats + 2 * at + 1, weight, mask=alive)
-        tl.store(partial + at[:, None] * BLOCK_V + dv[None, :], acc, mask=alive[:, None])
+        tl.store(partial + at[:, None] * BLOCK_V + dv[None, :], acc, mask=v_mask)
     else:
         if SINKS:
             # A logit that takes weight and gives no value.
@@ -255,7 +254,8 @@ def merge_kernel(
     at = ((block * tl.num_programs(1) + heads).to(tl.int64) * splits + part) * BLOCK_M + row
     tops = tl.load(stats + 2 * at, mask=there, other=float("-inf"))
     weights = tl.load(stats + 2 * at + 1, mask=there, other=0.0)
-    accs = tl.load(partial + at[:, None] * BLOCK_V + dv[None, :], mask=there[:, None], other=0.0)
+    stored = there[:, None] if DV == BLOCK_V else there[:, None] & (dv < DV)[None, :]
+    accs = tl.load(partial + at[:, None] * BLOCK_V + dv[None, :], mask=stored, other=0.0)
     top = tl.max(tops, 0)
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634

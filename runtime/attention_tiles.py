@@ -1,7 +1,7 @@
 """Block sizes for the attention kernels, fitted to a device before a launch; nothing is tried out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ _LONG = ((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (64, 16, 4, 2))
 _BRIEF = ((64, 32, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2))
 _EXACT = ((32, 32, 4, 3), (32, 32, 4, 2), (32, 16, 4, 2), (32, 16, 4, 1))
 _FEW = ((32, 32, 4, 4), *_EXACT)
+_CODES = (MIN_ROWS, 64, 4, 3)  # of quantized pages, for the fewest rows
 _LONG_KEYS = 1024
 
 # Of latents, whose sums are hundreds of numbers wide: compiled for Hopper, none spills registers to
@@ -75,21 +76,33 @@ def padded_dim(dim: int) -> int:
     return max(MIN_ROWS, power_of_two(dim))
 
 
-def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits) -> int:
+def widened(tile: Tile, bits: int) -> Tile:
+    """With dims as wide as numbers of `bits` need: those of a word of 16 bits are multiplied apart."""
+    least = MIN_ROWS * 16 // min(bits, 16)
+    return replace(tile, dim_k=max(tile.dim_k, least), dim_v=max(tile.dim_v, least))
+
+
+def shared_bytes(tile: Tile, itemsize: int, limits: DeviceLimits, bits: int = 16) -> int:
     """Shared memory for the queries and for the keys and values in flight.
 
-    Triton's pipeline keeps stages - 1 tiles, and one more where products read them asynchronously.
+    Triton's pipeline keeps stages - 1 tiles, and one more where products read them asynchronously. Of
+    quantized pages (of fewer `bits`), such products read what codes were made into.
     """
-    ahead = tile.stages if limits.wgmma and tile.rows >= 64 and itemsize == 2 else tile.stages - 1
+    wgmma = limits.wgmma and tile.rows >= 64 and itemsize == 2
     step = tile.keys * (tile.dim_k + tile.dim_v)
-    return (tile.rows * tile.dim_k + max(ahead, 1) * step) * itemsize
+    if bits < 16:
+        kept = max(tile.stages - 1, 1) * step * bits // 8 + wgmma * step * itemsize
+    else:
+        kept = max(tile.stages - (not wgmma), 1) * step * itemsize
+    return tile.rows * tile.dim_k * itemsize + kept
 
 
 def choose_tile(
     queries: int, visible: int, group: int, k_dim: int, v_dim: int, itemsize: int,
-    limits: DeviceLimits,
+    limits: DeviceLimits, bits: int = 16,
 ) -> Tile:  # fmt: skip
-    """For sequences of at most `queries` queries, each of which sees at most `visible` keys.
+    """For sequences of at most `queries` queries, each of which sees at most `visible` keys, in pages
+    of numbers or of codes of fewer `bits`.
 
     Decodes are bound by loads, which small programs keep under way best; prefill by the tensor
     cores, which want more rows and keys, as long as scores and sums [rows, v_dim] stay in registers.
@@ -97,6 +110,9 @@ def choose_tile(
     dims = padded_dim(k_dim), padded_dim(v_dim)
     needed = max(MIN_ROWS, power_of_two(group * queries))
     found = list(_candidates(needed, visible, power_of_two(group), dims, itemsize))
+    if bits < 16 and itemsize < 4 and needed == MIN_ROWS:
+        rows, keys, warps, stages = _CODES
+        found.insert(0, Tile(rows, keys, *dims, warps, stages, peel=False))
     budget = limits.shared_memory * 9 // 10
     return next(
         (tile for tile in found if shared_bytes(tile, itemsize, limits) <= budget), found[-1]
@@ -145,14 +161,16 @@ def _candidates(
         yield Tile(rows, keys, *dims, warps, stages, peel=many and visible >= 16 * keys)
 
 
-def choose_splits(programs: int, visible: int, tile: Tile, limits: DeviceLimits) -> int:
+def choose_splits(
+    programs: int, visible: int, tile: Tile, limits: DeviceLimits, bits: int = 16
+) -> int:
     """Parts to cut the keys of `programs` programs into.
 
-    The busiest processor's tiles are what counts, and it is full with two programs, or with one
-    that is bound by the tensor cores.
+    The busiest processor's tiles are what counts, and it is full with two programs, with four that
+    take codes of fewer `bits` apart, or with one that is bound by the tensor cores.
     """
     tiles = -(-visible // tile.keys)
-    full = 1 if tile.rows >= 64 else 2
+    full = 1 if tile.rows >= 64 else 2 if bits >= 16 else 4
 
     def cost(splits: int) -> int:
         busiest = max(-(-programs * splits // limits.processors), full)

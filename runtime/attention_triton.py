@@ -25,8 +25,10 @@ from headrace.runtime.attention_tiles import (
     choose_tile,
     heads_at_once,
     power_of_two,
+    widened,
 )
 from headrace.runtime.batch import Batch
+from headrace.runtime.code_words import unpacking
 from headrace.runtime.kv_store import LayerKV, QuantizedKV
 from headrace.runtime.kv_write_triton import fill, keep, rows
 from headrace.runtime.softmax import Rule
@@ -63,7 +65,9 @@ def _reads(kv: LayerKV | QuantizedKV, newest: tuple[Tensor, Tensor] | None) -> _
         # There are no scales, and neither new ones nor tails are read.
         return _Reads(16, (kv.k, kv.v) * 4, _strides(kv.k, kv.v) * 2)
     assert newest is not None
-    codes, tails = (kv.k.codes, kv.v.codes), (kv.k.tails, kv.v.tails)
+    # Words of 16 bits, as wide as scales are.
+    codes = kv.k.codes.view(torch.int16), kv.v.codes.view(torch.int16)
+    tails = kv.k.tails, kv.v.tails
     tensors = (*codes, kv.k.scales, kv.v.scales, *newest, *tails)
     return _Reads(kv.k.fmt.bits, tensors, _strides(*codes) + _strides(*newest))
 
@@ -115,18 +119,19 @@ def choose(
     queries = min(short_queries(group), batch.max_query) if one else batch.max_query
     limits = DeviceLimits.of(q.device)
     shape = group, kv.k_dim, kv.v_dim, q.element_size(), limits
+    bits = 16 if isinstance(kv, LayerKV) else kv.k.fmt.bits
     if tile is None and kv.latent:
         tile = choose_latent_tile(queries, *shape)
     elif tile is None:
         seen = visible if window is None else min(visible, window + queries)
-        tile = choose_tile(queries, seen, *shape)
+        tile = choose_tile(queries, seen, *shape, bits)
     at_once = heads_at_once(group, tile)
     block_q = tile.rows // at_once
     seen = visible if window is None else min(visible, window + block_q)
     blocks = len(batch.lengths)
     if not one:
         blocks = max(blocks, -(-q.shape[0] // block_q))
-    return tile, choose_splits(blocks * (q.shape[1] // at_once), seen, tile, limits)
+    return tile, choose_splits(blocks * (q.shape[1] // at_once), seen, tile, limits, bits)
 
 
 def _launch(
@@ -136,13 +141,14 @@ def _launch(
     """Attend for the sequences of at most `short` queries (`one` block each), or for the others."""
     sequences, kv_heads, window = len(batch.lengths), kv.kv_heads, rule.sliding_window
     chosen, parts = choose(q, kv, batch, rule, one=one, tile=tile)
-    tile, splits = chosen, splits or parts
+    tile, splits = widened(chosen, reads.bits), splits or parts
     group = heads_at_once(q.shape[1] // kv_heads, tile)
     groups, block_q = q.shape[1] // group, tile.rows // group
     blocks = sequences if one else q.shape[0] // block_q + sequences
     partial, stats = _parts(out, blocks * groups * splits, tile) if splits > 1 else (out, out)
     sinks = out if rule.sinks is None else rule.sinks
     scale = rule.scaling if rule.softcap is not None else rule.scaling * _LOG2_E
+    asm, constraints = _unpacking(reads.bits, q)
     flags = {"GROUP": group, "ONE": one, "SKIP": short, "SINKS": rule.sinks is not None}
     attend_kernel[(blocks, groups, splits)](
         q, *reads.tensors, out, partial, stats, sinks,
@@ -153,7 +159,8 @@ def _launch(
         DK=kv.k_dim, DV=kv.v_dim, PAGE=PAGE_TOKENS,
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_K=tile.dim_k, BLOCK_V=tile.dim_v,
         SPLIT=splits > 1, PEEL=tile.peel and window is None,
-        WINDOW=window is not None, SOFTCAP=rule.softcap is not None, **flags,
+        WINDOW=window is not None, SOFTCAP=rule.softcap is not None,
+        ASM=asm, CONSTRAINTS=constraints, **flags,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
@@ -163,6 +170,11 @@ def _launch(
             DV=kv.v_dim, BLOCK_M=tile.rows, BLOCK_V=tile.dim_v, BLOCK_S=block_s, **flags,
             num_warps=8 if block_s * tile.dim_v > 1 << 14 else 4,
         )  # fmt: skip
+
+
+def _unpacking(bits: int, q: Tensor) -> tuple[str, str]:
+    """PTX for codes of quantized pages; blank where there are none, and in the interpreter."""
+    return (bits < 16 and q.is_cuda and unpacking(bits, q.dtype)) or ("", "")
 
 
 def _parts(out: Tensor, count: int, tile: Tile) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ know something, such as which experts tokens reach, the recording is interrupted
 the graph before, does the host's part anew, and launches the graph after.
 """
 
+import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
@@ -13,6 +15,9 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Held while something is recorded, for which the garbage collection of the process stops."""
 
 HostWork = Callable[..., None]
 """Called with the values of a tensor (a list) and with tensors, which it may write to."""
@@ -87,7 +92,7 @@ class CudaCapture:
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         steps: list[Callable[[], None]] = []
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), _without_collections():
             self._record(work, steps)
         return lambda: _each(steps)
 
@@ -143,6 +148,19 @@ class CudaCapture:
         else:
             kept.copy_(x)
         return kept
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Graphs that are garbage would be destroyed by this thread, which must not do that meanwhile."""
+    with _ONE_AT_A_TIME:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _when_written(values: Tensor) -> list[Any]:

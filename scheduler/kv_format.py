@@ -51,10 +51,10 @@ class KVFormat:
         return PAGE_TOKENS * kv_heads * (codes + 2 * self.scales * SCALE_BYTES)
 
     def _check(self, k_dim: int, v_dim: int, mixed: int) -> None:
-        if self.is_rotated and (mixed < LEAST_ROTATED or v_dim % 2):
+        if self.is_rotated and (mixed < LEAST_ROTATED or v_dim % 4):
             raise UnsupportedModelError(
                 f"--kv-format int4 rotates keys in blocks of a power of two, at least"
-                f" {LEAST_ROTATED}, and packs values in pairs; this model's keys have {k_dim} numbers"
+                f" {LEAST_ROTATED}, and packs values by fours; this model's keys have {k_dim} numbers"
                 f" a head and its values {v_dim}: use --kv-format int8"
             )
 

@@ -246,6 +246,26 @@ def test_pinned_memory_can_be_let_go_while_something_is_recorded() -> None:
 
 
 @pytest.mark.gpu
+def test_graphs_that_are_garbage_stay_until_a_recording_is_over() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x = torch.zeros(8, device="cuda")
+
+        def add() -> None:
+            x.add_(1.0)
+
+        def work() -> None:
+            gone: list[Any] = [[] for _ in range(100_000)]  # more than a collection waits for
+            gone.clear()
+            add()
+
+        old: list[Any] = [CudaCapture().record(add)]
+        old.append(old)
+        del old
+        CudaCapture().record(work)()
+        assert x.sum().item() == 8
+
+
+@pytest.mark.gpu
 def test_the_driver_takes_no_more_for_a_graph_than_is_planned() -> None:
     x, layers, graphs = torch.zeros(8, 4096, device="cuda"), 8, 32
 

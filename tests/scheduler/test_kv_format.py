@@ -97,7 +97,7 @@ def test_what_is_no_format(choice: str) -> None:
         resolve_kv_format(choice, "float32")
 
 
-@pytest.mark.parametrize("dims", [(24, 24), (40, 64), (8, 8), (64, 15)])
+@pytest.mark.parametrize("dims", [(24, 24), (40, 64), (8, 8), (64, 15), (64, 18)])
 def test_heads_that_int4_has_no_way_with(dims: tuple[int, int]) -> None:
     with pytest.raises(UnsupportedModelError, match="use --kv-format int8"):
         FORMATS["int4"].page_bytes(2, *dims)
