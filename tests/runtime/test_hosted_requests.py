@@ -31,8 +31,15 @@ SCARCE = {
     "cold_micro_batches": 2,
     "max_context": 64 * 7,
 }
+QUICK = {("llama", "fp32"), ("llama", "int8"), ("llama", "int4"), ("gemma3_text", "int8"), ("deepseek_v3", "int8")}  # fmt: skip
 CASES = [
-    pytest.param(model, fmt, ring, id=f"{model}-{fmt}-{name}")
+    pytest.param(
+        model,
+        fmt,
+        ring,
+        id=f"{model}-{fmt}-{name}",
+        marks=() if (model, fmt) in QUICK else pytest.mark.slow,
+    )
     for model in MODELS
     for fmt in ("fp32", "int8", "int4")
     for ring, name in zip(RINGS, IDS, strict=True)
