@@ -72,6 +72,7 @@ def test_a_shape_runs_and_says_what_bound_it(tmp_path: Path, shape: str, tier: s
     assert json.loads(json.dumps(data))["decode"]["bound_by"] == result.decode.bound.bound_by
 
 
+@pytest.mark.slow
 def test_more_sequences_than_the_device_holds(tmp_path: Path) -> None:
     """Their pages lie in host memory, and are brought for each token."""
     tight = replace(CPU, device_memory=4 << 20)

@@ -247,6 +247,7 @@ def answers(folder: Path, output: str) -> dict[int, str]:
     return {line["id"]: line["text"] for line in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_killed_run_and_the_pages_that_it_kept(
     job: Callable[..., list[object]], stories: Path, tmp_path: Path

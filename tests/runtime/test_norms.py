@@ -15,6 +15,7 @@ from headrace.runtime.conversion.convert import convert
 from headrace.runtime.linear import Scratch
 from headrace.runtime.norms import FusedNorm, FusedNorms
 from headrace.runtime.plugs import no_grad_parameter
+from headrace.runtime.recording import Interruptions
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Store, WeightSpec
 from headrace.scheduler.plan import Slice
@@ -117,7 +118,7 @@ def test_a_model_with_fused_norms(name: str, tmp_path: Path) -> None:
         0: store.layers[0].weights,
         "head": store.head.weights,
     }
-    binder = Binder(skeleton, weights, scratch, FusedNorms(torch.float32))
+    binder = Binder(skeleton, weights, scratch, Interruptions(), FusedNorms(torch.float32))
     for key, block in ((0, store.layers[0]), ("head", store.head)):
         data = torch.frombuffer(store.read_block(block), dtype=torch.uint8)
         for binding in binder.bindings(key):
