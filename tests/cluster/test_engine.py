@@ -18,6 +18,7 @@ from headrace.cluster.cli.main import main
 from headrace.runtime.conversion.convert import convert
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError, RequestError
 from headrace.scheduler.placement import Tier
+from headrace.scheduler.plan import MoveKind
 
 ROOM = {"device": "cpu", "host_memory": 0, "context": 256}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -87,6 +88,20 @@ def test_chat(llm: LLM) -> None:
     one, two = llm.chat([asked, asked], GREEDY)
     assert one.outputs[0].text == two.outputs[0].text != ""
     assert llm.chat(asked, GREEDY)[0].outputs[0] == one.outputs[0]
+
+
+def test_a_conversation_goes_on_from_kept_pages(stories: Path, tmp_path: Path) -> None:
+    room = ROOM | {"host_memory": "40MiB", "device_memory": "60MiB", "kv_host_memory": "4MiB"}
+    tiers = {"kv_directory": str(tmp_path / "kv"), "kv_disk": "64MiB", "kv_ttl": "1h"}
+    with LLM(stories, **room, **tiers) as llm:
+        (first,) = llm.generate(ONCE * 12, GREEDY, keep_context=True)
+        tokens = first.prompt_token_ids + first.outputs[0].token_ids
+        (second,) = llm.generate([[*tokens, 5, 6, 7]], GREEDY, keep_context=True)
+        assert llm.stats.kv.hits.total == (len(tokens) - 1) // 64 > 0
+        assert llm.stats.kv.moved[MoveKind.OUT]
+    assert not any((tmp_path / "kv").iterdir())
+    with LLM(stories, **room) as llm:
+        assert llm.generate([[*tokens, 5, 6, 7]], GREEDY)[0].outputs == second.outputs
 
 
 def test_samples_of_one_prompt(llm: LLM) -> None:
