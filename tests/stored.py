@@ -1,7 +1,11 @@
-"""What a store's bytes mean, read by the reference decoder."""
+"""Stores of tiny models, and what a store's bytes mean, read by the reference decoder."""
+
+from pathlib import Path
 
 import torch
+from architectures import tiny_model
 
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.quantize import TORCH_DTYPES, decode
 from headrace.runtime.store import Block, Store
 
@@ -19,3 +23,10 @@ def stored_weights(store: Store, block: Block) -> dict[str, torch.Tensor]:
         }
         weights[name] = decode(spec, parts, torch.float32)
     return weights
+
+
+def tiny_store(name: str, folder: Path) -> Path:
+    """A store of a tiny model of an architecture, as it is."""
+    tiny_model(name).save_pretrained(folder / "checkpoint")
+    convert(folder / "checkpoint", folder / "store", format="keep", allow_missing_tokenizer=True)
+    return folder / "store"

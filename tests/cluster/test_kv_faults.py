@@ -100,8 +100,7 @@ def test_a_thousand_faults_and_never_another_token(tmp_path: Path, encrypted: bo
             assert report is not None
             hits, lost = hits + kv.hits.nvme, lost + kv.lost[MoveKind.FETCH]
             misses.update(report.stats.misses)
-    print(dict(done), hits, lost, {miss.value: count for miss, count in misses.items()})  # noqa: T201
     assert set(done) == {kind.__name__ for kind in KINDS}
     # Both happened: pages that were used, and pages that were found out.
-    assert hits > 100 and lost > 100
-    assert misses[Miss.DAMAGED] and misses[Miss.STALE] and misses[Miss.IO]
+    assert hits > 100 and lost > 100, (hits, lost)
+    assert misses[Miss.DAMAGED] and misses[Miss.STALE] and misses[Miss.IO], misses

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
 from rings import local_ring, manual_plan, run_all
+from stored import tiny_store
 
 from headrace.cluster.pipeline import LocalPipeline, Pending
-from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Tier
 from headrace.scheduler.plan import MoveKind, Pass
@@ -50,14 +49,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {}
-    for name in MODELS:
-        folder = tmp_path_factory.mktemp(name)
-        tiny_model(name).save_pretrained(folder / "checkpoint")
-        checkpoint = folder / "checkpoint"
-        convert(checkpoint, folder / "store", format="keep", allow_missing_tokenizer=True)
-        made[name] = folder / "store"
-    return made
+    return {name: tiny_store(name, tmp_path_factory.mktemp(name)) for name in MODELS}
 
 
 def make_requests() -> list[Request]:

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import tiny_model
 from rings import local_ring, manual_plan
+from stored import tiny_store
 
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.cold_batch import ColdBatch
-from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import (
@@ -43,14 +42,7 @@ FAR, NEAR = 330, 150
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Global attention; windows; windows, sinks and experts; latents."""
-    made = {}
-    for name in MODELS:
-        folder = tmp_path_factory.mktemp(name)
-        tiny_model(name).save_pretrained(folder / "checkpoint")
-        checkpoint = folder / "checkpoint"
-        convert(checkpoint, folder / "store", format="keep", allow_missing_tokenizer=True)
-        made[name] = folder / "store"
-    return made
+    return {name: tiny_store(name, tmp_path_factory.mktemp(name)) for name in MODELS}
 
 
 def prompt(seed: int, length: int) -> tuple[int, ...]:
