@@ -417,7 +417,7 @@ def test_threads(tmp_path, keys):
 def test_without_direct_io(tmp_path, keys, monkeypatch, caplog):
     """As on a filesystem that refuses O_DIRECT."""
     monkeypatch.setattr("headrace.runtime.kv_segment._takes_direct", lambda directory: False)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="headrace")
     with opened(tmp_path / "kv", keys) as log:
         log.put(0, pages(range(20), 100_000))
         assert good(log, range(20), 100_000) == [*range(20)]
@@ -425,7 +425,7 @@ def test_without_direct_io(tmp_path, keys, monkeypatch, caplog):
 
 
 def test_direct_io_is_found(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="headrace")
     disk = Disk.probe(tmp_path)
     assert caplog.text.count("O_DIRECT") == 1
     assert ("no O_DIRECT" in caplog.text) == (not disk.direct)
