@@ -12,7 +12,7 @@ from commands import headrace, wait_for
 from kv_logs import segments
 
 from headrace.cluster.bench.local import local_engine
-from headrace.cluster.cli.kv import list_pages
+from headrace.cluster.cli.kv_commands import list_pages
 from headrace.cluster.cli.main import main
 from headrace.cluster.cli.options import Device, RunOptions
 from headrace.cluster.cli.sizes import parse_duration
@@ -306,4 +306,4 @@ def test_a_directory_in_use_is_one_error(
 def test_the_folder_of_all_stages_is_none_of_one(tmp_path: Path) -> None:
     (tmp_path / "stage-1").mkdir()
     with pytest.raises(HeadraceError, match=r"name one, such as .*stage-1"):
-        list_pages(tmp_path)
+        list_pages(tmp_path, json=False)
