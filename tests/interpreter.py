@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -26,12 +27,17 @@ DEVICES = [
 ]
 
 
-def run_interpreted(file: str, chosen: str) -> None:
+def slow(*values: object) -> ParameterSet:
+    """Parameters of a case that takes the interpreter long."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def run_interpreted(file: str, chosen: str, *, slow: bool = False) -> None:
     """Run the tests of `file` whose names hold `chosen` in the interpreter; some have to pass."""
     root = Path(__file__).parents[1]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         "--import-mode=importlib", "-k", chosen, file],
+         "--import-mode=importlib", "-k", chosen, "-m", f"{'' if slow else 'not '}slow and not gpu", file],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root / "src"),
                           "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=root, capture_output=True, text=True, check=False,

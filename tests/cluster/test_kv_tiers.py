@@ -64,7 +64,7 @@ TIERS = {"device": (0, 0), "host": (40, 0), "nvme": (5, 500), "all": (20, 500)}
 """Pages that have room in host RAM and on NVMe."""
 
 
-@pytest.mark.parametrize("kv_format", ["fp32", "int8"])
+@pytest.mark.parametrize("kv_format", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tiers", TIERS)
 def test_no_tier_changes_a_token(llama: Path, tmp_path: Path, kv_format: str, tiers: str) -> None:
     host_pages, nvme_pages = TIERS[tiers]
@@ -86,8 +86,15 @@ def test_no_tier_changes_a_token(llama: Path, tmp_path: Path, kv_format: str, ti
         assert all(report and report.stats.payload_written for report in reports)
 
 
-@pytest.mark.parametrize("kv_format", ["fp32", "int8"])
-@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize(
+    ("kv_format", "encrypted"),
+    [
+        ("fp32", False),
+        ("int8", True),
+        pytest.param("fp32", True, marks=pytest.mark.slow),
+        pytest.param("int8", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_from_the_pages_of_the_one_before(
     llama: Path, tmp_path: Path, kv_format: str, encrypted: bool
 ) -> None:

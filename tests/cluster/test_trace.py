@@ -248,6 +248,7 @@ def test_a_disk_that_is_full_does_not_hide_the_results(
     assert "lacks stage 0" in caplog.text and "was not written" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_stage_that_dies_leaves_the_others_traces(stories: Path, tmp_path: Path) -> None:
     file = tmp_path / "t.json"
     room: dict[str, Any] = {"device": "cpu", "host_memory": "1MiB", "context": 128}

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import CASES, LONG, SMALL, Case, make
-from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
+from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted, slow
 
 from headrace.runtime.attention_tiles import (
     DeviceLimits,
@@ -40,8 +40,9 @@ def check(
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "cpu")
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_the_interpreter(slow: bool) -> None:
+    run_interpreted(__file__, "cpu", slow=slow)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -49,8 +50,8 @@ def test_in_the_interpreter() -> None:
     ("case", "splits"),
     [
         (Case(SMALL, heads=4, kv_heads=2, k_dim=16, v_dim=16), None),
-        (Case(SMALL, heads=2, kv_heads=2, k_dim=32, v_dim=32, window=20), 1),
-        (Case(SMALL, heads=8, kv_heads=1, k_dim=24, v_dim=16, softcap=2.0), 1),
+        slow(Case(SMALL, heads=2, kv_heads=2, k_dim=32, v_dim=32, window=20), 1),
+        slow(Case(SMALL, heads=8, kv_heads=1, k_dim=24, v_dim=16, softcap=2.0), 1),
         (Case(SMALL[:4], heads=5, kv_heads=1, k_dim=80, v_dim=80, window=70, sinks=True), 2),
         (Case(SMALL, heads=3, kv_heads=1, k_dim=96, v_dim=128, softcap=5.0, sinks=True), 1),
         (Case(SMALL, heads=4, kv_heads=1, k_dim=24, v_dim=48, latent=True), None),

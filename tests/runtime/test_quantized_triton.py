@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_cases import CASES, LONG, SMALL, Case
-from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
+from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted, slow
 from quantized_cases import expected, keep_past, make_quantized, quantized_layer, stored
 
 from headrace.runtime.attention_tiles import Tile
@@ -52,8 +52,9 @@ def check(
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "cpu")
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_the_interpreter(slow: bool) -> None:
+    run_interpreted(__file__, "cpu", slow=slow)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -62,8 +63,8 @@ def test_in_the_interpreter() -> None:
     ("case", "splits"),
     [
         (Case(SMALL, heads=4, kv_heads=2, k_dim=16, v_dim=16), None),
-        (Case(SMALL, heads=2, kv_heads=2, k_dim=32, v_dim=32, window=20), 1),
-        (Case(LONG, heads=8, kv_heads=1, k_dim=48, v_dim=24, softcap=2.0), 1),
+        slow(Case(SMALL, heads=2, kv_heads=2, k_dim=32, v_dim=32, window=20), 1),
+        slow(Case(LONG, heads=8, kv_heads=1, k_dim=48, v_dim=24, softcap=2.0), 1),
         (Case(LONG, heads=5, kv_heads=1, k_dim=80, v_dim=80, window=70, sinks=True), 2),
         (Case(SMALL[1:4], heads=20, kv_heads=1, k_dim=16, v_dim=48, latent=True), 2),
     ],
@@ -88,7 +89,7 @@ def test_decodes_split_and_merge(splits: int, fmt: str, device: str) -> None:
     ("case", "splits", "tile"),
     [
         (Case(LONG, 7, 1, 48, 16, sinks=True), 2, Tile(128, 128, 64, 16, 8, 2, peel=True)),
-        (Case(((0, 200),), 1, 1, 16, 16), 1, Tile(128, 32, 16, 16, 4, 2, peel=True)),
+        slow(Case(((0, 200),), 1, 1, 16, 16), 1, Tile(128, 32, 16, 16, 4, 2, peel=True)),
     ],
     ids=["7 share, split, across pages", "blocks of three pages"],
 )
