@@ -15,7 +15,6 @@ import mmap
 import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,8 @@ PLAIN_BYTES = 8 << 20
 PUT_BYTES = 4 << 20
 """Small pages are put several at once, as a stage spills several of a pass."""
 COHORT_BYTES = 64 << 20
+SLOTS_BYTES = 256 << 20
+"""Of memory that pages are in, as host slots: far more than a core's caches hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +93,28 @@ def spill_and_fetch(
     directory: Path, total: int, page: int, pool: ThreadPoolExecutor, keys: KeyRing | None
 ) -> Reading:
     """Cohorts of 64 MiB, put by threads in turn; then every page read back in another order."""
-    source = memoryview(os.urandom(page))
     count, at_once = total // page, max(PUT_BYTES // page, 1)
-    dests: dict[int, memoryview] = {}
+    num_slots = max(1, min(count, SLOTS_BYTES // page))
+    source, dest = (memoryview(mmap.mmap(-1, num_slots * page)) for _ in range(2))
+    source[:] = os.urandom(page) * num_slots
+    dest[:] = bytes(len(dest))  # so that they are there
     names = [os.urandom(16) for _ in range(count)]
     a_cohort = max(COHORT_BYTES // page, at_once)
     groups = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
+
+    def slot(memory: memoryview, k: int) -> memoryview:
+        return memory[k % num_slots * page :][:page]
+
     with KVLog.open(directory / "kv", b"benchmark", 4 * total + (1 << 30), keys=keys) as log:
 
         def put(i: int) -> None:
             group = groups[i]
-            kept = log.put(group[0] // a_cohort, [(names[k], source) for k in group])
+            kept = log.put(group[0] // a_cohort, [(names[k], slot(source, k)) for k in group])
             assert len(kept) == len(group)
 
         def get(i: int) -> None:
-            me = threading.get_ident()
-            dest = dests[me] if me in dests else dests.setdefault(me, memoryview(bytearray(page)))
             for k in groups[i]:
-                assert log.get(names[-1 - k], dest)
+                assert log.get(names[-1 - k], slot(dest, k))
 
         watch = Stopwatch()
         in_threads(pool, put, len(groups))
@@ -118,7 +123,7 @@ def spill_and_fetch(
         watch = Stopwatch()
         in_threads(pool, get, len(groups))
         read = watch.gbps(count * page)
-        assert all(bytes(dest) == bytes(source) for dest in dests.values())
+        assert dest == source
         what = "clear" if keys is None else "encrypted"
         return Reading(what, page, *written, *read, log.stats.write_amplification)
 

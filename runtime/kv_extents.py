@@ -10,7 +10,15 @@ from typing import NamedTuple
 from headrace.runtime.endurance import WriteBudget
 from headrace.runtime.kv_catalog import Catalog, NoRoom
 from headrace.runtime.kv_cohort import Cohort, Placement, Segment, Stored, Waiting
-from headrace.runtime.kv_record import BLOCK, Entry, Footer, Head, aligned, footer_bytes
+from headrace.runtime.kv_record import (
+    BLOCK,
+    KEY_BYTES,
+    Entry,
+    Footer,
+    Head,
+    aligned,
+    footer_bytes,
+)
 from headrace.runtime.kv_segment import Buffers, Disk, encode, record_bytes
 from headrace.runtime.kv_start import NewSegments
 from headrace.runtime.kv_stats import Counts
@@ -267,11 +275,13 @@ def _fill(
     """Records one after the other from `start` on, zeros behind them."""
     segment = placement.segment
     cipher, header = segment.cipher, segment.header
+    keys = b"".join(page.key for page in extent)
+    hidden = keys if cipher is None else cipher.hide(keys)
     entries = []
     at = start
     for i, page in enumerate(extent):
         nbytes = len(page.payload)
-        key = page.key if cipher is None else cipher.hide(page.key)
+        key = hidden[i * KEY_BYTES : (i + 1) * KEY_BYTES]
         number = placement.number + i
         head = Head(header.identity, key, header.cohort, header.generation, number, nbytes)
         end = at + record_bytes(nbytes, encrypted=cipher is not None)
