@@ -114,6 +114,56 @@ def _attend_exact(
     return acc, top, weight
 
 
+@triton.jit
+def _keys_of(
+    start, end, total, position, window,
+    BITS: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """What a block, whose queries are at [start, end), sees of pages: the keys [since, until) of each
+    row, those before `seen` all rows; `in_pages` keys, in tiles [tile, tiles). And of the rows' own
+    pages, where those are quantized: tiles [own, own_end).
+    """
+    since = position - window + 1 if WINDOW else position * 0
+    if BITS > 8:
+        until = position + 1
+        seen = start + 1
+        in_pages = total
+        tiles = tl.cdiv(end, BLOCK_N)
+        own, own_end = 0, 0
+    else:
+        until = position // PAGE * PAGE
+        seen = start // PAGE * PAGE
+        in_pages = (end - 1) // PAGE * PAGE
+        tiles = tl.cdiv(in_pages, BLOCK_N)
+        own = seen // BLOCK_N
+        own_end = tl.cdiv(end, BLOCK_N)
+    tile = tl.minimum(tl.maximum(start - window + 1, 0) // BLOCK_N, tiles) if WINDOW else 0
+    return since, until, seen, in_pages, tile, tiles, own, own_end
+
+
+@triton.jit
+def _store(
+    acc, top, weight, out, partial, stats, sinks, part, to, head, dv, alive,
+    DV: tl.constexpr, BLOCK_V: tl.constexpr, SPLIT: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Rows' results, from `to` on of `out`; with SPLIT, what merge_kernel needs of their `part`."""
+    mask = alive[:, None] if DV == BLOCK_V else alive[:, None] & (dv < DV)[None, :]
+    if SPLIT:
+        tl.store(stats + 2 * part, top, mask=alive)
+        tl.store(stats + 2 * part + 1, weight, mask=alive)
+        tl.store(partial + part[:, None] * BLOCK_V + dv[None, :], acc, mask=mask)
+    else:
+        if SINKS:
+            # A logit that takes weight and gives no value.
+            sink = tl.load(sinks + head, mask=alive, other=0.0).to(tl.float32) * 1.4426950408889634
+            new_top = tl.maximum(top, sink)
+            keep = tl.exp2(top - new_top)
+            weight = weight * keep + tl.exp2(sink - new_top)
+            acc = acc * keep[:, None]
+        acc = acc / tl.where(alive, weight, 1.0)[:, None]
+        tl.store(out + to[:, None] + dv[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_sequences", "table_row", "window", "splits"])
 def attend_kernel(
     q, k_pages, v_pages, k_scales, v_scales, k, v, k_tails, v_tails, out, partial, stats, sinks,
@@ -154,21 +204,9 @@ def attend_kernel(
     start = begin + query
     end = tl.minimum(start + BLOCK_Q, total)
     position = start + row // GROUP
-    since = position - window + 1 if WINDOW else position * 0
-    if BITS > 8:
-        until = position + 1
-        seen = start + 1
-        in_pages = total
-        tiles = tl.cdiv(end, BLOCK_N)
-        own, own_end = 0, 0
-    else:
-        until = position // PAGE * PAGE
-        seen = start // PAGE * PAGE
-        in_pages = (end - 1) // PAGE * PAGE
-        tiles = tl.cdiv(in_pages, BLOCK_N)
-        own = seen // BLOCK_N
-        own_end = tl.cdiv(end, BLOCK_N)
-    tile = tl.minimum(tl.maximum(start - window + 1, 0) // BLOCK_N, tiles) if WINDOW else 0
+    since, until, seen, in_pages, tile, tiles, own, own_end = _keys_of(
+        start, end, total, position, window, BITS, PAGE, BLOCK_N, WINDOW
+    )
     if SPLIT:
         # Tiles of pages, and after them those of the rows' own pages.
         part, parts = share_of(tile, tiles + own_end - own, tl.program_id(2), splits)
@@ -211,26 +249,12 @@ def attend_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_V, WINDOW, SOFTCAP, PEEL,
         )  # fmt: skip
 
-    v_mask = alive[:, None] if DV == BLOCK_V else alive[:, None] & (dv < DV)[None, :]
-    if SPLIT:
-        at = (block * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * splits + tl.program_id(
-            2
-        )
-        at = at * BLOCK_M + row
-        tl.store(stats + 2 * at, top, mask=alive)
-        tl.store(stats + 2 * at + 1, weight, mask=alive)
-        tl.store(partial + at[:, None] * BLOCK_V + dv[None, :], acc, mask=v_mask)
-    else:
-        if SINKS:
-            # A logit that takes weight and gives no value.
-            sink = tl.load(sinks + head, mask=alive, other=0.0).to(tl.float32) * 1.4426950408889634
-            new_top = tl.maximum(top, sink)
-            keep = tl.exp2(top - new_top)
-            weight = weight * keep + tl.exp2(sink - new_top)
-            acc = acc * keep[:, None]
-        acc = acc / tl.where(alive, weight, 1.0)[:, None]
-        at = (token * tl.num_programs(1) * GROUP + head)[:, None] * DV + dv[None, :]
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=v_mask)
+    at = (block * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * splits + tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
+    _store(
+        acc, top, weight, out, partial, stats, sinks, at * BLOCK_M + row,
+        (token * heads + head) * DV, head, dv, alive, DV, BLOCK_V, SPLIT, SINKS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_sequences", "splits"])
