@@ -77,10 +77,10 @@ def test_decodes_split_and_merge(splits: int | None, device: str) -> None:
     ("case", "splits", "tile"),
     [
         (Case(LONG, 5, 1, 16, 16), 1, Tile(64, 64, 16, 16, 4, 2, peel=True)),
-        (Case(LONG, 7, 1, 24, 16, sinks=True), 2, Tile(128, 128, 32, 16, 8, 2, peel=True)),
+        slow(Case(LONG, 7, 1, 24, 16, sinks=True), 2, Tile(128, 128, 32, 16, 8, 2, peel=True)),
         (Case(LONG, 8, 1, 16, 16, sinks=True), 1, Tile(64, 128, 16, 16, 4, 3, peel=True)),
         (Case(LONG, 2, 2, 192, 128), 1, Tile(64, 16, 256, 128, 8, 1, peel=True)),
-        (Case(LONG, 4, 1, 16, 16, window=70), 2, Tile(64, 128, 16, 16, 4, 2, peel=True)),
+        slow(Case(LONG, 4, 1, 16, 16, window=70), 2, Tile(64, 128, 16, 16, 4, 2, peel=True)),
         (Case(LONG, 3, 1, 16, 32, softcap=3.0), 1, Tile(16, 128, 16, 32, 4, 2, peel=False)),
         (Case(((100, 5),), 8, 1, 16, 64, latent=True), 2, Tile(32, 32, 16, 64, 8, 2, peel=True)),
     ],
@@ -91,6 +91,7 @@ def test_tiles(case: Case, splits: int, tile: Tile, device: str) -> None:
     check(case, device, torch.float32 if device == "cpu" else torch.bfloat16, splits, tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_more_sequences_than_are_counted_at_once(device: str) -> None:
     spans = ((3, 2),) + ((3, 1),) * 258 + ((5, 2),)

@@ -76,7 +76,7 @@ def test_mixed_batches(case: Case, splits: int | None, fmt: str, device: str) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fmt", MORE)
-@pytest.mark.parametrize("splits", [3, 16])
+@pytest.mark.parametrize("splits", [3, slow(16)])
 def test_decodes_split_and_merge(splits: int, fmt: str, device: str) -> None:
     """Parts of pages only, of both, of the newest page only, and of nothing."""
     case = Case(DECODES, heads=4, kv_heads=2, k_dim=16, v_dim=16, sinks=True)
@@ -88,8 +88,8 @@ def test_decodes_split_and_merge(splits: int, fmt: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("case", "splits", "tile"),
     [
-        (Case(LONG, 7, 1, 48, 16, sinks=True), 2, Tile(128, 128, 64, 16, 8, 2, peel=True)),
-        slow(Case(((0, 200),), 1, 1, 16, 16), 1, Tile(128, 32, 16, 16, 4, 2, peel=True)),
+        slow(Case(LONG, 7, 1, 48, 16, sinks=True), 2, Tile(128, 128, 64, 16, 8, 2, peel=True)),
+        (Case(((0, 200),), 1, 1, 16, 16), 1, Tile(128, 32, 16, 16, 4, 2, peel=True)),
     ],
     ids=["7 share, split, across pages", "blocks of three pages"],
 )
