@@ -89,8 +89,6 @@ class StageReplacer:
         """
         before = self._processes.node_of(stage)
         here = node or self._processes.bundle_node(stage)
-        if self._logs is not None:
-            self._logs.leave(stage)
         if node is None and self._processes.in_bundle(stage):
             new, taken, keys = self._in_place(stage, ids, step)
         else:
@@ -153,6 +151,8 @@ class StageReplacer:
     def _stop(self, stage: int, *, hand_over: bool) -> dict[str, bytes]:
         """End the stage's process. Returns what the next one needs to read its log."""
         old = self._processes.actors[stage]
+        if self._logs is not None:
+            self._logs.leave(stage)
         keys = self._ask(stage, old.leave.remote(hand_over=hand_over), "leaving")
         self._processes.stop(old)
         return dict(keys)
