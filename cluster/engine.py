@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
 from headrace.cluster.pipeline import Pending, Pipeline
+from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import StageError
@@ -70,6 +71,7 @@ class Engine:
         tenant: str = "",
         trace: "RunTrace | None" = None,
         logs: "StageLogs | None" = None,
+        replacer: StageReplacer | None = None,
     ) -> None:
         """Takes over what the stages' `logs` hold of `tenant`, whose all requests are."""
         self.plan = plan
@@ -86,6 +88,8 @@ class Engine:
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
         self._pipeline, self._stop_ids = pipeline, stop_ids
+        self._replacer = replacer
+        self._completed: list[Completion] = []  # by passes that `step` did not wait for
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
         self._watchers: dict[int, StopStrings] = {}
         self._logprobs: dict[int, list[Sample]] = {}
@@ -127,7 +131,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._completed)
 
     @property
     def num_waiting(self) -> int:
@@ -153,8 +157,9 @@ class Engine:
             pieces = (piece for batch in a_pass.micro_batches for piece in batch.slices)
             started_now = (piece.request for piece in pieces)
             self._newest_started = max(self._newest_started, *started_now, -1)
+        earlier, self._completed = self._completed, []
         if not self._in_flight:
-            return []
+            return earlier
         a_pass, pending = self._in_flight.popleft()
         results = pending.result()
         with self._tracer.span(Kind.COMMIT, number=a_pass.step):
@@ -163,7 +168,44 @@ class Engine:
         loaded = sum(result.times.experts_loaded for result in results)
         tokens, cold = a_pass.num_tokens, a_pass.num_cold
         self.stats.bound_seconds += least_seconds(self.plan, tokens, loaded, cold)
-        return completions
+        return earlier + completions
+
+    def replace_stage(self, stage: int, node: str | None = None) -> Replacement:
+        """Have a new process take a stage's place, with the contexts of all requests: to take a GPU or a
+        node out of service. Nothing is computed again; the others keep their weights and pages.
+
+        Without a `node` it starts where the old one was, when that has gone; what is handed over is in
+        the machine's memory meanwhile. On a `node` of the Ray cluster (its id, host name or address) it
+        starts beside the old one, with a processor, and a GPU if stages have them, to spare there, and
+        with the store under the same path. What the stage has on NVMe goes along on the same node only.
+        Passes under way end first. HeadraceError when there is no such stage or node or no room for
+        the new process, StageError when a stage dies.
+        """
+        assert self._replacer is not None, "these stages are no processes"
+        started, found = time.monotonic(), self._replacer.find(stage, node)
+        self._come_to_rest()
+        ids, step = self._scheduler.contexts(), self._scheduler.next_step
+        taken = self._replacer.replace(stage, ids, step, found)
+        lost = len(taken.lost)
+        requests = self._scheduler.lose(taken.lost) if lost else 0
+        if self._logs is not None:
+            self._scheduler.retain({*self._logs.keys()})
+        self.stats.kv = self._scheduler.kv_stats()
+        seconds = time.monotonic() - started
+        done = Replacement(stage, len(ids) - lost, taken.nbytes, lost, requests, seconds)
+        log.info("%s", done)
+        return done
+
+    def _come_to_rest(self) -> None:
+        """Return when no pass and no move of pages is under way."""
+        while True:
+            while self._in_flight:
+                a_pass, pending = self._in_flight.popleft()
+                self._completed += self._apply(a_pass, pending.result())
+            moving = self._scheduler.settle()
+            if moving is None:
+                return
+            self._in_flight.append((moving, self._pipeline.submit(moving)))
 
     def wait_host_tier(self) -> None:
         """Return when every stage's host RAM is filled: before measuring, for passes go on meanwhile."""

@@ -4,27 +4,24 @@ Nothing here imports torch before Ray is starting: both take seconds, and need n
 """
 
 import logging
-import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import ray
-
 from headrace.cluster.discovery import Discovery, discover
+from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
 from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
-from headrace.cluster.processes import START_SECONDS, ray_cluster, stage_actors
-from headrace.cluster.stage_actor import Connection
+from headrace.cluster.processes import START_SECONDS, StageProcesses, ray_cluster
+from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.start_times import StartTimes, read_at_start
 from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.rendezvous import RendezvousServer
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
@@ -162,19 +159,17 @@ def _discover(actors: Sequence[Any], store: Store, device: str) -> list[Discover
     return found
 
 
-def _load(
-    actors: Sequence[Any],
+def _stage_configs(
     plan: Plan,
     options: EngineOptions,
     device: str,
     dtype: str,
     found: Sequence[Discovery],
-) -> None:
+) -> list[StageConfig]:
     shared = Counter(discovery.node for discovery in found)
     memory = [budget.device_memory for budget in budgets(options, device, found)]
-    refs = []
-    for i, (actor, discovery) in enumerate(zip(actors, found, strict=True)):
-        config = StageConfig(
+    return [
+        StageConfig(
             store=str(options.store.resolve()),
             stage=i,
             plan=plan,
@@ -187,25 +182,17 @@ def _load(
             trace=options.trace is not None,
             kv_log=log_config(options),
         )
-        refs.append(actor.load.remote(encode(config)))
-    names = gather(refs, max(options.deadline, START_SECONDS), doing="loading weights")
+        for i, discovery in enumerate(found)
+    ]
+
+
+def _load(actors: Sequence[Any], configs: Sequence[StageConfig]) -> None:
+    refs = [
+        actor.load.remote(encode(config)) for actor, config in zip(actors, configs, strict=True)
+    ]
+    deadline = configs[0].deadline
+    names = gather(refs, max(deadline, START_SECONDS), doing="loading weights")
     log.info("storage: %s", names)
-
-
-def _connect(actors: Sequence[Any], options: EngineOptions, stack: ExitStack) -> None:
-    local = options.address is None
-    host = "127.0.0.1" if local else ray.util.get_node_ip_address()
-    server = RendezvousServer(host)
-    stack.callback(server.close)
-    connection = Connection(server.rendezvous(epoch=0), loopback() if local else "")
-    refs = [actor.connect.remote(encode(connection)) for actor in actors]
-    gather(refs, START_SECONDS, doing="connecting the stages")
-
-
-def loopback() -> str:
-    """The name of the loopback interface, to which an engine on one machine keeps its traffic."""
-    names = [name for _, name in socket.if_nameindex()]
-    return "lo" if "lo" in names else names[0]
 
 
 def _resolve(options: EngineOptions, store: Store) -> tuple[str, str]:
@@ -237,7 +224,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         stack.enter_context(ray_cluster(options.stages, options.address))
         times.ended("Ray")
         device, dtype = resolving.result()
-        actors = stack.enter_context(stage_actors(options.stages, device, store.path.name))
+        processes = StageProcesses(options.stages, device, store.path.name)
+        actors = stack.enter_context(processes).actors
         found = _discover(actors, store, device)
         times.ended("stages")
         tokenizer = loading.result()
@@ -248,13 +236,20 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             logs = ActorLogs(actors)
             stack.callback(logs.close)
         log_kv(plan)
-        _load(actors, plan, options, device, dtype, found)
+        configs = _stage_configs(plan, options, device, dtype, found)
+        _load(actors, configs)
         times.ended(f"loading {read_at_start(plan)} and models' code")
+        edges = None
         if plan.placement.edges:  # a single stage has none
-            _connect(actors, options, stack)
+            edges = Edges(local=options.address is None)
+            stack.callback(edges.close)
+            edges.connect(actors)
         times.ended("connecting")
         log.info("%s", times)
-        engine = stack.enter_context(_engine(actors, plan, options, store, dtype, tokenizer, logs))
+        ring = RayPipeline(actors, plan, options.deadline)
+        replacer = StageReplacer(processes, configs, ring, logs, edges)
+        engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, replacer)
+        stack.enter_context(engine)
         yield engine
         if options.kv_keep:  # not after an error
             engine.save()
@@ -272,15 +267,15 @@ def _check(options: EngineOptions) -> None:
 
 
 def _engine(
-    actors: Sequence[Any],
+    ring: RayPipeline,
     plan: Plan,
     options: EngineOptions,
     store: Store,
     dtype: str,
     tokenizer: Any,
     logs: ActorLogs | None,
+    replacer: StageReplacer,
 ) -> Engine:
-    ring = RayPipeline(actors, plan, options.deadline)
     pipeline: Pipeline = ring
     trace = None
     if options.trace is not None:
@@ -298,4 +293,5 @@ def _engine(
         tenant=options.kv_tenant,
         trace=trace,
         logs=logs,
+        replacer=replacer,
     )

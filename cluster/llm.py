@@ -10,6 +10,7 @@ from headrace.cluster.completion import Completion
 from headrace.cluster.engine import EngineStats
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.launch import running_engine
+from headrace.cluster.replacement import Replacement
 from headrace.cluster.rows import chat_tokens, prompt_tokens
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.placement import Plan
@@ -144,6 +145,16 @@ class LLM:
             )
             for i, (text, prompt, wish) in enumerate(zip(texts, tokens, params, strict=True))
         ]
+
+    def replace_stage(self, stage: int, node: str | None = None) -> Replacement:
+        """Move a stage to a new process, with the keys and values that it has: to take a GPU or a node out
+        of service. Call it between other calls.
+
+        Without a `node` the new process starts where the old one was; with the id, host name or address
+        of a node of the Ray cluster, there, beside the old one until it has taken over. HeadraceError
+        when there is no such stage or node, or no room for the new process.
+        """
+        return self._engine.replace_stage(stage, node)
 
     def close(self) -> None:
         """End the engine and its processes. Safe to call twice."""

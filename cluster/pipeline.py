@@ -161,6 +161,10 @@ class RayPipeline:
         refs = [actor.wait_host_tier.remote() for actor in self._actors]
         gather(refs, self._deadline, doing="filling host memory")
 
+    def replace(self, stage: int, actor: Any) -> None:
+        """Another actor runs the stage's part of passes to come; none is under way."""
+        self._actors[stage] = actor
+
     def take_traces(self) -> list[Trace | None]:
         """What each stage kept; None for one that is gone or too late."""
         refs = [actor.take_trace.remote() for actor in self._actors]

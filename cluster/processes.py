@@ -5,11 +5,18 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from headrace.cluster.stage_actor import CONCURRENCY, StageActor
 from headrace.scheduler.errors import HeadraceError
@@ -68,42 +75,102 @@ def _knock(address: str) -> None:
         ) from error
 
 
-@contextmanager
-def stage_actors(stages: int, device: str, model: str) -> Iterator[list[Any]]:
-    """One actor a stage in a placement group, one GPU each on CUDA; all gone at the end."""
-    bundle: dict[str, float] = {"CPU": 1.0}
-    if device == "cuda":
-        bundle["GPU"] = 1.0
-    total = ray.cluster_resources()
-    for resource, amount in bundle.items():
-        if total.get(resource, 0) < amount * stages:
-            raise HeadraceError(
-                f"{stages} stages need {stages} {resource}s and the Ray cluster "
-                f"has {total.get(resource, 0):.0f}: lower --stages or add machines"
-            )
-    group = placement_group([bundle] * stages, strategy="PACK")
-    actors: list[Any] = []
-    try:
-        if not group.wait(START_SECONDS):
-            raise HeadraceError(
-                f"Ray could not reserve {stages} x {bundle} within {START_SECONDS:.0f} s: "
-                "another job holds them; wait for it or lower --stages"
-            )
+class StageProcesses:
+    """One actor a stage, each in its bundle of a placement group or on a node that was chosen for it."""
+
+    def __init__(self, stages: int, device: str, model: str) -> None:
+        """HeadraceError when the Ray cluster cannot have so many."""
+        self._bundle: dict[str, float] = {"CPU": 1.0}
+        if device == "cuda":
+            self._bundle["GPU"] = 1.0
+        self._stages, self._model = stages, model
+        self._check_resources()
+        self._group = placement_group([self._bundle] * stages, strategy="PACK")
+        self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
+        self._all: list[Any] = []
+        self.actors: list[Any] = []
+        try:
+            if not self._group.wait(START_SECONDS):
+                raise HeadraceError(
+                    f"Ray could not reserve {stages} x {self._bundle} within {START_SECONDS:.0f} s: "
+                    "another job holds them; wait for it or lower --stages"
+                )
+            self.actors += [self.start(stage) for stage in range(stages)]
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_resources(self) -> None:
+        total = ray.cluster_resources()
+        for resource, amount in self._bundle.items():
+            if total.get(resource, 0) < amount * self._stages:
+                raise HeadraceError(
+                    f"{self._stages} stages need {self._stages} {resource}s and the Ray cluster "
+                    f"has {total.get(resource, 0):.0f}: lower --stages or add machines"
+                )
+
+    def in_bundle(self, stage: int) -> bool:
+        """Whether the stage's actor takes the bundle that was reserved for it."""
+        return stage not in self._nodes
+
+    def node_of(self, stage: int) -> str:
+        """The id of the node where the stage's actor is."""
+        return self._nodes.get(stage) or self.bundle_node(stage)
+
+    def bundle_node(self, stage: int) -> str:
+        """The id of the node where the stage's bundle is."""
+        return str(placement_group_table(self._group)["bundles_to_node_id"][stage])
+
+    def start(self, stage: int, node: str | None = None) -> Any:
+        """A new actor for the stage, in its bundle or on the node with that id."""
+        strategy: Any = PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=stage
+        )
+        if node is not None:
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        # Numbered as in every message.
+        name = f"stage {stage} of {self._stages}, {self._model}"
         remote = ray.remote(concurrency_groups=CONCURRENCY)(StageActor)
-        for i in range(stages):
-            name = f"stage {i} of {stages}, {model}"  # numbered as in every message
-            actors.append(
-                remote.options(
-                    num_cpus=1,
-                    num_gpus=bundle.get("GPU", 0),
-                    max_restarts=0,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        group, placement_group_bundle_index=i
-                    ),
-                ).remote(name)
-            )
-        yield actors
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        remove_placement_group(group)
+        actor = remote.options(
+            num_cpus=self._bundle["CPU"],
+            num_gpus=self._bundle.get("GPU", 0),
+            max_restarts=0,
+            scheduling_strategy=strategy,
+        ).remote(name)
+        self._all.append(actor)
+        return actor
+
+    def stop(self, actor: Any) -> None:
+        self._all.remove(actor)
+        ray.kill(actor)
+
+    def replace(self, stage: int, actor: Any, node: str | None) -> None:
+        """The stage's actor is another one from now on, in its bundle or on that node."""
+        self.actors[stage] = actor
+        self._nodes.pop(stage, None)
+        if node is not None:
+            self._nodes[stage] = node
+
+    def close(self) -> None:
+        while self._all:
+            ray.kill(self._all.pop())
+        remove_placement_group(self._group)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def find_node(name: str) -> str:
+    """The id of the node of that id, host name or address. HeadraceError when there is not just one."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    keys = ("NodeID", "NodeManagerHostname", "NodeManagerAddress")
+    found = [node["NodeID"] for node in alive if name in (node[key] for key in keys)]
+    if len(found) != 1:
+        there = ", ".join(f"{node[keys[1]]} ({node[keys[2]]}, {node[keys[0]]})" for node in alive)
+        raise HeadraceError(
+            f"{len(found)} nodes of the Ray cluster are {name}: name one by its id. There are {there}"
+        )
+    return str(found[0])

@@ -5,20 +5,25 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from headrace.cluster.discovery import discover
 from headrace.cluster.stage_thread import StageThread
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
+from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.plan import Pass, PassResult
 
 if TYPE_CHECKING:
+    from headrace.runtime.kv_handover import Contexts
     from headrace.runtime.stage import Stage
     from headrace.runtime.stage_log import StageLog
+
+T = TypeVar("T")
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _MMAP_BYTES = 1 << 20
@@ -80,13 +85,18 @@ class StageActor:
     def discover(self, device: str, store: str) -> bytes:
         return encode(self._thread.do(discover, device, store))
 
-    def load(self, payload: bytes) -> str:
-        """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
+    def load(self, payload: bytes, joins_at: int | None = None) -> str:
+        """Build the stage: reads resident layers, starts the ring. Returns the storage chosen.
+
+        One that `joins_at` a pass gets its log with `open_log`, when the stage before has closed it.
+        """
         from headrace.runtime.stage import Stage
         from headrace.runtime.stage_log import StageLog
 
         config = decode(payload, StageConfig)
-        if config.kv_log is not None:
+        if joins_at is not None:
+            self._thread.begin_at(joins_at)
+        elif config.kv_log is not None:
             self._log = StageLog(config)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
@@ -94,11 +104,15 @@ class StageActor:
         return self._stage.storage_name
 
     def connect(self, payload: bytes) -> None:
-        """Open this stage's ends of the ring's edges; returns when every neighbour has, too."""
+        """Open this stage's ends of the ring's edges; returns when every neighbour has, too.
+
+        Ends that it has are closed first: no pass is under way.
+        """
         from headrace.runtime.link import connect
 
         assert self._stage is not None
         stage, connection = self._stage, decode(payload, Connection)
+        stage.disconnect()
         ends = connect(
             stage.config.stage,
             stage.config.plan.placement.edges,
@@ -151,6 +165,75 @@ class StageActor:
             self._stage.end_moves()
         if self._log is not None:
             self._log.close()
+
+    def export_payload(self, ids: bytes, path: str) -> bytes:
+        """Write what these ContextIds hold to a file in memory. Returns the Manifest."""
+        from headrace.runtime.kv_payload import write_payload
+
+        chosen = decode(ids, ContextIds)
+        return self._on_contexts(lambda contexts: write_payload(contexts, chosen, path).encode())
+
+    def import_payload(self, manifest: bytes, path: str) -> bytes:
+        """Take over what another process wrote to a file in memory. Returns what was Taken."""
+        from headrace.runtime.kv_handover import Manifest
+        from headrace.runtime.kv_payload import read_payload
+
+        written = Manifest.decode(manifest)
+        return encode(self._on_contexts(lambda contexts: read_payload(contexts, written, path)))
+
+    def cut(self, ids: bytes) -> tuple[bytes, list[bytes]]:
+        """The PageIdentity here, and what these ContextIds hold, in Cuts."""
+        chosen = decode(ids, ContextIds)
+        identity, cuts = self._on_contexts(lambda own: (own.identity, own.cuts(chosen)))
+        return encode(identity), [encode(cut) for cut in cuts]
+
+    def export_cut(self, cut: bytes) -> tuple[bytes, bytes]:
+        """The Chunk of a Cut, and its bytes."""
+        from headrace.runtime.kv_handover import Cut
+
+        chosen = decode(cut, Cut)
+        chunk, payload = self._on_contexts(lambda contexts: contexts.export(chosen))
+        return encode(chunk), bytes(payload)
+
+    def import_chunk(self, identity: bytes, chunk: bytes, payload: bytes) -> bytes:
+        """Take over a chunk from where pages have that PageIdentity. Returns what was Taken."""
+        from headrace.runtime.kv_handover import Chunk, take_chunk
+        from headrace.runtime.page_identity import PageIdentity
+
+        found = decode(identity, PageIdentity), decode(chunk, Chunk), memoryview(payload)
+        return encode(self._on_contexts(lambda contexts: take_chunk(contexts, *found)))
+
+    def _on_contexts(self, work: "Callable[[Contexts], T]") -> T:
+        """What `work` makes of the stage's contexts, on the thread that works on its device."""
+        assert self._stage is not None
+        stage = self._stage
+
+        def work_on_them() -> T:
+            with stage.contexts() as contexts:
+                return work(contexts)
+
+        return self._thread.do(work_on_them)
+
+    def open_log(self, keys: dict[str, bytes]) -> None:
+        """Go on with the log of the stage that this one replaces; `keys` are those in no file."""
+        from headrace.runtime.stage_log import StageLog
+
+        assert self._stage is not None and self._log is None
+        self._log = StageLog(self._stage.config, keys)
+        self._stage.attach(self._log)
+
+    def leave(self, *, hand_over: bool) -> dict[str, bytes]:
+        """Close the stage, which another process replaces. Returns keys of its log that are in no file,
+        if that is handed over; else its pages are kept or deleted, as it was said."""
+        assert self._stage is not None
+        keys = {}
+        self._stage.end_moves()
+        if self._log is not None and hand_over:
+            keys = self._log.hand_over()
+        elif self._log is not None:
+            self._log.close()
+        self._thread.do(self._stage.close)
+        return keys
 
     def clock(self) -> int:
         """This node's wall clock, in nanoseconds."""

@@ -42,6 +42,19 @@ class ActorLogs:
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
+        self._before: dict[
+            int, LogReport
+        ] = {}  # of logs that were closed when stages were replaced
+
+    def leave(self, stage: int) -> None:
+        """Note what the stage's log has done, before another process goes on with it."""
+        report = _report(self._actors[stage].log_report.remote(), SECONDS)
+        if report is not None:
+            self._before[stage] = self._whole(stage, report)
+
+    def replace(self, stage: int, actor: Any) -> None:
+        """Another actor has the stage's log from now on."""
+        self._actors[stage] = actor
 
     def keys(self) -> list[bytes]:
         refs = [actor.log_keys.remote() for actor in self._actors]
@@ -50,7 +63,12 @@ class ActorLogs:
     def reports(self) -> list[LogReport | None]:
         refs = [actor.log_report.remote() for actor in self._actors]
         ray.wait(refs, num_returns=len(refs), timeout=SECONDS)
-        return [_report(ref) for ref in refs]
+        found = [_report(ref) for ref in refs]
+        return [report and self._whole(stage, report) for stage, report in enumerate(found)]
+
+    def _whole(self, stage: int, report: LogReport) -> LogReport:
+        before = self._before.get(stage)
+        return report if before is None else report.after(before)
 
     def close(self) -> None:
         actors, self._actors = self._actors, []
@@ -67,9 +85,9 @@ class ActorLogs:
                 )
 
 
-def _report(ref: Any) -> LogReport | None:
+def _report(ref: Any, seconds: float = 0.1) -> LogReport | None:
     try:
-        return decode(ray.get(ref, timeout=0.1), LogReport)
+        return decode(ray.get(ref, timeout=seconds), LogReport)
     except ray.exceptions.RayError:
         return None
 

@@ -21,6 +21,10 @@ class StageThread:
         self._turn = threading.Condition()
         self._next = 1
 
+    def begin_at(self, step: int) -> None:
+        """The first pass that will come is `step`, on a stage that joins later."""
+        self._next = step
+
     def do(self, work: Callable[..., T], *arguments: Any) -> T:
         """What `work` returns or raises."""
         return self._thread.submit(work, *arguments).result()

@@ -56,6 +56,10 @@ class HostPages:
             for ready in self._ready:
                 ready.set_result(None)
 
+    @property
+    def count(self) -> int:
+        return len(self._slots)
+
     def slot(self, index: int) -> Tensor:
         """uint8 [slot_bytes], as soon as it is pinned where that is needed.
 

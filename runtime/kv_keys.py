@@ -23,7 +23,7 @@ import os
 import secrets
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
@@ -89,14 +89,15 @@ class _Stored(msgspec.Struct):
 class KeyRing:
     """Tenants' keys. With a `file` they outlive the process, and processes that share it agree.
 
-    The file is created when first needed. Raises HeadraceError for one that others may read, or that is
-    no file of keys.
+    The file is created when first needed. Without one `keys` are those that another ring gave away.
+    Raises HeadraceError for a file that others may read, or that is no file of keys.
     """
 
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, keys: Mapping[str, bytes] | None = None) -> None:
+        assert file is None or not keys
         self.file = file
         self._lock = threading.Lock()
-        self._keys: dict[str, bytes] = {}
+        self._keys: dict[str, bytes] = dict(keys or {})
         if file is not None and file.exists():
             self._keys = _load(file)
 
@@ -132,6 +133,11 @@ class KeyRing:
                 with _changing(self.file) as keys:
                     had = keys.pop(tenant, None) is not None or had
             return had
+
+    def give_away(self) -> dict[str, bytes]:
+        """The keys that are in no file, for the ring of a process that goes on instead of this one."""
+        with self._lock:
+            return {} if self.is_persistent else dict(self._keys)
 
     def close(self) -> None:
         """Forget every key in memory; a file keeps them."""

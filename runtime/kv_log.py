@@ -276,18 +276,21 @@ class KVLog:
         with self._changed:
             return self._counts.snapshot(self._catalog)
 
-    def close(self) -> Receipt | None:
+    def close(self, *, hand_over: bool = False) -> Receipt | None:
         """Keep the pages, or delete them and give the receipt. May be called again.
 
-        What was deleted leaves no file but the sums of what was written, if there is a daily budget.
+        `hand_over` keeps them whatever was said at the start, for a log that is opened here next, with
+        the same keys. What was deleted leaves no file but the sums of what was written, if there is a
+        daily budget.
         """
+        keep = self._setting.keep or hand_over
         with self._changed:
             if self._closed:
                 return self._receipt
             self._closed = True
             self._changed.wait_for(lambda: not self._active)
         try:
-            if self._setting.keep:
+            if keep:
                 self._seal()
             else:
                 self._receipt = self._delete_all()
@@ -295,7 +298,7 @@ class KVLog:
         finally:
             self._reader.close()
             self._lock.close()
-        if self._setting.created and not self._setting.keep:
+        if self._setting.created and not keep:
             with suppress(OSError):  # something else is in it
                 self._setting.directory.rmdir()
         return self._receipt

@@ -184,6 +184,11 @@ class PageMover:
         self._files = None if pages is None else _LogMoves(pages, host, ledger.end, tracer)
         self._closed = False
 
+    def attach(self, pages: PageLog) -> None:
+        """Have pages kept in a log from now on; no move went to one before."""
+        assert self._files is None
+        self._files = _LogMoves(pages, self._host, self._ledger.end, self._tracer)
+
     def begin(self, moves: Sequence[PageMove]) -> None:
         """Begin moves, an OUT behind the work that the current stream of the device holds by now."""
         assert not self._closed
@@ -197,6 +202,10 @@ class PageMover:
         if of[MoveKind.SPILL] or of[MoveKind.FETCH]:
             assert self._files is not None, "pages go to NVMe and the stage has no log for them"
             self._files.begin(of[MoveKind.SPILL], of[MoveKind.FETCH])
+
+    @property
+    def host(self) -> HostPages:
+        return self._host
 
     def take(self) -> Ended:
         """The moves that ended since the last call. DoesNotFitError: slots could not be pinned."""

@@ -214,7 +214,8 @@ def _take_over(
         is_sealed=True,  # or it never will be: its process is gone
     )
     catalog.add(segment)
-    if header.ephemeral or (keys is not None and not found.encrypted):
+    gone = header.ephemeral and cipher is None  # else it was handed over with its key
+    if gone or (keys is not None and not found.encrypted):
         log.info("%s is deleted: %s", found.path, _why(header))
         catalog.doom(segment)
     elif locked:

@@ -1,7 +1,7 @@
 """What a KV log has done and holds."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from headrace.runtime.endurance import DriveWear
 from headrace.runtime.kv_catalog import Catalog
@@ -33,6 +33,24 @@ class KVLogStats:
         """Bytes on the drive for each byte of a page; 1.0 when nothing was written."""
         return self.bytes_written / self.payload_written if self.payload_written else 1.0
 
+    def after(self, before: "KVLogStats") -> "KVLogStats":
+        """With the counts of another log before this one; what is held is this one's alone."""
+        counts = {name: getattr(self, name) + getattr(before, name) for name in _COUNTED}
+        misses = {miss: count + before.misses[miss] for miss, count in self.misses.items()}
+        return replace(self, misses=misses, **counts)
+
+
+_COUNTED = (
+    "bytes_written",
+    "payload_written",
+    "hits",
+    "lost",
+    "refused",
+    "segments_dropped",
+    "seconds_writing",
+    "seconds_reading",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LogReport:
@@ -41,6 +59,10 @@ class LogReport:
     directory: str
     stats: KVLogStats
     wear: DriveWear
+
+    def after(self, before: "LogReport") -> "LogReport":
+        """With what the log did before that another process had and closed."""
+        return replace(self, stats=self.stats.after(before.stats))
 
 
 @dataclass(slots=True)

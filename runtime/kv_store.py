@@ -193,6 +193,10 @@ class KVStore:
         """All pages of this layer as they lie in memory: uint8 [pages, page_bytes(layer)]."""
         return self._pages[layer]
 
+    def tails(self, layer: int) -> tuple[Tensor, ...]:
+        """Tails of this layer's keys and values, each [tails, kv_heads, 64, dim]; none of plain pages."""
+        return self._tails.get(layer, ())
+
     def page_bytes(self, layer: int) -> int:
         """Bytes of one page of this layer, contiguous in memory."""
         return self._pages[layer][0].nbytes

@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,6 +11,7 @@ import torch
 
 from headrace.runtime.cold_batch import ColdBatch
 from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
+from headrace.runtime.kv_handover import Contexts
 from headrace.runtime.kv_moves import NONE_ENDED, PageLog
 from headrace.runtime.kv_store import LayerPages
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
@@ -79,7 +80,7 @@ class Stage:
             parts = StageStart(config, self.device, self.tracer, pages).make(opened)
             self._storage, self._weights = parts.storage, parts.weights
             self._model, self._kv, self._moves = parts.model, parts.kv, parts.moves
-            self._ring = parts.ring
+            self._ring, self._contexts = parts.ring, parts.contexts
             self._graphs = make_graphs(config, parts, capture or self._capture(parts))
             self._opened = opened.pop_all()
 
@@ -99,6 +100,21 @@ class Stage:
         self._weights.wait_host_tier()
         if self._moves is not None:
             self._moves.wait_host()
+
+    @contextmanager
+    def contexts(self) -> Iterator[Contexts]:
+        """What the stage holds for requests, to be handed over between passes, when moves have ended."""
+        with torch.inference_mode(), self._on_device():
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            yield self._contexts
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    def attach(self, pages: PageLog) -> None:
+        """Keep KV pages in a log, of a stage that was made without; it stays the caller's."""
+        assert self._moves is not None
+        self._moves.attach(pages)
 
     def end_moves(self) -> None:
         """Let moves of KV pages under way end and begin no more, so that their log can be closed. No
@@ -121,6 +137,14 @@ class Stage:
     def connect(self, senders: Mapping[int, Sender], receivers: Mapping[int, Receiver]) -> None:
         """Take over the ends of the edges to other stages, by peer."""
         self._senders, self._receivers = senders, receivers
+
+    def disconnect(self) -> None:
+        """Close the ends of edges, which no pass uses any more, with their buffers. Safe to call twice."""
+        for sender in self._senders.values():
+            sender.close()
+        for receiver in self._receivers.values():
+            receiver.close()
+        self._senders, self._receivers = {}, {}
 
     def prepare(self, a_pass: Pass) -> Ready:
         """What can be done of a pass before the one before it ends. Any thread may, while that runs."""
@@ -313,10 +337,7 @@ class Stage:
         if self._closed.is_set():
             return
         self._closed.set()
-        for sender in self._senders.values():
-            sender.close()
-        for receiver in self._receivers.values():
-            receiver.close()
+        self.disconnect()
         with self._on_device():
             self._opened.close()
 

@@ -1,6 +1,6 @@
-"""A stage's log of KV pages: where it lies, what its pages are good for, and what it has done."""
+"""A stage's log of KV pages: where it lies, who takes it over, and what it has done."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -10,36 +10,33 @@ from headrace.runtime.kv_keys import KeyRing
 from headrace.runtime.kv_log import KVLog
 from headrace.runtime.kv_start import make_directory
 from headrace.runtime.kv_stats import LogReport
-from headrace.runtime.kv_store import page_nbytes
+from headrace.runtime.page_identity import PageIdentity
 from headrace.runtime.stage_config import LogConfig, StageConfig
-from headrace.runtime.store import Store
-from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.kv_room import segment_bytes
 from headrace.scheduler.memory import slot_bytes
-
-_PAGES = 1
-"""Of how bytes lie in a page; pages of another version are another log's."""
 
 
 class StageLog:
     """The log in the folder of its stage, whose pages are all of one tenant.
 
+    `keys` are what the process had in memory that handed the log over; it had closed it.
     Raises KVLogError for a folder that cannot be used or is another process's, HeadraceError for a
     file of keys that cannot be used.
     """
 
-    def __init__(self, config: StageConfig) -> None:
+    def __init__(self, config: StageConfig, keys: Mapping[str, bytes] | None = None) -> None:
         settings = config.kv_log
         assert settings is not None
-        identity, slot = _pages_of(config)
+        identity = PageIdentity.of(config)
+        slot = slot_bytes(sum(identity.page_bytes))
         self._settings = settings
         make_directory(Path(settings.directory))
         self.directory = Path(settings.directory) / f"stage-{config.stage}"
-        self._keys = _keys(settings)
+        self._keys = _key_ring(settings, keys)
         try:
             self._log = KVLog.open(
                 self.directory,
-                identity,
+                str(identity).encode(),
                 settings.cap,
                 keys=self._keys,
                 keep=settings.keep,
@@ -75,6 +72,18 @@ class StageLog:
             with suppress(OSError):  # there is more in it, such as how much was written today
                 self.directory.rmdir()
 
+    def hand_over(self) -> dict[str, bytes]:
+        """Close the log and leave its pages to the stage that opens it next, in this folder.
+
+        Returns the keys that are in no file, without which nobody can read them. Nothing moves any more.
+        """
+        keys = {} if self._keys is None else self._keys.give_away()
+        try:
+            self._log.close(hand_over=True)
+        finally:
+            self._forget_keys()
+        return keys
+
     def _forget_keys(self) -> None:
         if self._keys is not None:
             self._keys.close()
@@ -86,22 +95,7 @@ class StageLog:
         self.close()
 
 
-def _keys(settings: LogConfig) -> KeyRing | None:
+def _key_ring(settings: LogConfig, keys: Mapping[str, bytes] | None) -> KeyRing | None:
     if settings.plaintext:
         return None
-    return KeyRing(None if settings.key_file is None else Path(settings.key_file))
-
-
-def _pages_of(config: StageConfig) -> tuple[bytes, int]:
-    """What pages of this stage are good for, and the bytes of one.
-
-    On another kind of device the same numbers are rounded otherwise, so that pages of it would not
-    give just the same tokens.
-    """
-    store, plan = Store.open(Path(config.store)), config.plan
-    layers = plan.placement.layers_of(config.stage)
-    fmt = FORMATS[plan.kv_format]
-    sizes = [page_nbytes(store.layer_shapes[layer], fmt) for layer in layers]
-    kind = config.device.partition(":")[0]
-    parts = (_PAGES, store.digest, plan.kv_format, config.dtype, kind, layers, sizes)
-    return " ".join(map(str, parts)).encode(), slot_bytes(sum(sizes))
+    return KeyRing(None if settings.key_file is None else Path(settings.key_file), keys)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from headrace.runtime.kv_handover import Contexts
 from headrace.runtime.kv_host import HostPages
 from headrace.runtime.kv_moves import PageLog, PageMover
 from headrace.runtime.kv_ring import KVRing
 from headrace.runtime.kv_store import KVStore
 from headrace.runtime.matmul.room import tuning_bytes
+from headrace.runtime.page_identity import PageIdentity
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.runtime.streaming.block_reads import BlockReads
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 class StageParts:
     """A stage's weights and where they are read from, the model that they are of, and KV pages.
 
-    `moves` is None where pages have no host slots to go to, `ring` where none come from there to
+    `contexts` hands pages over to another stage. `moves` is None where pages have no host slots to go to, `ring` where none come from there to
     be attended to.
     """
 
@@ -42,6 +44,7 @@ class StageParts:
     weights: StageWeights
     model: "StageModel"
     kv: KVStore
+    contexts: Contexts
     moves: PageMover | None
     ring: KVRing | None
 
@@ -85,7 +88,9 @@ class StageStart:
         weights.wait_resident()
         self._pack(model, weights)
         moves, ring = self._make_mover(kv, opened)  # last: pinning slows other calls of the driver
-        return StageParts(storage, weights, model, kv, moves, ring)
+        host = None if moves is None else moves.host
+        contexts = Contexts(kv, host, PageIdentity.of(self._config))
+        return StageParts(storage, weights, model, kv, contexts, moves, ring)
 
     def _make_mover(self, kv: KVStore, opened: ExitStack) -> tuple[PageMover | None, KVRing | None]:
         count, ring_pages = self._plan.host_pages, self._plan.kv_ring_pages

@@ -29,5 +29,9 @@ class KVLogError(HeadraceError):
     """A log of KV pages cannot be opened, read or deleted: in use, unreadable, or not one."""
 
 
+class HandoverError(HeadraceError):
+    """KV pages cannot be handed over to a stage: it has other layers or formats, or no room."""
+
+
 class StageError(HeadraceError):
     """A stage died, hung or disagreed with the plan."""

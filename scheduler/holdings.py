@@ -1,9 +1,10 @@
 """What requests hold: pages and tails, and pages that are still coming."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from headrace.scheduler.cold_pages import ColdPages
 from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.kv_cache import KVCache, Prefix
 from headrace.scheduler.kv_stats import KVStats, PageCounts, TierHits
 from headrace.scheduler.pages import PagePool, PageState, pages_for
@@ -22,6 +23,7 @@ class Holdings:
         self.pool = self._tiers.device
         # Whoever runs has a page, so that as many tails as pages bound nothing.
         self.tails = PagePool(config.num_tails or config.num_pages)
+        self._has_tails = config.num_tails > 0
         self._identity = config.identity
         self._loading: dict[int, tuple[Request, Prefix]] = {}
         self._hits, self._misses = TierHits(), 0
@@ -49,6 +51,31 @@ class Holdings:
     def adopt(self, keys: Iterable[bytes]) -> None:
         """Take over what every stage's NVMe holds of an earlier run, oldest first."""
         self._tiers.adopt(keys)
+
+    def retain(self, keys: Collection[bytes]) -> None:
+        """Forget what NVMe has, but for `keys`."""
+        self._tiers.retain(keys)
+
+    def contexts(self) -> ContextIds:
+        """All that stages hold something in; no move is under way."""
+        assert not self.is_moving
+        tails = self.tails.filled() if self._has_tails else ()
+        return ContextIds(self.pool.filled(), tails, self._tiers.host.filled())
+
+    def lose(self, lost: ContextIds, running: Iterable[Request]) -> list[Request]:
+        """Let nobody find what stages have lost. Returns those of `running` who had it, released."""
+        pages, slots = {*lost.pages}, {*lost.slots}
+        losers = [
+            request
+            for request in running
+            if not pages.isdisjoint((*request.pages, *request.returning))
+            or not slots.isdisjoint(request.slots)
+            or (self._has_tails and request.tail in lost.tails)
+        ]
+        for request in losers:
+            self.release(request)
+        self._tiers.forget(lost)
+        return losers
 
     def admit(self, request: Request, num_tokens: int, spare: int) -> bool:
         """Give the request pages for `num_tokens` tokens and a tail, if that leaves `spare` pages.

@@ -1,6 +1,6 @@
 """What the stages' logs on NVMe hold, as far as is known here."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class NvmeIndex:
@@ -31,6 +31,13 @@ class NvmeIndex:
             key = next(iter(self._keys))
             del self._keys[key]
             forgotten.append(key)
+        return forgotten
+
+    def retain(self, keys: Collection[bytes]) -> list[bytes]:
+        """Forget all but `keys`; returns what is forgotten."""
+        forgotten = [key for key in self._keys if key not in keys]
+        for key in forgotten:
+            del self._keys[key]
         return forgotten
 
     def discard(self, key: bytes) -> None:

@@ -115,6 +115,11 @@ class PagePool:
         """All cached pages, the next to go first."""
         return [*self._cached[False], *self._cached[True]]
 
+    def filled(self) -> tuple[int, ...]:
+        """All pages that hold something: for a request, or to be found."""
+        empty = PageState.FREE, PageState.COMING
+        return tuple(i for i, page in enumerate(self._pages) if page.state not in empty)
+
     def can_allocate(self, count: int) -> bool:
         return count <= self.num_free
 

@@ -1,18 +1,19 @@
 """The scheduler: requests in, passes out, samples in, tokens committed."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.draft import Draft
 from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.hosting import Hosting
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request, token_limit
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
+from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, PageMove, Pass, Sample, Slice
 from headrace.scheduler.policy import choose_victim, service_order, watermark
 from headrace.scheduler.request import FinishReason, Request
 
@@ -148,11 +149,43 @@ class Scheduler:
         is worth it has been. For the end: nothing is in flight."""
         assert not self._steps
         moves = self.holdings.take_saves()
+        return self._moves_alone(moves) if self.holdings.is_moving else None
+
+    def settle(self) -> Pass | None:
+        """A pass without slices that ends moves under way; None when there are none. Nothing is in
+        flight."""
+        assert not self._steps
         if not self.holdings.is_moving:
             return None
+        return self._moves_alone(self.holdings.take_moves())
+
+    def _moves_alone(self, moves: tuple[PageMove, ...]) -> Pass:
         self._step += 1
         self._steps.append(self._step)
         return Pass(self._step, (), None, moves)
+
+    @property
+    def next_step(self) -> int:
+        """Of the pass that is made next."""
+        return self._step + 1
+
+    def contexts(self) -> ContextIds:
+        """All that a stage holds for requests or for whoever finds it; nothing is in flight or moves."""
+        assert not self._steps
+        return self.holdings.contexts()
+
+    def lose(self, lost: ContextIds) -> int:
+        """Take note that stages have lost what these ids held: it is computed again. Nothing is in flight
+        or moves. Returns how many requests had it."""
+        assert not self._steps
+        losers = self.holdings.lose(lost, self._running.values())
+        for request in losers:
+            self._wait_again(request)
+        return len(losers)
+
+    def retain(self, keys: Collection[bytes]) -> None:
+        """Take note that some stage's NVMe has no other pages than `keys`."""
+        self.holdings.retain(keys)
 
     def update(
         self,

@@ -1,8 +1,9 @@
 """Copies of full pages on the device, in host RAM and on NVMe, and the moves that make them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.moves import Moves
 from headrace.scheduler.nvme_index import NvmeIndex
 from headrace.scheduler.pages import PagePool, PageState
@@ -48,6 +49,21 @@ class Tiers:
         """Note what NVMe has, oldest first."""
         for key in self.nvme.add(keys):
             self.rate(key)
+
+    def retain(self, keys: Collection[bytes]) -> None:
+        """Forget what NVMe has, but for `keys`."""
+        for key in self.nvme.retain(keys):
+            self.rate(key)
+
+    def forget(self, lost: ContextIds) -> None:
+        """Let copies be found no more that stages have lost; no move is under way, and nobody holds them."""
+        assert not len(self.moves)
+        for pool, pages in (self.device, lost.pages), (self.host, lost.slots):
+            keys = [(page, pool.key(page)) for page in pages]
+            for page, key in keys:
+                if key is not None:
+                    pool.forget(page)
+                    self.rate(key)
 
     def rate(self, key: bytes) -> None:
         """Say how much copies are worth of a page that is wanted, after one of them has come or gone."""

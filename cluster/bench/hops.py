@@ -9,7 +9,7 @@ from typing import Any
 import ray
 import torch
 
-from headrace.cluster.launch import loopback
+from headrace.cluster.edges import loopback
 from headrace.cluster.pipeline import gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster
 from headrace.runtime.link import ReceiveRing, connect

@@ -105,6 +105,25 @@ def test_a_conversation_goes_on_from_kept_pages(stories: Path, tmp_path: Path) -
         assert llm.generate([[*tokens, 5, 6, 7]], GREEDY)[0].outputs == second.outputs
 
 
+@pytest.mark.slow
+def test_a_stage_moves_to_another_process_between_calls(stories: Path, tmp_path: Path) -> None:
+    room = ROOM | {"host_memory": "40MiB", "device_memory": "60MiB", "kv_host_memory": "4MiB"}
+    tiers = {"kv_directory": str(tmp_path / "kv"), "kv_disk": "64MiB"}
+    with LLM(stories, stages=2, trace=tmp_path / "trace.json", **room, **tiers) as llm:
+        (first,) = llm.generate(ONCE * 12, GREEDY, keep_context=True)
+        tokens = first.prompt_token_ids + first.outputs[0].token_ids
+        for stage in range(2):
+            moved = llm.replace_stage(stage)
+            assert (moved.stage, moved.lost) == (stage, 0) and moved.pages and moved.nbytes
+        (second,) = llm.generate([[*tokens, 5, 6, 7]], GREEDY)
+        assert llm.stats.kv.hits.device == (len(tokens) - 1) // 64 > 0
+        with pytest.raises(HeadraceError, match="there is no stage 2"):
+            llm.replace_stage(2)
+    with LLM(stories, **room) as llm:
+        assert llm.generate([[*tokens, 5, 6, 7]], GREEDY)[0].outputs == second.outputs
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
 def test_samples_of_one_prompt(llm: LLM) -> None:
     params = SamplingParams(n=2, temperature=1.0, max_tokens=12, seed=3, ignore_eos=True)
     first, second = llm.generate(ONCE, params)[0].outputs

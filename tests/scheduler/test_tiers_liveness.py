@@ -6,11 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
-from fake_tiers import Content, FakeTiers
+from fake_tiers import GARBAGE, Content, FakeStage, FakeTiers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.scheduler.config import KVCosts, SchedulerConfig
+from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.pages import PageState, pages_for
@@ -115,8 +116,10 @@ class Driver:
         loss: float = 0.0,
         lossy: Collection[MoveKind] = tuple(MoveKind),
         interference: float = 0.0,
+        replacing: float = 0.0,
     ) -> None:
         self.scheduler = Scheduler(config)
+        self.replacing, self.put_back = replacing, 0
         self.config, self.rng, self.interference = config, rng, interference
         self.requests: dict[int, Request] = {}
         self.live: dict[int, Request] = {}
@@ -159,6 +162,9 @@ class Driver:
                 self.add(self.waiting.popleft())
             if self.live and self.rng.random() < self.interference:
                 self.interfere(self.rng.choice(list(self.live.values())))
+            if self.rng.random() < self.replacing:
+                self.come_to_rest()
+                self.replace_stage(self.rng.choice(self.ring.tiers.stages))
             while len(self.ring.in_flight) < depth and (a_pass := self.scheduler.schedule()):
                 self.check_batches(a_pass)
                 self.ring.submit(a_pass)
@@ -181,6 +187,41 @@ class Driver:
         for batch in cold:
             assert all(piece.cold for piece in batch.slices)
             assert sum(piece.num_pages for piece in batch.slices) <= config.kv_ring_pages
+
+    def come_to_rest(self) -> None:
+        for _ in range(1000):
+            while self.ring.in_flight:
+                self.collect()
+            if (a_pass := self.scheduler.settle()) is None:
+                return
+            self.ring.submit(a_pass)
+        raise AssertionError("no rest")
+
+    def replace_stage(self, stage: FakeStage) -> None:
+        """Another one has what the scheduler says, but for some of it, and maybe the log."""
+        chance = self.rng.choice([0.0, 0.1, 0.5, 1.0])
+        held = self.scheduler.contexts()
+        lost = ContextIds(
+            *(
+                tuple(i for i in ids if self.rng.random() < chance)
+                for ids in (held.pages, held.tails, held.slots)
+            )
+        )
+        for has, ids, gone in (
+            (stage.device, held.pages, lost.pages),
+            (stage.host, held.slots, lost.slots),
+        ):
+            left = {i: GARBAGE if i in gone else has[i] for i in ids if i in has}
+            has.clear()
+            has.update(left)
+        if self.config.num_tails:
+            left_tails = {*held.tails} - {*lost.tails}
+            self.ring.tails = {i: tail for i, tail in self.ring.tails.items() if i in left_tails}
+        if self.rng.random() < 0.3:
+            stage.log.clear()
+        self.put_back += self.scheduler.lose(lost)
+        self.scheduler.retain(stage.log.keys())
+        self.check()
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -283,6 +324,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     loss=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     lossy=st.sets(st.sampled_from(MoveKind)),
     interference=st.sampled_from([0.0, 0.02]),
+    replacing=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 2**32),
 )
 def test_every_request_ends_with_its_tokens_whatever_is_lost(
@@ -292,10 +334,14 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
     loss: float,
     lossy: set[MoveKind],
     interference: float,
+    replacing: float,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
-    Driver(config, rng, loss=loss, lossy=lossy, interference=interference).run(count, depth)
+    driver = Driver(
+        config, rng, loss=loss, lossy=lossy, interference=interference, replacing=replacing
+    )
+    driver.run(count, depth)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -349,6 +395,18 @@ def test_requests_decode_over_pages_in_host_memory_and_come_back(ahead: int) -> 
         moved += stats.moved[MoveKind.IN]
     assert cold > 1000 and moved > 20
     assert most > 2 * HOSTING.num_pages
+
+
+@pytest.mark.parametrize("num_tails", [0, 12])
+def test_whatever_a_replaced_stage_has_lost_is_computed_again(num_tails: int) -> None:
+    put_back = cold = 0
+    for seed in range(6):
+        config = replace(HOSTING, nvme_pages=20, num_tails=num_tails)
+        driver = Driver(config, random.Random(seed), replacing=0.1)
+        driver.run(20, 1)
+        put_back += driver.put_back
+        cold += driver.ring.cold
+    assert put_back > 50 and cold > 100
 
 
 def test_without_room_in_a_ring_nobody_is_hosted() -> None:

@@ -1,0 +1,188 @@
+"""A new process in place of a stage's, with what that holds for requests.
+
+Where the old one takes the bundle that the new one is to have, the new one starts when it is gone: its
+contexts are in shared memory of the machine meanwhile. On another node both are there at once. Contexts
+go from one to the other through Ray's object store then, few chunks at a time, and until the last one
+has come nothing is lost if the new process cannot be had.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from headrace.cluster.edges import Edges
+from headrace.cluster.pipeline import RayPipeline, gather
+from headrace.cluster.processes import START_SECONDS, StageProcesses, find_node
+from headrace.cluster.stage_logs import ActorLogs
+from headrace.cluster.wire import decode, encode
+from headrace.runtime.shared_payload import SharedPayload
+from headrace.runtime.stage_config import StageConfig
+from headrace.scheduler.contexts import ContextIds, Taken
+from headrace.scheduler.errors import HeadraceError
+
+log = logging.getLogger(__name__)
+
+CHUNKS_ON_THEIR_WAY = 2
+"""One is taken over while the next one is written."""
+
+SPARE_SECONDS = 10.0
+"""How long a processor or a GPU may take to be free that a stage was just stopped on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What was handed over to a stage's new process: so many pages, tails and host slots in `nbytes`, beside
+    those that were `lost` on the way, which `requests` running requests compute again."""
+
+    stage: int
+    pages: int
+    nbytes: int
+    lost: int
+    requests: int
+    seconds: float
+
+
+class PayloadKeeper:
+    """Keeps shared memory on its node while the stage there is replaced."""
+
+    def __init__(self) -> None:
+        self._payload = SharedPayload()
+
+    def path(self) -> str:
+        return self._payload.path
+
+
+class StageReplacer:
+    """Replaces actors of `processes` in all that knows them. No pass or move is under way meanwhile."""
+
+    def __init__(
+        self,
+        processes: StageProcesses,
+        configs: Sequence[StageConfig],
+        pipeline: RayPipeline,
+        logs: ActorLogs | None,
+        edges: Edges | None,
+    ) -> None:
+        self._processes, self._configs = processes, configs
+        self._pipeline, self._logs, self._edges = pipeline, logs, edges
+        self._deadline = max(configs[0].deadline, START_SECONDS)
+
+    def find(self, stage: int, node: str | None) -> str | None:
+        """The id of `node`. HeadraceError for a stage or a node that there is not."""
+        stages = len(self._configs)
+        if not 0 <= stage < stages:
+            raise HeadraceError(f"there is no stage {stage} to replace: they are 0 to {stages - 1}")
+        return None if node is None else find_node(node)
+
+    def replace(self, stage: int, ids: ContextIds, step: int, node: str | None) -> Taken:
+        """Have another process take over what the stage holds under `ids`, and run passes from `step` on.
+
+        It starts on the node with the id `node`, or where the stage's bundle is. HeadraceError when it
+        cannot be had: then the stage is as it was, unless it had to go first.
+        """
+        before = self._processes.node_of(stage)
+        here = node or self._processes.bundle_node(stage)
+        if node is None and self._processes.in_bundle(stage):
+            new, taken, keys = self._in_place(stage, ids, step)
+        else:
+            new, taken, keys = self._beside(stage, ids, step, node, hand_over=here == before)
+        self._processes.replace(stage, new, node)
+        self._pipeline.replace(stage, new)
+        if self._logs is not None:
+            self._ask(stage, new.open_log.remote(keys), "opening its log of KV pages")
+            self._logs.replace(stage, new)
+        if self._edges is not None:
+            self._edges.connect(self._processes.actors)
+        return taken
+
+    def _in_place(
+        self, stage: int, ids: ContextIds, step: int
+    ) -> tuple[Any, Taken, dict[str, bytes]]:
+        old = self._processes.actors[stage]
+        with _shared_memory(self._processes.bundle_node(stage)) as path:
+            exporting = old.export_payload.remote(encode(ids), path)
+            manifest = self._ask(stage, exporting, "handing KV pages over")
+            keys = self._stop(stage, hand_over=True)
+            new = self._processes.start(stage)
+            self._load(stage, new, step)
+            importing = new.import_payload.remote(manifest, path)
+            return new, decode(self._ask(stage, importing, "taking KV pages over"), Taken), keys
+
+    def _beside(
+        self, stage: int, ids: ContextIds, step: int, node: str | None, *, hand_over: bool
+    ) -> tuple[Any, Taken, dict[str, bytes]]:
+        if node is not None:
+            _check_spare(self._configs[stage].device)
+        new = self._processes.start(stage, node)
+        try:
+            self._load(stage, new, step)
+            taken = self._stream(stage, new, ids)
+        except BaseException:
+            self._processes.stop(new)
+            raise
+        return new, taken, self._stop(stage, hand_over=hand_over)
+
+    def _load(self, stage: int, new: Any, step: int) -> None:
+        config = self._configs[stage]
+        self._ask(stage, new.open.remote(config.device), "starting in another process")
+        self._ask(stage, new.load.remote(encode(config), step), "loading weights")
+
+    def _stream(self, stage: int, new: Any, ids: ContextIds) -> Taken:
+        """Chunks through the object store; they are gone from there when they were taken."""
+        old, taken = self._processes.actors[stage], Taken()
+        identity, cuts = self._ask(stage, old.cut.remote(encode(ids)), "handing KV pages over")
+        under_way: deque[Any] = deque()
+        for cut in [*cuts, *[None] * CHUNKS_ON_THEIR_WAY]:
+            if len(under_way) == CHUNKS_ON_THEIR_WAY or (cut is None and under_way):
+                done = self._ask(stage, under_way.popleft(), "taking KV pages over")
+                taken = taken.plus(decode(done, Taken))
+            if cut is not None:
+                chunk, payload = old.export_cut.options(num_returns=2).remote(cut)
+                under_way.append(new.import_chunk.remote(identity, chunk, payload))
+        return taken
+
+    def _stop(self, stage: int, *, hand_over: bool) -> dict[str, bytes]:
+        """End the stage's process. Returns what the next one needs to read its log."""
+        old = self._processes.actors[stage]
+        if self._logs is not None:
+            self._logs.leave(stage)
+        keys = self._ask(stage, old.leave.remote(hand_over=hand_over), "leaving")
+        self._processes.stop(old)
+        return dict(keys)
+
+    def _ask(self, stage: int, ref: Any, doing: str) -> Any:
+        return gather(
+            [ref], self._deadline, doing=f"replacing stage {stage}: {doing}", first=stage
+        )[0]
+
+
+@contextmanager
+def _shared_memory(node: str) -> Iterator[str]:
+    """A path on the node, to memory that is gone when the block or this process ends."""
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    keeper = ray.remote(num_cpus=0, scheduling_strategy=strategy)(PayloadKeeper).remote()
+    try:
+        yield gather([keeper.path.remote()], START_SECONDS, doing="making shared memory")[0]
+    finally:
+        ray.kill(keeper)
+
+
+def _check_spare(device: str) -> None:
+    """HeadraceError when no node has a processor, or a GPU, beside those of the stages: Ray would wait."""
+    wanted = "GPU" if device.startswith("cuda") else "CPU"
+    end = time.monotonic() + SPARE_SECONDS
+    while ray.available_resources().get(wanted, 0) < 1:
+        if time.monotonic() > end:
+            raise HeadraceError(
+                f"the Ray cluster has no {wanted} to spare: a stage that moves to a node needs one there"
+                " while the old one is still running. Add a node, or leave the node out to have the"
+                " stage start again where it is"
+            )
+        time.sleep(0.1)

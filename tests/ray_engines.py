@@ -1,0 +1,74 @@
+"""Engines over stages that are Ray actors, with plans that tests dictate."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from kv_runs import NoText
+
+from headrace.cluster.edges import Edges
+from headrace.cluster.engine import Engine
+from headrace.cluster.pipeline import Pending, RayPipeline, gather
+from headrace.cluster.processes import StageProcesses
+from headrace.cluster.replacement import StageReplacer
+from headrace.cluster.stage_logs import ActorLogs
+from headrace.cluster.wire import encode
+from headrace.runtime.stage_config import LogConfig, StageConfig
+from headrace.runtime.store import Store
+from headrace.scheduler.placement import Plan
+from headrace.scheduler.plan import Pass
+
+
+class Counted(RayPipeline):
+    """Counts the tokens that stages compute."""
+
+    computed = 0
+
+    def submit(self, a_pass: Pass) -> Pending:
+        self.computed += a_pass.num_tokens
+        return super().submit(a_pass)
+
+
+@contextmanager
+def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iterator[Engine]:
+    """As running_engine, with a plan that a test dictates."""
+    stages = plan.placement.num_stages
+    configs = [
+        StageConfig(
+            store=str(store),
+            stage=stage,
+            plan=plan,
+            device="cpu",
+            device_memory=0,
+            dtype="float32",
+            storage="buffered",
+            deadline=60.0,
+            threads=1,
+            kv_log=kv_log,
+        )
+        for stage in range(stages)
+    ]
+    with ExitStack() as stack:
+        processes = stack.enter_context(StageProcesses(stages, "cpu", store.name))
+        actors = processes.actors
+        gather([actor.open.remote("cpu") for actor in actors], 60.0, doing="starting")
+        loading = [a.load.remote(encode(c)) for a, c in zip(actors, configs, strict=True)]
+        gather(loading, 60.0, doing="loading")
+        edges = None
+        if plan.placement.edges:
+            edges = Edges(local=True)
+            stack.callback(edges.close)
+            edges.connect(actors)
+        logs = ActorLogs(actors) if kv_log else None
+        ring = Counted(actors, plan, 60.0)
+        engine = Engine(
+            plan,
+            ring,
+            NoText(),
+            stop_ids=frozenset(),
+            digest=Store.open(store).digest,
+            dtype="float32",
+            logs=logs,
+            replacer=StageReplacer(processes, configs, ring, logs, edges),
+        )
+        yield stack.enter_context(engine)
