@@ -219,7 +219,7 @@ class Driver:
 
     def check(self) -> None:
         scheduler = self.scheduler
-        held = {id(r): r for r in (*self.live.values(), *scheduler._in_flight.values())}
+        held = {id(r): r for r in (*self.live.values(), *scheduler._roster.in_flight.values())}
         scheduler.holdings.check_integrity([*held.values()])
         assert scheduler.num_waiting + scheduler.num_running == len(self.live)
         self.most_pages = max(self.most_pages, sum(r.num_pages for r in self.live.values()))
