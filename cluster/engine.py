@@ -213,7 +213,9 @@ class Engine:
         if any(result.step != a_pass.step for result in results):
             raise StageError(f"a stage answered another pass than {a_pass.step}")
         samples = [sample for result in results for sample in result.samples]
-        update = self._scheduler.update(a_pass, samples, *self._reports.merge(results))
+        spoiled = {request for result in results for request in result.spoiled}
+        moved, lost = self._reports.merge(results)
+        update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
         self.stats.add(a_pass, results)
         self.stats.kv = self._scheduler.kv_stats()
         self.stats.output_tokens += len(update.committed)
@@ -307,5 +309,7 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         costs=plan.kv_costs,
         kv_ring_pages=plan.kv_ring_pages,
         cold_micro_batches=plan.cold_micro_batches,
+        window_pages=plan.window_pages,
+        hot_window=plan.hot_window,
         identity=identity,
     )

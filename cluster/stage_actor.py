@@ -17,6 +17,7 @@ from headrace.runtime.stage_config import StageConfig
 from headrace.scheduler.plan import Pass, PassResult
 
 if TYPE_CHECKING:
+    from headrace.runtime.kv_window import PageWindow
     from headrace.runtime.stage import Stage
     from headrace.runtime.stage_log import StageLog
 
@@ -64,6 +65,8 @@ class StageActor:
         self._thread = StageThread()
         self._stage: Stage | None = None
         self._log: StageLog | None = None
+        # Ends with the process: a pass may still read from it when the log is closed.
+        self._window: PageWindow | None = None
 
     def __repr__(self) -> str:  # what the Ray dashboard shows
         return self._name
@@ -84,13 +87,15 @@ class StageActor:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen."""
         from headrace.runtime.stage import Stage
         from headrace.runtime.stage_log import StageLog
+        from headrace.runtime.stage_window import open_window
 
         config = decode(payload, StageConfig)
         if config.kv_log is not None:
             self._log = StageLog(config)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
-        self._stage = self._thread.do(Stage, config, None, self._log)
+        self._window = open_window(config)
+        self._stage = self._thread.do(Stage, config, None, self._log, self._window)
         return self._stage.storage_name
 
     def connect(self, payload: bytes) -> None:

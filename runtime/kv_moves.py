@@ -1,4 +1,5 @@
-"""Moves full KV pages beside the passes: device pages to host slots and back, host slots to a log and back.
+"""Moves full KV pages beside the passes: device pages to host slots and back, host slots to a log and back,
+and to slots on NVMe.
 
 Why no byte is read too early or written too late. From the pass that brings a move until every stage
 has reported it, the scheduler lets nothing else touch what the move writes, and nothing write what it
@@ -24,6 +25,7 @@ import torch
 from headrace.runtime.kv_copies import PageCopier
 from headrace.runtime.kv_host import HostPages
 from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_window import PageWindow
 from headrace.runtime.streaming.loads import queued_work
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import MoveKind, PageMove
@@ -32,6 +34,10 @@ log = logging.getLogger(__name__)
 
 LOG_THREADS = 4
 """Moves to and from a log that are under way at once."""
+
+
+SINK_THREADS = 2
+"""Pages that are written to slots on NVMe at once."""
 
 
 class PageLog(Protocol):
@@ -160,8 +166,42 @@ class _LogMoves:
         self._threads.shutdown(cancel_futures=True)
 
 
+class _WindowMoves:
+    """SINKs, on threads that wait for the drive."""
+
+    def __init__(
+        self,
+        window: PageWindow,
+        host: HostPages,
+        ended: Callable[[PageMove, bool], None],
+        tracer: Tracer,
+    ) -> None:
+        self._window, self._host, self._ended, self._tracer = window, host, ended, tracer
+        self._threads = ThreadPoolExecutor(SINK_THREADS, "headrace-kv-sink")
+
+    def begin(self, moves: Sequence[PageMove]) -> None:
+        for move in moves:
+            self._threads.submit(self._run, move)
+
+    def _run(self, move: PageMove) -> None:
+        has_sunk, nbytes = False, self._window.page_size
+        try:
+            with self._tracer.span(Kind.KV_LOG, move.kind.value, move.number, nbytes):
+                parts = [part.numpy().data for part in self._host.layers(move.slot)]
+                self._window.write(move.nvme_slot, parts)
+            has_sunk = True
+        except Exception as error:  # noqa: BLE001 - the page stays where it is
+            log.warning("KV pages on NVMe (%s): %s", move.kind.value, error)
+        self._ended(move, has_sunk)
+
+    def close(self) -> None:
+        """Let what is under way end; the rest is dropped."""
+        self._threads.shutdown(cancel_futures=True)
+
+
 class PageMover:
-    """Carries out the moves of a stage, all of them beside what calls it; owns `host`, and not `pages`.
+    """Carries out the moves of a stage, all of them beside what calls it; owns `host`, and neither `pages`
+    nor `window`.
 
     A move whose page could not be had or kept is lost, and logged if an error is why. One thread
     begins moves and takes what has ended.
@@ -174,6 +214,7 @@ class PageMover:
         device: torch.device,
         pages: PageLog | None = None,
         tracer: Tracer = NULL_TRACER,
+        window: PageWindow | None = None,
     ) -> None:
         self._device, self._host, self._tracer = device, host, tracer
         self._ledger = ledger = _Ledger(sum(host.page_bytes))
@@ -182,6 +223,9 @@ class PageMover:
             for kind in (MoveKind.OUT, MoveKind.IN)
         }
         self._files = None if pages is None else _LogMoves(pages, host, ledger.end, tracer)
+        self._sinks = None
+        if window is not None:
+            self._sinks = _WindowMoves(window, host, ledger.end, tracer)
         self._closed = False
 
     def begin(self, moves: Sequence[PageMove]) -> None:
@@ -197,6 +241,9 @@ class PageMover:
         if of[MoveKind.SPILL] or of[MoveKind.FETCH]:
             assert self._files is not None, "pages go to NVMe and the stage has no log for them"
             self._files.begin(of[MoveKind.SPILL], of[MoveKind.FETCH])
+        if of[MoveKind.SINK]:
+            assert self._sinks is not None, "pages go to slots on NVMe and the stage has none"
+            self._sinks.begin(of[MoveKind.SINK])
 
     def take(self) -> Ended:
         """The moves that ended since the last call. DoesNotFitError: slots could not be pinned."""
@@ -223,6 +270,8 @@ class PageMover:
             copier.close()
         if self._files is not None:
             self._files.close()
+        if self._sinks is not None:
+            self._sinks.close()
         self._host.close()
 
     def __enter__(self) -> Self:

@@ -10,10 +10,9 @@ from headrace.runtime.kv_keys import KeyRing
 from headrace.runtime.kv_log import KVLog
 from headrace.runtime.kv_start import make_directory
 from headrace.runtime.kv_stats import LogReport
-from headrace.runtime.kv_store import page_nbytes
 from headrace.runtime.stage_config import LogConfig, StageConfig
+from headrace.runtime.stage_window import stage_directory, stage_page_bytes, window_bytes
 from headrace.runtime.store import Store
-from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.kv_room import segment_bytes
 from headrace.scheduler.memory import slot_bytes
 
@@ -22,7 +21,8 @@ _PAGES = 1
 
 
 class StageLog:
-    """The log in the folder of its stage, whose pages are all of one tenant.
+    """The log in the folder of its stage, whose pages are all of one tenant. It has what the plan's slots
+    for pages that are decoded over (stage_window.py) leave of the cap.
 
     Raises KVLogError for a folder that cannot be used or is another process's, HeadraceError for a
     file of keys that cannot be used.
@@ -32,20 +32,21 @@ class StageLog:
         settings = config.kv_log
         assert settings is not None
         identity, slot = _pages_of(config)
+        cap = settings.cap - window_bytes(config)
         self._settings = settings
         make_directory(Path(settings.directory))
-        self.directory = Path(settings.directory) / f"stage-{config.stage}"
+        self.directory = stage_directory(config)
         self._keys = _keys(settings)
         try:
             self._log = KVLog.open(
                 self.directory,
                 identity,
-                settings.cap,
+                cap,
                 keys=self._keys,
                 keep=settings.keep,
                 ttl=settings.ttl,
                 daily_writes=settings.daily_writes,
-                segment_bytes=segment_bytes(settings.cap, slot),
+                segment_bytes=segment_bytes(cap, slot),
             )
         except BaseException:
             self._forget_keys()
@@ -100,8 +101,7 @@ def _pages_of(config: StageConfig) -> tuple[bytes, int]:
     """
     store, plan = Store.open(Path(config.store)), config.plan
     layers = plan.placement.layers_of(config.stage)
-    fmt = FORMATS[plan.kv_format]
-    sizes = [page_nbytes(store.layer_shapes[layer], fmt) for layer in layers]
+    sizes = list(stage_page_bytes(config).values())
     kind = config.device.partition(":")[0]
     parts = (_PAGES, store.digest, plan.kv_format, config.dtype, kind, layers, sizes)
     return " ".join(map(str, parts)).encode(), slot_bytes(sum(sizes))

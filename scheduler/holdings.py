@@ -25,7 +25,7 @@ class Holdings:
         self._identity = config.identity
         self._loading: dict[int, tuple[Request, Prefix]] = {}
         self._hits, self._misses = TierHits(), 0
-        self._by_swap = self._by_recompute = 0
+        self._by_swap = self._by_recompute = self._spoiled = 0
 
     @property
     def num_preemptions(self) -> int:
@@ -115,23 +115,32 @@ class Holdings:
 
     def give_way(self, request: Request) -> None:
         """Take a victim's pages; full ones are saved, if that is cheaper than computing them again."""
-        has_saved = request.num_cold > 0
+        has_saved, has_sunk = request.num_cold > 0, request.num_sunk > 0
         named = self._named(request)
         self.release(request)
-        if (named or has_saved) and self.cache.swap_out(named):
+        # Behind pages that are found by nobody, none is of use.
+        if not has_sunk and (named or has_saved) and self.cache.swap_out(named):
             self._by_swap += 1
         else:
             self._by_recompute += 1
 
+    def spoil(self, request: Request) -> None:
+        """Take note that a page of the request on NVMe was damaged, in a pass that has returned."""
+        if not request.is_spoiled:
+            request.is_spoiled = True
+            self._spoiled += 1
+        self.cold.sunk.distrust(request)
+
     def release(self, request: Request) -> None:
         """Take back all that the request holds. Its full pages can be found until they are taken."""
-        named, slots = self._named(request), request.slots[: request.num_cold]
+        named, slots = self._named(request), request.slots[request.num_sunk : request.num_cold]
         self.cache.release(request.pages)
         self.cold.release(request)
         if request.keep and request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.cache.keep(named, slots)
         request.pages = []
         request.num_named = request.num_scheduled = 0
+        request.is_spoiled = False
         request.coming.clear()
         self._loading.pop(request.request_id, None)
         if request.tail is not None:
@@ -153,6 +162,8 @@ class Holdings:
             evicted_from_device=tiers.device.num_evicted,
             evicted_from_host=tiers.host.num_evicted,
             cold=self.cold.num_held,
+            sunk=self.cold.sunk.num_held,
+            spoiled=self._spoiled,
         )
 
     def check_integrity(self, requests: Sequence[Request] = ()) -> None:

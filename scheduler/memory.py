@@ -1,6 +1,6 @@
 """How many bytes a stage needs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.scheduler.experts import transit_slots
@@ -32,6 +32,13 @@ SPARE_SHARE = 16
 
 KV_RING_SLOTS = 2
 """Slots of a KV ring: over the pages in one a layer attends while others are brought into the next."""
+
+WINDOW_THREADS = 4
+"""Threads of a stage that read KV pages from slots on NVMe for attention."""
+
+WINDOW_PIECE_BYTES = 1 << 20
+"""Most bytes of one of their reads, unless a page's part is larger. Weights are read by twice as many
+threads in pieces of 8 MiB, and so have most of the drive."""
 
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
@@ -149,6 +156,11 @@ def page_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
 def slot_bytes(page_bytes: int) -> int:
     """A host slot for one KV page of so many bytes over all of a stage's layers."""
     return -(-page_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def window_slot_bytes(layer_bytes: Iterable[int]) -> int:
+    """A slot on NVMe for one KV page, each layer's part of which is read alone."""
+    return sum(map(slot_bytes, layer_bytes))
 
 
 def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget]) -> int:

@@ -194,7 +194,8 @@ class Plan:
 
     Requests whose pages lie in host slots go on decoding in up to `cold_micro_batches` more micro-batches
     of at most as many tokens, each of which may need up to `kv_ring_pages` pages: for so many, two slots
-    of each stage's KV ring have room in turn.
+    of each stage's KV ring have room in turn. Those of their pages that are older than `hot_window`
+    tokens may lie in `window_pages` slots on each stage's drive, with the same ids, from `host_pages` on.
 
     Where `expert_slots[stage]` is not 0, the stage's layers whose experts can be read alone are
     split, whatever their tier: what every token needs of them rests in the tier (on the device, too)
@@ -232,3 +233,5 @@ class Plan:
     kv_costs: KVCosts = field(default_factory=KVCosts)
     kv_ring_pages: int = 0
     cold_micro_batches: int = 0
+    window_pages: int = 0
+    hot_window: int = 0

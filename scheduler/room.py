@@ -80,8 +80,12 @@ class Room:
 
     def land(self, request: Request) -> None:
         """No pass in flight holds the request any more, which goes on."""
-        if request is self._leaving:
+        is_leaving = request is self._leaving
+        if is_leaving:
             self._leaving = None
+        if request.is_spoiled:
+            self.put_back(request)
+        elif is_leaving:
             self._preempt(request)
 
     def end(self, request: Request) -> None:

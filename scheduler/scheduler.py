@@ -1,7 +1,7 @@
 """The scheduler: requests in, passes out, samples in, tokens committed."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from headrace.scheduler.config import SchedulerConfig
@@ -151,10 +151,13 @@ class Scheduler:
         samples: Sequence[Sample],
         moved: Sequence[int] = (),
         lost: Sequence[int] = (),
+        spoiled: Collection[int] = (),
     ) -> Update:
         """Commit what the oldest pass in flight computed: one sample for each slice that asks for one.
 
-        `moved` and `lost` are the moves that have ended on every stage since the last update.
+        `moved` and `lost` are the moves that have ended on every stage since the last update. Nothing
+        is taken that the pass computed of requests that are `spoiled` on any stage, nor what later ones
+        did that are in flight: these requests wait again when none of them is.
         """
         drawn = {sample.request: sample for sample in samples}
         pieces = [piece for batch in a_pass.micro_batches for piece in batch.slices]
@@ -165,10 +168,12 @@ class Scheduler:
         update = Update([], [])
         for piece in pieces:
             request = self._roster.in_flight[piece.request]
-            if piece.end >= (request.num_named + 1) * PAGE_TOKENS:
-                self.holdings.name(request, piece.end)
-            if piece.sampling is not None and request.finish_reason is None:
-                self._commit(request, drawn[piece.request], update)
+            if piece.request in spoiled:
+                self.holdings.spoil(request)
+            if request.is_spoiled:
+                request.num_drawing -= piece.sampling is not None
+            else:
+                self._take_in(request, piece, drawn.get(piece.request), update)
             request.passes.remove(step)
             if not request.passes:
                 self._land(request)
@@ -193,7 +198,7 @@ class Scheduler:
                 self._take(request, draft, count)
 
     def _is_ready(self, request: Request, may_follow: bool) -> bool:
-        if self._room.is_leaving(request) or request.coming:
+        if self._room.is_leaving(request) or request.coming or request.is_spoiled:
             return False
         if not request.passes:
             return True
@@ -242,6 +247,15 @@ class Scheduler:
         request.num_drawing += draws
         request.passes.append(self._step + 1)
         self._roster.in_flight[request.request_id] = request
+
+    def _take_in(
+        self, request: Request, piece: Slice, sample: Sample | None, update: Update
+    ) -> None:
+        """What a pass computed of a request."""
+        if piece.end >= (request.num_named + 1) * PAGE_TOKENS:
+            self.holdings.name(request, piece.end)
+        if sample is not None and request.finish_reason is None:
+            self._commit(request, sample, update)
 
     def _commit(self, request: Request, sample: Sample, update: Update) -> None:
         request.tokens.append(sample.token)

@@ -22,6 +22,7 @@ from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_log import StageLog
+from headrace.runtime.stage_window import open_window
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import Pass, PassResult
 
@@ -82,7 +83,10 @@ def local_engine(
     tokenizer = load_tokenizer(store.path)
     with ExitStack() as opened:
         log = None if config.kv_log is None else opened.enter_context(StageLog(config))
-        stage = Stage(config, pages=log)
+        window = open_window(config)
+        if window is not None:
+            opened.enter_context(window)
+        stage = Stage(config, pages=log, window=window)
         engine = Engine(
             plan,
             make_pipeline(stage),

@@ -20,7 +20,7 @@ from headrace.scheduler.kv_room import segment_bytes
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import MoveKind
 
-OUT, IN, SPILL, FETCH = MoveKind
+OUT, IN, SPILL, FETCH, _ = MoveKind
 COMMON = prompt(99, 140)
 PROMPTS = [COMMON + prompt(i, 80 + 10 * i) for i in range(4)] + [
     prompt(i, 150 + 20 * i) for i in range(4, 8)

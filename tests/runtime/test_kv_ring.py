@@ -249,12 +249,15 @@ def test_what_is_copied() -> None:
         Slice(2, 63, (5, 6), (31, 32), None),
         Slice(3, 128, (5,), (34, 33), None, cold=(4,)),
     )
-    plain = ColdBatch.of(MicroBatch(pieces), quantized=False, pinned=False)
+    plain = ColdBatch.of(MicroBatch(pieces), quantized=False, pinned=False, host_pages=9)
     assert [p.pages for p in plain.in_ring.slices] == [(0, 1, 2), (3, 4), (5, 6, 7)]
     pairs = lambda ids: list(zip(ids.source.tolist(), ids.dest.tolist(), strict=True))
-    assert pairs(plain.cold(None)) == [(8, 0), (9, 1), (4, 5)]
+    assert pairs(plain.cold(None)) == [(8, 0), (4, 5)]
+    sunk = plain.sunk(None)
+    assert sunk is not None and (sunk.slots.tolist(), sunk.owners.tolist()) == ([0], [1])
+    assert pairs(sunk.ids) == [(0, 1)]
     assert pairs(plain.inwards) == [(30, 2), (31, 3), (34, 6)]
     assert pairs(plain.outwards) == [(2, 30), (3, 31), (4, 32), (7, 33)]
-    coded = ColdBatch.of(MicroBatch(pieces), quantized=True, pinned=False)
+    coded = ColdBatch.of(MicroBatch(pieces), quantized=True, pinned=False, host_pages=9)
     assert pairs(coded.inwards) == [(34, 6)]
     assert pairs(coded.outwards) == [(3, 31)]

@@ -15,7 +15,7 @@ from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler, Update
 
 P = PAGE_TOKENS
-OUT, IN, SPILL, FETCH = MoveKind
+OUT, IN, SPILL, FETCH, _ = MoveKind
 
 
 def make_scheduler(
