@@ -13,6 +13,7 @@ from headrace.scheduler.memory import (
     slot_bytes,
     spread_out,
     transit_bytes,
+    window_host_bytes,
     without_weights,
 )
 from headrace.scheduler.placement import Placement, StageMemory, Tier
@@ -94,7 +95,7 @@ def _filled(
     streamed = [placement.streamed(stage) for stage in range(layout.num_stages)]
     ring_slot_bytes = max((held[i] for layers in streamed for i in layers), default=0)
     ring_slots = tuple(layout.ring_slots if layers else 0 for layers in streamed)
-    pages = host_pages(shape, layout, budgets)
+    pages = host_pages(shape, layout, budgets, cache)
     memory = tuple(
         replace(
             without_weights(shape, layout, stage, cache),
@@ -103,6 +104,7 @@ def _filled(
             host_layers=_bytes_in(held, layout, stage, tiers, Tier.HOST),
             process=budget.process_bytes,
             host_kv=pages * slot_bytes(page_bytes(shape, layout, stage)),
+            host_window=window_host_bytes(shape, layout, stage, cache),
             host_log=budget.kv_log,
         )
         for stage, budget in enumerate(budgets)

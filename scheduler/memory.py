@@ -40,6 +40,9 @@ WINDOW_PIECE_BYTES = 1 << 20
 """Most bytes of one of their reads, unless a page's part is larger. Weights are read by twice as many
 threads in pieces of 8 MiB, and so have most of the drive."""
 
+WINDOW_BUFFERS = 8
+"""Of such pieces: those of the threads that read and write, and some that are kept."""
+
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 
@@ -97,7 +100,8 @@ class Cache:
     """Room for keys and values of so many `sequences` at once, of so many `pages` each.
 
     `guests` more have theirs in host RAM; a pass has up to `cold_batches` micro-batches of them, each of
-    at most `ring_pages` pages.
+    at most `ring_pages` pages. `sunk` of their pages have no room there and lie on NVMe, where there are
+    `window_pages` slots for them.
     """
 
     sequences: int
@@ -105,6 +109,8 @@ class Cache:
     guests: int = 0
     cold_batches: int = 0
     ring_pages: int = 0
+    sunk: int = 0
+    window_pages: int = 0
 
     @property
     def num_pages(self) -> int:
@@ -163,19 +169,24 @@ def window_slot_bytes(layer_bytes: Iterable[int]) -> int:
     return sum(map(slot_bytes, layer_bytes))
 
 
-def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget]) -> int:
-    """KV pages for which every stage has a slot in its host memory."""
-    return min(
-        budget.kv_host_memory // slot_bytes(page_bytes(shape, layout, stage))
-        for stage, budget in enumerate(budgets)
-    )
-
-
-def most_guests(shape: ModelShape, layout: Layout, budgets: Sequence[Budget], pages: int) -> int:
-    """Sequences of so many pages whose full ones have slots in every stage's host memory."""
-    if pages < 2:
+def window_host_bytes(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> int:
+    """Host memory for pages on their way between NVMe and the KV ring: where each slot of the ring is
+    read to, and buffers of the threads that read."""
+    if not cache.window_pages:
         return 0
-    return lendable_slots(host_pages(shape, layout, budgets)) // (pages - 1)
+    largest = max(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
+    buffers = WINDOW_BUFFERS * (max(WINDOW_PIECE_BYTES, slot_bytes(largest)) + SLOT_ALIGNMENT)
+    return kv_ring_bytes(shape, layout, stage, cache.ring_pages) + buffers
+
+
+def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget], cache: Cache) -> int:
+    """KV pages for which every stage has a slot in its host memory."""
+
+    def most(stage: int, budget: Budget) -> int:
+        room = budget.kv_host_memory - window_host_bytes(shape, layout, stage, cache)
+        return max(0, room) // slot_bytes(page_bytes(shape, layout, stage))
+
+    return min(most(stage, budget) for stage, budget in enumerate(budgets))
 
 
 def lendable_slots(count: int) -> int:

@@ -89,6 +89,8 @@ def _check(problem: Problem, workload: Workload) -> None:
         raise DoesNotFitError(
             f"--resident-layers must be at least 0, not {choices.resident_layers}"
         )
+    if choices.kv_hot_window is not None and choices.kv_hot_window < 0:
+        raise DoesNotFitError(f"--kv-hot-window must be at least 0, not {choices.kv_hot_window}")
     if choices.token_budget and (choices.micro_batches or 1) > choices.token_budget:
         raise DoesNotFitError(
             f"--micro-batches {choices.micro_batches} cannot share --token-budget"
@@ -249,10 +251,12 @@ def _plan(problem: Problem, candidate: Candidate) -> Plan:
         kv_format=shape.kv_format,
         num_tails=cache.in_all if shape.layer_tail_bytes else 0,
         host_pages=filling.host_pages,
-        nvme_pages=nvme_pages(shape, layout, problem.budgets),
+        nvme_pages=nvme_pages(shape, layout, problem.budgets, cache.window_pages),
         kv_costs=kv_costs(shape, layout, problem.profiles, candidate.prediction),
         kv_ring_pages=cache.ring_pages,
         cold_micro_batches=cache.cold_batches,
+        window_pages=cache.window_pages,
+        hot_window=(problem.choices.kv_hot_window or 0) if cache.window_pages else 0,
     )
 
 

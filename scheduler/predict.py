@@ -1,8 +1,9 @@
 """How long a decode pass takes, by the formula of the design:
 
-    T = max( nvme bytes / drive GB/s, (nvme + host + KV bytes) / link GB/s, compute, HBM, hops )
+    T = max( (nvme + sunk KV bytes) / drive GB/s, (nvme + host + KV bytes) / link GB/s, compute, HBM, hops )
 
-KV bytes are the full pages of sequences that have them in host RAM, once for each token.
+KV bytes are the full pages of sequences that have them in host RAM or on NVMe, once for each token; sunk
+ones are those on NVMe.
 
 The slowest stage decides every term. With one convoy (one pass in flight) each stage loads its
 layers once for all sequences. With a group in flight per stage, each group has the layers loaded
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from headrace.scheduler.experts import ExpertPools, Loads, layer_loads, reached
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
-from headrace.scheduler.memory import Cache, Layout
+from headrace.scheduler.memory import Cache, Layout, slot_bytes, window_slot_bytes
 from headrace.scheduler.placement import ExpertTraffic, Placement, Prediction, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.simulate import ExpertTimes, Timing
@@ -49,7 +50,8 @@ for a second one to end."""
 class Decode:
     """A steady decode: `sequences` over all passes, `rows` tokens in each micro-batch of a pass.
 
-    `guests` of the sequences have their full pages in host RAM and `cold_batches` of the micro-batches.
+    `guests` of the sequences have their full pages in host RAM, or `sunk_pages` of them all on NVMe, and
+    `cold_batches` of the micro-batches.
     """
 
     sequences: int
@@ -58,17 +60,18 @@ class Decode:
     passes_in_flight: int
     guests: int = 0
     cold_batches: int = 0
+    sunk_pages: int = 0
 
     @classmethod
     def of(cls, layout: Layout, cache: Cache, context: int) -> "Decode":
         a_pass = -(-cache.sequences // layout.passes_in_flight)
         batches = min(layout.micro_batches, a_pass) + cache.cold_batches
         passes, guests, cold = layout.passes_in_flight, cache.guests, cache.cold_batches
-        return cls(cache.in_all, context, batches, passes, guests, cold)
+        return cls(cache.in_all, context, batches, passes, guests, cold, cache.sunk)
 
     @property
     def cold_pages(self) -> int:
-        """Pages that all passes together bring from host RAM: all but the newest."""
+        """Pages that all passes together bring from host RAM and NVMe: all but the newest."""
         return self.guests * (max(0, self.context - 1) // PAGE_TOKENS)
 
     @property
@@ -188,14 +191,20 @@ def timing(
     compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)
     hop = sum(_hop_seconds(shape, profiles, decode.rows))
     cold = [0.0] * shape.num_layers
+    sunk = [0.0] * shape.num_layers
     if decode.cold_batches:
-        pages = decode.cold_pages / decode.passes_in_flight / decode.cold_batches
+        uses = decode.passes_in_flight * decode.cold_batches
         for visit in placement.visits:
+            profile = profiles[visit.stage]
             for layer in visit.layers:
-                nbytes = pages * shape.layer_kv_bytes[layer]
-                cold[layer] = _load_seconds(profiles[visit.stage], Tier.HOST, nbytes)
-    turn = turnaround(placement, ahead)
-    return Timing(tuple(load), tuple(compute), hop, turn, experts, tuple(cold), decode.cold_batches)
+                nbytes = shape.layer_kv_bytes[layer]
+                cold[layer] = decode.cold_pages / uses * nbytes / (profile.host_gbps * GIGA)
+                read = decode.sunk_pages / uses * slot_bytes(nbytes)
+                sunk[layer] = read / (profile.nvme_gbps * GIGA)
+    turn, batches = turnaround(placement, ahead), decode.cold_batches
+    return Timing(
+        tuple(load), tuple(compute), hop, turn, experts, tuple(cold), batches, tuple(sunk)
+    )
 
 
 def _head_flops(shape: ModelShape, rows: float) -> float:
@@ -220,10 +229,12 @@ def predict(
     terms = dict.fromkeys(("nvme", "pcie", "compute", "hbm"), 0.0)
     held = shape.held_bytes(split=pools is not None)
     loads = _loads(shape, placement, decode, pools)
-    without_kv = 0.0
+    without_kv = dict.fromkeys(("nvme", "pcie"), 0.0)
     for stage, profile in enumerate(profiles):
         found = _moving(profile, placement, held, loads, stage, idle)
-        without_kv = max(without_kv, rounds * found["pcie"])
+        for name in without_kv:
+            without_kv[name] = max(without_kv[name], rounds * found[name])
+        found["nvme"] += _sunk_seconds(shape, profile, placement, decode, stage)
         found["pcie"] += _cold_seconds(shape, profile, placement, decode, stage)
         found |= _computing(shape, profile, placement, decode, stage)
         for name, seconds in found.items():
@@ -234,12 +245,23 @@ def predict(
     seconds = terms[bound_by]
     rate = decode.sequences / seconds
     traffic = None if pools is None else _traffic_of(loads.values())
-    cold = decode.guests, decode.cold_pages, terms["pcie"] - without_kv
-    return Prediction(decode.sequences, seconds, rate, bound_by, terms, traffic, *cold)
+    return Prediction(
+        decode.sequences,
+        seconds,
+        rate,
+        bound_by,
+        terms,
+        traffic,
+        guests=decode.guests,
+        cold_pages=decode.cold_pages,
+        cold_seconds=terms["pcie"] - without_kv["pcie"],
+        sunk_pages=decode.sunk_pages,
+        sunk_seconds=terms["nvme"] - without_kv["nvme"],
+    )
 
 
 def _cold_bytes(shape: ModelShape, placement: Placement, decode: Decode, stage: int) -> float:
-    """Of the pages that one pass brings from host RAM to one stage."""
+    """Of the pages that one pass brings to one stage."""
     page = sum(shape.layer_kv_bytes[layer] for layer in placement.layers_of(stage))
     return decode.cold_pages * page / decode.passes_in_flight
 
@@ -248,6 +270,14 @@ def _cold_seconds(
     shape: ModelShape, profile: DeviceProfile, placement: Placement, decode: Decode, stage: int
 ) -> float:
     return _cold_bytes(shape, placement, decode, stage) / (profile.host_gbps * GIGA)
+
+
+def _sunk_seconds(
+    shape: ModelShape, profile: DeviceProfile, placement: Placement, decode: Decode, stage: int
+) -> float:
+    """Of one stage's drive in one pass: parts of pages are read in whole blocks."""
+    page = window_slot_bytes(shape.layer_kv_bytes[i] for i in placement.layers_of(stage))
+    return decode.sunk_pages * page / decode.passes_in_flight / (profile.nvme_gbps * GIGA)
 
 
 def _traffic_of(loads: Iterable[Loads]) -> ExpertTraffic:

@@ -1,9 +1,9 @@
-"""How many KV pages a layout has, on the device and in host RAM: tried and predicted by the formula."""
+"""How many KV pages a layout has, on the device and below it: tried and predicted by the formula."""
 
 from dataclasses import dataclass, replace
 
 from headrace.scheduler.filling import Filling, fill
-from headrace.scheduler.memory import Cache, Layout, most_guests
+from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Prediction
 from headrace.scheduler.predict import Decode, predict
 from headrace.scheduler.problem import Problem
@@ -56,14 +56,16 @@ def search_pages(problem: Problem, layout: Layout) -> Candidate:
 
 
 def _with_guests(problem: Problem, layout: Layout) -> list[Candidate]:
-    """Sequences beyond those that the device holds, with their pages in host RAM: fewest first."""
-    pages = problem.cache(0).pages
+    """Sequences beyond those that the device holds, with their pages in host RAM, or the older ones on
+    NVMe: fewest first."""
     wanted = problem.wanted(layout)
-    most = min(most_guests(problem.shape, layout, problem.budgets, pages), wanted - 1)
-    if most < 1:
+    in_host, in_all = (min(most, wanted - 1) for most in problem.most_guests(layout))
+    if in_all < 1:
         return []
-    counts = {most * i // GUEST_STEPS for i in range(1, GUEST_STEPS + 1)}
-    counts.add(_guests_asked_for(problem, layout, most))
+    counts = {
+        most * i // GUEST_STEPS for most in (in_host, in_all) for i in range(1, GUEST_STEPS + 1)
+    }
+    counts.add(_guests_asked_for(problem, layout, in_all))
     found = []
     for guests in sorted(count for count in counts if count > 0):
         room = problem.hosting(layout, guests)
