@@ -161,8 +161,9 @@ class Engine:
             completions = self._apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
         loaded = sum(result.times.experts_loaded for result in results)
+        sunk = sum(result.times.kv_sunk_bytes for result in results)
         tokens, cold = a_pass.num_tokens, a_pass.num_cold
-        self.stats.bound_seconds += least_seconds(self.plan, tokens, loaded, cold)
+        self.stats.bound_seconds += least_seconds(self.plan, tokens, loaded, cold, sunk)
         return completions
 
     def wait_host_tier(self) -> None:
@@ -262,13 +263,17 @@ class Engine:
 
 
 def least_seconds(
-    plan: Plan, num_tokens: int, experts_loaded: int = 0, cold_pages: int = 0
+    plan: Plan,
+    num_tokens: int,
+    experts_loaded: int = 0,
+    cold_pages: int = 0,
+    sunk_bytes: int = 0,
 ) -> float:
     """What the binding resource needs for one pass of `num_tokens` tokens, by the plan's terms.
 
     Weights are moved once a pass whatever it computes, experts of split layers when they had to be
-    loaded, and `cold_pages` pages of sequences that have theirs in host RAM; arithmetic grows with the
-    pass's tokens. A pass of moves alone needs nothing of the plan's.
+    loaded, and `cold_pages` pages of sequences that have theirs in host RAM or on NVMe, `sunk_bytes` from
+    the drives of all stages; arithmetic grows with the pass's tokens. A pass of moves alone needs nothing of the plan's.
     """
     if not num_tokens:
         return 0.0
@@ -277,7 +282,10 @@ def least_seconds(
     link = (prediction.terms["pcie"] - prediction.cold_seconds) * share
     if cold_pages:
         link += prediction.cold_seconds * cold_pages / max(1, prediction.cold_pages)
-    moving = max(prediction.terms["nvme"] * share, link, prediction.terms["hbm"] / rounds)
+    drive = (prediction.terms["nvme"] - prediction.sunk_seconds) * share
+    if sunk_bytes:
+        drive += prediction.sunk_seconds * sunk_bytes / max(1.0, prediction.sunk_bytes)
+    moving = max(drive, link, prediction.terms["hbm"] / rounds)
     return max(moving, prediction.terms["compute"] * num_tokens / prediction.sequences)
 
 

@@ -116,6 +116,7 @@ def plan_run(
             micro_batches=options.micro_batches,
             resident_layers=options.resident_layers,
             graphs=options.graphs,
+            kv_hot_window=options.kv_hot_window,
         ),
     )
 
@@ -247,7 +248,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         if plan.nvme_pages:
             logs = ActorLogs(actors)
             stack.callback(logs.close)
-        log_kv(plan)
+        log_kv(plan, options.kv_hot_window)
         _load(actors, plan, options, device, dtype, found)
         times.ended(f"loading {read_at_start(plan)} and models' code")
         if plan.placement.edges:  # a single stage has none

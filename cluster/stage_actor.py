@@ -94,7 +94,7 @@ class StageActor:
             self._log = StageLog(config)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
-        self._window = open_window(config)
+        self._window = open_window(config, self._log)
         self._stage = self._thread.do(Stage, config, None, self._log, self._window)
         return self._stage.storage_name
 

@@ -188,8 +188,7 @@ class _WindowMoves:
         try:
             with self._tracer.span(Kind.KV_LOG, move.kind.value, move.number, nbytes):
                 parts = [part.numpy().data for part in self._host.layers(move.slot)]
-                self._window.write(move.nvme_slot, parts)
-            has_sunk = True
+                has_sunk = self._window.write(move.nvme_slot, parts)
         except Exception as error:  # noqa: BLE001 - the page stays where it is
             log.warning("KV pages on NVMe (%s): %s", move.kind.value, error)
         self._ended(move, has_sunk)

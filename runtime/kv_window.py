@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, Self
@@ -119,15 +119,22 @@ class PageWindow:
     """`count` slots, each for a page of all of a stage's layers, `page_bytes` by layer.
 
     A slot is written by one thread at a time and read by any number of them when it has been. Nothing
-    here raises for damage: it is found, and said. Owns `blocks`, which have `size_of` bytes.
+    here raises for damage: it is found, and said. `may_write` is asked for each page, of so many bytes.
+    Owns `blocks`.
     """
 
     def __init__(
-        self, page_bytes: Mapping[int, int], count: int, blocks: Blocks, *, encrypted: bool
+        self,
+        page_bytes: Mapping[int, int],
+        count: int,
+        blocks: Blocks,
+        *,
+        encrypted: bool,
+        may_write: Callable[[int], bool] = lambda _: True,
     ) -> None:
         assert count > 0
         self.num_slots, self.page_bytes = count, dict(page_bytes)
-        self._blocks = blocks
+        self._blocks, self._may_write = blocks, may_write
         self._index = {layer: i for i, layer in enumerate(page_bytes)}
         self._strides = [aligned(nbytes) for nbytes in page_bytes.values()]
         self._starts = [0, *accumulate(count * stride for stride in self._strides)]
@@ -150,11 +157,15 @@ class PageWindow:
         """Bytes from a slot's part of the layer to the next slot's."""
         return self._strides[self._index[layer]]
 
-    def write(self, slot: int, parts: Sequence[memoryview]) -> None:
-        """A page, layer by layer. OSError: the slot holds nothing."""
+    def write(self, slot: int, parts: Sequence[memoryview]) -> bool:
+        """A page, layer by layer; False where no more may be written today. OSError: the slot holds
+        nothing."""
+        if not self._may_write(self.page_size):
+            return False
         for i, part in enumerate(parts):
             with self._buffers.take(self._strides[i] + BLOCK) as memory:
                 self._write_part(i, slot, part, memory)
+        return True
 
     def _write_part(self, i: int, slot: int, part: memoryview, memory: memoryview) -> None:
         nbytes, stride = part.nbytes, self._strides[i]

@@ -58,6 +58,10 @@ class StageLog:
     def get(self, key: bytes, dest: memoryview) -> bool:
         return self._log.get(key, dest)
 
+    def may_write(self, nbytes: int) -> bool:
+        """Whether so much more may be written to the drive today, by whoever; it is booked then."""
+        return self._log.budget.take(nbytes)
+
     def keys(self) -> list[bytes]:
         """Of all pages that it has, oldest first."""
         return self._log.keys()

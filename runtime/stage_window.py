@@ -1,6 +1,7 @@
 """A stage's slots on NVMe for KV pages that requests decode over: where they lie, and how many."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headrace.runtime.kv_store import page_nbytes
 from headrace.runtime.kv_window import NamelessFile, PageWindow
@@ -8,6 +9,9 @@ from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.memory import window_slot_bytes
+
+if TYPE_CHECKING:
+    from headrace.runtime.stage_log import StageLog
 
 
 def stage_directory(config: StageConfig) -> Path:
@@ -29,14 +33,15 @@ def window_bytes(config: StageConfig) -> int:
     return config.plan.window_pages * window_slot_bytes(sizes)
 
 
-def open_window(config: StageConfig) -> PageWindow | None:
-    """The slots that the plan has, in a folder that is there; None where it has none.
+def open_window(config: StageConfig, log: "StageLog | None") -> PageWindow | None:
+    """The slots that the plan has, in the folder of the stage's `log`; None where it has none.
 
     Raises DoesNotFitError when the drive has no room for them, KVLogError for an unusable folder.
     """
     if not config.plan.window_pages:
         return None
-    assert config.kv_log is not None, "the plan has slots on NVMe and no folder for them"
-    file = NamelessFile(stage_directory(config), window_bytes(config))
+    assert log is not None and config.kv_log is not None, "slots on NVMe, and no folder for them"
+    file = NamelessFile(log.directory, window_bytes(config))
+    sizes, count = stage_page_bytes(config), config.plan.window_pages
     encrypted = not config.kv_log.plaintext
-    return PageWindow(stage_page_bytes(config), config.plan.window_pages, file, encrypted=encrypted)
+    return PageWindow(sizes, count, file, encrypted=encrypted, may_write=log.may_write)

@@ -168,7 +168,7 @@ class Prediction:
     largest binds. tokens/s = sequences / pass_seconds. `experts` is None where no layer is split.
     `guests` of the sequences have their full pages in host RAM or on NVMe, which adds `cold_seconds` to
     "pcie" for `cold_pages` that are brought to every stage, and `sunk_seconds` to "nvme" for those
-    `sunk_pages` of them that have no room in host RAM.
+    `sunk_pages` of them that have no room in host RAM, of `sunk_bytes` over all stages.
     """
 
     sequences: int
@@ -182,6 +182,7 @@ class Prediction:
     cold_seconds: float = 0.0
     sunk_pages: int = 0
     sunk_seconds: float = 0.0
+    sunk_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,6 +257,7 @@ def predict(
         cold_seconds=terms["pcie"] - without_kv["pcie"],
         sunk_pages=decode.sunk_pages,
         sunk_seconds=terms["nvme"] - without_kv["nvme"],
+        sunk_bytes=decode.sunk_pages * window_slot_bytes(shape.layer_kv_bytes),
     )
 
 

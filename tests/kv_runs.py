@@ -60,7 +60,7 @@ def paged_engine(
                 kv_log=kv_log,
             )
             logs.append(stack.enter_context(StageLog(config)))
-            windows.append(open_window(config))
+            windows.append(open_window(config, logs[-1]))
             if windows[-1] is not None:
                 stack.enter_context(windows[-1])
         pipeline = stack.enter_context(local_ring(store, plan, logs=logs, windows=windows))

@@ -67,7 +67,7 @@ def local_engine(
     dtype = resolve_dtype(options.dtype, device, store)
     found = discover(stage_device(device), str(store.path.resolve()))
     plan = plan_run(options, device, [found], shape_in(store, dtype, options.kv_format))
-    log_kv(plan)
+    log_kv(plan, options.kv_hot_window)
     config = StageConfig(
         store=str(store.path),
         stage=0,
@@ -83,7 +83,7 @@ def local_engine(
     tokenizer = load_tokenizer(store.path)
     with ExitStack() as opened:
         log = None if config.kv_log is None else opened.enter_context(StageLog(config))
-        window = open_window(config)
+        window = open_window(config, log)
         if window is not None:
             opened.enter_context(window)
         stage = Stage(config, pages=log, window=window)
