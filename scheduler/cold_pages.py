@@ -58,7 +58,7 @@ class ColdPages:
         """Hold slots for the request's next full pages, as far as there are any."""
         for i in range(len(request.slots), request.num_named):
             page, key = request.pages[i - request.num_cold], request.keys[i]
-            if self.num_held >= self._most:
+            if self.num_held >= self._most and self._host.find(key) not in self._holders:
                 return
             slot = self._cache.hold_below(page, key, request.request_id)
             if slot is None:
