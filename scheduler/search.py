@@ -12,7 +12,8 @@ PAGE_STEPS = 16
 """Page counts that are tried for a layout, evenly spaced up to the most that fit or are wanted."""
 
 GUEST_STEPS = 8
-"""Counts of sequences with pages in host RAM that are tried for a layout."""
+"""Counts of sequences with pages in host RAM that are tried for a layout, and as many of those with some
+on NVMe."""
 
 DEVICE_SHARES = (1, 2, 4)
 """Beside these the device holds as many sequences as it can, or one in so many of them."""
@@ -62,9 +63,9 @@ def _with_guests(problem: Problem, layout: Layout) -> list[Candidate]:
     in_host, in_all = (min(most, wanted - 1) for most in problem.most_guests(layout))
     if in_all < 1:
         return []
-    counts = {
-        most * i // GUEST_STEPS for most in (in_host, in_all) for i in range(1, GUEST_STEPS + 1)
-    }
+    counts = {in_host * i // GUEST_STEPS for i in range(1, GUEST_STEPS + 1)}
+    # A drive is soon busy, and nothing is gained from there on: few more are tried most closely.
+    counts |= {in_host + (in_all - in_host) // 2**i for i in range(GUEST_STEPS)}
     counts.add(_guests_asked_for(problem, layout, in_all))
     found = []
     for guests in sorted(count for count in counts if count > 0):
