@@ -87,14 +87,19 @@ class NamelessFile:
 
 
 def _open_nameless(directory: Path) -> int:
-    flags = os.O_RDWR | os.O_CLOEXEC
     try:
-        return os.open(directory, flags | os.O_TMPFILE, 0o600)
+        return os.open(directory, os.O_RDWR | os.O_CLOEXEC | os.O_TMPFILE, 0o600)
     except OSError as error:
         if error.errno not in _NO_NAMELESS:
             raise
-    path = directory / f"window-{os.getpid()}.kv"  # a filesystem that has none without a name
-    descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    return open_unlinked(directory)
+
+
+def open_unlinked(directory: Path) -> int:
+    """For a filesystem that has no files without a name: one that loses its name at once."""
+    path = directory / "headrace-kv-window.tmp"
+    path.unlink(missing_ok=True)  # of a process that was killed just there
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o600)
     path.unlink()
     return descriptor
 

@@ -6,6 +6,7 @@ Weights come first on the drive: a thread reads no more than a piece at a time, 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -59,7 +60,9 @@ class WindowReads:
         size = slots * num_pages * largest
         self._buffer = AlignedBuffer(size, pinned=pinned, option="--kv-host-memory")
         self._staging = self._buffer.tensor.view(slots, num_pages * largest)
-        self._threads = ThreadPoolExecutor(WINDOW_THREADS, "headrace-kv-window")
+        # Else a thread's first CUDA call would open a context on device 0.
+        enter = partial(torch.cuda.set_device, device) if pinned else None
+        self._threads = ThreadPoolExecutor(WINDOW_THREADS, "headrace-kv-window", enter)
 
     def begin(self, layer: int, slot: int, sunk: Sunk, after: torch.cuda.Event | None) -> Reading:
         """Begin to read the layer's parts of pages to the slot's staging memory, from which nothing is

@@ -27,9 +27,10 @@ class Hosting:
     def __init__(self, config: SchedulerConfig, holdings: Holdings) -> None:
         self._config, self._holdings, self._cold = config, holdings, holdings.cold
         self.is_possible = config.kv_ring_pages > 0 and config.host_pages > 1
-        # Device pages that guests let go of when moves have ended and passes have returned, and whether
-        # anybody else may become one: as of this pass, for it is asked for each page that is short.
-        self._leaving = 0
+        # Device pages that guests let go of when moves have ended and passes have returned, those that go
+        # out when others have sunk, and whether anybody else may become one: as of this pass, for it is
+        # asked for each page that is short.
+        self._leaving = self._promised = 0
         self._may_invite = False
         self._spare = clean_watermark(self._cold.num_lendable)
 
@@ -43,14 +44,18 @@ class Hosting:
 
     def _sink(self, running: Iterable[Request]) -> None:
         """Have old pages sink until guests can send out what they have to, and some pages more."""
+        cold, sunk = self._cold, self._cold.sunk
         guests = [r for r in running if r.is_hosted and not r.returning]
-        wanted = sum(map(self._cold.num_unsent, guests)) + self._spare - self._cold.num_soon
-        if wanted <= 0:
-            return
-        for request in sorted(guests, key=self._cold.sunk.num_left, reverse=True):
-            wanted -= self._cold.sunk.begin(request, wanted)
-            if wanted <= 0:
-                return
+        unsent = sum(map(cold.num_unsent, guests))
+        wanted = unsent + self._spare - cold.num_soon
+        if wanted > 0:
+            for request in sorted(guests, key=sunk.num_left, reverse=True):
+                wanted -= sunk.begin(request, wanted)
+                if wanted <= 0:
+                    break
+        slots = cold.num_soon + min(sunk.num_free, sum(map(sunk.num_left, guests)))
+        # Else nothing would come of waiting for it.
+        self._promised = min(unsent, slots) if self._holdings.is_moving else 0
 
     def _turn(self, running: Iterable[Request]) -> None:
         for request in running:
@@ -74,7 +79,7 @@ class Hosting:
     def make_room(self, count: int, running: Collection[Request]) -> bool:
         """Send out pages, if need be, until `count` are free or will be, once moves have ended and passes
         have returned; whether they will."""
-        if self._will_have(count, running):
+        if self._will_have(count):
             return True
         if not self._may_invite:
             return False
@@ -85,25 +90,17 @@ class Hosting:
                 self._invite(request)
                 batches.reserve(request.num_pages + 1, 1)
                 slots.reserve(request)
-                if self._cold.num_unsent(request):
-                    self._sink(running)
-                if self._will_have(count, running):
-                    return True
-        self._may_invite = False
-        return False
+                if self._will_have(count):
+                    break
+        else:
+            self._may_invite = False
+        if self._promised:
+            self._sink(running)
+        return self._will_have(count)
 
-    def _will_have(self, count: int, running: Iterable[Request]) -> bool:
+    def _will_have(self, count: int) -> bool:
         """Whether `count` pages can be taken when moves have ended and passes returned."""
-        if self._holdings.can_grow_soon(count, self._leaving):
-            return True
-        if not self._cold.sunk.is_possible or not self._holdings.is_moving:
-            return False
-        # Others go out when there are slots for them, which others that sink leave.
-        guests = [r for r in running if r.is_hosted and not r.returning]
-        sunk = self._cold.sunk
-        slots = self._cold.num_soon + min(sunk.num_free, sum(map(sunk.num_left, guests)))
-        unsent = min(slots, sum(map(self._cold.num_unsent, guests)))
-        return self._holdings.can_grow_soon(count, self._leaving + unsent)
+        return self._holdings.can_grow_soon(count, self._leaving + self._promised)
 
     def _invite(self, request: Request) -> None:
         request.is_hosted = True
@@ -111,6 +108,8 @@ class Hosting:
         if not request.passes:  # else what is there already would be waited for, and by whom?
             self._cold.retire(request)
         self._leaving += self._cold.num_leaving(request)
+        if self._cold.sunk.is_possible:
+            self._promised += self._cold.num_unsent(request)
 
     def call_back(self, running: Collection[Request], free: int) -> None:
         """Load guests' pages again, oldest first, as far as `free` pages of the device are not needed."""

@@ -10,7 +10,7 @@ import pytest
 from kv_logs import on_drive, run
 
 from headrace.runtime.kv_record import BLOCK
-from headrace.runtime.kv_window import NamelessFile, PageWindow
+from headrace.runtime.kv_window import NamelessFile, PageWindow, open_unlinked
 from headrace.scheduler.errors import DoesNotFitError, KVLogError
 
 SIZES = {3: 5000, 7: 8192, 8: 64}
@@ -140,7 +140,6 @@ def test_no_more_than_may_be_written_is() -> None:
 
 
 def test_the_file_has_no_name_and_takes_its_room_at_once(tmp_path: Path) -> None:
-    free = os.statvfs(tmp_path)
     with PageWindow(SIZES, SLOTS, NamelessFile(tmp_path, NBYTES), encrypted=True) as window:
         assert not [*tmp_path.iterdir()] and not on_drive(tmp_path)
         descriptor = window._blocks._descriptor  # type: ignore[attr-defined]
@@ -153,7 +152,14 @@ def test_the_file_has_no_name_and_takes_its_room_at_once(tmp_path: Path) -> None
         assert os.fstat(descriptor).st_size == NBYTES
         os.ftruncate(descriptor, NBYTES // 2)
         assert got(window, 8, 0, SLOTS) == [None] * SLOTS
-    assert free.f_bsize
+
+
+def test_a_file_loses_its_name_where_there_are_none_without(tmp_path: Path) -> None:
+    (tmp_path / "headrace-kv-window.tmp").write_text("of a process that was killed")
+    descriptor = open_unlinked(tmp_path)
+    assert os.fstat(descriptor).st_nlink == os.fstat(descriptor).st_size == 0
+    assert not [*tmp_path.iterdir()]
+    os.close(descriptor)
 
 
 def test_nothing_is_left_of_a_process_that_is_killed(tmp_path: Path) -> None:
