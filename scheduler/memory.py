@@ -43,6 +43,9 @@ threads in pieces of 8 MiB, and so have most of the drive."""
 WINDOW_BUFFERS = 8
 """Of such pieces: those of the threads that read and write, and some that are kept."""
 
+WINDOW_ENTRY_BYTES = 32
+"""What is kept in RAM of a layer's part of a slot on NVMe: checksum, nonce and tag."""
+
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
 
@@ -171,12 +174,13 @@ def window_slot_bytes(layer_bytes: Iterable[int]) -> int:
 
 def window_host_bytes(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> int:
     """Host memory for pages on their way between NVMe and the KV ring: where each slot of the ring is
-    read to, and buffers of the threads that read."""
+    read to, buffers of the threads that read, and what tells good pages from others."""
     if not cache.window_pages:
         return 0
     largest = max(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
     buffers = WINDOW_BUFFERS * (max(WINDOW_PIECE_BYTES, slot_bytes(largest)) + SLOT_ALIGNMENT)
-    return kv_ring_bytes(shape, layout, stage, cache.ring_pages) + buffers
+    tables = cache.window_pages * len(layout.layers[stage]) * WINDOW_ENTRY_BYTES
+    return kv_ring_bytes(shape, layout, stage, cache.ring_pages) + buffers + tables
 
 
 def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget], cache: Cache) -> int:

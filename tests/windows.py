@@ -37,14 +37,19 @@ def windows_of(
 
 
 class Faulty:
-    """Blocks of which every n-th read fails, by one of several ways in turn."""
+    """Blocks of which every n-th read fails, by one of several ways in turn, or every n-th write."""
 
     def __init__(self, blocks: Blocks, every: int, kinds: Sequence[str]) -> None:
         self._blocks, self._every, self._kinds = blocks, every, kinds
         self._lock = threading.Lock()
-        self.reads = self.failed = 0
+        self.reads = self.writes = self.failed = 0
 
     def write(self, offset: int, data: memoryview) -> None:
+        with self._lock:
+            self.writes += 1
+            fails = "write" in self._kinds and self.writes % self._every == 0
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         self._blocks.write(offset, data)
 
     def read(self, offset: int, memory: memoryview) -> int:

@@ -172,3 +172,10 @@ def test_pages_on_nvme_that_cannot_be_had_are_computed_again(
     found, watched = run_sunk(stores["llama"], ring, tmp_path, wrap)
     assert found == wanted(stores["llama"], "llama", "fp32")
     assert watched.spoiled > 0 and watched.nvme_bytes > 0
+
+
+def test_pages_that_cannot_be_written_to_nvme_stay(stores: dict[str, Path], tmp_path: Path) -> None:
+    wrap: Wrap = lambda blocks: Faulty(blocks, 4, ["write"])
+    found, watched = run_sunk(stores["llama"], RINGS[0], tmp_path, wrap)
+    assert found == wanted(stores["llama"], "llama", "fp32")
+    assert watched.sunk > 0 and not watched.spoiled
