@@ -101,6 +101,11 @@ class ColdPages:
         request.num_cold = done
         self._free(self.sunk.turn(request))
 
+    def can_recall(self, request: Request) -> bool:
+        """Whether all of the cold pages can be had without computing them."""
+        keys = request.keys[: request.num_cold]
+        return len(self._cache.find(keys).keys) == len(keys)
+
     def recall(self, request: Request) -> bool:
         """Begin to load the cold pages, if all are to be had; the caller has made sure of room for them."""
         assert not request.returning

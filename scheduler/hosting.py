@@ -115,6 +115,8 @@ class Hosting:
         """Load guests' pages again, oldest first, as far as `free` pages of the device are not needed."""
         guests = (r for r in running if r.is_hosted and r.num_cold and not r.returning)
         for request in sorted(guests, key=lambda request: request.request_id):
+            if request.num_sunk and not self._cold.can_recall(request):
+                continue  # from NVMe there is no way back
             left = pages_for(token_limit(request, self._config) - 1) - len(request.pages)
             if left > free or request.stays:
                 return
