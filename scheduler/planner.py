@@ -11,6 +11,7 @@ headrace.scheduler.inputs.
 
 from collections.abc import Iterator, Sequence
 
+from headrace.scheduler.decode import Decode
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.experts import loads_ahead
 from headrace.scheduler.inputs import (
@@ -27,12 +28,12 @@ from headrace.scheduler.layouts import resident_layouts, streaming_layouts
 from headrace.scheduler.memory import Layout
 from headrace.scheduler.placement import Plan, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
-from headrace.scheduler.predict import Decode, passes_ahead, timing
 from headrace.scheduler.problem import Problem
 from headrace.scheduler.refusal import refusal
 from headrace.scheduler.search import WORTH_IT, Candidate, search_pages
 from headrace.scheduler.simulate import simulate
 from headrace.scheduler.sizes import format_size
+from headrace.scheduler.timing import passes_ahead, timing
 
 __all__ = ["Budget", "Choices", "DeviceProfile", "ModelShape", "Workload", "make_plan"]
 

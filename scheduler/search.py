@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from headrace.scheduler.decode import Decode
 from headrace.scheduler.filling import Filling, fill
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Prediction
-from headrace.scheduler.predict import Decode, predict
+from headrace.scheduler.predict import predict
 from headrace.scheduler.problem import Problem
 
 PAGE_STEPS = 16

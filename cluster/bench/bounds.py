@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.cluster.bench.needed import Bytes, layer_bytes
+from headrace.scheduler.decode import Decode
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
 from headrace.scheduler.placement import Plan
-from headrace.scheduler.predict import Decode, predict
+from headrace.scheduler.predict import predict
 
 GIGA = 1e9
 TOLERANCE = 1.02
