@@ -104,8 +104,9 @@ def log_kv(plan: Plan, hot_window: int | None) -> None:
     without it."""
     if hot_window is not None and not plan.window_pages:
         log.warning(
-            "--kv-hot-window is of no use here: host memory has room for all sequences that are worth"
-            " decoding at once, or reading more from the drive would be slower; none is read from there"
+            "--kv-hot-window is of no use here, and nothing is read from the drive for it: host memory has"
+            " room for all sequences that are worth decoding at once, or reading more would be slower, or"
+            " --kv-host-memory or --kv-disk has no room for it"
         )
     if not plan.host_pages:
         return
