@@ -14,6 +14,7 @@ from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.moves import MoveReports
@@ -166,13 +167,15 @@ class Engine:
             completions = self._apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
         loaded = sum(result.times.experts_loaded for result in results)
+        sunk = sum(result.times.kv_sunk_bytes for result in results)
         tokens, cold = a_pass.num_tokens, a_pass.num_cold
-        self.stats.bound_seconds += least_seconds(self.plan, tokens, loaded, cold)
+        self.stats.bound_seconds += least_seconds(self.plan, tokens, loaded, cold, sunk)
         return earlier + completions
 
     def replace_stage(self, stage: int, node: str | None = None) -> Replacement:
         """Have a new process take a stage's place, with the contexts of all requests: to take a GPU or a
-        node out of service. Nothing is computed again; the others keep their weights and pages.
+        node out of service. Nothing is computed again but what sequences had in the window on NVMe; the
+        others keep their weights and pages.
 
         Without a `node` it starts where the old one was, when that has gone; what is handed over is in
         the machine's memory meanwhile. On a `node` of the Ray cluster (its id, host name or address) it
@@ -186,8 +189,8 @@ class Engine:
         self._come_to_rest()
         ids, step = self._scheduler.contexts(), self._scheduler.next_step
         taken = self._replacer.replace(stage, ids, step, found)
-        lost = len(taken.lost)
-        requests = self._scheduler.lose(taken.lost) if lost else 0
+        gone = taken.lost.plus(ContextIds(window=ids.window))
+        lost, requests = len(gone), self._scheduler.lose(gone)
         if self._logs is not None:
             self._scheduler.retain({*self._logs.keys()})
         self.stats.kv = self._scheduler.kv_stats()
@@ -255,7 +258,9 @@ class Engine:
         if any(result.step != a_pass.step for result in results):
             raise StageError(f"a stage answered another pass than {a_pass.step}")
         samples = [sample for result in results for sample in result.samples]
-        update = self._scheduler.update(a_pass, samples, *self._reports.merge(results))
+        spoiled = {request for result in results for request in result.spoiled}
+        moved, lost = self._reports.merge(results)
+        update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
         self.stats.add(a_pass, results)
         self.stats.kv = self._scheduler.kv_stats()
         self.stats.output_tokens += len(update.committed)
@@ -302,13 +307,17 @@ class Engine:
 
 
 def least_seconds(
-    plan: Plan, num_tokens: int, experts_loaded: int = 0, cold_pages: int = 0
+    plan: Plan,
+    num_tokens: int,
+    experts_loaded: int = 0,
+    cold_pages: int = 0,
+    sunk_bytes: int = 0,
 ) -> float:
     """What the binding resource needs for one pass of `num_tokens` tokens, by the plan's terms.
 
     Weights are moved once a pass whatever it computes, experts of split layers when they had to be
-    loaded, and `cold_pages` pages of sequences that have theirs in host RAM; arithmetic grows with the
-    pass's tokens. A pass of moves alone needs nothing of the plan's.
+    loaded, and `cold_pages` pages of sequences that have theirs in host RAM or on NVMe, `sunk_bytes` from
+    the drives of all stages; arithmetic grows with the pass's tokens. A pass of moves alone needs nothing of the plan's.
     """
     if not num_tokens:
         return 0.0
@@ -317,7 +326,10 @@ def least_seconds(
     link = (prediction.terms["pcie"] - prediction.cold_seconds) * share
     if cold_pages:
         link += prediction.cold_seconds * cold_pages / max(1, prediction.cold_pages)
-    moving = max(prediction.terms["nvme"] * share, link, prediction.terms["hbm"] / rounds)
+    drive = (prediction.terms["nvme"] - prediction.sunk_seconds) * share
+    if sunk_bytes:
+        drive += prediction.sunk_seconds * sunk_bytes / max(1.0, prediction.sunk_bytes)
+    moving = max(drive, link, prediction.terms["hbm"] / rounds)
     return max(moving, prediction.terms["compute"] * num_tokens / prediction.sequences)
 
 
@@ -349,5 +361,7 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         costs=plan.kv_costs,
         kv_ring_pages=plan.kv_ring_pages,
         cold_micro_batches=plan.cold_micro_batches,
+        window_pages=plan.window_pages,
+        hot_window=plan.hot_window,
         identity=identity,
     )

@@ -16,7 +16,8 @@ class EngineOptions:
     memory is for KV pages that have to leave its device, 0 leaves it to weights; `kv_format` is one of KV_FORMATS;
     `kv_directory` is for KV pages on NVMe, at most `kv_disk` bytes a stage, encrypted unless `kv_plaintext`;
     `kv_keep` lets them outlive the run, under keys in `kv_key_file`; they are `kv_tenant`'s, and go after
-    `kv_ttl` seconds; at most `kv_daily_writes` bytes a day are written by each stage;
+    `kv_ttl` seconds; of sequences that decode over pages that are not on the device, those older than
+    `kv_hot_window` tokens may lie there, too (None: they do not); at most `kv_daily_writes` bytes a day are written by each stage;
     `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
     `trace` a file to write, when the engine closes, for Perfetto.
@@ -38,6 +39,7 @@ class EngineOptions:
     kv_tenant: str = TENANT
     kv_ttl: float | None = None
     kv_daily_writes: int | None = None
+    kv_hot_window: int | None = None
     placement: str = "auto"
     token_budget: int | None = None
     max_sequences: int | None = None

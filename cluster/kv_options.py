@@ -33,6 +33,8 @@ def check_kv_options(options: EngineOptions) -> None:
     ):
         if value is not None and value <= 0:
             raise HeadraceError(f"{name} must be more than 0: leave it out for no limit")
+    if options.kv_hot_window is not None and options.kv_hot_window < 0:
+        raise HeadraceError("--kv-hot-window is a number of tokens: it must be at least 0")
     try:
         check_tenant(options.kv_tenant)
     except ValueError as error:
@@ -59,6 +61,7 @@ def _check_absent(options: EngineOptions) -> None:
         ("--kv-tenant", options.kv_tenant != TENANT),
         ("--kv-ttl", options.kv_ttl is not None),
         ("--kv-daily-writes", options.kv_daily_writes is not None),
+        ("--kv-hot-window", options.kv_hot_window is not None),
     ):
         if given:
             raise HeadraceError(f"{name} is of --kv-directory DIR: give that, too, or leave it out")
@@ -96,8 +99,15 @@ def log_config(options: EngineOptions) -> LogConfig | None:
     )
 
 
-def log_kv(plan: Plan) -> None:
-    """Say what KV pages cost, and warn of a tier that is asked for and slower than computing."""
+def log_kv(plan: Plan, hot_window: int | None) -> None:
+    """Say what KV pages cost, and warn of a tier that is asked for and slower than computing, or than
+    without it."""
+    if hot_window is not None and not plan.window_pages:
+        log.warning(
+            "--kv-hot-window is of no use here, and nothing is read from the drive for it: host memory has"
+            " room for all sequences that are worth decoding at once, or reading more would be slower, or"
+            " --kv-host-memory or --kv-disk has no room for it"
+        )
     if not plan.host_pages:
         return
     costs = plan.kv_costs

@@ -113,6 +113,7 @@ def plan_run(
             micro_batches=options.micro_batches,
             resident_layers=options.resident_layers,
             graphs=options.graphs,
+            kv_hot_window=options.kv_hot_window,
         ),
     )
 
@@ -235,7 +236,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         if plan.nvme_pages:
             logs = ActorLogs(actors)
             stack.callback(logs.close)
-        log_kv(plan)
+        log_kv(plan, options.kv_hot_window)
         configs = _stage_configs(plan, options, device, dtype, found)
         _load(actors, configs)
         times.ended(f"loading {read_at_start(plan)} and models' code")

@@ -20,6 +20,7 @@ from headrace.scheduler.plan import Pass, PassResult
 
 if TYPE_CHECKING:
     from headrace.runtime.kv_handover import Contexts
+    from headrace.runtime.kv_window import PageWindow
     from headrace.runtime.stage import Stage
     from headrace.runtime.stage_log import StageLog
 
@@ -69,6 +70,8 @@ class StageActor:
         self._thread = StageThread()
         self._stage: Stage | None = None
         self._log: StageLog | None = None
+        # Ends with the process: a pass may still read from it when the log is closed.
+        self._window: PageWindow | None = None
 
     def __repr__(self) -> str:  # what the Ray dashboard shows
         return self._name
@@ -88,19 +91,22 @@ class StageActor:
     def load(self, payload: bytes, joins_at: int | None = None) -> str:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen.
 
-        One that `joins_at` a pass gets its log with `open_log`, when the stage before has closed it.
+        One that `joins_at` a pass gets its places on NVMe with `open_log`, when the stage before has
+        left them.
         """
         from headrace.runtime.stage import Stage
         from headrace.runtime.stage_log import StageLog
+        from headrace.runtime.stage_window import open_window
 
         config = decode(payload, StageConfig)
         if joins_at is not None:
             self._thread.begin_at(joins_at)
         elif config.kv_log is not None:
             self._log = StageLog(config)
+            self._window = open_window(config, self._log)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
-        self._stage = self._thread.do(Stage, config, None, self._log)
+        self._stage = self._thread.do(Stage, config, None, self._log, self._window)
         return self._stage.storage_name
 
     def connect(self, payload: bytes) -> None:
@@ -217,10 +223,13 @@ class StageActor:
     def open_log(self, keys: dict[str, bytes]) -> None:
         """Go on with the log of the stage that this one replaces; `keys` are those in no file."""
         from headrace.runtime.stage_log import StageLog
+        from headrace.runtime.stage_window import open_window
 
         assert self._stage is not None and self._log is None
-        self._log = StageLog(self._stage.config, keys)
-        self._stage.attach(self._log)
+        config = self._stage.config
+        self._log = StageLog(config, keys)
+        self._window = open_window(config, self._log)
+        self._stage.attach(self._log, self._window)
 
     def leave(self, *, hand_over: bool) -> dict[str, bytes]:
         """Close the stage, which another process replaces. Returns keys of its log that are in no file,
@@ -233,6 +242,8 @@ class StageActor:
         elif self._log is not None:
             self._log.close()
         self._thread.do(self._stage.close)
+        if self._window is not None:
+            self._window.close()
         return keys
 
     def clock(self) -> int:

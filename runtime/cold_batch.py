@@ -1,9 +1,9 @@
-"""A micro-batch over pages in host RAM: which pages are brought into a KV ring, and where they lie there."""
+"""A micro-batch over pages that are not on the device: which are brought into a KV ring, and to where."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -15,6 +15,17 @@ from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 WINDOW_PAGES = 4
 """Pages are brought in groups of so many, from the first that a window lets be seen: a kernel's tile may
 begin before it, and what it multiplies by 0 there must be numbers."""
+
+
+class Sunk(NamedTuple):
+    """Pages to be brought from slots on NVMe, in the order of these, so that neighbours are read together.
+
+    `slots` [n] int32, counted from 0; `ids` from the i-th of them to its place; `owners` [n], requests.
+    """
+
+    slots: np.ndarray
+    ids: PageIds
+    owners: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -32,13 +43,17 @@ class ColdBatch:
     _slots: np.ndarray  # [C] int32: of each cold page its slot, place, number in its sequence,
     _places: np.ndarray
     _numbers: np.ndarray
-    _starts: np.ndarray  # and the position at which its sequence's slice begins
+    _starts: np.ndarray  # the position at which its sequence's slice begins, and the request
+    _owners: np.ndarray
+    _host_pages: int  # slots from there on are on NVMe
     _pinned: bool
     _cold: dict[int | None, PageIds] = field(default_factory=dict)
+    _sunk: dict[int | None, Sunk | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, micro_batch: MicroBatch, *, quantized: bool, pinned: bool) -> Self:
-        """Of a micro-batch with cold pages; `quantized`: newest pages are in tails."""
+    def of(cls, micro_batch: MicroBatch, *, quantized: bool, pinned: bool, host_pages: int) -> Self:
+        """Of a micro-batch with cold pages; `quantized`: newest pages are in tails. There are `host_pages`
+        slots in host RAM."""
         slices = micro_batch.slices
         bases = [0, *accumulate(piece.num_pages for piece in slices)]
         moved = [
@@ -70,6 +85,8 @@ class ColdBatch:
             _places=numbers + np.repeat(np.array(bases[:-1], dtype=np.int32), counts),
             _numbers=numbers,
             _starts=np.repeat([piece.start for piece in slices], counts),
+            _owners=np.repeat([piece.request for piece in slices], counts),
+            _host_pages=host_pages,
             _pinned=pinned,
         )
 
@@ -80,11 +97,26 @@ class ColdBatch:
     def cold(self, window: int | None) -> PageIds:
         """Host slots and places of the cold pages that queries may see."""
         if window not in self._cold:
-            firsts = np.array([first_page(start, window) for start in self._starts.tolist()])
-            seen = self._numbers >= firsts // WINDOW_PAGES * WINDOW_PAGES
+            seen = self._seen(window) & (self._slots < self._host_pages)
             ids = PageIds.of(self._slots[seen], self._places[seen], pinned=self._pinned)
             self._cold[window] = ids
         return self._cold[window]
+
+    def sunk(self, window: int | None) -> Sunk | None:
+        """The pages on NVMe that queries may see, if there are any."""
+        if window not in self._sunk:
+            (seen,) = np.nonzero(self._seen(window) & (self._slots >= self._host_pages))
+            order = seen[np.argsort(self._slots[seen], kind="stable")]
+            rows = np.arange(len(order), dtype=np.int32)
+            ids = PageIds.of(rows, self._places[order], pinned=self._pinned)
+            slots = self._slots[order] - self._host_pages
+            self._sunk[window] = Sunk(slots, ids, self._owners[order]) if len(order) else None
+        return self._sunk[window]
+
+    def _seen(self, window: int | None) -> np.ndarray:
+        """Which of the cold pages, [C] bool."""
+        firsts = np.array([first_page(start, window) for start in self._starts.tolist()])
+        return self._numbers >= firsts // WINDOW_PAGES * WINDOW_PAGES
 
 
 def _own(piece: Slice, base: int, bounds: tuple[int, int]) -> tuple[Sequence[int], Sequence[int]]:

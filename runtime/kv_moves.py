@@ -1,4 +1,5 @@
-"""Moves full KV pages beside the passes: device pages to host slots and back, host slots to a log and back.
+"""Moves full KV pages beside the passes: device pages to host slots and back, host slots to a log and back,
+and to slots on NVMe.
 
 Why no byte is read too early or written too late. From the pass that brings a move until every stage
 has reported it, the scheduler lets nothing else touch what the move writes, and nothing write what it
@@ -24,6 +25,7 @@ import torch
 from headrace.runtime.kv_copies import PageCopier
 from headrace.runtime.kv_host import HostPages
 from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_window import PageWindow
 from headrace.runtime.streaming.loads import queued_work
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.plan import MoveKind, PageMove
@@ -32,6 +34,10 @@ log = logging.getLogger(__name__)
 
 LOG_THREADS = 4
 """Moves to and from a log that are under way at once."""
+
+
+SINK_THREADS = 2
+"""Pages that are written to slots on NVMe at once."""
 
 
 class PageLog(Protocol):
@@ -160,8 +166,41 @@ class _LogMoves:
         self._threads.shutdown(cancel_futures=True)
 
 
+class _WindowMoves:
+    """SINKs, on threads that wait for the drive."""
+
+    def __init__(
+        self,
+        window: PageWindow,
+        host: HostPages,
+        ended: Callable[[PageMove, bool], None],
+        tracer: Tracer,
+    ) -> None:
+        self._window, self._host, self._ended, self._tracer = window, host, ended, tracer
+        self._threads = ThreadPoolExecutor(SINK_THREADS, "headrace-kv-sink")
+
+    def begin(self, moves: Sequence[PageMove]) -> None:
+        for move in moves:
+            self._threads.submit(self._run, move)
+
+    def _run(self, move: PageMove) -> None:
+        has_sunk, nbytes = False, self._window.page_size
+        try:
+            with self._tracer.span(Kind.KV_LOG, move.kind.value, move.number, nbytes):
+                parts = [part.numpy().data for part in self._host.layers(move.slot)]
+                has_sunk = self._window.write(move.nvme_slot, parts)
+        except Exception as error:  # noqa: BLE001 - the page stays where it is
+            log.warning("KV pages on NVMe (%s): %s", move.kind.value, error)
+        self._ended(move, has_sunk)
+
+    def close(self) -> None:
+        """Let what is under way end; the rest is dropped."""
+        self._threads.shutdown(cancel_futures=True)
+
+
 class PageMover:
-    """Carries out the moves of a stage, all of them beside what calls it; owns `host`, and not `pages`.
+    """Carries out the moves of a stage, all of them beside what calls it; owns `host`, and neither `pages`
+    nor `window`.
 
     A move whose page could not be had or kept is lost, and logged if an error is why. One thread
     begins moves and takes what has ended.
@@ -174,6 +213,7 @@ class PageMover:
         device: torch.device,
         pages: PageLog | None = None,
         tracer: Tracer = NULL_TRACER,
+        window: PageWindow | None = None,
     ) -> None:
         self._device, self._host, self._tracer = device, host, tracer
         self._ledger = ledger = _Ledger(sum(host.page_bytes))
@@ -181,13 +221,19 @@ class PageMover:
             kind: PageCopier(kind, kv, host, device, ledger.end, tracer)
             for kind in (MoveKind.OUT, MoveKind.IN)
         }
-        self._files = None if pages is None else _LogMoves(pages, host, ledger.end, tracer)
+        self._files: _LogMoves | None = None
+        self._sinks: _WindowMoves | None = None
+        self.attach(pages, window)
         self._closed = False
 
-    def attach(self, pages: PageLog) -> None:
-        """Have pages kept in a log from now on; no move went to one before."""
-        assert self._files is None
-        self._files = _LogMoves(pages, self._host, self._ledger.end, self._tracer)
+    def attach(self, pages: PageLog | None, window: PageWindow | None) -> None:
+        """Have pages kept there from now on; none was before."""
+        assert self._files is None and self._sinks is None
+        ended = self._ledger.end
+        if pages is not None:
+            self._files = _LogMoves(pages, self._host, ended, self._tracer)
+        if window is not None:
+            self._sinks = _WindowMoves(window, self._host, ended, self._tracer)
 
     def begin(self, moves: Sequence[PageMove]) -> None:
         """Begin moves, an OUT behind the work that the current stream of the device holds by now."""
@@ -202,6 +248,9 @@ class PageMover:
         if of[MoveKind.SPILL] or of[MoveKind.FETCH]:
             assert self._files is not None, "pages go to NVMe and the stage has no log for them"
             self._files.begin(of[MoveKind.SPILL], of[MoveKind.FETCH])
+        if of[MoveKind.SINK]:
+            assert self._sinks is not None, "pages go to slots on NVMe and the stage has none"
+            self._sinks.begin(of[MoveKind.SINK])
 
     @property
     def host(self) -> HostPages:
@@ -232,6 +281,8 @@ class PageMover:
             copier.close()
         if self._files is not None:
             self._files.close()
+        if self._sinks is not None:
+            self._sinks.close()
         self._host.close()
 
     def __enter__(self) -> Self:

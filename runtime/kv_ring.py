@@ -1,4 +1,4 @@
-"""A ring through which pages in host RAM pass on their way to attention.
+"""A ring through which pages in host RAM and on NVMe pass on their way to attention.
 
 A request whose full pages lie in host slots goes on decoding: for each layer that its micro-batch runs
 through, the layer's part of these pages is brought into a slot of the ring, on a stream of its own and
@@ -6,6 +6,10 @@ a layer ahead, and the pages of the request that are on the device are copied be
 lies the same view as over a layer's pages, so that the layer attends as it always does, with a page
 table of places in the ring, and to the same bits. What it writes is then copied to the device page
 that it belongs to.
+
+Pages on NVMe are read to staging memory as soon as the slot's use is begun, and copied from there when the
+reads have ended, which attention waits for. One that cannot be had is zeros for everything that is computed
+in the pass, which is worth nothing then for its request, and no different for all others.
 
 Order. The layers and micro-batches of a pass that need the ring are known when it begins, and use
 the slots in turn. A slot is filled behind the attention that used it before, and attention is queued
@@ -24,26 +28,45 @@ from torch import Tensor
 from headrace.runtime.cold_batch import ColdBatch
 from headrace.runtime.kv_host import HostPages
 from headrace.runtime.kv_store import KVStore, LayerKV, QuantizedKV
+from headrace.runtime.kv_window import PageWindow
+from headrace.runtime.kv_window_reads import Reading, WindowReads
 from headrace.runtime.page_copies import copy_pages
 from headrace.runtime.streaming.loads import queued_work
-from headrace.runtime.streaming.streamer import wait_clock
+from headrace.runtime.streaming.streamer import HostClock, wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.memory import KV_RING_SLOTS
 
 
 class _Filled(NamedTuple):
-    """A slot of the ring that is being filled; `arrived` is an event on CUDA."""
+    """A slot of the ring that is being filled; `free` and `arrived` are events on CUDA: from when on the
+    slot is, and when what comes from host slots has."""
 
     layer: int
     batch: ColdBatch
     slot: int
+    free: torch.cuda.Event | None
     arrived: torch.cuda.Event | None
+    reading: Reading | None
+
+
+class Brought(NamedTuple):
+    """What was brought: bytes in all, seconds that attention waited for them, bytes that were read from
+    NVMe for it, and requests of which something there could not be had."""
+
+    nbytes: int
+    seconds: float
+    sunk_bytes: int
+    spoiled: tuple[int, ...]
+
+
+NOTHING_BROUGHT = Brought(0, 0.0, 0, ())
 
 
 class KVRing:
     """`slots` slots, each for `num_pages` pages of any one of a stage's layers.
 
-    `host` and `kv` stay the caller's. Methods are called on the stream that computes.
+    `host`, `kv` and `window`, where pages on NVMe lie, stay the caller's. Methods are called on the stream
+    that computes.
     """
 
     def __init__(
@@ -54,6 +77,7 @@ class KVRing:
         device: torch.device,
         tracer: Tracer = NULL_TRACER,
         slots: int = KV_RING_SLOTS,
+        window: PageWindow | None = None,
     ) -> None:
         assert num_pages > 0 and slots > 1
         self._kv, self._device, self._tracer = kv, device, tracer
@@ -64,12 +88,29 @@ class KVRing:
         self._memory = torch.zeros((slots, num_pages * largest), dtype=torch.uint8, device=device)
         self._views: dict[tuple[int, int], tuple[Tensor, LayerKV | QuantizedKV]] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._read_stream: torch.cuda.Stream | None = None
         self._windows: dict[int, int | None] = {}  # of layers that have attended
         self._uses: deque[tuple[int, ColdBatch]] = deque()
         self._filled: deque[_Filled] = deque()
         self._begun = 0
-        self._bytes = 0
+        self._reads: WindowReads | None = None
+        if window is not None:
+            self.attach(window)
+        # When what was last copied from a slot's staging memory had been: it may be read to then.
+        self._copied: list[torch.cuda.Event | None] = [None] * slots
+        self._bytes = self._sunk_bytes = 0
+        self._spoiled: set[int] = set()
         self._clock = wait_clock(device)
+        self._reads_clock = HostClock()
+
+    def attach(self, window: PageWindow) -> None:
+        """Bring pages from there, too, from now on."""
+        assert self._reads is None
+        if self._device.type == "cuda":
+            self._read_stream = torch.cuda.Stream(self._device)
+        self._reads = WindowReads(
+            window, self._num_slots, self.num_pages, self._device, self._tracer
+        )
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +118,8 @@ class KVRing:
 
     def begin_pass(self, uses: Iterable[tuple[int, ColdBatch]]) -> None:
         """Layers and micro-batches that need the ring, in the order in which they will."""
-        self._uses, self._filled = deque(uses), deque()
+        self._drain()
+        self._uses = deque(uses)
         for _ in range(self._num_slots):
             self._fill_next()
 
@@ -85,10 +127,13 @@ class KVRing:
         """The micro-batch's LayerPages."""
         return RingPages(self, batch)
 
-    def take(self) -> tuple[int, float]:
-        """Bytes brought since the last call, and seconds that attention waited for them."""
-        nbytes, self._bytes = self._bytes, 0
-        return nbytes, self._clock.take()
+    def take(self) -> Brought:
+        """What was brought since the last call."""
+        seconds = self._clock.take() + self._reads_clock.take()
+        brought = Brought(self._bytes, seconds, self._sunk_bytes, tuple(sorted(self._spoiled)))
+        self._bytes = self._sunk_bytes = 0
+        self._spoiled.clear()
+        return brought
 
     @contextmanager
     def using(
@@ -98,6 +143,8 @@ class KVRing:
         filled = self._filled.popleft()
         assert filled.layer == layer and filled.batch is batch, (layer, filled.layer)
         self._windows[layer] = window
+        if filled.reading is not None:
+            self._bring(filled, filled.reading)
         if filled.arrived is not None:
             with self._clock.measure():
                 torch.cuda.current_stream(self._device).wait_event(filled.arrived)
@@ -117,14 +164,60 @@ class KVRing:
         slot = self._begun % self._num_slots
         self._begun += 1
         # Before a layer has attended, nobody knows how far it looks back.
-        ids = batch.cold(self._windows.get(layer))
+        window = self._windows.get(layer)
+        ids, sunk = batch.cold(window), batch.sunk(window)
         nbytes = len(ids) * self._kv.page_bytes(layer)
         pages, _ = self._view(layer, slot)
+        reading = None
+        if sunk is not None:
+            assert self._reads is not None, "pages are on NVMe and the stage has no slots there"
+            reading = self._reads.begin(layer, slot, sunk, self._copied[slot])
+        free = queued_work(self._device)
         with self._beside(), self._tracer.span(Kind.KV_COPY, "ring", layer, nbytes):
             copy_pages(self._host[layer], pages, ids, over_link=True)
             arrived = queued_work(self._device)
         self._bytes += nbytes
-        self._filled.append(_Filled(layer, batch, slot, arrived))
+        self._filled.append(_Filled(layer, batch, slot, free, arrived, reading))
+
+    def _bring(self, filled: _Filled, reading: Reading) -> None:
+        """Wait for what is read, and have attention wait until it is in the ring."""
+        with self._reads_clock.measure(), self._tracer.span(Kind.KV_WAIT, "window", filled.layer):
+            lost = reading.wait()
+        if len(lost):
+            reading.rows[torch.from_numpy(lost)] = 0
+            self._spoiled.update(reading.sunk.owners[lost].tolist())
+        nbytes = reading.rows.nbytes
+        pages, _ = self._view(filled.layer, filled.slot)
+        with (
+            self._apart(filled.free),
+            self._tracer.span(Kind.KV_COPY, "ring", filled.layer, nbytes),
+        ):
+            copy_pages(reading.rows, pages, reading.sunk.ids, over_link=True)
+            copied = queued_work(self._device)
+        self._copied[filled.slot] = copied
+        if copied is not None:
+            with self._clock.measure():
+                torch.cuda.current_stream(self._device).wait_event(copied)
+        self._bytes += nbytes
+        self._sunk_bytes += reading.nbytes
+
+    @contextmanager
+    def _apart(self, free: torch.cuda.Event | None) -> Iterator[None]:
+        """On the stream for copies of what was read, behind `free`: not behind the next slot's, too."""
+        if self._read_stream is None or free is None:
+            with self._clock.measure():
+                yield
+            return
+        self._read_stream.wait_event(free)
+        with torch.cuda.stream(self._read_stream):
+            yield
+
+    def _drain(self) -> None:
+        """Have nothing read to staging memory any more."""
+        while self._filled:
+            reading = self._filled.popleft().reading
+            if reading is not None:
+                reading.drain()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -148,8 +241,12 @@ class KVRing:
 
     def close(self) -> None:
         """Return when nothing reads host slots any more. Safe to call twice."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        for stream in (self._stream, self._read_stream):
+            if stream is not None:
+                stream.synchronize()
+        if self._reads is not None:
+            self._reads.close()
+            self._reads = None
         self._views.clear()
 
     def __enter__(self) -> Self:

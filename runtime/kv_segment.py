@@ -108,15 +108,7 @@ class Disk:
         create = 0 if offset else os.O_CREAT | os.O_EXCL
         descriptor = os.open(file, os.O_WRONLY | create | self._flags, 0o600)
         try:
-            done = 0
-            while done < len(data):
-                count = os.pwrite(descriptor, data[done:], offset + done)
-                if count % BLOCK and done + count < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                done += count
-            if not self.direct:  # clean pages alone can be dropped
-                os.fdatasync(descriptor)
-                os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+            write_blocks(descriptor, offset, data, direct=self.direct)
         finally:
             os.close(descriptor)
 
@@ -125,17 +117,35 @@ class Disk:
         assert offset % BLOCK == 0 and len(memory) % BLOCK == 0
         descriptor = os.open(file, os.O_RDONLY | self._flags)
         try:
-            done = 0
-            while done < len(memory):
-                count = os.preadv(descriptor, [memory[done:]], offset + done)
-                done += count
-                if count == 0 or count % BLOCK:
-                    break
-            if not self.direct:
-                os.posix_fadvise(descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
-            return done
+            return read_blocks(descriptor, offset, memory, direct=self.direct)
         finally:
             os.close(descriptor)
+
+
+def write_blocks(descriptor: int, offset: int, data: memoryview, *, direct: bool) -> None:
+    """Write whole blocks. Raises OSError; what was written until then is garbage."""
+    done = 0
+    while done < len(data):
+        count = os.pwrite(descriptor, data[done:], offset + done)
+        if count % BLOCK and done + count < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done += count
+    if not direct:  # clean pages alone can be dropped
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
+
+
+def read_blocks(descriptor: int, offset: int, memory: memoryview, *, direct: bool) -> int:
+    """Bytes read of whole blocks, fewer than asked for only where the file ends. Raises OSError."""
+    done = 0
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], offset + done)
+        done += count
+        if count == 0 or count % BLOCK:
+            break
+    if not direct:
+        os.posix_fadvise(descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
+    return done
 
 
 def _takes_direct(directory: Path) -> bool:

@@ -16,7 +16,7 @@ class ReadyBatch:
     """A micro-batch and its Batch on the host, which holds more rows where a lane pads it.
 
     The tokens in the rows `unknown` are still to be drawn, by the requests `following`. `cold` where
-    pages are brought from host RAM; the Batch's page table is then of places in the ring.
+    pages are brought from host RAM or NVMe; the Batch's page table is then of places in the ring.
     """
 
     micro_batch: MicroBatch
@@ -28,11 +28,12 @@ class ReadyBatch:
 
     @classmethod
     def build_cold(
-        cls, micro_batch: MicroBatch, device: torch.device, *, quantized: bool
+        cls, micro_batch: MicroBatch, device: torch.device, *, quantized: bool, host_pages: int
     ) -> "ReadyBatch":
-        """For a micro-batch with cold pages; `quantized`: newest pages are in tails."""
+        """For a micro-batch with cold pages; `quantized`: newest pages are in tails. There are `host_pages`
+        slots in host RAM."""
         pinned = device.type == "cuda"
-        cold = ColdBatch.of(micro_batch, quantized=quantized, pinned=pinned)
+        cold = ColdBatch.of(micro_batch, quantized=quantized, pinned=pinned, host_pages=host_pages)
         in_ring = cls.build(cold.in_ring, device)
         return replace(in_ring, micro_batch=micro_batch, cold=cold)
 

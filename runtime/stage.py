@@ -13,7 +13,9 @@ from headrace.runtime.cold_batch import ColdBatch
 from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
 from headrace.runtime.kv_handover import Contexts
 from headrace.runtime.kv_moves import NONE_ENDED, PageLog
+from headrace.runtime.kv_ring import NOTHING_BROUGHT
 from headrace.runtime.kv_store import LayerPages
+from headrace.runtime.kv_window import PageWindow
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import make_recorder
@@ -48,8 +50,8 @@ class Stage:
     """Owns the weights, KV pages and links of one device.
 
     `connect` gives it its neighbours; a stage without neighbours needs none. `capture` makes the
-    graphs of decodes, on CUDA by default. `pages` keeps KV pages on NVMe, if there is such a place;
-    it stays the caller's. Errors: StoreError for damaged weights, StageError for a peer that is gone
+    graphs of decodes, on CUDA by default. `pages` keeps KV pages on NVMe, and `window` has those that
+    are decoded over there, if there are such places; both stay the caller's. Errors: StoreError for damaged weights, StageError for a peer that is gone
     or late, DoesNotFitError for host memory that turns out not to be there.
     """
 
@@ -58,6 +60,7 @@ class Stage:
         config: StageConfig,
         capture: "Capture | None" = None,
         pages: PageLog | None = None,
+        window: PageWindow | None = None,
     ) -> None:
         self.config = config
         self.device = torch.device(config.device)
@@ -77,7 +80,7 @@ class Stage:
         with self._on_device(), ExitStack() as opened:
             self.recorder = make_recorder(self.device) if config.trace else None
             self.tracer: Tracer = self.recorder or NULL_TRACER
-            parts = StageStart(config, self.device, self.tracer, pages).make(opened)
+            parts = StageStart(config, self.device, self.tracer, pages, window).make(opened)
             self._storage, self._weights = parts.storage, parts.weights
             self._model, self._kv, self._moves = parts.model, parts.kv, parts.moves
             self._ring, self._contexts = parts.ring, parts.contexts
@@ -111,10 +114,12 @@ class Stage:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
-    def attach(self, pages: PageLog) -> None:
-        """Keep KV pages in a log, of a stage that was made without; it stays the caller's."""
+    def attach(self, pages: PageLog, window: PageWindow | None) -> None:
+        """Have places on NVMe, of a stage that was made without; they stay the caller's."""
         assert self._moves is not None
-        self._moves.attach(pages)
+        self._moves.attach(pages, window)
+        if self._ring is not None and window is not None:
+            self._ring.attach(window)
 
     def end_moves(self) -> None:
         """Let moves of KV pages under way end and begin no more, so that their log can be closed. No
@@ -153,7 +158,10 @@ class Stage:
 
     def _prepare(self, batch: MicroBatch) -> ReadyBatch:
         if batch.num_cold:
-            return ReadyBatch.build_cold(batch, self.device, quantized=self._kv.is_quantized)
+            quantized, host_pages = self._kv.is_quantized, self._plan.host_pages
+            return ReadyBatch.build_cold(
+                batch, self.device, quantized=quantized, host_pages=host_pages
+            )
         for_lane = self._graphs.ready(batch) if self._graphs else None
         return for_lane or ReadyBatch.build(batch, self.device)
 
@@ -296,7 +304,7 @@ class Stage:
         counters = self._weights.take_counters()
         self._check_streamed(step, counters.layers, computed=bool(travels))
         ended = NONE_ENDED if self._moves is None else self._moves.take()
-        cold_bytes, cold_wait = (0, 0.0) if self._ring is None else self._ring.take()
+        brought = NOTHING_BROUGHT if self._ring is None else self._ring.take()
         times = StageTimes(
             stage=self.config.stage,
             total=seconds,
@@ -306,14 +314,15 @@ class Stage:
             host_bytes=counters.host_bytes,
             experts_used=counters.experts.used,
             experts_loaded=counters.experts.loaded,
-            kv_wait=kv_wait + cold_wait,
+            kv_wait=kv_wait + brought.seconds,
             kv_out_bytes=ended.out_bytes,
             kv_in_bytes=ended.in_bytes,
-            kv_cold_bytes=cold_bytes,
+            kv_cold_bytes=brought.nbytes,
+            kv_sunk_bytes=brought.sunk_bytes,
         )
         drawn = (some for travel in travels for some in travel.drawn)
         samples = tuple(sample for some in drawn for sample in some.collect())
-        return PassResult(step, samples, times, ended.moved, ended.lost)
+        return PassResult(step, samples, times, ended.moved, ended.lost, brought.spoiled)
 
     def _check_streamed(self, step: int, layers: StreamCounters, *, computed: bool) -> None:
         """StageError when a pass did not stream what the plan says: nothing, where it computed nothing."""

@@ -12,12 +12,14 @@ from headrace.runtime.kv_start import make_directory
 from headrace.runtime.kv_stats import LogReport
 from headrace.runtime.page_identity import PageIdentity
 from headrace.runtime.stage_config import LogConfig, StageConfig
+from headrace.runtime.stage_window import stage_directory, window_bytes
 from headrace.scheduler.kv_room import segment_bytes
 from headrace.scheduler.memory import slot_bytes
 
 
 class StageLog:
-    """The log in the folder of its stage, whose pages are all of one tenant.
+    """The log in the folder of its stage, whose pages are all of one tenant. It has what the plan's slots
+    for pages that are decoded over (stage_window.py) leave of the cap.
 
     `keys` are what the process had in memory that handed the log over; it had closed it.
     Raises KVLogError for a folder that cannot be used or is another process's, HeadraceError for a
@@ -29,20 +31,21 @@ class StageLog:
         assert settings is not None
         identity = PageIdentity.of(config)
         slot = slot_bytes(sum(identity.page_bytes))
+        cap = settings.cap - window_bytes(config)
         self._settings = settings
         make_directory(Path(settings.directory))
-        self.directory = Path(settings.directory) / f"stage-{config.stage}"
+        self.directory = stage_directory(config)
         self._keys = _key_ring(settings, keys)
         try:
             self._log = KVLog.open(
                 self.directory,
                 str(identity).encode(),
-                settings.cap,
+                cap,
                 keys=self._keys,
                 keep=settings.keep,
                 ttl=settings.ttl,
                 daily_writes=settings.daily_writes,
-                segment_bytes=segment_bytes(settings.cap, slot),
+                segment_bytes=segment_bytes(cap, slot),
             )
         except BaseException:
             self._forget_keys()
@@ -53,6 +56,10 @@ class StageLog:
 
     def get(self, key: bytes, dest: memoryview) -> bool:
         return self._log.get(key, dest)
+
+    def may_write(self, nbytes: int) -> bool:
+        """Whether so much more may be written to the drive today, by whoever; it is booked then."""
+        return self._log.budget.take(nbytes)
 
     def keys(self) -> list[bytes]:
         """Of all pages that it has, oldest first."""

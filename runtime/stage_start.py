@@ -15,6 +15,7 @@ from headrace.runtime.kv_host import HostPages
 from headrace.runtime.kv_moves import PageLog, PageMover
 from headrace.runtime.kv_ring import KVRing
 from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv_window import PageWindow
 from headrace.runtime.matmul.room import tuning_bytes
 from headrace.runtime.page_identity import PageIdentity
 from headrace.runtime.stage_config import StageConfig
@@ -52,7 +53,8 @@ class StageParts:
 class StageStart:
     """Makes the parts of the stage that `config` describes, on the current stream of `device`.
 
-    `pages` is where KV pages go from host slots, if anywhere; it stays the caller's.
+    `pages` is where KV pages go from host slots, if anywhere, and `window` where they are decoded over on
+    NVMe; both stay the caller's.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class StageStart:
         device: torch.device,
         tracer: Tracer,
         pages: PageLog | None = None,
+        window: PageWindow | None = None,
     ) -> None:
         self._config, self._device, self._tracer, self._pages = config, device, tracer, pages
+        self._window = window
         self._plan, self._placement = config.plan, config.plan.placement
         self._layers = self._placement.layers_of(config.stage)
         self._store = Store.open(Path(config.store))
@@ -97,10 +101,11 @@ class StageStart:
         if not count:
             return None, None
         host = HostPages({i: kv.page_bytes(i) for i in kv.layers}, count, self._device)
-        moves = opened.enter_context(PageMover(kv, host, self._device, self._pages, self._tracer))
+        mover = PageMover(kv, host, self._device, self._pages, self._tracer, self._window)
+        moves = opened.enter_context(mover)
         if not ring_pages:
             return moves, None
-        ring = KVRing(kv, host, ring_pages, self._device, self._tracer)
+        ring = KVRing(kv, host, ring_pages, self._device, self._tracer, window=self._window)
         return moves, opened.enter_context(ring)
 
     def _choose_storage(self) -> Storage:

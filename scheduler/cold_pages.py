@@ -1,4 +1,4 @@
-"""Host slots that requests hold, for pages that they have on the device no more."""
+"""Slots that requests hold, for pages that they have on the device no more."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from headrace.scheduler.kv_cache import KVCache
 from headrace.scheduler.memory import lendable_slots
 from headrace.scheduler.pages import PageState
 from headrace.scheduler.request import Request
+from headrace.scheduler.sunk_pages import SunkPages
 
 
 class ColdPages:
@@ -15,18 +16,37 @@ class ColdPages:
 
     A page is let go of on the device when its copy has come and no pass in flight holds the request,
     and a slot when the page is on the device again. A copy that is lost leaves its page where it is.
+    Where host slots are short, `sunk` has the oldest pages go on to NVMe.
     """
 
     def __init__(self, config: SchedulerConfig, cache: KVCache) -> None:
         self._cache = cache
         self._device, self._host = cache.tiers.device, cache.tiers.host
         self._most = lendable_slots(config.host_pages)
-        self._holders: Counter[int] = Counter()
+        self._holders: Counter[int] = Counter()  # of host slots
+        self.sunk = SunkPages(config, cache.tiers)
 
     @property
     def num_held(self) -> int:
-        """Slots that requests hold."""
+        """Host slots that requests hold."""
         return len(self._holders)
+
+    @property
+    def num_lendable(self) -> int:
+        """Host slots that requests may hold in all."""
+        return self._most
+
+    @property
+    def num_soon(self) -> int:
+        """Host slots that requests may still hold, when what is sinking has sunk."""
+        return self._most - self.num_held + self.sunk.num_leaving(self._holders)
+
+    @staticmethod
+    def num_unsent(request: Request) -> int:
+        """Full pages of a guest that have no slot yet."""
+        if request.stays or request.returning:
+            return 0
+        return request.num_named - len(request.slots)
 
     def has_room(self, request: Request) -> bool:
         """Whether all of the request's full pages could be sent out now."""
@@ -38,7 +58,7 @@ class ColdPages:
         """Hold slots for the request's next full pages, as far as there are any."""
         for i in range(len(request.slots), request.num_named):
             page, key = request.pages[i - request.num_cold], request.keys[i]
-            if self.num_held >= self._most:
+            if self.num_held >= self._most and self._host.find(key) not in self._holders:
                 return
             slot = self._cache.hold_below(page, key, request.request_id)
             if slot is None:
@@ -57,11 +77,14 @@ class ColdPages:
         """Whether pages have come that the request should be in no pass for to change to."""
         if request.returning:
             return not self._cache.coming(request.returning)
+        if self.sunk.is_due(request):
+            return True
         slots = request.slots[request.num_cold :]
         return bool(slots) and self._host.state(slots[0]) is not PageState.COMING
 
     def retire(self, request: Request) -> None:
-        """Let go of the device pages whose copies have come; no pass in flight holds the request."""
+        """Let go of the device pages, and host slots, whose copies have come; no pass in flight holds the
+        request."""
         assert not request.passes and not request.returning, request.request_id
         done = request.num_cold
         for slot, key in zip(request.slots[done:], request.keys[done:], strict=False):
@@ -76,6 +99,12 @@ class ColdPages:
         self._cache.release(request.pages[:count])
         del request.pages[:count]
         request.num_cold = done
+        self._free(self.sunk.turn(request))
+
+    def can_recall(self, request: Request) -> bool:
+        """Whether all of the cold pages can be had without computing them."""
+        keys = request.keys[: request.num_cold]
+        return len(self._cache.find(keys).keys) == len(keys)
 
     def recall(self, request: Request) -> bool:
         """Begin to load the cold pages, if all are to be had; the caller has made sure of room for them."""
@@ -107,7 +136,8 @@ class ColdPages:
 
     def check_integrity(self, requests: Sequence[Request]) -> None:
         """Assert that slots are held by `requests` alone, as they say."""
-        assert Counter(slot for request in requests for slot in request.slots) == self._holders
+        assert Counter(s for r in requests for s in r.slots[r.num_sunk :]) == self._holders
+        self.sunk.check_integrity(requests)
         held = {slot for slot in range(self._host.num_pages) if self._host.is_held(slot)}
         assert held == self._holders.keys() and len(held) <= self._most
         for request in requests:
@@ -120,8 +150,17 @@ class ColdPages:
         request.returning = []
 
     def _let_go(self, request: Request, first: int) -> None:
+        """Of the slots from the first-th on: of all of them, or of some that are in host RAM."""
+        if not first:
+            self.sunk.release(request)
+            del request.slots[: request.num_sunk]
+            request.num_sunk = 0
+        assert first >= request.num_sunk
         gone = request.slots[first:]
         del request.slots[first:]
+        self._free(gone)
+
+    def _free(self, gone: Sequence[int]) -> None:
         self._host.free(gone)
         self._holders.subtract(gone)
         for slot in gone:

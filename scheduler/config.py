@@ -34,6 +34,8 @@ _OPTIONAL = (
     "nvme_pages",
     "kv_ring_pages",
     "cold_micro_batches",
+    "window_pages",
+    "hot_window",
 )
 
 
@@ -49,7 +51,8 @@ class SchedulerConfig:
     at once; 0 bounds them by their pages alone.
 
     Requests may go on decoding while their full pages lie in host RAM, in up to `cold_micro_batches` more
-    micro-batches of at most `kv_ring_pages` pages; none does where these are 0.
+    micro-batches of at most `kv_ring_pages` pages; none does where these are 0. Those of their pages
+    that are older than `hot_window` tokens may lie in `window_pages` slots on NVMe.
 
     Full pages go to `host_pages` slots in host RAM and from there to NVMe, which has room for
     `nvme_pages`; at most `write_backs` a pass to each while there is time, and as `costs` say.
@@ -72,6 +75,8 @@ class SchedulerConfig:
     nvme_pages: int = 0
     kv_ring_pages: int = 0
     cold_micro_batches: int = 0
+    window_pages: int = 0
+    hot_window: int = 0
     write_backs: int = 16
     costs: KVCosts = field(default_factory=KVCosts)
     identity: str = ""
@@ -90,6 +95,11 @@ class SchedulerConfig:
             raise HeadraceError(
                 f"scheduler: {self.cold_micro_batches} micro-batches over pages in host RAM have room for"
                 f" {self.kv_ring_pages} pages: give both or neither"
+            )
+        if self.window_pages and not self.kv_ring_pages:
+            raise HeadraceError(
+                f"scheduler: {self.window_pages} slots on NVMe are for requests that decode over pages"
+                " that are not on the device, of which there are none: kv_ring_pages must be at least 1"
             )
         if self.nvme_pages and not self.host_pages:
             raise HeadraceError(

@@ -23,11 +23,11 @@ class Holdings:
         self.pool = self._tiers.device
         # Whoever runs has a page, so that as many tails as pages bound nothing.
         self.tails = PagePool(config.num_tails or config.num_pages)
-        self._has_tails = config.num_tails > 0
+        self._has_tails, self._first_in_window = config.num_tails > 0, config.host_pages
         self._identity = config.identity
         self._loading: dict[int, tuple[Request, Prefix]] = {}
         self._hits, self._misses = TierHits(), 0
-        self._by_swap = self._by_recompute = 0
+        self._by_swap = self._by_recompute = self._spoiled = 0
 
     @property
     def num_preemptions(self) -> int:
@@ -60,16 +60,19 @@ class Holdings:
         """All that stages hold something in; no move is under way."""
         assert not self.is_moving
         tails = self.tails.filled() if self._has_tails else ()
-        return ContextIds(self.pool.filled(), tails, self._tiers.host.filled())
+        slots, window = self._tiers.host.filled(), self._tiers.window.filled()
+        return ContextIds(self.pool.filled(), tails, slots, window)
 
     def lose(self, lost: ContextIds, running: Iterable[Request]) -> list[Request]:
         """Let nobody find what stages have lost. Returns those of `running` who had it, released."""
-        pages, slots = {*lost.pages}, {*lost.slots}
+        pages, window = {*lost.pages}, {*lost.window}
+        slots = {*lost.slots, *(self._first_in_window + place for place in window)}
         losers = [
             request
             for request in running
             if not pages.isdisjoint((*request.pages, *request.returning))
             or not slots.isdisjoint(request.slots)
+            or not window.isdisjoint(request.sinking)
             or (self._has_tails and request.tail in lost.tails)
         ]
         for request in losers:
@@ -142,23 +145,32 @@ class Holdings:
 
     def give_way(self, request: Request) -> None:
         """Take a victim's pages; full ones are saved, if that is cheaper than computing them again."""
-        has_saved = request.num_cold > 0
+        has_saved, has_sunk = request.num_cold > 0, request.num_sunk > 0
         named = self._named(request)
         self.release(request)
-        if (named or has_saved) and self.cache.swap_out(named):
+        # Behind pages that are found by nobody, none is of use.
+        if not has_sunk and (named or has_saved) and self.cache.swap_out(named):
             self._by_swap += 1
         else:
             self._by_recompute += 1
 
+    def spoil(self, request: Request) -> None:
+        """Take note that a page of the request on NVMe was damaged, in a pass that has returned."""
+        if not request.is_spoiled:
+            request.is_spoiled = True
+            self._spoiled += 1
+        self.cold.sunk.distrust(request)
+
     def release(self, request: Request) -> None:
         """Take back all that the request holds. Its full pages can be found until they are taken."""
-        named, slots = self._named(request), request.slots[: request.num_cold]
+        named, slots = self._named(request), request.slots[request.num_sunk : request.num_cold]
         self.cache.release(request.pages)
         self.cold.release(request)
         if request.keep and request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.cache.keep(named, slots)
         request.pages = []
         request.num_named = request.num_scheduled = 0
+        request.is_spoiled = False
         request.coming.clear()
         self._loading.pop(request.request_id, None)
         if request.tail is not None:
@@ -180,6 +192,8 @@ class Holdings:
             evicted_from_device=tiers.device.num_evicted,
             evicted_from_host=tiers.host.num_evicted,
             cold=self.cold.num_held,
+            sunk=self.cold.sunk.num_held,
+            spoiled=self._spoiled,
         )
 
     def check_integrity(self, requests: Sequence[Request] = ()) -> None:

@@ -174,7 +174,8 @@ class Choices:
     `resident_layers` of each stage stay on its device (all of them, if it has fewer) and the others
     are streamed, whatever room there is; 0 streams everything. Of layers that are split, they stay
     without their experts, which have the room that is left; with 0, room for one layer's to be
-    loaded ahead. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
+    loaded ahead. Of sequences that decode over pages that are not on the device, those older than
+    `kv_hot_window` tokens may lie on NVMe; None: none may. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
     the device's memory.
     """
 
@@ -184,3 +185,4 @@ class Choices:
     micro_batches: int | None = None
     resident_layers: int | None = None
     graphs: bool | None = None
+    kv_hot_window: int | None = None

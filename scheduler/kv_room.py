@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from headrace.scheduler.config import KVCosts
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.inputs import Budget, DeviceProfile, ModelShape
-from headrace.scheduler.memory import Layout, page_bytes, slot_bytes
+from headrace.scheduler.memory import Layout, page_bytes, slot_bytes, window_slot_bytes
 from headrace.scheduler.placement import Prediction
 from headrace.scheduler.sizes import format_size
 
@@ -28,10 +28,29 @@ def _slots(shape: ModelShape, layout: Layout) -> list[int]:
     return [slot_bytes(page_bytes(shape, layout, stage)) for stage in range(layout.num_stages)]
 
 
-def nvme_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget]) -> int:
-    """KV pages for which every stage has room on its drive."""
-    slots = _slots(shape, layout)
-    return min(budget.kv_disk // slot for budget, slot in zip(budgets, slots, strict=True))
+def nvme_pages(
+    shape: ModelShape, layout: Layout, budgets: Sequence[Budget], window_pages: int
+) -> int:
+    """KV pages for which every stage has room in its log on its drive, beside so many slots there."""
+    slots, window = _slots(shape, layout), _window_slots(shape, layout)
+    stages = zip(budgets, slots, window, strict=True)
+    return min((budget.kv_disk - window_pages * own) // slot for budget, slot, own in stages)
+
+
+def _window_slots(shape: ModelShape, layout: Layout) -> list[int]:
+    """Bytes of a slot on each stage's drive for a page that is decoded over."""
+    layers = layout.layers
+    return [window_slot_bytes(shape.layer_kv_bytes[i] for i in of_stage) for of_stage in layers]
+
+
+def most_window_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget]) -> int:
+    """KV pages that may have slots on every stage's drive to be decoded over: half of what is given of it,
+    and no more than leaves the log the files that it needs."""
+    stages = zip(budgets, _slots(shape, layout), _window_slots(shape, layout), strict=True)
+    return min(
+        max(0, min(budget.kv_disk // 2, budget.kv_disk - least_disk(slot))) // own
+        for budget, slot, own in stages
+    )
 
 
 def segment_bytes(disk: int, slot: int) -> int:

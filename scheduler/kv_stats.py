@@ -48,7 +48,8 @@ class KVStats:
 
     `misses` are full pages that were looked for and computed. A preemption is `by_swap` when every
     full page of the request's is still to be had without computing it, else `by_recompute`. `cold` of
-    the host's pages are held by requests that decode over them.
+    the host's pages are held by requests that decode over them, and `sunk` more lie on NVMe for these;
+    `spoiled` counts how often one of them had to begin again, because a page there was damaged.
     """
 
     device: PageCounts = field(default_factory=PageCounts)
@@ -63,3 +64,5 @@ class KVStats:
     evicted_from_device: int = 0
     evicted_from_host: int = 0
     cold: int = 0
+    sunk: int = 0
+    spoiled: int = 0

@@ -1,11 +1,11 @@
-"""How many bytes a stage needs, and what lies where once the KV pages have been counted."""
+"""How many bytes a stage needs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from headrace.scheduler.experts import ExpertPools, num_experts, transit_slots
+from headrace.scheduler.experts import transit_slots
 from headrace.scheduler.inputs import Budget, ModelShape
-from headrace.scheduler.placement import Placement, StageMemory, Tier, Visit, spread
+from headrace.scheduler.placement import StageMemory, Visit, spread
 
 LOGIT_ROWS = 256
 """The head turns at most this many rows into logits at a time, and fewer in smaller passes."""
@@ -32,6 +32,19 @@ SPARE_SHARE = 16
 
 KV_RING_SLOTS = 2
 """Slots of a KV ring: over the pages in one a layer attends while others are brought into the next."""
+
+WINDOW_THREADS = 4
+"""Threads of a stage that read KV pages from slots on NVMe for attention."""
+
+WINDOW_PIECE_BYTES = 1 << 20
+"""Most bytes of one of their reads, unless a page's part is larger. Weights are read by twice as many
+threads in pieces of 8 MiB, and so have most of the drive."""
+
+WINDOW_BUFFERS = 8
+"""Of such pieces: those of the threads that read and write, and some that are kept."""
+
+WINDOW_ENTRY_BYTES = 32
+"""What is kept in RAM of a layer's part of a slot on NVMe: checksum, nonce and tag."""
 
 SAMPLE_BYTES = 72
 """Per logit of a row that is being sampled: in float64 scaled, sorted, summed and masked."""
@@ -90,7 +103,8 @@ class Cache:
     """Room for keys and values of so many `sequences` at once, of so many `pages` each.
 
     `guests` more have theirs in host RAM; a pass has up to `cold_batches` micro-batches of them, each of
-    at most `ring_pages` pages.
+    at most `ring_pages` pages. `sunk` of their pages have no room there and lie on NVMe, where there are
+    `window_pages` slots for them.
     """
 
     sequences: int
@@ -98,6 +112,8 @@ class Cache:
     guests: int = 0
     cold_batches: int = 0
     ring_pages: int = 0
+    sunk: int = 0
+    window_pages: int = 0
 
     @property
     def num_pages(self) -> int:
@@ -107,21 +123,6 @@ class Cache:
     @property
     def in_all(self) -> int:
         return self.sequences + self.guests
-
-
-@dataclass(frozen=True, slots=True)
-class Filling:
-    """Tiers of all layers and the memory that results; `pools` for experts in a split layout.
-
-    Each stage has `host_pages` slots for KV pages in its host memory.
-    """
-
-    placement: Placement
-    slot_bytes: int
-    ring_slots: tuple[int, ...]
-    memory: tuple[StageMemory, ...]
-    pools: ExpertPools | None
-    host_pages: int
 
 
 def activation_bytes(shape: ModelShape, layout: Layout, has_head: bool) -> int:
@@ -166,19 +167,30 @@ def slot_bytes(page_bytes: int) -> int:
     return -(-page_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
 
-def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget]) -> int:
-    """KV pages for which every stage has a slot in its host memory."""
-    return min(
-        budget.kv_host_memory // slot_bytes(page_bytes(shape, layout, stage))
-        for stage, budget in enumerate(budgets)
-    )
+def window_slot_bytes(layer_bytes: Iterable[int]) -> int:
+    """A slot on NVMe for one KV page, each layer's part of which is read alone."""
+    return sum(map(slot_bytes, layer_bytes))
 
 
-def most_guests(shape: ModelShape, layout: Layout, budgets: Sequence[Budget], pages: int) -> int:
-    """Sequences of so many pages whose full ones have slots in every stage's host memory."""
-    if pages < 2:
+def window_host_bytes(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> int:
+    """Host memory for pages on their way between NVMe and the KV ring: where each slot of the ring is
+    read to, buffers of the threads that read, and what tells good pages from others."""
+    if not cache.window_pages:
         return 0
-    return lendable_slots(host_pages(shape, layout, budgets)) // (pages - 1)
+    largest = max(shape.layer_kv_bytes[layer] for layer in layout.layers[stage])
+    buffers = WINDOW_BUFFERS * (max(WINDOW_PIECE_BYTES, slot_bytes(largest)) + SLOT_ALIGNMENT)
+    tables = cache.window_pages * len(layout.layers[stage]) * WINDOW_ENTRY_BYTES
+    return kv_ring_bytes(shape, layout, stage, cache.ring_pages) + buffers + tables
+
+
+def host_pages(shape: ModelShape, layout: Layout, budgets: Sequence[Budget], cache: Cache) -> int:
+    """KV pages for which every stage has a slot in its host memory."""
+
+    def most(stage: int, budget: Budget) -> int:
+        room = budget.kv_host_memory - window_host_bytes(shape, layout, stage, cache)
+        return max(0, room) // slot_bytes(page_bytes(shape, layout, stage))
+
+    return min(most(stage, budget) for stage, budget in enumerate(budgets))
 
 
 def lendable_slots(count: int) -> int:
@@ -199,7 +211,7 @@ def tail_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     return sum(shape.layer_tail_bytes[layer] for layer in layout.layers[stage])
 
 
-def _without_weights(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> StageMemory:
+def without_weights(shape: ModelShape, layout: Layout, stage: int, cache: Cache) -> StageMemory:
     has_head = stage == layout.visits[-1].stage
     activations = activation_bytes(shape, layout, has_head)
     if layout.num_stages > 1:  # a buffer for each micro-batch that is received
@@ -227,138 +239,27 @@ def least_memory(shape: ModelShape, layout: Layout, stage: int, cache: Cache) ->
     A layout without a ring keeps all layers, and one that says how many it keeps has room for them.
     A split one has slots for the experts that are on their way.
     """
-    memory = _without_weights(shape, layout, stage, cache)
-    memory = replace(memory, experts=_transit_bytes(shape, layout, stage))
+    memory = without_weights(shape, layout, stage, cache)
+    memory = replace(memory, experts=transit_bytes(shape, layout, stage))
     layers, held = layout.layers[stage], shape.held_bytes(split=layout.split)
     resident = sum(held[layer] for layer in layers)
     ring = layout.ring_slots * max(held)
     if layout.resident is not None and layout.resident < len(layers):
-        kept = _spread_out(layers, layout.resident)
+        kept = spread_out(layers, layout.resident)
         return replace(memory, resident=sum(held[i] for i in kept), ring=ring)
     if layout.resident is not None or not layout.ring_slots or resident <= ring:
         return replace(memory, resident=resident)
     return replace(memory, ring=ring)
 
 
-def _transit_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
+def transit_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     if not layout.split:
         return 0
     slots = transit_slots(shape, layout.visits, stage, layout.micro_batches)
     return slots * shape.expert_bytes
 
 
-def fill(
-    shape: ModelShape, layout: Layout, budgets: Sequence[Budget], cache: Cache
-) -> Filling | None:
-    """Fill what the pages leave with resident layers, then host RAM; None if it does not fit.
-
-    Resident layers are spread evenly among a stage's layers and host layers among the rest, so that
-    fast layers hide the loads of slow ones. Experts of split layers have what those leave: every
-    pass needs all of a layer's other weights.
-    """
-    tiers = [Tier.NVME] * shape.num_layers
-    held = shape.held_bytes(split=layout.split)
-    for stage, budget in enumerate(budgets):
-        layers = layout.layers[stage]
-        memory = _without_weights(shape, layout, stage, cache)
-        ring = layout.ring_slots * max(held)
-        room = budget.device_memory - memory.device - _transit_bytes(shape, layout, stage)
-        resident = _take(held, layers, room, ring, layout.resident)
-        if resident is None:
-            return None
-        rest = tuple(layer for layer in layers if layer not in resident)
-        pinned = _take(held, rest, budget.host_weights, 0) or frozenset()
-        for layer in layers:
-            if layer in resident:
-                tiers[layer] = Tier.DEVICE
-            elif layer in pinned:
-                tiers[layer] = Tier.HOST
-    return _filled(shape, layout, budgets, cache, tuple(tiers))
-
-
-def _take(
-    held: Sequence[int], layers: tuple[int, ...], room: int, ring: int, wanted: int | None = None
-) -> frozenset[int] | None:
-    """As many evenly spread layers as `room` bytes hold: all of them, or fewer and a ring.
-
-    Just `wanted` of them, if that is given. None when there is no room.
-    """
-    if wanted is not None:
-        most = least = min(wanted, len(layers))
-    else:
-        smallest = min(held[layer] for layer in layers) if layers else 1
-        most, least = min(max(room, 0) // smallest, len(layers)), 0
-    for count in range(most, least - 1, -1):
-        chosen = _spread_out(layers, count)
-        size = sum(held[layer] for layer in chosen)
-        if size + (ring if count < len(layers) else 0) <= room:
-            return chosen
-    return None
-
-
-def _spread_out(layers: tuple[int, ...], count: int) -> frozenset[int]:
+def spread_out(layers: tuple[int, ...], count: int) -> frozenset[int]:
     """`count` of the layers, evenly spaced; all if there are no more."""
     chosen = spread(len(layers), min(count, len(layers)))
     return frozenset(layer for layer, yes in zip(layers, chosen, strict=True) if yes)
-
-
-def _filled(
-    shape: ModelShape,
-    layout: Layout,
-    budgets: Sequence[Budget],
-    cache: Cache,
-    tiers: tuple[Tier, ...],
-) -> Filling:
-    placement = Placement(layout.num_stages, layout.visits, tiers)
-    held = shape.held_bytes(split=layout.split)
-    streamed = [placement.streamed(stage) for stage in range(layout.num_stages)]
-    ring_slot_bytes = max((held[i] for layers in streamed for i in layers), default=0)
-    ring_slots = tuple(layout.ring_slots if layers else 0 for layers in streamed)
-    pages = host_pages(shape, layout, budgets)
-    memory = tuple(
-        replace(
-            _without_weights(shape, layout, stage, cache),
-            resident=_bytes_in(held, layout, stage, tiers, Tier.DEVICE),
-            ring=ring_slots[stage] * ring_slot_bytes,
-            host_layers=_bytes_in(held, layout, stage, tiers, Tier.HOST),
-            process=budget.process_bytes,
-            host_kv=pages * slot_bytes(page_bytes(shape, layout, stage)),
-            host_log=budget.kv_log,
-        )
-        for stage, budget in enumerate(budgets)
-    )
-    if not layout.split:
-        return Filling(placement, ring_slot_bytes, ring_slots, memory, None, pages)
-    pools = _pools(shape, layout, budgets, memory)
-    slots = zip(memory, pools.device, pools.host, strict=True)
-    memory = tuple(
-        replace(m, experts=device * pools.slot_bytes, host_experts=host * pools.slot_bytes)
-        for m, device, host in slots
-    )
-    return Filling(placement, ring_slot_bytes, ring_slots, memory, pools, pages)
-
-
-def _pools(
-    shape: ModelShape, layout: Layout, budgets: Sequence[Budget], memory: Sequence[StageMemory]
-) -> ExpertPools:
-    """Slots in what is left of the budgets, no more than there are experts.
-
-    Where nothing is to stay, no more than pass through: one layer's beside those that are needed.
-    """
-    nbytes, device, host = shape.expert_bytes, [], []
-    for stage, (used, budget) in enumerate(zip(memory, budgets, strict=True)):
-        layers = layout.layers[stage]
-        total = most = num_experts(shape, layers)
-        if layout.resident == 0:
-            transit = transit_slots(shape, layout.visits, stage, layout.micro_batches)
-            most = min(total, transit + max(num_experts(shape, (i,)) for i in layers))
-        device.append(min(most, (budget.device_memory - used.device) // nbytes))
-        room = (budget.host_weights - used.host_layers) // nbytes
-        host.append(0 if device[-1] == total else min(total, room))
-    return ExpertPools(nbytes, tuple(device), tuple(host))
-
-
-def _bytes_in(
-    held: Sequence[int], layout: Layout, stage: int, tiers: tuple[Tier, ...], tier: Tier
-) -> int:
-    return sum(held[i] for i in layout.layers[stage] if tiers[i] is tier)

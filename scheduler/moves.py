@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from headrace.scheduler.plan import MoveKind, PageMove, PassResult
+from headrace.scheduler.plan import NO_PAGE, MoveKind, PageMove, PassResult
 
 
 class Moves:
@@ -22,9 +22,17 @@ class Moves:
     def __iter__(self) -> Iterator[PageMove]:
         return iter(self._under_way.values())
 
-    def start(self, kind: MoveKind, slot: int, page: int, key: bytes, cohort: int) -> None:
+    def start(
+        self,
+        kind: MoveKind,
+        slot: int,
+        page: int,
+        key: bytes,
+        cohort: int,
+        nvme_slot: int = NO_PAGE,
+    ) -> None:
         self._number += 1
-        move = PageMove(self._number, kind, slot, page, key, cohort)
+        move = PageMove(self._number, kind, slot, page, key, cohort, nvme_slot)
         self._under_way[move.number] = move
         self._untaken.append(move)
 

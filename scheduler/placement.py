@@ -104,7 +104,7 @@ class StageMemory:
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
     kv: pages of this stage's layers.  kv_ring: slots for pages that pass through, of the layer with the largest.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
     experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
-    experts.  host_kv: host slots for pages.  host_log: pages on their way to NVMe.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
+    experts.  host_kv: host slots for pages.  host_window: pages that pass through from NVMe.  host_log: pages on their way to NVMe.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
     """
 
@@ -124,6 +124,7 @@ class StageMemory:
     host_kv: int = 0
     host_log: int = 0
     kv_ring: int = 0
+    host_window: int = 0
 
     @property
     def device(self) -> int:
@@ -140,7 +141,9 @@ class StageMemory:
 
     @property
     def host(self) -> int:
-        return self.host_layers + self.host_experts + self.host_kv + self.host_log
+        return (
+            self.host_layers + self.host_experts + self.host_kv + self.host_window + self.host_log
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +166,9 @@ class Prediction:
 
     `terms` maps each physical bound ("nvme", "pcie", "compute", "hbm", "hops") to its seconds; the
     largest binds. tokens/s = sequences / pass_seconds. `experts` is None where no layer is split.
-    `guests` of the sequences have their full pages in host RAM, which adds `cold_seconds` to "pcie" for
-    `cold_pages` that are brought to every stage.
+    `guests` of the sequences have their full pages in host RAM or on NVMe, which adds `cold_seconds` to
+    "pcie" for `cold_pages` that are brought to every stage, and `sunk_seconds` to "nvme" for those
+    `sunk_pages` of them that have no room in host RAM, of `sunk_bytes` over all stages.
     """
 
     sequences: int
@@ -176,6 +180,9 @@ class Prediction:
     guests: int = 0
     cold_pages: int = 0
     cold_seconds: float = 0.0
+    sunk_pages: int = 0
+    sunk_seconds: float = 0.0
+    sunk_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +201,8 @@ class Plan:
 
     Requests whose pages lie in host slots go on decoding in up to `cold_micro_batches` more micro-batches
     of at most as many tokens, each of which may need up to `kv_ring_pages` pages: for so many, two slots
-    of each stage's KV ring have room in turn.
+    of each stage's KV ring have room in turn. Those of their pages that are older than `hot_window`
+    tokens may lie in `window_pages` slots on each stage's drive, with the same ids, from `host_pages` on.
 
     Where `expert_slots[stage]` is not 0, the stage's layers whose experts can be read alone are
     split, whatever their tier: what every token needs of them rests in the tier (on the device, too)
@@ -232,3 +240,5 @@ class Plan:
     kv_costs: KVCosts = field(default_factory=KVCosts)
     kv_ring_pages: int = 0
     cold_micro_batches: int = 0
+    window_pages: int = 0
+    hot_window: int = 0

@@ -43,9 +43,10 @@ class Sampling:
 class Slice:
     """Consecutive tokens of one request: positions [start, start + len(tokens)).
 
-    Page i holds positions [64 i, 64 i + 64). The first len(cold) pages, which are full, lie in the host
+    Page i holds positions [64 i, 64 i + 64). The first len(cold) pages, which are full, lie in the
     slots `cold`, the others in the device pages `pages`; together they cover at least the slice's end,
-    and what the slice writes is in the latter.
+    and what the slice writes is in the latter. Slots below the plan's `host_pages` are in host RAM,
+    those from there on on NVMe.
     `sampling` is None while the slice does not reach the end of the request's tokens. A decode's
     token may be FOLLOWS. `tail` is the request's own slot for its newest page, where full pages are
     quantized.
@@ -84,7 +85,7 @@ class MicroBatch:
 
     @property
     def num_cold(self) -> int:
-        """Pages that are to be brought from host slots."""
+        """Pages that are to be brought from host slots, or from slots on NVMe."""
         return sum(len(piece.cold) for piece in self.slices)
 
     @property
@@ -99,6 +100,7 @@ class MoveKind(str, Enum):
     IN = "in"  # host slot -> device page
     SPILL = "spill"  # host slot -> NVMe
     FETCH = "fetch"  # NVMe -> host slot
+    SINK = "sink"  # host slot -> slot on NVMe, from which it is brought to attention
 
 
 NO_PAGE = -1
@@ -110,8 +112,9 @@ class PageMove:
 
     It sees what passes before that one wrote. Until every stage has reported its `number`, nothing else
     writes what it reads, or touches what it writes. `page` is the device page of OUT and IN (NO_PAGE
-    for the others), `slot` a host slot. `key` names what the page holds, by which NVMe keeps it;
-    `cohort` are pages that will go together.
+    for the others), `slot` a host slot, `nvme_slot` the slot that a SINK writes, counted from 0. `key`
+    names what the page holds, by which the log on NVMe keeps it; `cohort` are pages that will go
+    together.
     """
 
     number: int
@@ -120,6 +123,7 @@ class PageMove:
     page: int
     key: bytes
     cohort: int
+    nvme_slot: int = NO_PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ class Pass:
 
     @property
     def num_cold(self) -> int:
-        """Pages that every stage brings from host slots for each of its layers."""
+        """Pages that every stage brings for each of its layers."""
         return sum(batch.num_cold for batch in self.micro_batches)
 
 
@@ -158,7 +162,7 @@ class Sample(NamedTuple):
 class StageTimes:
     """Where one stage's pass went, in seconds, and what it streamed, in bytes.
 
-    `kv_wait` is how long it waited for KV pages, `kv_cold_bytes` what it brought of cold ones, and `kv_out_bytes` and `kv_in_bytes` what
+    `kv_wait` is how long it waited for KV pages, `kv_cold_bytes` what it brought of cold ones, `kv_sunk_bytes` what it read of NVMe for that, and `kv_out_bytes` and `kv_in_bytes` what
     those that have ended since the pass before took to host RAM and back to the device. `experts_used` counts the experts that tokens reached, each once a layer and micro-batch,
     `experts_loaded` those of them that were not on the device. Their bytes are in the bytes.
     """
@@ -175,6 +179,7 @@ class StageTimes:
     kv_out_bytes: int = 0
     kv_in_bytes: int = 0
     kv_cold_bytes: int = 0
+    kv_sunk_bytes: int = 0
 
     def plus(self, other: "StageTimes") -> "StageTimes":
         """The two times of one stage together."""
@@ -191,6 +196,7 @@ class StageTimes:
             self.kv_out_bytes + other.kv_out_bytes,
             self.kv_in_bytes + other.kv_in_bytes,
             self.kv_cold_bytes + other.kv_cold_bytes,
+            self.kv_sunk_bytes + other.kv_sunk_bytes,
         )
 
     def since(self, start: "StageTimes") -> "StageTimes":
@@ -208,6 +214,7 @@ class StageTimes:
             self.kv_out_bytes - start.kv_out_bytes,
             self.kv_in_bytes - start.kv_in_bytes,
             self.kv_cold_bytes - start.kv_cold_bytes,
+            self.kv_sunk_bytes - start.kv_sunk_bytes,
         )
 
 
@@ -216,7 +223,8 @@ class PassResult:
     """What a stage returns: samples only from the stage of the last visit, times from every one.
 
     `moved` and `lost` are the moves of this and earlier passes that ended since the last result, with
-    their page or without it.
+    their page or without it. `spoiled` are requests of the pass of which a page on NVMe could not be
+    had: what was computed for them is worth nothing.
     """
 
     step: int
@@ -224,3 +232,4 @@ class PassResult:
     times: StageTimes
     moved: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
+    spoiled: tuple[int, ...] = ()

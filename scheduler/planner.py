@@ -10,8 +10,8 @@ headrace.scheduler.inputs.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
+from headrace.scheduler.decode import Decode
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.experts import loads_ahead
 from headrace.scheduler.inputs import (
@@ -25,45 +25,20 @@ from headrace.scheduler.inputs import (
 )
 from headrace.scheduler.kv_room import check_room, kv_costs, nvme_pages
 from headrace.scheduler.layouts import resident_layouts, streaming_layouts
-from headrace.scheduler.memory import (
-    Cache,
-    Filling,
-    Layout,
-    fill,
-    most_guests,
-)
-from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier
+from headrace.scheduler.memory import Layout
+from headrace.scheduler.placement import Plan, StageMemory, Tier
 from headrace.scheduler.plan import PAGE_TOKENS
-from headrace.scheduler.predict import Decode, passes_ahead, predict, timing
 from headrace.scheduler.problem import Problem
 from headrace.scheduler.refusal import refusal
+from headrace.scheduler.search import WORTH_IT, Candidate, search_pages
 from headrace.scheduler.simulate import simulate
 from headrace.scheduler.sizes import format_size
+from headrace.scheduler.timing import passes_ahead, timing
 
 __all__ = ["Budget", "Choices", "DeviceProfile", "ModelShape", "Workload", "make_plan"]
 
-PAGE_STEPS = 16
-"""Page counts that are tried for a layout, evenly spaced up to the most that fit or are wanted."""
-
-GUEST_STEPS = 8
-"""Counts of sequences with pages in host RAM that are tried for a layout."""
-
-DEVICE_SHARES = (1, 2, 4)
-"""Beside these the device holds as many sequences as it can, or one in so many of them."""
-
-WORTH_IT = 1.02
-"""A larger or less simple candidate has to be this much faster."""
-
 ENOUGH_SEQUENCES = 16
 """With KV for this many sequences beside the whole model, nothing is streamed."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    layout: Layout
-    filling: Filling
-    cache: Cache
-    prediction: Prediction
 
 
 def make_plan(
@@ -115,6 +90,8 @@ def _check(problem: Problem, workload: Workload) -> None:
         raise DoesNotFitError(
             f"--resident-layers must be at least 0, not {choices.resident_layers}"
         )
+    if choices.kv_hot_window is not None and choices.kv_hot_window < 0:
+        raise DoesNotFitError(f"--kv-hot-window must be at least 0, not {choices.kv_hot_window}")
     if choices.token_budget and (choices.micro_batches or 1) > choices.token_budget:
         raise DoesNotFitError(
             f"--micro-batches {choices.micro_batches} cannot share --token-budget"
@@ -153,7 +130,7 @@ def _roomiest(problem: Problem, layouts: Iterator[Layout]) -> Layout | None:
     return next(roomy, fitting[-1] if fitting else None)
 
 
-def _resident(problem: Problem, enough: int) -> _Candidate | None:
+def _resident(problem: Problem, enough: int) -> Candidate | None:
     """Everything resident, if that leaves KV for `enough` sequences (or all that are wanted)."""
     kind = problem.profiles[0].kind
     layouts = resident_layouts(
@@ -164,10 +141,10 @@ def _resident(problem: Problem, enough: int) -> _Candidate | None:
         return None
     if problem.most_sequences(layout) < min(enough, problem.wanted(layout)):
         return None
-    return _search_pages(problem, layout)
+    return search_pages(problem, layout)
 
 
-def _best(problem: Problem) -> _Candidate | None:
+def _best(problem: Problem) -> Candidate | None:
     """By simulation the fastest; of those as good as it, the simplest (whole layers, or split ones
     whose experts need not wait for another micro-batch), then the one with the most tokens a pass,
     then the one with the deepest ring.
@@ -183,7 +160,7 @@ def _best(problem: Problem) -> _Candidate | None:
         split=problem.shape.can_split,
     )
     layouts = (_roomiest(problem, family) for family in families)
-    candidates = [_search_pages(problem, layout) for layout in layouts if layout]
+    candidates = [search_pages(problem, layout) for layout in layouts if layout]
     resident = _resident(problem, 1)
     if resident:
         candidates.insert(0, resident)
@@ -196,7 +173,7 @@ def _best(problem: Problem) -> _Candidate | None:
     return max(good, key=_spare, default=None)
 
 
-def _spare(candidate: _Candidate) -> tuple[bool, bool, int, int]:
+def _spare(candidate: Candidate) -> tuple[bool, bool, int, int]:
     layout = candidate.layout
     lets_go = layout.split and layout.micro_batches == 1
     return (
@@ -207,79 +184,7 @@ def _spare(candidate: _Candidate) -> tuple[bool, bool, int, int]:
     )
 
 
-def _search_pages(problem: Problem, layout: Layout) -> _Candidate:
-    """More pages serve more sequences a pass, fewer pages leave more layers resident.
-
-    Few sequences that reach other experts each are hardly faster together; but a pass that computes
-    prompts loads nearly all experts, and more of those share it. So of split layouts that are as good
-    as the best, the one with most sequences is taken.
-    """
-    most = min(problem.most_sequences(layout), problem.wanted(layout))
-    least = min(most, problem.min_sequences)
-    steps = sorted({max(least, 1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)})
-    tried = (_candidate(problem, layout, problem.cache(sequences)) for sequences in steps)
-    found = [candidate for candidate in tried if candidate is not None]
-    assert found, "the least memory was checked to fit"
-    found += _with_guests(problem, layout)
-    found = [one for one in found if one.cache.in_all >= problem.min_sequences] or found
-    rates = [candidate.prediction.tokens_per_second for candidate in found]
-    if layout.split:
-        good = (i for i, rate in enumerate(rates) if rate * WORTH_IT >= max(rates))
-        return found[max(good)]
-    best = 0
-    for i, rate in enumerate(rates):
-        if rate > rates[best] * WORTH_IT:
-            best = i
-    return found[best]
-
-
-def _with_guests(problem: Problem, layout: Layout) -> list[_Candidate]:
-    """Sequences beyond those that the device holds, with their pages in host RAM: fewest first."""
-    pages = problem.cache(0).pages
-    wanted = problem.wanted(layout)
-    most = min(most_guests(problem.shape, layout, problem.budgets, pages), wanted - 1)
-    if most < 1:
-        return []
-    counts = {most * i // GUEST_STEPS for i in range(1, GUEST_STEPS + 1)}
-    counts.add(_guests_asked_for(problem, layout, most))
-    found = []
-    for guests in sorted(count for count in counts if count > 0):
-        room = problem.hosting(layout, guests)
-        if room is None:
-            break
-        beside = min(problem.most_sequences(layout, room), wanted - guests)
-        for share in DEVICE_SHARES:
-            if beside // share > 0:
-                cache = replace(room, sequences=beside // share)
-                found.append(_candidate(problem, layout, cache))
-    whole = [candidate for candidate in found if candidate is not None]
-    return sorted(whole, key=lambda candidate: candidate.cache.in_all)
-
-
-def _guests_asked_for(problem: Problem, layout: Layout, most: int) -> int:
-    """The fewest guests with whom there is room for all sequences that shall have some, or `most`."""
-    low, high = 1, most
-    while low < high:
-        guests = (low + high) // 2
-        room = problem.hosting(layout, guests)
-        if room is None or guests + problem.most_sequences(layout, room) >= problem.min_sequences:
-            high = guests
-        else:
-            low = guests + 1
-    return low
-
-
-def _candidate(problem: Problem, layout: Layout, cache: Cache) -> _Candidate | None:
-    """None where that does not fit."""
-    filling = fill(problem.shape, layout, problem.budgets, cache)
-    if filling is None:
-        return None
-    decode = Decode.of(layout, cache, problem.context)
-    prediction = predict(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
-    return _Candidate(layout, filling, cache, prediction)
-
-
-def _simulated_rate(problem: Problem, candidate: _Candidate) -> float:
+def _simulated_rate(problem: Problem, candidate: Candidate) -> float:
     layout, filling = candidate.layout, candidate.filling
     decode = Decode.of(layout, candidate.cache, problem.context)
     times = timing(
@@ -305,7 +210,7 @@ def _simulated_rate(problem: Problem, candidate: _Candidate) -> float:
     return decode.sequences / seconds
 
 
-def _plan(problem: Problem, candidate: _Candidate) -> Plan:
+def _plan(problem: Problem, candidate: Candidate) -> Plan:
     layout, filling, pools = candidate.layout, candidate.filling, candidate.filling.pools
     shape, cache = problem.shape, candidate.cache
     held = shape.held_bytes(split=layout.split)
@@ -347,10 +252,12 @@ def _plan(problem: Problem, candidate: _Candidate) -> Plan:
         kv_format=shape.kv_format,
         num_tails=cache.in_all if shape.layer_tail_bytes else 0,
         host_pages=filling.host_pages,
-        nvme_pages=nvme_pages(shape, layout, problem.budgets),
+        nvme_pages=nvme_pages(shape, layout, problem.budgets, cache.window_pages),
         kv_costs=kv_costs(shape, layout, problem.profiles, candidate.prediction),
         kv_ring_pages=cache.ring_pages,
         cold_micro_batches=cache.cold_batches,
+        window_pages=cache.window_pages,
+        hot_window=(problem.choices.kv_hot_window or 0) if cache.window_pages else 0,
     )
 
 

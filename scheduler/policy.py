@@ -62,13 +62,15 @@ def swap_beats_recompute(costs: KVCosts) -> bool:
     return 2 * costs.host_page <= costs.computed_page
 
 
-def hosting_pays(costs: KVCosts, num_pages: int) -> bool:
-    """Whether a request of so many full pages goes on decoding over them in host RAM.
+def hosting_pays(costs: KVCosts, num_pages: int, num_sunk: int = 0) -> bool:
+    """Whether a request of so many full pages goes on decoding over them in host RAM, or with `num_sunk`
+    of them on NVMe.
 
     Every pass has them brought over the link, which works for nobody else meanwhile, and gives one
     token for it. The request that does not go on waits, and gives none.
     """
-    return num_pages * costs.host_page <= costs.decode
+    in_host = num_pages - num_sunk
+    return in_host * costs.host_page + num_sunk * costs.nvme_page <= costs.decode
 
 
 def guest_order(candidates: Iterable[Request]) -> list[Request]:

@@ -3,17 +3,21 @@
 from dataclasses import dataclass, replace
 
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape
+from headrace.scheduler.kv_room import most_window_pages
 from headrace.scheduler.layouts import with_graphs
 from headrace.scheduler.memory import (
     Cache,
     Layout,
     graph_bytes,
+    host_pages,
     kv_ring_bytes,
     least_memory,
+    lendable_slots,
     page_bytes,
     tail_bytes,
 )
 from headrace.scheduler.pages import pages_for
+from headrace.scheduler.plan import PAGE_TOKENS
 
 ACTIVATIONS_SHARE = 8
 """Passes are cut until activations take at most one part in so many of the device budget."""
@@ -44,9 +48,53 @@ class Problem:
         """Room for that many sequences of the context."""
         return Cache(sequences, pages_for(self.context))
 
+    @property
+    def full_pages(self) -> int:
+        """Pages of a sequence of the context that are full."""
+        return max(0, self.context - 1) // PAGE_TOKENS
+
+    @property
+    def old_pages(self) -> int:
+        """Those of them that may lie on NVMe."""
+        window = self.choices.kv_hot_window
+        return 0 if window is None else max(0, self.context - 1 - window) // PAGE_TOKENS
+
+    def lendable(self, layout: Layout, cache: Cache) -> int:
+        """Host slots that guests may hold."""
+        return lendable_slots(host_pages(self.shape, layout, self.budgets, cache))
+
     def hosting(self, layout: Layout, guests: int) -> Cache | None:
-        """Room for so many guests, in as few micro-batches as the ring may be large; None where even
-        one of them takes a larger ring than that."""
+        """Room for so many guests, those of whose pages that have none in host RAM on NVMe; None where
+        there is none."""
+        cache = self._ring(layout, guests)
+        if cache is None or guests * self.full_pages <= self.lendable(layout, cache):
+            return cache
+        most = most_window_pages(self.shape, layout, self.budgets)
+        cache = replace(cache, window_pages=min(most, guests * self.old_pages))
+        sunk = guests * self.full_pages - self.lendable(layout, cache)
+        return None if sunk > cache.window_pages else replace(cache, sunk=sunk)
+
+    def most_guests(self, layout: Layout) -> tuple[int, int]:
+        """The most for whom there is room in host RAM, and with NVMe beside it."""
+        full, slots = self.full_pages, self.lendable(layout, self.cache(0))
+        if not full:
+            return 0, 0
+        in_host = slots // full
+        if not self.old_pages:
+            return in_host, in_host
+        below = most_window_pages(self.shape, layout, self.budgets)
+        low, high = in_host, (slots + below) // full
+        while low < high:  # staging takes of what host RAM holds, the more the larger the ring is
+            guests = -(-(low + high) // 2)
+            if self.hosting(layout, guests) is None:
+                high = guests - 1
+            else:
+                low = guests
+        return in_host, low
+
+    def _ring(self, layout: Layout, guests: int) -> Cache | None:
+        """A ring for so many guests, in as few micro-batches as it may be large; None where even one of
+        them takes a larger ring than that."""
         pages = pages_for(self.context)
         a_pass = -(-guests // layout.passes_in_flight)
         for batches in COLD_BATCHES:

@@ -84,7 +84,10 @@ class Request:
     A request that `is_hosted` decodes over pages in host RAM. It holds `slots` for its first pages; `pages`
     begin behind the `num_cold` of these that it has on the device no more. To have all of them there
     again it holds `returning` pages, to which they are loaded. One of which a move failed `stays` as it
-    is, on the device or not.
+    is, on the device or not. The first `num_sunk` of the slots are on NVMe, counted from the number of host
+    slots on, and the next ones are `sinking` to slots there, counted from 0. Pages that are to be kept
+    do not sink, nor those of a request that found one of them damaged: while passes with it are in flight
+    it `is_spoiled`, and what they compute for it is ignored.
 
     No page of a `tenant` is found by another one. `keep` brings the full pages to host RAM and NVMe
     once the request has stopped or reached its length, for a request that continues it.
@@ -111,10 +114,15 @@ class Request:
     returning: list[int] = field(init=False, default_factory=list)
     is_hosted: bool = field(init=False, default=False)
     stays: bool = field(init=False, default=False)
+    num_sunk: int = field(init=False, default=0)
+    sinking: list[int] = field(init=False, default_factory=list)
+    may_sink: bool = field(init=False)
+    is_spoiled: bool = field(init=False, default=False)
     finish_reason: FinishReason | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
+        self.may_sink = not self.keep
 
     @property
     def num_pending(self) -> int:

@@ -3,19 +3,19 @@
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.draft import Draft
 from headrace.scheduler.holdings import Holdings
-from headrace.scheduler.hosting import Hosting
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request, token_limit
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, PageMove, Pass, Sample, Slice
-from headrace.scheduler.policy import choose_victim, service_order, watermark
+from headrace.scheduler.policy import service_order, watermark
 from headrace.scheduler.request import FinishReason, Request
+from headrace.scheduler.room import Room
+from headrace.scheduler.roster import Roster
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +49,23 @@ class Scheduler:
         self.config = config
         self.holdings = Holdings(config)
         self.pool, self.tails = self.holdings.pool, self.holdings.tails
-        self._hosting = Hosting(config, self.holdings)
+        self._roster = Roster()
+        self._room = Room(config, self.holdings, self._roster)
         self._step = 0
-        self._live: dict[int, Request] = {}
-        self._running: dict[int, Request] = {}
-        # Also requests that ended while in flight: stages may still write to their pages.
-        self._in_flight: dict[int, Request] = {}
         self._steps: deque[int] = deque()  # of the passes in flight
-        self._leaving: Request | None = None  # to be preempted when it comes back
-        # A heap of ids. One that ended or runs by now is skipped when it comes up.
-        self._waiting: list[int] = []
 
     @property
     def has_work(self) -> bool:
         """Whether a request is live or a pass is still to be returned to `update`."""
-        return bool(self._live or self._steps)
+        return bool(self._roster.live or self._steps)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._live) - len(self._running)
+        return self._roster.num_waiting
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def num_preemptions(self) -> int:
@@ -90,15 +84,12 @@ class Scheduler:
         Raises RequestError when the prompt is empty, leaves no room for output, or when prompt and
         output together need more pages than there are.
         """
-        assert request.request_id not in self._live, request.request_id
-        assert request.request_id not in self._in_flight, request.request_id
         check_request(request, self.config)
-        self._live[request.request_id] = request
-        heappush(self._waiting, request.request_id)
+        self._roster.add(request)
 
     def abort(self, request_id: int) -> Request | None:
         """End a request and keep its output; None when it has already ended."""
-        request = self._live.get(request_id)
+        request = self._roster.live.get(request_id)
         if request is None:
             return None
         return self.finish(request_id, FinishReason.ABORT, request.num_output)
@@ -109,7 +100,7 @@ class Scheduler:
         If passes in flight hold it, their results for the request are ignored, and its pages are
         freed when the last of them is returned to `update`. The request is not in a later Update.
         """
-        request = self._live.get(request_id)
+        request = self._roster.live.get(request_id)
         if request is None:
             return None
         assert 0 <= num_output <= request.num_output, (num_output, request.num_output)
@@ -122,9 +113,9 @@ class Scheduler:
 
         It has no slices when nothing can run until moves of pages have ended.
         """
-        self._hosting.advance(self._running.values())
+        self._room.advance()
         # A pass that took every request would leave the others in flight without any.
-        share = -(-len(self._live) // self.config.passes_in_flight)
+        share = -(-len(self._roster.live) // self.config.passes_in_flight)
         draft = Draft(self.config, min(self.config.max_sequences, share))
         # Every group gets its pass before the requests of one get a second.
         can_follow = bool(self.config.ahead and self._steps)
@@ -133,8 +124,8 @@ class Scheduler:
         self._admit_waiting(draft)
         if can_follow and not is_ahead and not draft.num_slices:
             self._continue_running(draft, may_follow=True)
-        self._call_back()
-        if not draft.num_slices and (self._steps or not self._live):
+        self._room.call_back()
+        if not draft.num_slices and (self._steps or not self._roster.live):
             return None
         assert draft.num_slices or self.holdings.is_moving, "idle with work to do"
         batches = draft.pack()
@@ -178,9 +169,9 @@ class Scheduler:
         """Take note that stages have lost what these ids held: it is computed again. Nothing is in flight
         or moves. Returns how many requests had it."""
         assert not self._steps
-        losers = self.holdings.lose(lost, self._running.values())
+        losers = self.holdings.lose(lost, self._roster.running.values())
         for request in losers:
-            self._wait_again(request)
+            self._roster.wait_again(request)
         return len(losers)
 
     def retain(self, keys: Collection[bytes]) -> None:
@@ -193,10 +184,13 @@ class Scheduler:
         samples: Sequence[Sample],
         moved: Sequence[int] = (),
         lost: Sequence[int] = (),
+        spoiled: Collection[int] = (),
     ) -> Update:
         """Commit what the oldest pass in flight computed: one sample for each slice that asks for one.
 
-        `moved` and `lost` are the moves that have ended on every stage since the last update.
+        `moved` and `lost` are the moves that have ended on every stage since the last update. Nothing
+        is taken that the pass computed of requests that are `spoiled` on any stage, nor what later ones
+        did that are in flight: these requests wait again when none of them is.
         """
         drawn = {sample.request: sample for sample in samples}
         pieces = [piece for batch in a_pass.micro_batches for piece in batch.slices]
@@ -206,39 +200,42 @@ class Scheduler:
         assert step == a_pass.step, f"pass {a_pass.step} returned before pass {step}"
         update = Update([], [])
         for piece in pieces:
-            request = self._in_flight[piece.request]
-            if piece.end >= (request.num_named + 1) * PAGE_TOKENS:
-                self.holdings.name(request, piece.end)
-            if piece.sampling is not None and request.finish_reason is None:
-                self._commit(request, drawn[piece.request], update)
+            request = self._roster.in_flight[piece.request]
+            if piece.request in spoiled:
+                self.holdings.spoil(request)
+            if request.is_spoiled:
+                request.num_drawing -= piece.sampling is not None
+            else:
+                self._take_in(request, piece, drawn.get(piece.request), update)
             request.passes.remove(step)
             if not request.passes:
                 self._land(request)
         if moved or lost:
             for request in self.holdings.settle(moved, lost):
-                self._put_back(request)
+                self._room.put_back(request)
         return update
 
     def _continue_running(self, draft: Draft, *, may_follow: bool) -> None:
-        ready = [r for r in self._running.values() if self._is_ready(r, may_follow)]
+        running = self._roster.running
+        ready = [r for r in running.values() if self._is_ready(r, may_follow)]
         for request in service_order(ready):
             if not draft.left:
                 break
-            if request.request_id not in self._running or request is self._leaving:
+            if request.request_id not in running or self._room.is_leaving(request):
                 continue  # gave way to an older one, just now
             room = draft.room
             if request.num_cold:
                 room = draft.cold_room(pages_for(request.num_scheduled + request.num_pending))
             count = min(request.num_pending, room)
-            if count and self._grow(request, count):
+            if count and self._room.grow(request, count):
                 self._take(request, draft, count)
 
     def _is_ready(self, request: Request, may_follow: bool) -> bool:
-        if request is self._leaving or request.coming:
+        if self._room.is_leaving(request) or request.coming or request.is_spoiled:
             return False
         if not request.passes:
             return True
-        if self._hosting.is_due(request):
+        if self._room.is_due(request):
             return False
         ends = len(request.tokens) + request.num_drawing >= token_limit(request, self.config)
         return may_follow and request.passes == [self._steps[0]] and not ends
@@ -246,97 +243,23 @@ class Scheduler:
     def _admit_waiting(self, draft: Draft) -> None:
         """Admit in order of age, never past one that does not fit: it would wait for ever."""
         self._admit_while_room(draft)
-        if self._hosting.is_possible and (request := self._oldest_waiting()) is not None:
-            self._make_room(request)
+        self._room.make_for_waiting()
 
     def _admit_while_room(self, draft: Draft) -> None:
-        if not draft.room or self._oldest_waiting() is None:
+        if not draft.room or self._roster.oldest_waiting() is None:
             return
-        growth = sum(self._growth(request) for request in self._running.values())
-        while draft.room and (request := self._oldest_waiting()) is not None:
+        growth = sum(map(self._room.growth, self._roster.running.values()))
+        while draft.room and (request := self._roster.oldest_waiting()) is not None:
             # The token that is drawn next needs a place, too, if it is computed at all.
             tokens = min(len(request.tokens) + 1, token_limit(request, self.config) - 1)
             # No more is left free than the running ones can still come to need.
-            spare = min(growth, watermark(self.config.num_pages, len(self._running)))
+            spare = min(growth, watermark(self.config.num_pages, len(self._roster.running)))
             if not self.holdings.admit(request, tokens, spare):
                 return
-            heappop(self._waiting)
-            growth += self._growth(request)
-            self._running[request.request_id] = request
+            self._roster.start(request)
+            growth += self._room.growth(request)
             if not request.coming:
                 self._take(request, draft, min(request.num_pending, draft.room))
-
-    def _growth(self, request: Request) -> int:
-        """Pages that a running request still lacks if it goes on to its limit; a guest gives back those
-        that it fills."""
-        lacks = pages_for(token_limit(request, self.config) - 1) - request.num_pages
-        return min(lacks, 1) if request.is_hosted and not request.returning else lacks
-
-    def _make_room(self, oldest: Request) -> None:
-        """Have running requests go on over pages in host RAM until there will be room for those that
-        wait, as many as are computed until it is there; they are taken to be like the oldest of them."""
-        tokens, config = len(oldest.tokens) + 1, self.config
-        passes = config.passes_in_flight + config.ahead + 1
-        places = config.max_sequences * config.passes_in_flight - self.num_running
-        wanted = -(-passes * config.token_budget // tokens)
-        count = min(wanted, places, self.num_waiting, self.tails.num_free)
-        if count > 0:
-            pages = count * pages_for(tokens) + watermark(config.num_pages, self.num_running)
-            self._hosting.make_room(min(pages, config.num_pages), self._staying())
-
-    def _staying(self) -> list[Request]:
-        return [request for request in self._running.values() if request is not self._leaving]
-
-    def _call_back(self) -> None:
-        """Where nobody waits and nobody can come to need pages, guests have theirs on the device again."""
-        if self._hosting.is_possible and self._oldest_waiting() is None:
-            running = self._running.values()
-            growth = sum(self._growth(request) for request in running)
-            self._hosting.call_back(running, self.pool.num_free - growth)
-
-    def _oldest_waiting(self) -> Request | None:
-        while self._waiting:
-            request_id = self._waiting[0]
-            if request_id in self._live and request_id not in self._running:
-                return self._live[request_id]
-            heappop(self._waiting)
-        return None
-
-    def _grow(self, request: Request, count: int) -> bool:
-        """Make the pages cover `count` more tokens; younger requests give way if need be."""
-        missing = pages_for(request.num_scheduled + count) - request.num_pages
-        if missing <= 0:
-            return True
-        while not self.holdings.can_grow(missing):
-            if self._hosting.make_room(missing, self._staying()):
-                if self.holdings.can_grow(missing):
-                    break
-                return False
-            victim = choose_victim(self._running.values(), request)
-            if victim is None:
-                return False
-            if victim.passes:
-                # One at a time: whoever else is short may be served by its pages.
-                self._leaving = self._leaving or victim
-                return False
-            self._preempt(victim)
-        self.holdings.grow(request, missing)
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        """Back to waiting. Its tokens stay, and its pages where they can be found, for as long."""
-        assert not request.passes, request.request_id
-        self.holdings.give_way(request)
-        self._wait_again(request)
-
-    def _put_back(self, request: Request) -> None:
-        """Back to waiting, to look for its prefix once more."""
-        self.holdings.release(request)
-        self._wait_again(request)
-
-    def _wait_again(self, request: Request) -> None:
-        del self._running[request.request_id]
-        heappush(self._waiting, request.request_id)
 
     def _take(self, request: Request, draft: Draft, count: int) -> None:
         draws = count == request.num_pending
@@ -356,7 +279,16 @@ class Scheduler:
         request.num_scheduled = end
         request.num_drawing += draws
         request.passes.append(self._step + 1)
-        self._in_flight[request.request_id] = request
+        self._roster.in_flight[request.request_id] = request
+
+    def _take_in(
+        self, request: Request, piece: Slice, sample: Sample | None, update: Update
+    ) -> None:
+        """What a pass computed of a request."""
+        if piece.end >= (request.num_named + 1) * PAGE_TOKENS:
+            self.holdings.name(request, piece.end)
+        if sample is not None and request.finish_reason is None:
+            self._commit(request, sample, update)
 
     def _commit(self, request: Request, sample: Sample, update: Update) -> None:
         request.tokens.append(sample.token)
@@ -371,18 +303,15 @@ class Scheduler:
 
     def _land(self, request: Request) -> None:
         """No pass in flight holds the request any more."""
-        del self._in_flight[request.request_id]
+        del self._roster.in_flight[request.request_id]
         if request.finish_reason is not None:
             self.holdings.release(request)
-        elif request is self._leaving:
-            self._leaving = None
-            self._preempt(request)
+        else:
+            self._room.land(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
-        if request is self._leaving:
-            self._leaving = None
-        del self._live[request.request_id]
-        self._running.pop(request.request_id, None)
-        if request.request_id not in self._in_flight:
+        self._room.end(request)
+        self._roster.end(request)
+        if request.request_id not in self._roster.in_flight:
             self.holdings.release(request)

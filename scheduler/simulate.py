@@ -33,7 +33,7 @@ class Timing:
     pass and the start of the one that needs its samples: sampling, committing, calling the stages,
     or handing over what was drawn where the stages have been called before. `experts` are those of
     split layers. `cold` is what bringing pages from host RAM takes each layer for each of the last
-    `cold_batches` micro-batches.
+    `cold_batches` micro-batches, and `sunk` what reading those on NVMe takes the drive.
     """
 
     load: tuple[float, ...]
@@ -43,6 +43,7 @@ class Timing:
     experts: Mapping[int, ExpertTimes] = field(default_factory=dict)
     cold: tuple[float, ...] = ()
     cold_batches: int = 0
+    sunk: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ class _ColdPages:
     """One stage's KV ring in one pass: what the next use needs is asked for when this one begins."""
 
     loader: "_Loader"
-    seconds: Sequence[float]  # of each use of the ring
+    loads: Sequence[Mapping[Tier, float]]  # seconds of each use of the ring
     arrivals: list[float] = field(default_factory=list)
     taken: int = 0
 
@@ -62,9 +63,8 @@ class _ColdPages:
         return begins
 
     def ask(self, now: float) -> None:
-        if len(self.arrivals) < len(self.seconds):
-            load = {Tier.HOST: self.seconds[len(self.arrivals)]}
-            self.arrivals.append(self.loader.fetch(load, now))
+        if len(self.arrivals) < len(self.loads):
+            self.arrivals.append(self.loader.fetch(self.loads[len(self.arrivals)], now))
 
 
 @dataclass(slots=True)
@@ -139,8 +139,9 @@ def _cold_pages(
     rings = []
     for stage, loader in enumerate(loaders):
         visits = (placement.visits[visit] for visit in placement.visits_of(stage))
-        layers = (visit.layers * timing.cold_batches for visit in visits)
-        rings.append(_ColdPages(loader, [timing.cold[i] for some in layers for i in some]))
+        layers = [i for visit in visits for i in visit.layers * timing.cold_batches]
+        loads = [{Tier.HOST: timing.cold[i], Tier.NVME: timing.sunk[i]} for i in layers]
+        rings.append(_ColdPages(loader, loads))
         rings[-1].ask(start)
     return rings
 

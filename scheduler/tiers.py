@@ -14,6 +14,8 @@ from headrace.scheduler.plan import NO_PAGE, MoveKind, PageMove
 class Tiers:
     """The device's pages, the host's slots, what is known of NVMe, and the moves under way.
 
+    On NVMe there are a log, where pages are found, and the `window`, slots that only requests that
+    decode over them know of.
     The copies of a key are found, moved, taken and lost each alone. A page on the device is
     *precious* when it was wanted more than once, no tier below has it and `saves`, a slot when it is
     the only copy: precious ones are taken last.
@@ -23,6 +25,7 @@ class Tiers:
         self.device = PagePool(config.num_pages, self.rate)
         self.host = PagePool(config.host_pages, self.rate)
         self.nvme = NvmeIndex(config.nvme_pages)
+        self.window = PagePool(config.window_pages, self.rate)
         self.moves = Moves()
         self._saves = saves
         # The request that computed what a device page or a slot holds.
@@ -58,7 +61,8 @@ class Tiers:
     def forget(self, lost: ContextIds) -> None:
         """Let copies be found no more that stages have lost; no move is under way, and nobody holds them."""
         assert not len(self.moves)
-        for pool, pages in (self.device, lost.pages), (self.host, lost.slots):
+        losses = (self.device, lost.pages), (self.host, lost.slots), (self.window, lost.window)
+        for pool, pages in losses:
             keys = [(page, pool.key(page)) for page in pages]
             for page, key in keys:
                 if key is not None:
@@ -72,7 +76,9 @@ class Tiers:
             precious = self._saves and slot is None and not is_on_nvme
             self.device.rate(page, precious=precious)
         if slot is not None:
-            self.host.rate(slot, precious=page is None and not is_on_nvme)
+            # Whose requests have it in the window want the slot no more.
+            sunk = self.window.find(key) is not None
+            self.host.rate(slot, precious=page is None and not is_on_nvme and not sunk)
 
     def move_out(self, page: int) -> None:
         key, cohort = self._key(self.device, page), self._page_cohorts[page]
@@ -100,6 +106,15 @@ class Tiers:
     def fetch(self, key: bytes) -> None:
         self.moves.start(MoveKind.FETCH, self.host.reserve(key), NO_PAGE, key, 0)
 
+    def sink(self, slot: int) -> int:
+        """The slot on NVMe to which a host slot's page is going; there is one that can be taken."""
+        key = self._key(self.host, slot)
+        place = self.window.reserve(key)
+        self.host.depart(slot)
+        cohort = self._slot_cohorts[slot]
+        self.moves.start(MoveKind.SINK, slot, NO_PAGE, key, cohort, place)
+        return place
+
     def done(self, move: PageMove) -> None:
         """Let both copies be used."""
         if move.kind is MoveKind.OUT:
@@ -112,6 +127,9 @@ class Tiers:
             self.host.departed(move.slot)
             if self.host.key(move.slot) == move.key:  # else another move found it damaged
                 self.adopt([move.key])
+        elif move.kind is MoveKind.SINK:
+            self.host.departed(move.slot)
+            self.window.arrived(move.nvme_slot)
         else:
             self.host.arrived(move.slot)
         self.rate(move.key)
@@ -131,6 +149,10 @@ class Tiers:
         elif move.kind is MoveKind.SPILL:
             self.host.departed(move.slot)
             self.host.rate(move.slot, precious=False)
+        elif move.kind is MoveKind.SINK:
+            self.host.departed(move.slot)
+            self.window.forget(move.nvme_slot)
+            self.rate(move.key)
         else:
             self.nvme.discard(move.key)
             self.host.forget(move.slot)
@@ -140,11 +162,14 @@ class Tiers:
         """Assert that pages and slots are in order, and under the moves that there are."""
         self.device.check_integrity()
         self.host.check_integrity()
+        self.window.check_integrity()
         kinds = {kind: [move for move in self.moves if move.kind is kind] for kind in MoveKind}
-        reads = {move.slot for kind in (MoveKind.IN, MoveKind.SPILL) for move in kinds[kind]}
+        readers = (MoveKind.IN, MoveKind.SPILL, MoveKind.SINK)
+        reads = {move.slot for kind in readers for move in kinds[kind]}
         writes = {move.slot for kind in (MoveKind.OUT, MoveKind.FETCH) for move in kinds[kind]}
         assert len(reads) == self.host.count(PageState.LEAVING)
         assert len(writes) == self.host.count(PageState.COMING)
+        assert len(kinds[MoveKind.SINK]) == self.window.count(PageState.COMING)
         assert len(kinds[MoveKind.OUT]) == self.device.count(PageState.LEAVING)
 
     @staticmethod

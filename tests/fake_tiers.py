@@ -12,6 +12,7 @@ Content = tuple[object, ...]
 GARBAGE: Content = ("garbage",)
 WRITES_PAGE = (MoveKind.IN,)
 WRITES_SLOT = (MoveKind.OUT, MoveKind.FETCH)
+DAMAGED: Content = ("damaged",)
 
 
 @dataclass
@@ -21,6 +22,7 @@ class FakeStage:
     device: dict[int, Content] = field(default_factory=dict)
     host: dict[int, Content] = field(default_factory=dict)
     log: dict[bytes, Content] = field(default_factory=dict)
+    window: dict[int, Content] = field(default_factory=dict)
     under_way: dict[int, PageMove] = field(default_factory=dict)
 
     def start(self, move: PageMove) -> None:
@@ -28,6 +30,8 @@ class FakeStage:
         self.under_way[move.number] = move
         if move.kind is MoveKind.IN:
             self.device[move.page] = GARBAGE
+        elif move.kind is MoveKind.SINK:
+            self.window[move.nvme_slot] = GARBAGE
         elif move.kind is not MoveKind.SPILL:
             self.host[move.slot] = GARBAGE
 
@@ -43,6 +47,8 @@ class FakeStage:
             self.device[move.page] = self.host[move.slot]
         elif move.kind is MoveKind.SPILL:
             self.log[move.key] = self.host[move.slot]
+        elif move.kind is MoveKind.SINK:
+            self.window[move.nvme_slot] = self.host[move.slot]
         else:
             self.host[move.slot] = self.log[move.key]
         return True
@@ -102,6 +108,22 @@ class FakeTiers:
         assert content is not GARBAGE, f"slot {slot} was read before it had come"
         return content
 
+    def read_window(self, place: int) -> Content | None:
+        """What a pass finds on NVMe, on all stages alike; None where one of them finds it damaged."""
+        found = {stage.window[place] for stage in self.stages}
+        assert GARBAGE not in found, f"NVMe slot {place} was read before it had come"
+        if DAMAGED in found:
+            return None
+        assert len(found) == 1, f"NVMe slot {place} differs between stages"
+        return found.pop()
+
+    def damage(self, chance: float) -> None:
+        """Pages on NVMe go bad, on some stage."""
+        for stage in self.stages:
+            for place, content in stage.window.items():
+                if content is not GARBAGE and self._rng.random() < chance:
+                    stage.window[place] = DAMAGED
+
     def report(self, step: int, *, everything: bool) -> list[PassResult]:
         """One result a stage, with some of the moves under way, or with all of them."""
         results = []
@@ -136,5 +158,7 @@ class FakeTiers:
         """Two moves under way share nothing that either of them writes."""
         if move.page == other.page and move.page >= 0:
             assert not {move.kind, other.kind} & set(WRITES_PAGE)
+        if move.nvme_slot >= 0:
+            assert move.nvme_slot != other.nvme_slot, (move, other)
         if move.slot == other.slot:
             assert not {move.kind, other.kind} & set(WRITES_SLOT), (move, other)

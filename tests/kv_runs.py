@@ -11,8 +11,10 @@ from rings import local_ring
 from headrace.cluster.engine import Engine
 from headrace.cluster.stage_logs import LocalLogs
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.kv_window import PageWindow
 from headrace.runtime.stage_config import LogConfig, StageConfig
 from headrace.runtime.stage_log import StageLog
+from headrace.runtime.stage_window import open_window
 from headrace.runtime.store import Store
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.placement import Plan
@@ -43,6 +45,7 @@ def paged_engine(
     """As running_engine, with threads for processes."""
     with ExitStack() as stack:
         logs: list[StageLog] = []
+        windows: list[PageWindow | None] = []
         for stage in range(plan.placement.num_stages if kv_log else 0):
             config = StageConfig(
                 store=str(store),
@@ -57,7 +60,10 @@ def paged_engine(
                 kv_log=kv_log,
             )
             logs.append(stack.enter_context(StageLog(config)))
-        pipeline = stack.enter_context(local_ring(store, plan, logs=logs))
+            windows.append(open_window(config, logs[-1]))
+            if windows[-1] is not None:
+                stack.enter_context(windows[-1])
+        pipeline = stack.enter_context(local_ring(store, plan, logs=logs, windows=windows))
         engine = Engine(
             plan,
             pipeline,

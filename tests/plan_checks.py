@@ -29,7 +29,12 @@ def check(plan: Plan, shape: ModelShape, budgets: list[Budget]) -> None:
         largest = max(shape.layer_kv_bytes[i] for i in layers)
         assert memory.kv_ring == KV_RING_SLOTS * plan.kv_ring_pages * largest
         slot = slot_bytes(sum(shape.layer_kv_bytes[i] for i in layers))
-        assert memory.host_kv == plan.host_pages * slot <= budget.kv_host_memory
+        assert memory.host_kv == plan.host_pages * slot
+        assert memory.host_kv + memory.host_window <= budget.kv_host_memory
+        assert bool(memory.host_window) == bool(plan.window_pages)
+        window_slot = sum(slot_bytes(shape.layer_kv_bytes[i]) for i in layers)
+        assert plan.window_pages * window_slot + plan.nvme_pages * slot <= budget.kv_disk
+        assert plan.window_pages * window_slot <= budget.kv_disk // 2
         assert memory.host_layers + memory.host_experts <= budget.host_weights
         assert memory.ring == plan.ring_slots[stage] * plan.slot_bytes
         assert memory.head == (shape.head_bytes if stage == placement.last_stage else 0)
@@ -62,7 +67,10 @@ def check_guests(plan: Plan) -> None:
     """Sequences whose pages lie in host memory have slots there, and room in a ring."""
     prediction = plan.prediction
     assert bool(prediction.guests) == bool(plan.kv_ring_pages) == bool(plan.cold_micro_batches)
-    assert prediction.cold_pages <= lendable_slots(plan.host_pages)
+    in_host = prediction.cold_pages - prediction.sunk_pages
+    assert in_host <= lendable_slots(plan.host_pages) and prediction.sunk_pages <= plan.window_pages
+    assert bool(plan.window_pages) == bool(prediction.sunk_pages) >= bool(plan.hot_window)
+    assert 0 <= prediction.sunk_seconds <= prediction.terms["nvme"]
     assert 0 <= prediction.guests < prediction.sequences
     assert 0 <= prediction.cold_seconds <= prediction.terms["pcie"]
     a_pass = -(-prediction.cold_pages // plan.passes_in_flight)

@@ -12,6 +12,7 @@ from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.kv_moves import PageLog
+from headrace.runtime.kv_window import PageWindow
 from headrace.runtime.recording import Capture
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
@@ -119,6 +120,8 @@ def manual_plan(
     nvme_pages: int = 0,
     kv_ring_pages: int = 0,
     cold_micro_batches: int = 0,
+    window_pages: int = 0,
+    hot_window: int = 0,
     micro_batches: int = 0,
     max_context: int = 0,
 ) -> Plan:
@@ -174,6 +177,8 @@ def manual_plan(
         nvme_pages=nvme_pages,
         kv_ring_pages=kv_ring_pages,
         cold_micro_batches=cold_micro_batches,
+        window_pages=window_pages,
+        hot_window=hot_window,
     )
 
 
@@ -187,9 +192,11 @@ def local_ring(
     capture: Capture | None = None,
     storage: str = "auto",
     logs: Sequence[PageLog] = (),
+    windows: Sequence[PageWindow | None] = (),
     deadline: float = 60.0,
 ) -> Iterator[LocalPipeline]:
-    """`logs` keep the stages' KV pages, if they are given, and stay the caller's."""
+    """`logs` keep the stages' KV pages, and `windows` those that are decoded over on NVMe, if they are
+    given; they stay the caller's."""
     stages = [
         Stage(
             StageConfig(
@@ -206,6 +213,7 @@ def local_ring(
             ),
             capture,
             logs[stage] if logs else None,
+            windows[stage] if windows else None,
         )
         for stage in range(plan.placement.num_stages)
     ]
@@ -240,7 +248,8 @@ def run_all(
         a_pass, pending = in_flight.popleft()
         results = pending.result()
         samples = [sample for result in results for sample in result.samples]
-        update = scheduler.update(a_pass, samples, *reports.merge(results))
+        spoiled = {request for result in results for request in result.spoiled}
+        update = scheduler.update(a_pass, samples, *reports.merge(results), spoiled)
         for request in update.finished:
             outputs[request.request_id] = request.output
     return outputs

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.cluster.bench.needed import Bytes, layer_bytes
+from headrace.scheduler.decode import Decode
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
 from headrace.scheduler.placement import Plan
-from headrace.scheduler.predict import Decode, predict
+from headrace.scheduler.predict import predict
 
 GIGA = 1e9
 TOLERANCE = 1.02
@@ -90,7 +91,7 @@ def _bound(
     terms = predict(shape, [shared] * stages, plan.placement, decode).terms
     layers = layer_bytes(plan, rounds * decode.passes_in_flight)
     # One drive serves all stages here, so that it does not matter whose bytes it reads.
-    read = sum(part.nvme for part in (*layers, *experts))
+    read = sum(part.nvme for part in (*layers, *experts, *cold))
     nothing = (Bytes(0, 0),) * stages
     whole = zip(layers, experts or nothing, cold or nothing, strict=True)
     crossing = max(sum(_crossing(part, profile) for part in parts) for parts in whole)

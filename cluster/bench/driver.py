@@ -162,4 +162,5 @@ def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
         int(middle("kv_out_bytes")),
         int(middle("kv_in_bytes")),
         int(middle("kv_cold_bytes")),
+        int(middle("kv_sunk_bytes")),
     )

@@ -22,6 +22,7 @@ from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_log import StageLog
+from headrace.runtime.stage_window import open_window
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import Pass, PassResult
 
@@ -66,7 +67,7 @@ def local_engine(
     dtype = resolve_dtype(options.dtype, device, store)
     found = discover(stage_device(device), str(store.path.resolve()))
     plan = plan_run(options, device, [found], shape_in(store, dtype, options.kv_format))
-    log_kv(plan)
+    log_kv(plan, options.kv_hot_window)
     config = StageConfig(
         store=str(store.path),
         stage=0,
@@ -82,7 +83,10 @@ def local_engine(
     tokenizer = load_tokenizer(store.path)
     with ExitStack() as opened:
         log = None if config.kv_log is None else opened.enter_context(StageLog(config))
-        stage = Stage(config, pages=log)
+        window = None if log is None else open_window(config, log)
+        if window is not None:
+            opened.enter_context(window)
+        stage = Stage(config, pages=log, window=window)
         engine = Engine(
             plan,
             make_pipeline(stage),

@@ -40,5 +40,8 @@ def expert_bytes(plan: Plan, stages: Sequence[StageTimes], passes: int) -> tuple
 
 
 def cold_bytes(stages: Sequence[StageTimes]) -> tuple[Bytes, ...]:
-    """What `stages` brought of KV pages in host RAM, once for each token of their sequences."""
-    return tuple(Bytes(0, times.kv_cold_bytes) for times in stages)
+    """What `stages` brought of KV pages in host RAM and on NVMe, once for each token of their sequences."""
+    return tuple(
+        Bytes(times.kv_sunk_bytes, max(0, times.kv_cold_bytes - times.kv_sunk_bytes))
+        for times in stages
+    )

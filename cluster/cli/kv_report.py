@@ -19,6 +19,7 @@ _MOVES = {
     MoveKind.IN: "from host RAM",
     MoveKind.SPILL: "to NVMe",
     MoveKind.FETCH: "from NVMe",
+    MoveKind.SINK: "to NVMe to decode over",
 }
 
 _BAD = (Miss.DAMAGED, Miss.UNAUTHENTIC, Miss.STALE, Miss.IO)
@@ -61,6 +62,10 @@ def _moved(kv: KVStats, stages: Sequence[StageTimes]) -> Iterator[tuple[str, str
         yield "moved", _joined(moved)
     if any(lost.values()):
         yield "lost", f"{_joined(lost)}; they were computed again if need be"
+    if read := sum(times.kv_sunk_bytes for times in stages):
+        yield "decoded over", f"{format_size(read)} read from NVMe, for each token again"
+    if kv.spoiled:
+        yield "began again", f"{kv.spoiled} sequences: a page on NVMe was damaged"
     waited = max((times.kv_wait for times in stages), default=0.0)
     if waited:
         yield "waited for", f"{waited:.1f} s with nothing else to do"

@@ -109,6 +109,16 @@ class RunOptions:
         str | None,
         typer.Option(help="Per stage, such as 500GB: most bytes a day that KV pages wear a drive."),
     ] = None
+    kv_hot_window: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="TOKENS",
+            help="Let more sequences decode than host memory holds KV pages of: those older than so "
+            "many tokens may lie in --kv-directory and are read for each token, from up to half of "
+            "--kv-disk; where that is faster. [default: none do]",
+        ),
+    ] = None
     placement: Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")] = (
         PlacementChoice.AUTO
     )

@@ -65,6 +65,7 @@ PARTS = (
     ("host_layers", "layers in host memory"),
     ("host_experts", "experts in host memory"),
     ("host_kv", "KV pages in host memory"),
+    ("host_window", "KV pages on their way from NVMe"),
     ("host_log", "KV pages on their way to NVMe"),
     ("embed", "embedding in host memory"),
     ("process", "the process itself"),
@@ -115,6 +116,11 @@ def _summary(plan: Plan) -> Table:
         table.add_row(
             "", f"{on_device} sequences on the device, {prediction.guests} more in host memory"
         )
+    if plan.window_pages:
+        table.add_row(
+            "",
+            f"{plan.window_pages} of their pages older than {plan.hot_window} tokens have room on NVMe",
+        )
     table.add_row("streams", f"{format_size(nvme)} from NVMe, {format_size(host)} from host memory")
     if prediction.guests:
         table.add_row("", _cold(plan))
@@ -133,11 +139,14 @@ def _summary(plan: Plan) -> Table:
 
 
 def _cold(plan: Plan) -> str:
-    """What a pass brings of sequences whose pages lie in host memory, over all stages."""
+    """What a pass brings of sequences whose pages are not on the device, over all stages."""
     page = sum(memory.kv for memory in plan.memory) // plan.num_pages
-    pages = plan.prediction.cold_pages // plan.passes_in_flight
+    prediction = plan.prediction
+    pages = (prediction.cold_pages - prediction.sunk_pages) // plan.passes_in_flight
+    sunk = round(prediction.sunk_bytes / plan.passes_in_flight)
+    from_nvme = f" and {format_size(sunk)} from NVMe" if sunk else ""
     return (
-        f"and {format_size(page * pages)} of KV pages from host memory, in up to"
+        f"and {format_size(page * pages)} of KV pages from host memory{from_nvme}, in up to"
         f" {plan.cold_micro_batches} more micro-batches"
     )
 

@@ -49,6 +49,7 @@ def _table(
     _add_experts(table, report, times, expert_bytes)
     _add_bytes(table, report, "from NVMe", lambda one: one.nvme_bytes, times)
     _add_bytes(table, report, "from host RAM", lambda one: one.host_bytes, times)
+    _add_bytes(table, report, "KV from NVMe", lambda one: one.kv_sunk_bytes, times)
     _add_bytes(table, report, "KV to host RAM", lambda one: one.kv_out_bytes, times)
     _add_bytes(table, report, "KV from host RAM", lambda one: one.kv_in_bytes, times)
     return table

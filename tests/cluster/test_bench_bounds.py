@@ -5,7 +5,7 @@ from mixtures import MIXTRAL
 
 from headrace.cluster.bench.bounds import Bound, decode_bound, prefill_bound
 from headrace.cluster.bench.driver import Steady
-from headrace.cluster.bench.needed import Bytes, expert_bytes
+from headrace.cluster.bench.needed import Bytes, cold_bytes, expert_bytes
 from headrace.cluster.bench.phases import Measured
 from headrace.cluster.engine import least_seconds
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
@@ -146,3 +146,23 @@ def test_pages_that_a_round_brought_cross_the_link() -> None:
     found = Steady(9.0, (3.0, 3.0), (times,), (times,), 1, 4.0)
     bound = Measured(plan, SHAPE, SPEEDS, 4, found).decode(256).bound
     assert bound.terms["pcie"] == pytest.approx((layers + pages) / 50e9)
+
+
+def test_pages_that_a_pass_reads_of_nvme_are_the_drive_s_too() -> None:
+    budget = Budget(400 << 20, 4 << 30, kv_host_memory=256 << 20, kv_disk=8 << 30)
+    choices = Choices(resident_layers=0, token_budget=512, kv_hot_window=64)
+    fast = replace(SPEEDS, host_gbps=20.0)
+    workload = Workload(context=1024, min_sequences=200)
+    plan = make_plan(SHAPE, [fast], [budget], workload, choices)
+    found = plan.prediction
+    assert found.sunk_pages and found.bound_by == "nvme"
+    whole = least_seconds(plan, 1, 0, found.cold_pages, round(found.sunk_bytes))
+    assert whole == pytest.approx(found.terms["nvme"], rel=1e-6)
+    less = least_seconds(plan, 1, 0, 0, round(found.sunk_bytes / 2))
+    assert less == pytest.approx(found.terms["nvme"] - found.sunk_seconds / 2, rel=1e-6)
+    times = StageTimes(0, 1.0, 0.0, 0.0, 0, 0, kv_cold_bytes=9, kv_sunk_bytes=4)
+    (read,) = cold_bytes([times])
+    assert read == Bytes(4, 5)
+    without = decode_bound(plan, SHAPE, fast, 4, 1024).terms
+    bound = decode_bound(plan, SHAPE, fast, 4, 1024, cold=[Bytes(2 * 10**9, 10**9)]).terms
+    assert bound["nvme"] == pytest.approx(without["nvme"] + 2.0 / fast.nvme_gbps)

@@ -46,6 +46,11 @@ GOOD: dict[str, Any] = {
         ({"kv_directory": None, "kv_disk": 0, "kv_keep": True}, "--kv-keep is of --kv-directory"),
         ({"kv_directory": None, "kv_disk": 0, "kv_ttl": 5.0}, "--kv-ttl is of --kv-directory"),
         ({"kv_directory": None, "kv_disk": 0, "kv_tenant": "a"}, "--kv-tenant is of --kv-dir"),
+        (
+            {"kv_directory": None, "kv_disk": 0, "kv_hot_window": 0},
+            "--kv-hot-window is of --kv-dir",
+        ),
+        ({"kv_hot_window": -1}, "--kv-hot-window is a number of tokens"),
         ({"kv_keep": True}, "--kv-keep needs --kv-key-file"),
         ({"kv_key_file": Path("k")}, "--kv-key-file is for pages that outlive the run"),
         ({"kv_key_file": Path("k"), "kv_plaintext": True}, "--kv-plaintext encrypts nothing"),

@@ -98,7 +98,7 @@ def test_a_report_crosses_the_wire_and_becomes_json() -> None:
     report = LogReport("kv/stage-0", NOTHING, UNKNOWN)
     assert decode(encode(report), LogReport) == report
     found = json.loads(json.dumps(kv_json(EVERYTHING, [report, None])))
-    assert found["moved"] == dict.fromkeys(("out", "in", "spill", "fetch"), 1_234_567)
+    assert found["moved"] == dict.fromkeys(("out", "in", "spill", "fetch", "sink"), 1_234_567)
     assert found["tokens_saved"]["nvme"] == 192_000
     log, missing = found["logs"]
     assert missing is None and log["misses"]["damaged"] == 0

@@ -5,7 +5,7 @@ import resource
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,9 @@ from headrace.scheduler.errors import HeadraceError, KVLogError
 from headrace.scheduler.kv_room import segment_bytes
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import MoveKind
+from headrace.scheduler.request import SamplingParams
 
-OUT, IN, SPILL, FETCH = MoveKind
+OUT, IN, SPILL, FETCH, SINK = MoveKind
 COMMON = prompt(99, 140)
 PROMPTS = [COMMON + prompt(i, 80 + 10 * i) for i in range(4)] + [
     prompt(i, 150 + 20 * i) for i in range(4, 8)
@@ -243,3 +244,81 @@ def test_pages_go_when_their_time_is_over(llama: Path, tmp_path: Path) -> None:
         time.sleep(0.25)
         assert answers(engine, PROMPTS, NEW, keep=True) == undisturbed(llama)
         assert engine.stats.kv.lost[FETCH]
+
+
+WINDOW = {
+    "host_pages": 9,
+    "nvme_pages": 100,
+    "window_pages": 30,
+    "hot_window": 128,
+    "kv_ring_pages": 12,
+    "cold_micro_batches": 2,
+    "max_context": 64 * 7,
+    "max_sequences": 8,
+    "num_tails": 12,
+}
+OLD = [COMMON + prompt(i, 160 + 10 * i) for i in range(3)] + [prompt(i, 330) for i in range(4, 7)]
+_alone: dict[tuple[Path, str], list[list[int]]] = {}
+
+
+def alone(store: Path, kv_format: str) -> list[list[int]]:
+    """Answers to OLD where nothing is short."""
+    if (store, kv_format) not in _alone:
+        plan = plan_of(store, kv_format=kv_format, num_pages=64, stages=1, max_sequences=8)
+        with paged_engine(store, plan) as engine:
+            _alone[store, kv_format] = answers(engine, OLD, NEW)
+    return _alone[store, kv_format]
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "stages", "plaintext"),
+    [("fp32", 1, False), ("int8", 2, True), ("fp32", 2, False)],
+)
+def test_old_pages_on_nvme_change_no_token(
+    llama: Path, tmp_path: Path, kv_format: str, stages: int, plaintext: bool
+) -> None:
+    plan = plan_of(llama, kv_format=kv_format, stages=stages, **WINDOW)
+    log = log_in(tmp_path, plaintext=plaintext)
+    with watched(tmp_path / "kv") as most, paged_engine(llama, plan, log) as engine:
+        assert answers(engine, OLD, NEW) == alone(llama, kv_format)
+        kv, times = engine.stats.kv, engine.stats.stages
+        assert kv.moved[SINK] and not kv.lost[SINK] and not kv.spoiled
+        assert all(0 < each.kv_sunk_bytes < each.kv_cold_bytes for each in times)
+        files = {file.name for file in (tmp_path / "kv").rglob("*") if file.is_file()}
+        assert all(name == "headrace-kv.lock" or name.startswith("segment-") for name in files)
+        sizes = [status.st_size for _, status in nameless(tmp_path)]
+        assert len(sizes) == stages
+    for named, size in zip(most, sizes, strict=True):
+        assert named + size <= CAP + segment_bytes(CAP - size, 0)
+    assert not any((tmp_path / "kv").iterdir()) and not nameless(tmp_path)
+
+
+def nameless(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """Files of this process in the folder that no name leads to, as /proc shows them."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            target = os.readlink(link)
+            if target.startswith(str(folder)) and target.endswith(" (deleted)"):
+                found.append((link, link.stat()))
+    return found
+
+
+def test_damage_to_old_pages_costs_computation_and_no_token(llama: Path, tmp_path: Path) -> None:
+    """All of them, several times while requests decode over them."""
+    plan, spoiled = plan_of(llama, stages=2, **WINDOW), 0
+    with paged_engine(llama, plan, log_in(tmp_path)) as engine:
+        params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+        ids = [engine.add(tokens, params, seed=0) for tokens in OLD]
+        link, status = nameless(tmp_path)[1]
+        done = {}
+        while engine.has_work:
+            done |= {completion.request_id: completion.token_ids for completion in engine.step()}
+            if engine.stats.passes % 10 == 0:
+                with link.open("r+b") as file:
+                    for place in range(0, status.st_size, 4096):
+                        file.seek(place)
+                        file.write(b"damage")
+        assert [done[i] for i in ids] == alone(llama, "fp32")
+        spoiled = engine.stats.kv.spoiled
+    assert 0 < spoiled <= len(OLD)

@@ -29,7 +29,7 @@ from headrace.scheduler.plan import (
 )
 
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, None, 0, ())
-OUT, IN, SPILL, FETCH = MoveKind
+OUT, IN, SPILL, FETCH, _ = MoveKind
 RINGS: list[dict[str, Any]] = [
     {"stages": 1, "tier": Tier.DEVICE},
     {"stages": 2, "cyclic": True},

@@ -28,7 +28,7 @@ SHAPES = {
     8: LayerShape(3, 16, 32, 0, 0, 0),
 }
 PAGES, SLOTS = 40, 12
-OUT, IN, SPILL, FETCH = MoveKind
+OUT, IN, SPILL, FETCH, _ = MoveKind
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

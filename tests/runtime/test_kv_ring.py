@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rings import local_ring, manual_plan
@@ -12,6 +13,7 @@ from stored import tiny_store
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.cold_batch import ColdBatch
+from headrace.runtime.kv_window_reads import _runs
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import (
@@ -249,12 +251,40 @@ def test_what_is_copied() -> None:
         Slice(2, 63, (5, 6), (31, 32), None),
         Slice(3, 128, (5,), (34, 33), None, cold=(4,)),
     )
-    plain = ColdBatch.of(MicroBatch(pieces), quantized=False, pinned=False)
+    plain = ColdBatch.of(MicroBatch(pieces), quantized=False, pinned=False, host_pages=9)
     assert [p.pages for p in plain.in_ring.slices] == [(0, 1, 2), (3, 4), (5, 6, 7)]
     pairs = lambda ids: list(zip(ids.source.tolist(), ids.dest.tolist(), strict=True))
-    assert pairs(plain.cold(None)) == [(8, 0), (9, 1), (4, 5)]
+    assert pairs(plain.cold(None)) == [(8, 0), (4, 5)]
+    sunk = plain.sunk(None)
+    assert sunk is not None and (sunk.slots.tolist(), sunk.owners.tolist()) == ([0], [1])
+    assert pairs(sunk.ids) == [(0, 1)]
     assert pairs(plain.inwards) == [(30, 2), (31, 3), (34, 6)]
     assert pairs(plain.outwards) == [(2, 30), (3, 31), (4, 32), (7, 33)]
-    coded = ColdBatch.of(MicroBatch(pieces), quantized=True, pinned=False)
+    coded = ColdBatch.of(MicroBatch(pieces), quantized=True, pinned=False, host_pages=9)
     assert pairs(coded.inwards) == [(34, 6)]
     assert pairs(coded.outwards) == [(3, 31)]
+
+
+def test_what_is_read_of_nvme() -> None:
+    """Neighbours in order, wherever their places are, and no more than a window lets be seen."""
+    pieces = (
+        Slice(1, 64 * 9 + 5, (5,), (30,), None, cold=(14, 12, 13, 11, 7, 3, 2, 1, 0)),
+        Slice(2, 64 * 2 + 1, (5,), (31,), None, cold=(10, 5)),
+    )
+    cold = ColdBatch.of(MicroBatch(pieces), quantized=True, pinned=False, host_pages=10)
+    sunk = cold.sunk(None)
+    assert sunk is not None
+    assert sunk.slots.tolist() == [0, 1, 2, 3, 4] and sunk.ids.source.tolist() == [0, 1, 2, 3, 4]
+    assert sunk.ids.dest.tolist() == [10, 3, 1, 2, 0] and sunk.owners.tolist() == [2, 1, 1, 1, 1]
+    assert cold.cold(None).source.tolist() == [7, 3, 2, 1, 0, 5]
+    near = cold.sunk(8)
+    assert near is not None and near.owners.tolist() == [2]
+    assert cold.cold(8).source.tolist() == [0, 5]
+    alone = ColdBatch.of(MicroBatch(pieces[:1]), quantized=True, pinned=False, host_pages=10)
+    assert alone.sunk(8) is None
+    assert [tuple(run) for run in _runs(np.array([0, 1, 2, 5, 6, 9]), 2)] == [
+        (0, 2),
+        (2, 3),
+        (3, 5),
+        (5, 6),
+    ]

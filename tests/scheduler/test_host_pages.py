@@ -138,3 +138,55 @@ def test_as_many_are_planned_as_are_asked_for() -> None:
 def test_a_split_model_has_guests_too() -> None:
     plan = plan_of(QWEN3_235B, [Budget(24 * GB, 60 * GB, kv_host_memory=30 * GB)])
     assert plan.expert_slots and plan.prediction.guests > 0
+
+
+LONG = Workload(8192)
+
+
+def windowed(window: int | None, profile: DeviceProfile = GPU, **more: int) -> Plan:
+    room = {"kv_host_memory": 8 * GB, "kv_disk": 1000 * GB} | more
+    choices = Choices(kv_hot_window=window)
+    return plan_of(LLAMA_70B, [Budget(24 * GB, 64 * GB, **room)], profile, LONG, choices)
+
+
+def test_old_pages_on_nvme_let_more_sequences_decode() -> None:
+    """The drive is idle while layers come from host RAM, and host RAM has pages of few sequences."""
+    without, plan = windowed(None), windowed(1024)
+    found, before = plan.prediction, without.prediction
+    assert without.window_pages == without.memory[0].host_window == 0 == before.sunk_pages
+    assert found.tokens_per_second > 1.2 * before.tokens_per_second
+    assert found.guests > before.guests and plan.hot_window == 1024
+    assert found.sunk_pages <= plan.window_pages <= found.guests * (8191 - 1024) // 64
+    assert found.cold_pages == found.guests * 127
+    page = 80 * 64 * 8 * 128 * 2 * 2
+    assert found.sunk_bytes == found.sunk_pages * page
+    assert found.sunk_seconds == pytest.approx(found.sunk_bytes / 7e9)
+    assert plan.nvme_pages == (1000 * GB - plan.window_pages * page) // page
+    assert plan.memory[0].host_window > 2 * plan.kv_ring_pages * page // 80
+
+
+def test_a_slow_drive_is_not_read_for_each_token() -> None:
+    slow = windowed(1024, replace(GPU, nvme_gbps=0.3))
+    assert slow.window_pages == slow.hot_window == slow.prediction.sunk_pages == 0
+    assert windowed(8192).window_pages == 0, "no page of the context is old"
+
+
+def test_half_of_the_drive_s_room_is_for_pages_that_are_decoded_over() -> None:
+    page = 80 * 64 * 8 * 128 * 2 * 2
+    plan = windowed(1024, kv_disk=1000 * page)
+    assert 0 < plan.prediction.sunk_pages <= plan.window_pages <= 500
+    assert windowed(1024, kv_disk=0).window_pages == 0
+    with pytest.raises(DoesNotFitError, match="--kv-hot-window must be at least 0, not -1"):
+        windowed(-1)
+
+
+def test_drives_that_stream_weights_too_are_shared_with_pages() -> None:
+    """A simulated round is no shorter than the drive needs for both."""
+    budgets = [Budget(24 * GB, 10 * GB, kv_host_memory=8 * GB, kv_disk=1000 * GB)] * 2
+    choices = Choices(kv_hot_window=0)
+    workload = Workload(8192, min_sequences=30)
+    plan = plan_of(LLAMA_70B, budgets, workload=workload, choices=choices)
+    found = plan.prediction
+    assert found.sunk_pages > 0 and max(plan.nvme_bytes_a_pass) > 0
+    weights = plan.passes_in_flight * max(plan.nvme_bytes_a_pass) / 7e9
+    assert found.terms["nvme"] == pytest.approx(weights + found.sunk_seconds)

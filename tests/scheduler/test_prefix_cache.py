@@ -15,7 +15,7 @@ from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler, Update
 
 P = PAGE_TOKENS
-OUT, IN, SPILL, FETCH = MoveKind
+OUT, IN, SPILL, FETCH, _ = MoveKind
 
 
 def make_scheduler(
@@ -403,7 +403,7 @@ def test_a_victims_pages_go_out_and_who_needs_one_waits_for_it() -> None:
 def test_a_victim_comes_back_with_its_pages() -> None:
     scheduler, _, _ = two_rivals(host_pages=6)
     seen = []
-    while 0 in scheduler._live:
+    while 0 in scheduler._roster.live:
         a_pass = must(scheduler.schedule())
         seen += kinds(a_pass)
         give_back(scheduler, a_pass, a_pass.moves)
@@ -446,7 +446,7 @@ def test_a_swap_that_is_lost_costs_a_computation() -> None:
     first = must(scheduler.schedule())
     give_back(scheduler, first, (), first.moves)
     assert scheduler.kv_stats().host.free == 6
-    while 0 in scheduler._live:
+    while 0 in scheduler._roster.live:
         a_pass = must(scheduler.schedule())
         give_back(scheduler, a_pass, a_pass.moves)
     assert starts_of(scheduler.schedule()) == {1: P}  # request 0 has taken two pages

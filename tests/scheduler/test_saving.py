@@ -17,7 +17,7 @@ from headrace.scheduler.planner import Choices
 from headrace.scheduler.request import Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
-OUT, IN, SPILL, FETCH = MoveKind
+OUT, IN, SPILL, FETCH, _ = MoveKind
 
 
 class Run:

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.scheduler.decode import Decode
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Placement, Plan, Tier, contiguous_visits, cyclic_visits
 from headrace.scheduler.planner import make_plan
-from headrace.scheduler.predict import TURNAROUND, Decode, timing, turnaround
 from headrace.scheduler.simulate import Timing, simulate
+from headrace.scheduler.timing import TURNAROUND, timing, turnaround
 
 GB = 10**9
 GPU = DeviceProfile("cuda", 7.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)

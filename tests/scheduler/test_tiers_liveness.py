@@ -34,23 +34,34 @@ class Ring:
 
     tiers: FakeTiers
     requests: dict[int, Request]
+    host_pages: int
     tails: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
-    in_flight: deque[tuple[Pass, list[Sample]]] = field(default_factory=deque)
+    in_flight: deque[tuple[Pass, list[Sample], set[int]]] = field(default_factory=deque)
     drawn: dict[int, dict[int, int]] = field(default_factory=dict)
     computed: int = 0
     cold: int = 0
+    sunk: int = 0
+    spoiled: int = 0
 
     def submit(self, a_pass: Pass) -> None:
         pieces = slices_of(a_pass)
         assert pieces or a_pass.moves or self.tiers.under_way, "a pass of nothing"
         assert pieces or not self.in_flight, "a pass of moves in the way of others"
-        flying = pieces + [p for made, _ in self.in_flight for p in slices_of(made)]
+        flying = pieces + [p for made, _, _ in self.in_flight for p in slices_of(made)]
         self.check_pages(a_pass, flying)
         self.tiers.start(a_pass.moves)
         drawn = self.drawn.get(a_pass.follows or 0, {})
-        samples = [sample for piece in pieces for sample in self.compute(piece, drawn)]
+        # What follows tokens that are worth nothing is worth nothing, which no stage can know.
+        tainted = {i for made, _, bad in self.in_flight for i in bad}
+        spoiled = {piece.request for piece in pieces if self.is_spoiled(piece)}
+        samples = [
+            sample
+            for piece in pieces
+            for sample in self.compute(piece, drawn, piece.request in spoiled | tainted)
+        ]
         self.drawn[a_pass.step] = {sample.request: sample.token for sample in samples}
-        self.in_flight.append((a_pass, samples))
+        self.in_flight.append((a_pass, samples, spoiled))
+        self.spoiled += len(spoiled)
         self.computed += a_pass.num_tokens
 
     def check_pages(self, a_pass: Pass, flying: list[Slice]) -> None:
@@ -68,12 +79,19 @@ class Ring:
         for move in (*self.tiers.under_way, *a_pass.moves):
             if move.kind in (MoveKind.OUT, MoveKind.FETCH):
                 assert move.slot not in slots, "a cold page is written"
+            if move.kind is MoveKind.SINK:
+                assert move.nvme_slot + self.host_pages not in slots, "a cold page is written"
             if move.kind is MoveKind.IN:
                 assert move.page not in pages, "a page is used before it has come"
             elif move.kind is MoveKind.OUT:
                 assert move.page not in {page for page, _ in written}, "written while it leaves"
 
-    def compute(self, piece: Slice, drawn: dict[int, int]) -> list[Sample]:
+    def is_spoiled(self, piece: Slice) -> bool:
+        sunk = [slot - self.host_pages for slot in piece.cold if slot >= self.host_pages]
+        return any(self.tiers.read_window(place) is None for place in sunk)
+
+    def compute(self, piece: Slice, drawn: dict[int, int], bad: bool) -> list[Sample]:
+        """What is computed of pages that are `bad` is garbage, wherever it goes."""
         request, before = self.requests[piece.request], piece.start // PAGE_TOKENS
         new = [drawn[piece.request]] if piece.tokens == (FOLLOWS,) else list(piece.tokens)
         known: list[object] = [request.tenant, *request.tokens[: before * PAGE_TOKENS]]
@@ -81,12 +99,19 @@ class Ring:
         assert hot <= before, "a cold page is written"
         self.cold += hot
         for number in range(before):
-            if number < hot:
+            if bad:
+                continue
+            if number < hot and piece.cold[number] >= self.host_pages:
+                self.sunk += 1
+                found = self.tiers.read_window(piece.cold[number] - self.host_pages) or ()
+            elif number < hot:
                 found = self.tiers.read_slot(piece.cold[number])
             else:
                 found = self.tiers.read(piece.pages[number - hot])
             assert found == tuple(known[: 1 + (number + 1) * PAGE_TOKENS]), "another's page"
         tail = self.tails.setdefault(piece.tail, {})
+        if bad:
+            return self.spoil(piece)
         entries = [tail[at] for at in range(piece.start % PAGE_TOKENS)]
         assert all(owner == piece.request for owner, _ in entries)
         known += [token for _, token in entries] + new
@@ -99,6 +124,15 @@ class Ring:
         if piece.sampling is None:
             return []
         return [Sample(piece.request, next_token(known[1:]), None, ())]
+
+    def spoil(self, piece: Slice) -> list[Sample]:
+        """Garbage in all that the slice writes."""
+        first, last = piece.start // PAGE_TOKENS, piece.end // PAGE_TOKENS
+        for number in range(first, last):
+            page = piece.pages[number - len(piece.cold)]
+            self.tiers.write(page, ("spoiled",))
+        self.tails[piece.tail] = {}
+        return [] if piece.sampling is None else [Sample(piece.request, 1, None, ())]
 
 
 def slices_of(a_pass: Pass) -> list[Slice]:
@@ -117,6 +151,7 @@ class Driver:
         lossy: Collection[MoveKind] = tuple(MoveKind),
         interference: float = 0.0,
         replacing: float = 0.0,
+        damage: float = 0.0,
     ) -> None:
         self.scheduler = Scheduler(config)
         self.replacing, self.put_back = replacing, 0
@@ -124,8 +159,8 @@ class Driver:
         self.requests: dict[int, Request] = {}
         self.live: dict[int, Request] = {}
         tiers = FakeTiers(rng, loss=loss, lossy=lossy)
-        self.loss = loss
-        self.ring = Ring(tiers, self.requests)
+        self.loss, self.damage = loss, damage
+        self.ring = Ring(tiers, self.requests, config.host_pages)
         self.reports = MoveReports(len(tiers.stages))
         self.stories = [[rng.randrange(VOCABULARY) for _ in range(200)] for _ in range(2)]
         self.waiting: deque[Request] = deque()
@@ -198,15 +233,17 @@ class Driver:
         raise AssertionError("no rest")
 
     def replace_stage(self, stage: FakeStage) -> None:
-        """Another one has what the scheduler says, but for some of it, and maybe the log."""
+        """Another one has what the scheduler says, but for some of it and the window, and maybe the log."""
         chance = self.rng.choice([0.0, 0.1, 0.5, 1.0])
         held = self.scheduler.contexts()
         lost = ContextIds(
             *(
                 tuple(i for i in ids if self.rng.random() < chance)
                 for ids in (held.pages, held.tails, held.slots)
-            )
+            ),
+            window=held.window,
         )
+        stage.window.clear()
         for has, ids, gone in (
             (stage.device, held.pages, lost.pages),
             (stage.host, held.slots, lost.slots),
@@ -236,11 +273,13 @@ class Driver:
         del self.live[request.request_id]
 
     def collect(self) -> None:
-        a_pass, samples = self.ring.in_flight.popleft()
+        a_pass, samples, spoiled = self.ring.in_flight.popleft()
         self.name_contents(a_pass)
+        self.ring.tiers.damage(self.damage)
         self.ring.tiers.drop_from_logs(self.loss / 10)
         results = self.ring.tiers.report(a_pass.step, everything=not a_pass.micro_batches)
-        update = self.scheduler.update(a_pass, samples, *self.reports.merge(results))
+        ended = self.reports.merge(results)
+        update = self.scheduler.update(a_pass, samples, *ended, spoiled=spoiled)
         for request, _ in update.committed:
             assert request.request_id in self.live, "a token after the end"
         for request in update.finished:
@@ -260,13 +299,13 @@ class Driver:
 
     def check(self) -> None:
         scheduler = self.scheduler
-        held = {id(r): r for r in (*self.live.values(), *scheduler._in_flight.values())}
+        held = {id(r): r for r in (*self.live.values(), *scheduler._roster.in_flight.values())}
         scheduler.holdings.check_integrity([*held.values()])
         assert scheduler.num_waiting + scheduler.num_running == len(self.live)
         self.most_pages = max(self.most_pages, sum(r.num_pages for r in self.live.values()))
         for request in self.live.values():
             assert (request.tail is None) == (not request.num_pages)
-            assert request.num_pending > 0
+            assert request.num_pending > 0 or request.is_spoiled
             states = map(scheduler.pool.state, request.pages)
             coming = sum(state is PageState.COMING for state in states)
             assert coming == len(request.coming)
@@ -279,7 +318,7 @@ class Driver:
                 tokens.append(next_token(tokens))
             assert tokens == request.tokens
         assert self.scheduler.pool.count(PageState.USED) == 0
-        assert self.scheduler.kv_stats().host.used == 0
+        assert self.scheduler.kv_stats().host.used == self.scheduler.kv_stats().sunk == 0
         assert self.scheduler.tails.num_free == self.scheduler.tails.num_pages
 
 
@@ -303,6 +342,8 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         nvme_pages=draw(st.sampled_from([30, 4, 1, 0])) if host_pages else 0,
         kv_ring_pages=ring,
         cold_micro_batches=draw(st.integers(1, 3)) if ring else 0,
+        window_pages=draw(st.sampled_from([40, 10, 3, 1, 0])) if ring else 0,
+        hot_window=draw(st.sampled_from([0, 64, 100])),
         write_backs=draw(st.sampled_from([1, 3, 16])),
         costs=draw(
             st.sampled_from(
@@ -325,6 +366,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     lossy=st.sets(st.sampled_from(MoveKind)),
     interference=st.sampled_from([0.0, 0.02]),
     replacing=st.sampled_from([0.0, 0.1]),
+    damage=st.sampled_from([0.0, 0.01, 0.2]),
     seed=st.integers(0, 2**32),
 )
 def test_every_request_ends_with_its_tokens_whatever_is_lost(
@@ -335,11 +377,17 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
     lossy: set[MoveKind],
     interference: float,
     replacing: float,
+    damage: float,
     seed: int,
 ) -> None:
-    rng = random.Random(seed)
     driver = Driver(
-        config, rng, loss=loss, lossy=lossy, interference=interference, replacing=replacing
+        config,
+        random.Random(seed),
+        loss=loss,
+        lossy=lossy,
+        interference=interference,
+        replacing=replacing,
+        damage=damage,
     )
     driver.run(count, depth)
 
@@ -366,7 +414,7 @@ def test_all_tiers_are_used(ahead: int) -> None:
         moved.update(stats.moved)
         swaps += stats.preempted_by_swap
     assert all(hits[tier] > 0 for tier in ("device", "host", "nvme"))
-    assert all(moved[kind] > 0 for kind in MoveKind)
+    assert all(moved[kind] > 0 for kind in MoveKind if kind is not MoveKind.SINK)
     assert swaps > 0
 
 
@@ -397,16 +445,55 @@ def test_requests_decode_over_pages_in_host_memory_and_come_back(ahead: int) -> 
     assert most > 2 * HOSTING.num_pages
 
 
-@pytest.mark.parametrize("num_tails", [0, 12])
-def test_whatever_a_replaced_stage_has_lost_is_computed_again(num_tails: int) -> None:
+SINKING = replace(HOSTING, host_pages=8, window_pages=40, hot_window=64)
+
+
+@pytest.mark.parametrize(("config", "num_tails"), [(HOSTING, 0), (HOSTING, 12), (SINKING, 12)])
+def test_whatever_a_replaced_stage_has_lost_is_computed_again(
+    config: SchedulerConfig, num_tails: int
+) -> None:
     put_back = cold = 0
     for seed in range(6):
-        config = replace(HOSTING, nvme_pages=20, num_tails=num_tails)
-        driver = Driver(config, random.Random(seed), replacing=0.1)
+        some = replace(config, nvme_pages=20, num_tails=num_tails)
+        driver = Driver(some, random.Random(seed), replacing=0.1)
         driver.run(20, 1)
         put_back += driver.put_back
         cold += driver.ring.cold
     assert put_back > 50 and cold > 100
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_where_host_memory_is_short_old_pages_sink(ahead: int) -> None:
+    """As many requests at once as with host memory for all, and with none to compute again."""
+    sunk = more = most = given_way = 0
+    for seed in range(4):
+        driver = Driver(replace(SINKING, ahead=ahead), random.Random(seed))
+        stats = driver.run(20, 1 + ahead)
+        assert stats.moved[MoveKind.SINK] > 0 and not stats.spoiled
+        assert stats.preempted_by_recompute + stats.preempted_by_swap <= 1
+        sunk += driver.ring.sunk
+        more += driver.most_pages
+        without = Driver(replace(SINKING, ahead=ahead, window_pages=0), random.Random(seed))
+        stats = without.run(20, 1 + ahead)
+        most += without.most_pages
+        given_way += stats.preempted_by_recompute + stats.preempted_by_swap
+    assert sunk > 1000
+    assert more > 1.1 * most and given_way > 4
+
+
+def test_pages_do_not_sink_while_host_memory_has_room() -> None:
+    driver = Driver(replace(HOSTING, host_pages=60, window_pages=40), random.Random(0))
+    assert driver.run(20, 1).moved[MoveKind.SINK] == 0 < driver.ring.cold
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_damage_on_nvme_costs_computation_and_no_token(depth: int) -> None:
+    spoiled = 0
+    for seed in range(6):
+        config = replace(SINKING, ahead=int(depth > 1), passes_in_flight=max(1, depth - 1))
+        driver = Driver(config, random.Random(seed), damage=0.05, interference=0.01)
+        spoiled += driver.run(20, depth).spoiled
+    assert spoiled > 5
 
 
 def test_without_room_in_a_ring_nobody_is_hosted() -> None:
@@ -429,6 +516,7 @@ def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind) -> N
         nvme_pages=40,
         kv_ring_pages=6,
         cold_micro_batches=1,
+        window_pages=10,
     )
     lost = 0
     for seed in range(3):
