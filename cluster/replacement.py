@@ -113,7 +113,7 @@ class StageReplacer:
             new = self._processes.start(stage)
             self._load(stage, new, step)
             importing = new.import_payload.remote(manifest, path)
-            return new, decode(self._ask(stage, importing, "taking KV pages over"), Taken), keys
+            return new, self._taken(stage, importing), keys
 
     def _beside(
         self, stage: int, ids: ContextIds, step: int, node: str | None, *, hand_over: bool
@@ -139,14 +139,17 @@ class StageReplacer:
         old, taken = self._processes.actors[stage], Taken()
         identity, cuts = self._ask(stage, old.cut.remote(encode(ids)), "handing KV pages over")
         under_way: deque[Any] = deque()
-        for cut in [*cuts, *[None] * CHUNKS_ON_THEIR_WAY]:
-            if len(under_way) == CHUNKS_ON_THEIR_WAY or (cut is None and under_way):
-                done = self._ask(stage, under_way.popleft(), "taking KV pages over")
-                taken = taken.plus(decode(done, Taken))
-            if cut is not None:
-                chunk, payload = old.export_cut.options(num_returns=2).remote(cut)
-                under_way.append(new.import_chunk.remote(identity, chunk, payload))
+        for cut in cuts:
+            if len(under_way) == CHUNKS_ON_THEIR_WAY:
+                taken = taken.plus(self._taken(stage, under_way.popleft()))
+            chunk, payload = old.export_cut.options(num_returns=2).remote(cut)
+            under_way.append(new.import_chunk.remote(identity, chunk, payload))
+        for ref in under_way:
+            taken = taken.plus(self._taken(stage, ref))
         return taken
+
+    def _taken(self, stage: int, ref: Any) -> Taken:
+        return decode(self._ask(stage, ref, "taking KV pages over"), Taken)
 
     def _stop(self, stage: int, *, hand_over: bool) -> dict[str, bytes]:
         """End the stage's process. Returns what the next one needs to read its log."""

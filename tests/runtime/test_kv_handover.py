@@ -281,12 +281,22 @@ class Counted:
         self._ring.close()
 
 
-def hand_over(engine: Engine, old: LocalPipeline, new: LocalPipeline) -> Taken:
-    """All that the stage holds, as an engine does it whose stages are processes."""
+def hand_over(
+    engine: Engine, old: LocalPipeline, new: LocalPipeline, damage: Sequence[float] = ()
+) -> Taken:
+    """All that the stage holds, as an engine does it whose stages are processes.
+
+    The payload is damaged at these shares of its size.
+    """
     engine._come_to_rest()
     with SharedPayload() as payload:
         with old._stages[0].contexts() as contexts:
+            contexts._chunk_bytes = 1  # a chunk each
             manifest = write_payload(contexts, engine._scheduler.contexts(), payload.path)
+        with open(payload.path, "r+b", buffering=0) as file:
+            for share in damage:
+                file.seek(int(share * manifest.nbytes))
+                file.write(b"damaged")
         with new._stages[0].contexts() as contexts:
             taken = read_payload(contexts, manifest, payload.path)
     return taken
@@ -322,6 +332,46 @@ def test_requests_go_on_in_another_stage_to_the_same_tokens(
             assert all(each.computed for each in counted)
     assert found[0] == found[1] == found[2] and len(found[0]) == len(PROMPTS)
     assert computed[0] == computed[1] == computed[2]
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "int8"])
+def test_what_does_not_arrive_is_computed_again(tmp_path: Path, fmt: str) -> None:
+    """Device pages, tails and host slots, guests' among them; each time others."""
+    store = tiny_store("llama", tmp_path)
+    plan = manual_plan(
+        Store.open(store),
+        tier=Tier.DEVICE,
+        token_budget=100,
+        kv_format=fmt,
+        num_pages=6,
+        num_tails=6,
+        max_sequences=6,
+        host_pages=12,
+        kv_ring_pages=6,
+        cold_micro_batches=1,
+    )
+    found, again, lost = [], 0, ContextIds()
+    for damages in ((), ((0.1, 0.7), (0.3, 0.99), (0.5, 0.8), (0.0, 0.6))):
+        with ExitStack() as stack:
+            ring = Counted(stack.enter_context(local_ring(store, plan)))
+            engine = stack.enter_context(engine_over(store, plan, ring))
+            for i, tokens in enumerate(PROMPTS):
+                engine.add(tokens, PARAMS[i % 2], seed=i)
+            done, steps, left = {}, 0, list(damages)
+            while engine.has_work:
+                steps += 1
+                if left and not steps % 14:
+                    new = stack.enter_context(local_ring(store, plan))
+                    taken = hand_over(engine, ring._ring, new, left.pop())
+                    again += engine._scheduler.lose(taken.lost)
+                    lost = lost.plus(taken.lost)
+                    ring._ring = new
+                done |= {each.request_id: each.token_ids for each in engine.step()}
+            assert not left
+            found.append((done, ring.computed))
+    assert found[0][0] == found[1][0]
+    assert again and found[1][1] > found[0][1]
+    assert lost.pages and lost.slots and bool(lost.tails) == (fmt == "int8")
 
 
 def engine_over(store: Path, plan: Plan, ring: Counted) -> Engine:
