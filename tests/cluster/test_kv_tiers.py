@@ -272,7 +272,11 @@ def alone(store: Path, kv_format: str) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("kv_format", "stages", "plaintext"),
-    [("fp32", 1, False), ("int8", 2, True), ("fp32", 2, False)],
+    [
+        ("int8", 2, True),
+        pytest.param("fp32", 1, False, marks=pytest.mark.slow),
+        pytest.param("fp32", 2, False, marks=pytest.mark.slow),
+    ],
 )
 def test_old_pages_on_nvme_change_no_token(
     llama: Path, tmp_path: Path, kv_format: str, stages: int, plaintext: bool
