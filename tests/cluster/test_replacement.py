@@ -26,7 +26,6 @@ from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import MoveKind
 from headrace.scheduler.request import SamplingParams
 
-OUT, IN, SPILL, FETCH = MoveKind
 PROMPTS = [prompt(i, 60 + 25 * i) for i in range(8)]
 NEW = 40
 PARAMS = [SamplingParams(temperature=t, max_tokens=NEW, ignore_eos=True) for t in (0.0, 0.9)]
@@ -64,12 +63,14 @@ class Change:
         assert done.pages and done.nbytes
 
 
-def answers(engine: Engine, tenant: str, *changes: Change) -> tuple[list[Any], int]:
+def answers(
+    engine: Engine, tenant: str, *changes: Change, keep: bool = True
+) -> tuple[list[Any], int]:
     """Of all prompts at once, and how many tokens were computed; one change after the other is made."""
     ring: Any = engine._pipeline
     before, done, left = ring.computed, {}, list(changes)
     ids = [
-        engine.add(tokens, PARAMS[i % 2], seed=i, tenant=tenant, keep=True)
+        engine.add(tokens, PARAMS[i % 2], seed=i, tenant=tenant, keep=keep)
         for i, tokens in enumerate(PROMPTS)
     ]
     while engine.has_work:
@@ -121,7 +122,7 @@ def test_requests_go_on_with_all_their_pages(llama: Path, tmp_path: Path) -> Non
         written = [report.stats for report in engine.log_reports() if report]
         changes = Change(0, 300, cold=True), Change(1, 700, here(), cold=True)
         assert answers(engine, "b", *changes) == (want, COMPUTED)
-        assert_moved(engine.stats.kv, OUT, SPILL)
+        assert_moved(engine.stats.kv, MoveKind.OUT, MoveKind.SPILL)
         engine.add(PROMPTS[4], PARAMS[0], seed=4, tenant="a")
         assert [completion.token_ids for completion in ended(engine)] == [want[4]]
         assert engine.stats.kv.hits.nvme, "pages were found in the logs"
@@ -167,6 +168,31 @@ def test_every_stage_of_every_ring(
                 for change in (Change(stage, 100 + 400 * (stage > 0), node), Change(stage, 300))
             ]
         assert answers(engine, "b", *changes) == (want, computed)
+
+
+class SunkChange(Change):
+    """Replaces a stage while pages are decoded over on NVMe."""
+
+    def is_due(self, engine: Engine, computed: int) -> bool:
+        return super().is_due(engine, computed) and engine.stats.kv.sunk > 0
+
+    def make(self, engine: Engine) -> None:
+        done = engine.replace_stage(self._stage, self._node)
+        assert done.pages and done.lost and done.requests
+
+
+@pytest.mark.slow
+def test_what_goes_with_a_process_is_computed_again(llama: Path, tmp_path: Path) -> None:
+    """Slots on NVMe that are decoded over are memory of one process."""
+    sinking = {"host_pages": 4, "cold_micro_batches": 2, "window_pages": 30, "hot_window": 64}
+    plan = plan_of(llama, nvme_pages=200, **sinking)
+    with ray_engine(llama, plan, LogConfig(str(tmp_path / "kv"), 2 * CAP)) as engine:
+        want, _ = answers(engine, "a")
+        changes = SunkChange(0, 0), SunkChange(1, 0, here())
+        found, computed = answers(engine, "b", *changes, keep=False)  # what is kept never sinks
+        assert found == want and computed > COMPUTED
+        assert_moved(engine.stats.kv, MoveKind.SINK)
+        assert not engine.stats.kv.spoiled
 
 
 @pytest.mark.slow
