@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.runtime import attention_triton, kv_write_triton
-from headrace.runtime.attention_tiles import DeviceLimits, Tile, shared_bytes
+from headrace.runtime.attention import launch
+from headrace.runtime.attention.softmax import Rule
+from headrace.runtime.attention.tiles import DeviceLimits, Tile, shared_bytes
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import KVStore, LayerKV, QuantizedKV
+from headrace.runtime.kv import write_triton
+from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV
 from headrace.runtime.matmul.timing import Timer
 from headrace.runtime.probe import matmul_tflops, memory_gbps
-from headrace.runtime.softmax import Rule
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.kv_format import FORMATS, KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
@@ -53,7 +54,7 @@ class Case:
 
     @property
     def is_decode(self) -> bool:
-        return self.new <= attention_triton.short_queries(GROUP)
+        return self.new <= launch.short_queries(GROUP)
 
     def moved(self, fmt: KVFormat) -> int:
         """Bytes of keys and values, queries and results, each once."""
@@ -102,18 +103,18 @@ class Inputs:
 
     def attend(self, splits: int | None = None, tile: Tile | None = None) -> Tensor:
         newest = None if isinstance(self.kv, LayerKV) else self.new
-        return attention_triton.attend(self.q, self.kv, self.batch, RULE, splits, tile, newest)
+        return launch.attend(self.q, self.kv, self.batch, RULE, splits, tile, newest)
 
     def write(self) -> None:
         """Put new keys and values where they belong, and quantize the pages that they fill."""
         if isinstance(self.kv, LayerKV):
-            kv_write_triton.write(*self.new, self.kv, self.batch)
+            write_triton.write(*self.new, self.kv, self.batch)
         else:
-            kv_write_triton.fill(*self.new, self.kv, self.batch)
-            kv_write_triton.keep(*self.new, self.kv, self.batch)
+            write_triton.fill(*self.new, self.kv, self.batch)
+            write_triton.keep(*self.new, self.kv, self.batch)
 
     def choose(self, one: bool, tile: Tile | None = None) -> tuple[Tile, int]:
-        return attention_triton.choose(self.q, self.kv, self.batch, RULE, one=one, tile=tile)
+        return launch.choose(self.q, self.kv, self.batch, RULE, one=one, tile=tile)
 
 
 @contextmanager

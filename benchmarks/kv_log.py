@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from headrace.cluster.cli.sizes import format_size, parse_size
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_log import KVLog
-from headrace.runtime.kv_segment import Disk
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.log import KVLog
+from headrace.runtime.kv_log.segment import Disk
 
 PLAIN_BYTES = 8 << 20
 PUT_BYTES = 4 << 20

@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.kv_codes import Rotation, dequantize, quantize
-from headrace.runtime.kv_store import KVStore, LayerKV
+from headrace.runtime.kv.codes import Rotation, dequantize, quantize
+from headrace.runtime.kv.store import KVStore, LayerKV
 from headrace.runtime.model import StageModel
 from headrace.runtime.store import Store
 from headrace.scheduler.kv_format import FORMATS as KV

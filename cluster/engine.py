@@ -26,7 +26,7 @@ from headrace.scheduler.scheduler import Scheduler
 if TYPE_CHECKING:
     from headrace.cluster.stage_logs import StageLogs
     from headrace.cluster.trace_file import RunTrace  # imports torch: a driver has no time yet
-    from headrace.runtime.kv_stats import LogReport
+    from headrace.runtime.kv_log.stats import LogReport
 
 log = logging.getLogger(__name__)
 

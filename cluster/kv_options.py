@@ -4,8 +4,8 @@ import logging
 from pathlib import Path
 
 from headrace.cluster.engine_options import EngineOptions
-from headrace.runtime.kv_intake import check_tenant
-from headrace.runtime.kv_keys import KeyRing
+from headrace.runtime.kv_log.intake import check_tenant
+from headrace.runtime.kv_log.keys import KeyRing
 from headrace.runtime.stage_config import TENANT, LogConfig
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.placement import Plan

@@ -22,7 +22,7 @@ from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, find_node
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.shared_payload import SharedPayload
+from headrace.runtime.kv.shared_payload import SharedPayload
 from headrace.runtime.stage_config import StageConfig
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.errors import HeadraceError

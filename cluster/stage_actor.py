@@ -19,10 +19,10 @@ from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.plan import Pass, PassResult
 
 if TYPE_CHECKING:
-    from headrace.runtime.kv_handover import Contexts
-    from headrace.runtime.kv_window import PageWindow
+    from headrace.runtime.kv.handover import Contexts
+    from headrace.runtime.kv.window import PageWindow
+    from headrace.runtime.kv_log.stage_log import StageLog
     from headrace.runtime.stage import Stage
-    from headrace.runtime.stage_log import StageLog
 
 T = TypeVar("T")
 
@@ -94,9 +94,9 @@ class StageActor:
         One that `joins_at` a pass gets its places on NVMe with `open_log`, when the stage before has
         left them.
         """
+        from headrace.runtime.kv.stage_window import open_window
+        from headrace.runtime.kv_log.stage_log import StageLog
         from headrace.runtime.stage import Stage
-        from headrace.runtime.stage_log import StageLog
-        from headrace.runtime.stage_window import open_window
 
         config = decode(payload, StageConfig)
         if joins_at is not None:
@@ -174,15 +174,15 @@ class StageActor:
 
     def export_payload(self, ids: bytes, path: str) -> bytes:
         """Write what these ContextIds hold to a file in memory. Returns the Manifest."""
-        from headrace.runtime.kv_payload import write_payload
+        from headrace.runtime.kv.payload import write_payload
 
         chosen = decode(ids, ContextIds)
         return self._on_contexts(lambda contexts: write_payload(contexts, chosen, path).encode())
 
     def import_payload(self, manifest: bytes, path: str) -> bytes:
         """Take over what another process wrote to a file in memory. Returns what was Taken."""
-        from headrace.runtime.kv_handover import Manifest
-        from headrace.runtime.kv_payload import read_payload
+        from headrace.runtime.kv.handover import Manifest
+        from headrace.runtime.kv.payload import read_payload
 
         written = Manifest.decode(manifest)
         return encode(self._on_contexts(lambda contexts: read_payload(contexts, written, path)))
@@ -195,7 +195,7 @@ class StageActor:
 
     def export_cut(self, cut: bytes) -> tuple[bytes, bytes]:
         """The Chunk of a Cut, and its bytes."""
-        from headrace.runtime.kv_handover import Cut
+        from headrace.runtime.kv.handover import Cut
 
         chosen = decode(cut, Cut)
         chunk, payload = self._on_contexts(lambda contexts: contexts.export(chosen))
@@ -203,8 +203,8 @@ class StageActor:
 
     def import_chunk(self, identity: bytes, chunk: bytes, payload: bytes) -> bytes:
         """Take over a chunk from where pages have that PageIdentity. Returns what was Taken."""
-        from headrace.runtime.kv_handover import Chunk, take_chunk
-        from headrace.runtime.page_identity import PageIdentity
+        from headrace.runtime.kv.handover import Chunk, take_chunk
+        from headrace.runtime.kv.identity import PageIdentity
 
         found = decode(identity, PageIdentity), decode(chunk, Chunk), memoryview(payload)
         return encode(self._on_contexts(lambda contexts: take_chunk(contexts, *found)))
@@ -222,8 +222,8 @@ class StageActor:
 
     def open_log(self, keys: dict[str, bytes]) -> None:
         """Go on with the log of the stage that this one replaces; `keys` are those in no file."""
-        from headrace.runtime.stage_log import StageLog
-        from headrace.runtime.stage_window import open_window
+        from headrace.runtime.kv.stage_window import open_window
+        from headrace.runtime.kv_log.stage_log import StageLog
 
         assert self._stage is not None and self._log is None
         config = self._stage.config

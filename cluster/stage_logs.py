@@ -8,11 +8,11 @@ import ray
 
 from headrace.cluster.pipeline import gather
 from headrace.cluster.wire import decode
-from headrace.runtime.kv_stats import LogReport
+from headrace.runtime.kv_log.stats import LogReport
 
 if TYPE_CHECKING:
+    from headrace.runtime.kv_log.stage_log import StageLog
     from headrace.runtime.stage import Stage
-    from headrace.runtime.stage_log import StageLog
 
 log = logging.getLogger(__name__)
 

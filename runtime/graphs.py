@@ -14,7 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv.store import KVStore
 from headrace.runtime.model import StageModel
 from headrace.runtime.ready import ReadyBatch
 from headrace.runtime.recording import Capture

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from headrace.runtime import plugs, rope
-from headrace.runtime.attention import paged_attention
+from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder, ExpertStack, FetchedStack
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
-from headrace.runtime.kv_store import LayerPages
+from headrace.runtime.kv.store import LayerPages
 from headrace.runtime.latents import keeps_latents
 from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.linear_group import four_bit_products, grouped

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from headrace.runtime.batch import Batch
-from headrace.runtime.cold_batch import ColdBatch
 from headrace.runtime.drawn_tokens import Tokens
+from headrace.runtime.kv.cold_batch import ColdBatch
 from headrace.scheduler.plan import MicroBatch, PageMove
 
 

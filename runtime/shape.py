@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.kv_store import page_nbytes, plain_format
+from headrace.runtime.kv.store import page_nbytes, plain_format
 from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from headrace.runtime.cold_batch import ColdBatch
 from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
-from headrace.runtime.kv_handover import Contexts
-from headrace.runtime.kv_moves import NONE_ENDED, PageLog
-from headrace.runtime.kv_ring import NOTHING_BROUGHT
-from headrace.runtime.kv_store import LayerPages
-from headrace.runtime.kv_window import PageWindow
+from headrace.runtime.kv.cold_batch import ColdBatch
+from headrace.runtime.kv.handover import Contexts
+from headrace.runtime.kv.moves import NONE_ENDED, PageLog
+from headrace.runtime.kv.ring import NOTHING_BROUGHT
+from headrace.runtime.kv.store import LayerPages
+from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import make_recorder

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headrace.runtime.kv_handover import Contexts
-from headrace.runtime.kv_host import HostPages
-from headrace.runtime.kv_moves import PageLog, PageMover
-from headrace.runtime.kv_ring import KVRing
-from headrace.runtime.kv_store import KVStore
-from headrace.runtime.kv_window import PageWindow
+from headrace.runtime.kv.handover import Contexts
+from headrace.runtime.kv.host import HostPages
+from headrace.runtime.kv.identity import PageIdentity
+from headrace.runtime.kv.moves import PageLog, PageMover
+from headrace.runtime.kv.ring import KVRing
+from headrace.runtime.kv.store import KVStore
+from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.matmul.room import tuning_bytes
-from headrace.runtime.page_identity import PageIdentity
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.runtime.streaming.block_reads import BlockReads

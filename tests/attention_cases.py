@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headrace.runtime.attention.softmax import Rule
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import KVStore, LayerKV
-from headrace.runtime.softmax import Rule
+from headrace.runtime.kv.store import KVStore, LayerKV
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 

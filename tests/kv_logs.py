@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from headrace.runtime.kv_log import KVLog
+from headrace.runtime.kv_log.log import KVLog
 
 SEGMENT = 1 << 20
 CAP = 64 << 20

@@ -11,10 +11,10 @@ from rings import local_ring
 from headrace.cluster.engine import Engine
 from headrace.cluster.stage_logs import LocalLogs
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.kv_window import PageWindow
+from headrace.runtime.kv.stage_window import open_window
+from headrace.runtime.kv.window import PageWindow
+from headrace.runtime.kv_log.stage_log import StageLog
 from headrace.runtime.stage_config import LogConfig, StageConfig
-from headrace.runtime.stage_log import StageLog
-from headrace.runtime.stage_window import open_window
 from headrace.runtime.store import Store
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.placement import Plan

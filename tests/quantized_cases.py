@@ -7,10 +7,10 @@ import torch
 from attention_cases import Case, micro_batch
 from torch import Tensor
 
+from headrace.runtime.attention.softmax import Rule
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_codes import dequantize, quantize
-from headrace.runtime.kv_store import Coded, KVStore, QuantizedKV, whole_keys
-from headrace.runtime.softmax import Rule
+from headrace.runtime.kv.codes import dequantize, quantize
+from headrace.runtime.kv.store import Coded, KVStore, QuantizedKV, whole_keys
 from headrace.scheduler.kv_format import KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS, Slice
 

@@ -11,8 +11,8 @@ import torch
 from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.kv_moves import PageLog
-from headrace.runtime.kv_window import PageWindow
+from headrace.runtime.kv.moves import PageLog
+from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.recording import Capture
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv.store import KVStore
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.model import StageModel
 from headrace.runtime.store import Store

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from headrace.runtime.kv_store import page_nbytes
-from headrace.runtime.kv_window import Blocks, NamelessFile, PageWindow
+from headrace.runtime.kv.store import page_nbytes
+from headrace.runtime.kv.window import Blocks, NamelessFile, PageWindow
 from headrace.runtime.store import Store
 from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.memory import window_slot_bytes

@@ -19,10 +19,10 @@ from headrace.cluster.launch import (
 from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
 from headrace.cluster.stage_logs import LocalLogs
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
+from headrace.runtime.kv.stage_window import open_window
+from headrace.runtime.kv_log.stage_log import StageLog
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
-from headrace.runtime.stage_log import StageLog
-from headrace.runtime.stage_window import open_window
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import Pass, PassResult
 

@@ -31,7 +31,7 @@ from headrace.cluster.launch import (
     shape_in,
 )
 from headrace.cluster.processes import ray_cluster
-from headrace.runtime.kv_stats import LogReport
+from headrace.runtime.kv_log.stats import LogReport
 from headrace.runtime.shape import model_shape
 from headrace.runtime.store import Store
 from headrace.runtime.streaming.storage import available_memory

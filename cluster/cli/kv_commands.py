@@ -20,13 +20,13 @@ from headrace.cluster.cli.kv_tables import (
     verdict,
     verified_json,
 )
-from headrace.runtime.directory_lock import is_held
-from headrace.runtime.endurance import drive_wear, read_written
-from headrace.runtime.kv_deletion import purge_directory
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_segment import Found
-from headrace.runtime.kv_start import LEDGER_NAME, Strange, segments_in
-from headrace.runtime.kv_verify import verify
+from headrace.runtime.kv_log.deletion import purge_directory
+from headrace.runtime.kv_log.directory_lock import is_held
+from headrace.runtime.kv_log.endurance import drive_wear, read_written
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.segment import Found
+from headrace.runtime.kv_log.start import LEDGER_NAME, Strange, segments_in
+from headrace.runtime.kv_log.verify import verify
 from headrace.scheduler.errors import HeadraceError, KVLogError
 from headrace.scheduler.sizes import format_size
 

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.cluster.engine import Engine
-from headrace.runtime.kv_record import Miss
-from headrace.runtime.kv_stats import KVLogStats, LogReport
+from headrace.runtime.kv_log.record import Miss
+from headrace.runtime.kv_log.stats import KVLogStats, LogReport
 from headrace.scheduler.kv_stats import KVStats, TierHits
 from headrace.scheduler.plan import MoveKind, StageTimes
 from headrace.scheduler.sizes import format_size

@@ -7,11 +7,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from headrace.runtime.endurance import DriveWear
-from headrace.runtime.kv_receipt import Receipt
-from headrace.runtime.kv_segment import Found
-from headrace.runtime.kv_start import Strange
-from headrace.runtime.kv_verify import Verified
+from headrace.runtime.kv_log.endurance import DriveWear
+from headrace.runtime.kv_log.receipt import Receipt
+from headrace.runtime.kv_log.segment import Found
+from headrace.runtime.kv_log.start import Strange
+from headrace.runtime.kv_log.verify import Verified
 from headrace.scheduler.sizes import format_size
 
 

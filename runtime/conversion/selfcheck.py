@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.conversion.shrink import VOCABULARY, shrink
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv.store import KVStore
 from headrace.runtime.latents import keeps_latents
 from headrace.runtime.model import StageModel
 from headrace.runtime.skeleton import BlockKey, Skeleton

@@ -8,8 +8,8 @@ import pytest
 from kv_logs import CAP, SEGMENT, environment, pages, script, segments
 
 from headrace.cluster.cli.main import main
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_log import KVLog
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.log import KVLog
 
 NBYTES = 100_000
 
@@ -217,7 +217,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from kv_logs import pages
-from headrace.runtime.kv_log import KVLog
+from headrace.runtime.kv_log.log import KVLog
 with KVLog.open(Path(sys.argv[1]), b"id", 64 << 20, segment_bytes=1 << 20) as log:
     log.put(0, pages("pqr", 100_000), tenant="carol")
     print("ready", flush=True)

@@ -12,7 +12,7 @@ from kv_logs import segments
 from kv_runs import CAP, answers, paged_engine, prompt, wide_llama
 from rings import manual_plan
 
-from headrace.runtime.kv_record import BLOCK, Miss
+from headrace.runtime.kv_log.record import BLOCK, Miss
 from headrace.runtime.stage_config import LogConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Plan, Tier

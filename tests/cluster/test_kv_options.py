@@ -100,7 +100,7 @@ def test_what_is_no_duration(text: str) -> None:
 
 @pytest.mark.parametrize("slot", [4096, 300_000 // 4096 * 4096, 20 << 20])
 def test_every_file_holds_a_page_and_two_fit(slot: int) -> None:
-    from headrace.runtime.kv_start import check_options, max_page
+    from headrace.runtime.kv_log.start import check_options, max_page
 
     for disk in (least_disk(slot), 100 * least_disk(slot), 1 << 40):
         segment = segment_bytes(disk, slot)

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from headrace.cluster.cli.kv_report import kv_json, kv_table
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.endurance import DriveWear
-from headrace.runtime.kv_record import Miss
-from headrace.runtime.kv_stats import KVLogStats, LogReport
+from headrace.runtime.kv_log.endurance import DriveWear
+from headrace.runtime.kv_log.record import Miss
+from headrace.runtime.kv_log.stats import KVLogStats, LogReport
 from headrace.scheduler.kv_stats import KVStats, PageCounts, TierHits
 from headrace.scheduler.plan import MoveKind, StageTimes
 

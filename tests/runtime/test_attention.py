@@ -7,7 +7,7 @@ import torch
 from attention_cases import CASES, Case, Tensors, make, micro_batch
 from torch import Tensor
 
-from headrace.runtime.attention import paged_attention
+from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.scheduler.plan import MicroBatch, Sampling, Slice
 

@@ -11,7 +11,7 @@ import torch
 from attention_cases import CASES, LONG, SMALL, Case, make
 from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted, slow
 
-from headrace.runtime.attention_tiles import (
+from headrace.runtime.attention.tiles import (
     DeviceLimits,
     Tile,
     choose_latent_tile,
@@ -29,11 +29,12 @@ DECODES = ((300, 1), (0, 1), (63, 1), (64, 1))
 def check(
     case: Case, device: str, dtype: torch.dtype, splits: int | None, tile: Tile | None = None
 ) -> None:
-    from headrace.runtime import attention_triton, kv_write_triton
+    from headrace.runtime.attention import launch
+    from headrace.runtime.kv import write_triton
 
     real = make(case, dtype, torch.device(device))
-    kv_write_triton.write(real.k, real.v, real.kv, real.batch)
-    out = attention_triton.attend(real.q, real.kv, real.batch, real.rule, splits, tile)
+    write_triton.write(real.k, real.v, real.kv, real.batch)
+    out = launch.attend(real.q, real.kv, real.batch, real.rule, splits, tile)
     bound = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.cpu().double(), real.expected, atol=bound, rtol=bound)
 
@@ -109,12 +110,13 @@ def test_half_precision(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_pages_may_be_narrower_than_queries(device: str) -> None:
     """Keys and values are rounded to the pages' type on the way in, and multiplied in q's."""
-    from headrace.runtime import attention_triton, kv_write_triton
+    from headrace.runtime.attention import launch
+    from headrace.runtime.kv import write_triton
 
     case = Case(SMALL[1:4], heads=4, kv_heads=2, k_dim=16, v_dim=16)
     real = make(case, torch.bfloat16, torch.device(device))
-    kv_write_triton.write(real.k.float(), real.v.float(), real.kv, real.batch)
-    out = attention_triton.attend(real.q.float(), real.kv, real.batch, real.rule)
+    write_triton.write(real.k.float(), real.v.float(), real.kv, real.batch)
+    out = launch.attend(real.q.float(), real.kv, real.batch, real.rule)
     torch.testing.assert_close(out.cpu().double(), real.expected, atol=5e-6, rtol=5e-6)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ptx import execute, unpair
 
-from headrace.runtime.code_words import unpacking
+from headrace.runtime.attention.code_words import unpacking
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.runtime.endurance import DriveWear, WriteBudget, drive_wear, read_written
+from headrace.runtime.kv_log.endurance import DriveWear, WriteBudget, drive_wear, read_written
 
 HOUR = 3600
 

@@ -18,7 +18,7 @@ from headrace.runtime.graphs import (
     padded_pages,
     padded_rows,
 )
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv.store import KVStore
 from headrace.runtime.model import Prepared
 from headrace.runtime.recording import Capture, CudaCapture
 from headrace.runtime.store import Store

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headrace.runtime.kv_codes import Rotation, dequantize, quantize
+from headrace.runtime.kv.codes import Rotation, dequantize, quantize
 from headrace.scheduler.kv_format import FORMATS
 
 CPU = torch.device("cpu")

@@ -17,15 +17,15 @@ from stored import tiny_store
 
 from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import LocalPipeline, Pending
-from headrace.runtime.kv_handover import Contexts, Manifest, Part, take_chunk
-from headrace.runtime.kv_host import HostPages
-from headrace.runtime.kv_payload import read_payload, write_payload
-from headrace.runtime.kv_store import KVStore
-from headrace.runtime.page_identity import PageIdentity
-from headrace.runtime.shared_payload import SharedPayload
+from headrace.runtime.kv.handover import Contexts, Manifest, Part, take_chunk
+from headrace.runtime.kv.host import HostPages
+from headrace.runtime.kv.identity import PageIdentity
+from headrace.runtime.kv.payload import read_payload, write_payload
+from headrace.runtime.kv.shared_payload import SharedPayload
+from headrace.runtime.kv.store import KVStore
+from headrace.runtime.kv_log.stage_log import StageLog
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import LogConfig, StageConfig
-from headrace.runtime.stage_log import StageLog
 from headrace.runtime.store import LayerShape, Store
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.errors import HandoverError
@@ -214,7 +214,7 @@ def test_a_machine_without_memory_for_it(
 def test_shared_memory_has_no_name_and_goes_with_its_process() -> None:
     before = set(os.listdir("/dev/shm"))
     keep = (
-        "import sys; from headrace.runtime.shared_payload import SharedPayload\n"
+        "import sys; from headrace.runtime.kv.shared_payload import SharedPayload\n"
         "payload = SharedPayload(); print(payload.path, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -6,10 +6,10 @@ import threading
 import pytest
 from kv_logs import SEGMENT, get, key_of, page_of, pages, segments
 
-from headrace.runtime.kv_keys import KeyRing, SegmentCipher
-from headrace.runtime.kv_log import KVLog
-from headrace.runtime.kv_record import BLOCK, Head, SegmentHeader, unpack_head
-from headrace.runtime.kv_segment import scan
+from headrace.runtime.kv_log.keys import KeyRing, SegmentCipher
+from headrace.runtime.kv_log.log import KVLog
+from headrace.runtime.kv_log.record import BLOCK, Head, SegmentHeader, unpack_head
+from headrace.runtime.kv_log.segment import scan
 from headrace.scheduler.errors import HeadraceError
 
 
@@ -165,7 +165,7 @@ def test_a_write_that_failed_uses_up_its_numbers(tmp_path, monkeypatch):
 
         monkeypatch.setattr(SegmentCipher, "encrypt", noted)
         with monkeypatch.context() as full:
-            full.setattr("headrace.runtime.kv_segment.Disk.write", refused)
+            full.setattr("headrace.runtime.kv_log.segment.Disk.write", refused)
             assert log.put(0, pages(["b"], 300_000)) == []
         log.put(0, pages(["b"], 300_000))
         assert get(log, key_of("b"), 300_000) == page_of(key_of("b"), 300_000)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from kv_logs import CAP, SEGMENT, get, good, key_of, on_drive, page_of, pages, run, segments
 
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_log import KVLog
-from headrace.runtime.kv_record import Miss
-from headrace.runtime.kv_segment import Disk
-from headrace.runtime.kv_start import max_page
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.log import KVLog
+from headrace.runtime.kv_log.record import Miss
+from headrace.runtime.kv_log.segment import Disk
+from headrace.runtime.kv_log.start import max_page
 from headrace.scheduler.errors import KVLogError
 
 
@@ -226,7 +226,7 @@ def test_a_cohort_larger_than_the_cap_loses_its_first_pages(tmp_path):
 
 
 def test_waiting_pages_take_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("headrace.runtime.kv_intake.KV_LOG_BYTES", 500_000)
+    monkeypatch.setattr("headrace.runtime.kv_log.intake.KV_LOG_BYTES", 500_000)
     with opened(tmp_path) as log:
         for cohort in range(100):
             log.put(cohort, pages([cohort], 20_000))
@@ -326,8 +326,8 @@ def test_orphans_whose_key_is_gone_are_swept(tmp_path):
 import os, sys
 from pathlib import Path
 from kv_logs import pages
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_log import KVLog
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.log import KVLog
 log = KVLog.open(Path(sys.argv[1]), b"model 1", 64 << 20, segment_bytes=1 << 20, keys=KeyRing())
 log.put(0, pages(range(10), 300_000))
 os._exit(0)
@@ -416,7 +416,7 @@ def test_threads(tmp_path, keys):
 
 def test_without_direct_io(tmp_path, keys, monkeypatch, caplog):
     """As on a filesystem that refuses O_DIRECT."""
-    monkeypatch.setattr("headrace.runtime.kv_segment._takes_direct", lambda directory: False)
+    monkeypatch.setattr("headrace.runtime.kv_log.segment._takes_direct", lambda directory: False)
     caplog.set_level(logging.INFO, logger="headrace")
     with opened(tmp_path / "kv", keys) as log:
         log.put(0, pages(range(20), 100_000))

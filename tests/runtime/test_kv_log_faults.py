@@ -25,10 +25,10 @@ from kv_logs import (
     segments,
 )
 
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_log import KVLog
-from headrace.runtime.kv_record import BLOCK, HEAD_BYTES, Miss, pack_head, unpack_head
-from headrace.runtime.kv_segment import Disk, scan
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.log import KVLog
+from headrace.runtime.kv_log.record import BLOCK, HEAD_BYTES, Miss, pack_head, unpack_head
+from headrace.runtime.kv_log.segment import Disk, scan
 
 NBYTES = 60_000
 NAMES = range(24)
@@ -273,8 +273,8 @@ SPILL = """
 import sys
 from pathlib import Path
 from kv_logs import pages
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_log import KVLog
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.log import KVLog
 directory, keys = Path(sys.argv[1]), KeyRing(Path(sys.argv[2])) if sys.argv[2] else None
 log = KVLog.open(directory, b"id", 64 << 20, segment_bytes=1 << 20, keys=keys, keep=True)
 for i in range(10**6):
@@ -318,7 +318,7 @@ FULL = """
 import sys
 from pathlib import Path
 from kv_logs import good, pages, segments
-from headrace.runtime.kv_log import KVLog
+from headrace.runtime.kv_log.log import KVLog
 directory = Path(sys.argv[1])
 {before}
 with KVLog.open(directory, b"id", 64 << 20, segment_bytes=2 << 20, keep=True) as log:

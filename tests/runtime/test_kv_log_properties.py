@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from kv_logs import SEGMENT, get, key_of, page_of, segments
 
-from headrace.runtime.kv_keys import KeyRing
-from headrace.runtime.kv_log import KVLog
-from headrace.runtime.kv_record import Miss
+from headrace.runtime.kv_log.keys import KeyRing
+from headrace.runtime.kv_log.log import KVLog
+from headrace.runtime.kv_log.record import Miss
 
 COHORTS = st.integers(0, 3)
 TENANTS = st.sampled_from(["a", "b"])

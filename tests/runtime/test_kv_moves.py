@@ -11,10 +11,10 @@ import torch
 from leftovers import our_threads
 from slow_log import SlowLog
 
-from headrace.runtime.kv_copies import StreamLink
-from headrace.runtime.kv_host import HostPages
-from headrace.runtime.kv_moves import Ended, PageMover
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv.copies import StreamLink
+from headrace.runtime.kv.host import HostPages
+from headrace.runtime.kv.moves import Ended, PageMover
+from headrace.runtime.kv.store import KVStore
 from headrace.runtime.store import LayerShape
 from headrace.runtime.streaming.loads import queued_work
 from headrace.runtime.streaming.tiers import AlignedBuffer

@@ -12,8 +12,8 @@ from stored import tiny_store
 
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.cold_batch import ColdBatch
-from headrace.runtime.kv_window_reads import _runs
+from headrace.runtime.kv.cold_batch import ColdBatch
+from headrace.runtime.kv.window_reads import _runs
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import (

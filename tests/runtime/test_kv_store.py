@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headrace.runtime.kv_store import KVStore, LayerKV, QuantizedKV, page_nbytes, plain_format
+from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV, page_nbytes, plain_format
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.kv_format import FORMATS
 

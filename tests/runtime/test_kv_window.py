@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from kv_logs import on_drive, run
 
-from headrace.runtime.kv_record import BLOCK
-from headrace.runtime.kv_window import NamelessFile, PageWindow, open_unlinked
+from headrace.runtime.kv.window import NamelessFile, PageWindow, open_unlinked
+from headrace.runtime.kv_log.record import BLOCK
 from headrace.scheduler.errors import DoesNotFitError, KVLogError
 
 SIZES = {3: 5000, 7: 8192, 8: 64}
@@ -166,7 +166,7 @@ def test_nothing_is_left_of_a_process_that_is_killed(tmp_path: Path) -> None:
     found = run(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from headrace.runtime.kv_window import NamelessFile\n"
+        "from headrace.runtime.kv.window import NamelessFile\n"
         "if not os.fork():\n"
         "    NamelessFile(Path(sys.argv[1]), 1 << 20).write(0, memoryview(bytearray(4096)))\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

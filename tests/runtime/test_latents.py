@@ -17,7 +17,7 @@ from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.shapes import config_of
 from headrace.runtime.conversion import selfcheck
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.kv_store import page_nbytes
+from headrace.runtime.kv.store import page_nbytes
 from headrace.runtime.latents import find_latents, keeps_latents
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.plugs import attention_modules

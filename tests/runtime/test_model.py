@@ -17,7 +17,7 @@ from headrace.runtime.conversion.layer_facts import signature
 from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.conversion.shrink import shrink
-from headrace.runtime.kv_store import KVStore
+from headrace.runtime.kv.store import KVStore
 from headrace.runtime.model import StageModel
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import Block, TensorSpec, WeightSpec

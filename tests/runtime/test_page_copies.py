@@ -5,7 +5,7 @@ import pytest
 import torch
 from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
 
-from headrace.runtime.page_copies import PageIds, copy_by_kernel, copy_pages
+from headrace.runtime.kv.page_copies import PageIds, copy_by_kernel, copy_pages
 
 FROM, TO = [8, 0, 3, 4], [1, 6, 0, 2]
 

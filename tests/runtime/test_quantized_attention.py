@@ -9,9 +9,9 @@ from attention_cases import CASES, micro_batch
 from quantized_cases import expected, make_quantized
 from torch import Tensor
 
-from headrace.runtime.attention import paged_attention
+from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.kv_store import KVStore, QuantizedKV
+from headrace.runtime.kv.store import KVStore, QuantizedKV
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.plan import PAGE_TOKENS

@@ -6,7 +6,7 @@ from attention_cases import CASES, LONG, SMALL, Case
 from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted, slow
 from quantized_cases import expected, keep_past, make_quantized, quantized_layer, stored
 
-from headrace.runtime.attention_tiles import Tile
+from headrace.runtime.attention.tiles import Tile
 from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.plan import PAGE_TOKENS
 
@@ -19,14 +19,15 @@ def check(
     case: Case, fmt: str, device: str, dtype: torch.dtype = torch.float32,
     splits: int | None = None, tile: Tile | None = None,
 ) -> None:  # fmt: skip
-    from headrace.runtime import attention_triton, kv_write_triton
+    from headrace.runtime.attention import launch
+    from headrace.runtime.kv import write_triton
 
     real = make_quantized(case, FORMATS[fmt], dtype, torch.device(device))
     kv, batch = real.kv, real.batch
     q, k, v = kv.rotate(real.q, real.k, real.v)
-    kv_write_triton.fill(k, v, kv, batch)
-    out = attention_triton.attend(q, kv, batch, real.rule, splits, tile, newest=(k, v))
-    kv_write_triton.keep(k, v, kv, batch)
+    write_triton.fill(k, v, kv, batch)
+    out = launch.attend(q, kv, batch, real.rule, splits, tile, newest=(k, v))
+    write_triton.keep(k, v, kv, batch)
     out = kv.rotate_back(out)
     bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.cpu().double(), expected(real), atol=bound, rtol=bound)

@@ -1,0 +1,1 @@
+"""Attention over pages: torch on CPUs, Triton on CUDA."""

@@ -1,0 +1,1 @@
+"""Full KV pages on NVMe, found by their keys: append-only, bounded, verified, encrypted."""
