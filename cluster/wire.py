@@ -4,6 +4,8 @@ from typing import TypeVar
 
 import msgspec
 
+from headrace.runtime.decoders import decoder
+
 T = TypeVar("T")
 
 
@@ -13,4 +15,4 @@ def encode(message: object) -> bytes:
 
 def decode(payload: bytes, kind: type[T]) -> T:
     """The message in `payload`; a ValidationError when its shape is not that of `kind`."""
-    return msgspec.msgpack.decode(payload, type=kind)
+    return decoder(kind).decode(payload)

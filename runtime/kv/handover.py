@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from headrace.runtime.decoders import decoder
 from headrace.runtime.kv.host import HostPages
 from headrace.runtime.kv.identity import PageIdentity
 from headrace.runtime.kv.store import KVStore
@@ -72,7 +73,7 @@ class Manifest:
     def decode(cls, payload: bytes) -> "Manifest":
         """HandoverError for bytes that are no manifest."""
         try:
-            return msgspec.msgpack.decode(payload, type=cls)
+            return decoder(cls).decode(payload)
         except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise HandoverError(f"this is no manifest of KV pages: {error}") from error
 

@@ -19,6 +19,8 @@ from typing import NamedTuple, Self, TypeVar
 import msgspec
 import xxhash
 
+from headrace.runtime.decoders import decoder
+
 BLOCK = 4096
 """Bytes; offsets and sizes of direct reads and writes are multiples of it."""
 
@@ -223,6 +225,6 @@ def identity_digest(identity: bytes) -> bytes:
 
 def _decoded(body: bytes, kind: type[_T]) -> _T | None:
     try:
-        return msgspec.msgpack.decode(body, type=kind)
+        return decoder(kind).decode(body)
     except (msgspec.DecodeError, msgspec.ValidationError):
         return None
