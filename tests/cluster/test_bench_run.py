@@ -239,6 +239,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_two_stages_on_ray(tmp_path: Path) -> None:
     settings = [
         word

@@ -91,6 +91,7 @@ def test_chat(llm: LLM) -> None:
     assert llm.chat(asked, GREEDY)[0].outputs[0] == one.outputs[0]
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_from_kept_pages(stories: Path, tmp_path: Path) -> None:
     room = ROOM | {"host_memory": "40MiB", "device_memory": "60MiB", "kv_host_memory": "4MiB"}
     tiers = {"kv_directory": str(tmp_path / "kv"), "kv_disk": "64MiB", "kv_ttl": "1h"}
@@ -181,6 +182,7 @@ def test_abort(llm: LLM) -> None:
     assert [completion.request_id for completion in done] == [kept]
 
 
+@pytest.mark.slow
 def test_seeds_give_the_same_on_other_rings(llm: LLM, stories: Path) -> None:
     params = SamplingParams(temperature=0.9, top_p=0.95, max_tokens=20, seed=11)
     prompts = [ONCE, "A dog", "The old man"]

@@ -286,6 +286,7 @@ def test_a_killed_run_and_the_pages_that_it_kept(
     assert not any((tmp_path / "kv").iterdir())  # a run that keeps nothing leaves nothing
 
 
+@pytest.mark.slow
 def test_a_directory_in_use_is_one_error(
     job: Callable[..., list[object]], stories: Path, tmp_path: Path
 ) -> None:

@@ -65,8 +65,14 @@ TIERS = {"device": (0, 0), "host": (40, 0), "nvme": (5, 500), "all": (20, 500)}
 """Pages that have room in host RAM and on NVMe."""
 
 
-@pytest.mark.parametrize("kv_format", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tiers", TIERS)
+@pytest.mark.parametrize(
+    ("tiers", "kv_format"),
+    [
+        pytest.param(tiers, kv_format, marks=() if tiers in quick else pytest.mark.slow)
+        for kv_format, quick in (("fp32", {"device", "all"}), ("int8", {"all"}))
+        for tiers in TIERS
+    ],
+)
 def test_no_tier_changes_a_token(llama: Path, tmp_path: Path, kv_format: str, tiers: str) -> None:
     host_pages, nvme_pages = TIERS[tiers]
     want = undisturbed(llama, kv_format)
@@ -166,7 +172,7 @@ def watched(directory: Path) -> Iterator[list[int]]:
         result += most.values()
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_drive_is_never_overfull_and_empty_afterwards(
     llama: Path, tmp_path: Path, kept: bool
 ) -> None:

@@ -33,14 +33,20 @@ SCARCE = {
     "max_context": 64 * 7,
 }
 LENGTHS = (130, 200, 60, 129, 250, 90, 190, 127)
-QUICK = {("llama", "fp32"), ("llama", "int8"), ("llama", "int4"), ("gemma3_text", "int8"), ("deepseek_v3", "int8")}  # fmt: skip
+QUICK = {
+    ("llama", "fp32", "in flight"),
+    ("llama", "fp32", "ahead"),
+    ("llama", "int4", "cyclic"),
+    ("gemma3_text", "int8", "cyclic"),
+    ("deepseek_v3", "int8", "cyclic"),
+}
 CASES = [
     pytest.param(
         model,
         fmt,
         ring,
         id=f"{model}-{fmt}-{name}",
-        marks=() if (model, fmt) in QUICK else pytest.mark.slow,
+        marks=() if (model, fmt, name) in QUICK else pytest.mark.slow,
     )
     for model in MODELS
     for fmt in ("fp32", "int8", "int4")
