@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import SUPPORTED, tiny_config, tiny_model
-from interpreter import run_interpreted
+from interpreter import run_interpreted, slow
 from torch import Tensor, nn
 
 from headrace.runtime import plugs
@@ -243,13 +243,14 @@ def test_layers_without_weights_still_run(name: str) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "interpreted")
+@pytest.mark.parametrize("long", [False, slow(True)])
+def test_in_the_interpreter(long: bool) -> None:
+    run_interpreted(__file__, "interpreted", slow=long)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
 @pytest.mark.parametrize(("name", "layouts", "dim", "width"), KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, *map(slow, DTYPES[1:])])
 def test_interpreted(
     name: str, layouts: tuple[Pairs, Pairs, Pairs], dim: int, width: int, dtype: torch.dtype
 ) -> None:

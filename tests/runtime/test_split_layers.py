@@ -24,6 +24,7 @@ from headrace.scheduler.request import Request, SamplingParams
 SPLIT = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "glm4_moe",
          "minimax_m2")  # fmt: skip
 STACKED = ("gpt_oss", "granitemoe")
+QUICK = {"mixtral", "qwen3_moe", "deepseek_v3"}
 LENGTHS = (1, 5, 20, 70)
 NEW_TOKENS = 12
 """More passes than it takes to tell which experts are likely."""
@@ -78,7 +79,9 @@ def serve(path: Path, ring: dict[str, Any], device: str = "cpu") -> dict[int, li
         return run_all(plan, pipeline, requests)
 
 
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPLIT]
+)
 def test_splitting_does_not_change_a_token(name: str, tmp_path: Path) -> None:
     path = make_store(name, tmp_path)
     expected = serve(path, WHOLE)
@@ -86,7 +89,7 @@ def test_splitting_does_not_change_a_token(name: str, tmp_path: Path) -> None:
         assert serve(path, ring) == expected, ring
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_no_pool_or_placement_changes_a_token(name: str, tmp_path: Path) -> None:
     path = make_store(name, tmp_path)
     expected = serve(path, WHOLE)
