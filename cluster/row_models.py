@@ -82,21 +82,25 @@ class NativeRow(OwnParameters):
         return self
 
 
-class BatchBody(OwnParameters):
-    """`model` and `user` are understood and have no effect: the job runs one model for all."""
+class Body(OwnParameters):
+    """`user` is understood and has no effect; `model` has none where one model answers all."""
 
     model: str | None = None
     user: str | None = None
+
+
+class Conversation(Body):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionBody(Body):
+    prompt: Prompt
     stream: Literal[False] | None = None
 
 
-class CompletionBody(BatchBody):
-    prompt: Prompt
-
-
-class ChatBody(BatchBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    chat_template_kwargs: dict[str, Any] | None = None
+class ChatBody(Conversation):
+    stream: Literal[False] | None = None
 
 
 class Envelope(BaseModel):

@@ -101,7 +101,7 @@ def decode(number: int, raw: bytes | Mapping[str, Any], salt: bytes) -> Draft:
 
     `salt` stands for the model and the default parameters in the key.
     """
-    data = _load(raw) if isinstance(raw, bytes) else raw
+    data = load_object(raw) if isinstance(raw, bytes) else raw
     batch = "custom_id" in data or "body" in data
     row_id = data.get("custom_id" if batch else "id")
     if row_id is None and not batch:
@@ -148,13 +148,14 @@ def digest64(*parts: bytes) -> int:
     return int.from_bytes(state.digest(), "little")
 
 
-def _load(raw: bytes) -> dict[str, Any]:
+def load_object(raw: bytes, what: str = "a row") -> dict[str, Any]:
+    """A JSON object. RequestError when `raw` is none."""
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"not valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise RequestError(f"a row must be a JSON object, not {type(data).__name__}")
+        raise RequestError(f"{what} must be a JSON object, not {type(data).__name__}")
     return data
 
 
