@@ -19,6 +19,7 @@ OPEN = frozenset({"/health/live", "/health/ready"})
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 CLIENT_GONE = 499
+"""What nginx writes for a client that did not wait for the end of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +42,19 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = CLIENT_GONE
+        status, has_ended = 0, False
 
         async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            nonlocal status, has_ended
             await send(message)
+            status = message.get("status", status)
+            has_ended = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             await self._let_in(scope, receive, counted)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.answered(path, status)
+            self._metrics.answered(path, status if has_ended else CLIENT_GONE)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

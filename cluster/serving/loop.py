@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.serving.generation import Generation
@@ -23,7 +23,16 @@ class EngineStats(Protocol):
 
 
 class ServedEngine(Protocol):
-    """The part of the engine that serving uses. `check` may be called by any thread."""
+    """The part of the engine that serving uses. Any thread may call `check` and use the tokenizer."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def model_digest(self) -> str: ...
+
+    @property
+    def max_context(self) -> int: ...
 
     @property
     def has_work(self) -> bool: ...

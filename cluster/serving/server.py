@@ -16,11 +16,11 @@ from typing import Self
 import uvicorn
 from starlette.types import ASGIApp
 
-from headrace.cluster.engine import Engine
 from headrace.cluster.serving.app import Front, create_app
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.guard import LOCAL, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
+from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
 from headrace.scheduler.errors import HeadraceError
@@ -90,7 +90,7 @@ class Listener:
 class Server:
     """Serves one engine at one address until it is told to stop, or the engine fails."""
 
-    def __init__(self, listener: Listener, engine: Engine) -> None:
+    def __init__(self, listener: Listener, engine: ServedEngine) -> None:
         options, metrics = listener.options, Metrics()
         self._listener, self._grace = listener, options.grace
         model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
