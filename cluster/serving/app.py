@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
@@ -27,6 +27,8 @@ from headrace.cluster.serving.http import (
 from headrace.cluster.serving.metrics import CONTENT_TYPE, Metrics
 from headrace.cluster.serving.reader import Model, Reader, Work
 from headrace.scheduler.errors import RequestError
+
+T = TypeVar("T")
 
 PATHS = frozenset(
     {
@@ -73,10 +75,10 @@ class Front:
         return await self._answer(request, self._reader.chat)
 
     async def tokenize(self, request: Request) -> Response:
-        return JSON(await self._read(request, self._reader.tokenize))
+        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw)))
 
     async def detokenize(self, request: Request) -> Response:
-        return JSON(await self._read(request, self._reader.detokenize))
+        return await self._read(request, lambda raw: JSON(self._reader.detokenize(raw)))
 
     async def live(self) -> Response:
         return JSON({"status": "live"})
@@ -103,7 +105,7 @@ class Front:
         work = await self._read(request, lambda raw: read(raw, tenant))
         return _Answering(self._engine, Answer(work, self._model, int(time.time())), work)
 
-    async def _read(self, request: Request, read: Callable[[bytes], Any]) -> Any:
+    async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             # Which a web page of another origin cannot send without asking first.

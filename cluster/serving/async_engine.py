@@ -28,8 +28,8 @@ class Meter(Protocol):
 class AsyncEngine:
     """Runs on one event loop; its engine runs in a thread of its own.
 
-    At most `max_waiting` sequences wait for their first token. Those that have begun do so within what
-    the scheduler admits.
+    At most `max_waiting` sequences wait for their first token, which is also the most that one request
+    may ask for. How many go on at once is up to the scheduler.
     """
 
     def __init__(
@@ -103,13 +103,7 @@ class AsyncEngine:
     def _admit(self, count: int) -> None:
         if not self.is_ready:
             raise ApiError(503, "the server takes no requests now", code="not_ready")
-        if count > self._max_waiting:
-            raise ApiError(
-                400,
-                f"the request asks for {count} sequences (prompts times n), and no more than"
-                f" {self._max_waiting} may wait at once: send several requests",
-                param="n",
-            )
+        assert count <= self._max_waiting, count
         if self._num_waiting + count > self._max_waiting:
             raise ApiError(
                 429,

@@ -6,12 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headrace.cluster.row_models import Body, Conversation, Message, TokenId
 
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 Prompts = (
     str
-    | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[str], Field(min_length=1)]
-    | Annotated[list[list[TokenId]], Field(min_length=1)]
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
 )
+"""The first wrong item of a list ends it: there may be millions."""
 
 
 class StreamOptions(BaseModel):
@@ -52,7 +54,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -66,4 +68,4 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Tokens

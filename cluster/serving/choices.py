@@ -1,5 +1,6 @@
 """What clients are sent of a generation: pieces while it goes on, or the whole at its end."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,13 +71,9 @@ class Answer:
         """The answer, when all of its sequences have ended."""
         async for _ in self._pieces(generation):
             pass
-        # As it would have been streamed, to the letter.
-        texts = [choice.text for choice in self._choices]
-        done = [replace(self._done[i], text=text) for i, text in enumerate(texts)]
-        choices = [
-            answers.choice(self._work.kind, i, each, self._tokenizer) for i, each in enumerate(done)
-        ]
-        return {**self._envelope, "choices": choices, "usage": self._usage()}
+        return await asyncio.to_thread(
+            self._assemble
+        )  # with logprobs of many tokens, that takes long
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in the pieces that a stream sends."""
@@ -87,6 +84,15 @@ class Answer:
             yield self._chunk([self._listed(piece)])
         if self._work.include_usage:
             yield {**self._chunk([]), "usage": self._usage()}
+
+    def _assemble(self) -> dict[str, Any]:
+        # As it would have been streamed, to the letter.
+        texts = [choice.text for choice in self._choices]
+        done = [replace(self._done[i], text=text) for i, text in enumerate(texts)]
+        choices = [
+            answers.choice(self._work.kind, i, each, self._tokenizer) for i, each in enumerate(done)
+        ]
+        return {**self._envelope, "choices": choices, "usage": self._usage()}
 
     async def _pieces(self, generation: Generation) -> AsyncIterator[Piece]:
         while news := await generation.read():

@@ -7,6 +7,9 @@ from pydantic import ValidationError
 from headrace.cluster.row_models import reasons
 from headrace.scheduler.errors import ContextLengthError, RequestError
 
+_SHOWN = 1000
+"""Characters of what a client sent that it gets back at most."""
+
 
 class ApiError(Exception):
     """What a client is told, with an HTTP status. `retry_after` is in seconds."""
@@ -53,4 +56,4 @@ def of_validation(error: ValidationError) -> ApiError:
     param = str(first["loc"][0]) if first["loc"] else None
     unknown = first["type"] == "extra_forbidden"
     code = "unknown_parameter" if unknown else "invalid_value"
-    return ApiError(400, reasons(error), param=param, code=code)
+    return ApiError(400, reasons(error)[:_SHOWN], param=param and param[:_SHOWN], code=code)

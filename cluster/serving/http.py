@@ -86,7 +86,11 @@ async def _gone(receive: Receive) -> None:
 
 async def send_events(send: Send, events: AsyncGenerator[dict[str, Any], None]) -> None:
     """Server-sent events as OpenAI frames them; an error that comes up on the way is the last one."""
-    head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+    head = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache"),
+        (b"x-accel-buffering", b"no"),  # nginx would collect events
+    ]
     await send({"type": "http.response.start", "status": 200, "headers": head})
 
     async def put(data: bytes) -> None:

@@ -32,6 +32,10 @@ from headrace.cluster.serving.loop import ServedEngine
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.request import SamplingParams
 
+MAX_STOPS = 16
+MAX_STOP = 256
+_MAX_NAMES = 64
+
 B = TypeVar("B", bound=BaseModel)
 
 
@@ -63,11 +67,12 @@ class Work:
 class Reader:
     """Checks requests and turns them into tokens. Any thread may call it.
 
-    Raises ApiError, RequestError and pydantic's ValidationError for what clients do wrong.
+    Raises ApiError, RequestError and pydantic's ValidationError for what clients do wrong. What they
+    send is bounded before work is done for it: `max_sequences` are the most that a request may ask for.
     """
 
-    def __init__(self, model: Model, engine: ServedEngine) -> None:
-        self._model, self._engine = model, engine
+    def __init__(self, model: Model, engine: ServedEngine, max_sequences: int) -> None:
+        self._model, self._engine, self._max_sequences = model, engine, max_sequences
         self._reserved = _reserved(model.tokenizer)
         # A fast tokenizer that was saved with truncation drops that at its first call, and is only
         # then safe to use by several threads at once.
@@ -75,6 +80,7 @@ class Reader:
 
     def completion(self, raw: bytes, tenant: str) -> Work:
         body = self._parse(CompletionRequest, raw)
+        self._check_count(len(body.prompts) * (body.n or 1))
         tokenizer = self._model.tokenizer
         prompts = [
             prompt_tokens(tokenizer, each) if isinstance(each, str) else each
@@ -86,6 +92,7 @@ class Reader:
     def chat(self, raw: bytes, tenant: str) -> Work:
         """Without a limit of its own, an answer may fill the context."""
         body = self._parse(ChatRequest, raw)
+        self._check_count(body.n or 1)
         prompt = self._conversation(body.messages, body.chat_template_kwargs)
         room = max(1, self._model.max_context - len(prompt))
         params = sampling_params(body, SamplingParams(max_tokens=room))
@@ -118,7 +125,17 @@ class Reader:
             )
             raise ApiError(404, told, param="model", code="model_not_found")
         # Null means not given, also for what is not known here.
-        return shape.model_validate({key: v for key, v in given.items() if v is not None})
+        present = {key: value for key, value in given.items() if value is not None}
+        _check_names(present)
+        return shape.model_validate(present)
+
+    def _check_count(self, count: int) -> None:
+        if count > self._max_sequences:
+            raise RequestError(
+                f"the request asks for {count} sequences (prompts times n), and no more than"
+                f" {self._max_sequences} may wait at once: send several requests",
+                "n",
+            )
 
     def _conversation(
         self, messages: Sequence[Message], options: dict[str, Any] | None
@@ -142,6 +159,11 @@ class Reader:
     ) -> Work:
         field = "messages" if kind is Kind.CHAT else "prompt"
         one, name = replace(params, n=1), uuid4().hex
+        if len(params.stop) > MAX_STOPS or any(len(stop) > MAX_STOP for stop in params.stop):
+            # Each token of the answer is compared with all of them.
+            raise RequestError(
+                f"stop may have {MAX_STOPS} strings of {MAX_STOP} characters at most", "stop"
+            )
         try:
             for prompt in prompts:
                 check_tokens(prompt, self._model.tokenizer, self._model.max_context)
@@ -161,6 +183,13 @@ class Reader:
         """With a seed of the request's own, a prompt's samples are those of a batch row."""
         own = f"{name} {prompt}" if params.seed is None else params.seed
         return derive_seed(self._model.digest, own, index)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """An error is made of each name that is unknown, so there must not be millions."""
+    options = [v for k, v in given.items() if isinstance(v, dict) and k != "chat_template_kwargs"]
+    if any(len(each) > _MAX_NAMES for each in (given, *options)):
+        raise RequestError(f"an object in the body has more than {_MAX_NAMES} names")
 
 
 def _stream_options(stream: bool | None, options: StreamOptions | None) -> StreamOptions:

@@ -96,7 +96,7 @@ class Server:
         model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
         self._engine = AsyncEngine(engine, metrics, options.max_waiting)
         metrics.watch(lambda: self._engine.state)
-        reader = Reader(model, engine)
+        reader = Reader(model, engine, options.max_waiting)
         front = Front(self._engine, reader, model, metrics, max_body=options.max_body)
         self._config = _config(options, create_app(front, listener.rules, metrics))
         self._stops = 0

@@ -100,6 +100,12 @@ def test_what_may_become_a_stop_string_is_not_sent(served: Served, engine: EchoE
         ("POST", COMPLETIONS, b'{"prompt": "\\ud800"}', 400, "invalid_value"),
         ("POST", COMPLETIONS, b'{"prompt": "a", "temperature": NaN}', 400, "invalid_value"),
         ("POST", COMPLETIONS, b"\xff", 400, "invalid_value"),
+        ("POST", COMPLETIONS, {"prompt": ["a"] * 4}, 400, "invalid_value"),
+        ("POST", COMPLETIONS, {"prompt": "a", "stop": ["a"] * 17}, 400, "invalid_value"),
+        ("POST", COMPLETIONS, {"prompt": "a", "stop": "a" * 257}, 400, "invalid_value"),
+        ("POST", COMPLETIONS, {f"x{i}": 1 for i in range(65)}, 400, "invalid_value"),
+        ("POST", COMPLETIONS, {"prompt": "a", "x" * 4000: 1}, 400, "unknown_parameter"),
+        ("POST", COMPLETIONS, {"prompt": [[], *["a"] * 700]}, 400, "invalid_value"),
         ("POST", COMPLETIONS, b"x" * 4097, 413, "body_too_large"),
         ("POST", COMPLETIONS, b"x" * 1_000_000, 413, "body_too_large"),
         ("POST", "/tokenize", {"prompt": "a", "messages": []}, 400, None),
@@ -115,6 +121,7 @@ def test_errors_have_openais_shape(
     assert answer["error"].keys() == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
     assert code is None or answer["error"]["code"] == code
+    assert len(json.dumps(answer)) < 3000
 
 
 def test_bodies_are_json_or_refused(served: Served) -> None:
