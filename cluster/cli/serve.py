@@ -39,7 +39,7 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Sequences that wait for their first token; more get a 429.")
     ] = 256,
-    max_body: Annotated[str, typer.Option(help="The largest request.")] = "8MiB",
+    max_body: Annotated[str, typer.Option(help="The largest request.")] = "4MiB",
     grace: Annotated[
         float,
         typer.Option(min=0, help="Seconds for requests that run to finish, once told to stop."),

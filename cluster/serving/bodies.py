@@ -6,14 +6,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headrace.cluster.row_models import Body, Conversation, Message, TokenId
 
+MAX_PROMPTS = 1024
+MAX_MESSAGES = 8192
+
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
 Prompts = (
     str
     | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
-    | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 )
-"""The first wrong item of a list ends it: there may be millions."""
+"""The first wrong item of a list ends it: there may be millions, and nobody else runs meanwhile."""
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -44,6 +49,7 @@ class CompletionRequest(Body):
 
 
 class ChatRequest(Conversation):
+    messages: Messages
     response_format: TextFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -54,7 +60,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Messages | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")

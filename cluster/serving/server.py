@@ -44,7 +44,7 @@ class ServerOptions:
     tls_key: Path | None = None
     insecure: bool = False
     max_waiting: int = 256
-    max_body: int = 8 << 20
+    max_body: int = 4 << 20
     grace: float = 30.0
 
 

@@ -106,6 +106,7 @@ def test_what_may_become_a_stop_string_is_not_sent(served: Served, engine: EchoE
         ("POST", COMPLETIONS, {f"x{i}": 1 for i in range(65)}, 400, "invalid_value"),
         ("POST", COMPLETIONS, {"prompt": "a", "x" * 4000: 1}, 400, "unknown_parameter"),
         ("POST", COMPLETIONS, {"prompt": [[], *["a"] * 700]}, 400, "invalid_value"),
+        ("POST", COMPLETIONS, b'{"prompt":[' + b"[]," * 1025 + b"[]]}", 400, "invalid_value"),
         ("POST", COMPLETIONS, b"x" * 4097, 413, "body_too_large"),
         ("POST", COMPLETIONS, b"x" * 1_000_000, 413, "body_too_large"),
         ("POST", "/tokenize", {"prompt": "a", "messages": []}, 400, None),
