@@ -18,6 +18,9 @@ _DRAINED = 4
 """How much of a body that is too large is read all the same, as a multiple of what may be: a client
 that is still sending would not see the answer."""
 
+IDLE_SECONDS = 15.0
+"""How long a stream is silent at most: a pass may take longer than proxies wait."""
+
 
 class JSON(JSONResponse):
     """A lone surrogate, which UTF-8 cannot hold, becomes its escape."""
@@ -84,8 +87,13 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def send_events(send: Send, events: AsyncGenerator[dict[str, Any], None]) -> None:
-    """Server-sent events as OpenAI frames them; an error that comes up on the way is the last one."""
+async def send_events(
+    send: Send, events: AsyncGenerator[dict[str, Any], None], idle: float = IDLE_SECONDS
+) -> None:
+    """Server-sent events as OpenAI frames them; an error that comes up on the way is the last one.
+
+    Every `idle` seconds there is a comment, too, which clients skip.
+    """
     head = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
@@ -93,15 +101,23 @@ async def send_events(send: Send, events: AsyncGenerator[dict[str, Any], None]) 
     ]
     await send({"type": "http.response.start", "status": 200, "headers": head})
 
-    async def put(data: bytes) -> None:
-        body = b"data: " + data + b"\n\n"
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def put(line: bytes) -> None:
+        await send({"type": "http.response.body", "body": line + b"\n\n", "more_body": True})
 
+    async def comment() -> None:
+        while True:
+            await asyncio.sleep(idle)
+            await put(b": still here")
+
+    commenting = asyncio.ensure_future(comment())
     try:
         async with aclosing(events) as each:
             async for event in each:
-                await put(encode(event))
-        await put(b"[DONE]")
+                await put(b"data: " + encode(event))
+        await put(b"data: [DONE]")
     except (ApiError, RequestError) as error:
-        await put(encode(api_error(error).body))
+        await put(b"data: " + encode(api_error(error).body))
+    finally:
+        commenting.cancel()
+        await asyncio.gather(commenting, return_exceptions=True)
     await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -113,8 +113,10 @@ class Server:
         ending = asyncio.ensure_future(self._end(http))
         try:
             with _handling(self.stop) if signals else nullcontext():
-                await http.serve([self._listener.socket])
-                await self._engine.close()
+                try:
+                    await http.serve([self._listener.socket])
+                finally:
+                    await self._engine.close()
         finally:
             ending.cancel()
         if self._engine.error is not None:
@@ -136,6 +138,12 @@ class Server:
         self._engine.drain()
         http.should_exit = True
         if self._engine.error is None:
+            if self._engine.num_open:
+                log.warning(
+                    "stopping: %d requests may finish within %g s; again to give them up",
+                    self._engine.num_open,
+                    self._grace,
+                )
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._hurrying.wait(), self._grace)
         if self._engine.num_open:
@@ -179,14 +187,27 @@ def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:
 
 @contextmanager
 def _handling(stop: Callable[[], None]) -> Iterator[None]:
+    """The first two signals stop the server, in order and at once; a third has its default effect."""
     loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    left = 2
+
+    def restore() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+    def told() -> None:
+        nonlocal left
+        left -= 1
+        stop()
+        if not left:
+            restore()
+
     for number in numbers:
-        loop.add_signal_handler(number, stop)
+        loop.add_signal_handler(number, told)
     try:
         yield
     finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+        restore()
 
 
 def _check_protected(options: ServerOptions) -> None:

@@ -1,9 +1,11 @@
 """HTTP as it goes over the wire, before an engine that answers every prompt with itself."""
 
+import asyncio
 import json
+import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from commands import wait_for
 from prometheus_client.parser import text_string_to_metric_families
 from served import MODEL, EchoEngine, Served, serving
 
+from headrace.cluster.serving.http import send_events
 from headrace.scheduler.errors import StageError
 
 COMPLETIONS = "/v1/completions"
@@ -27,6 +30,13 @@ def served(engine: EchoEngine) -> Iterator[Served]:
     with serving(engine, max_body=4096, max_waiting=3, grace=1.0) as made:
         yield made
         engine.gate.set()
+
+
+@pytest.fixture(scope="module")
+def echoes(tokenizer: Any) -> Iterator[Served]:
+    """For tests that leave the engine alone."""
+    with serving(EchoEngine(tokenizer, max_context=4000), max_body=4096, max_waiting=3) as made:
+        yield made
 
 
 class Stream:
@@ -67,23 +77,42 @@ def completion(served: Served, **given: Any) -> tuple[int, Any, dict[str, str]]:
     return served.ask("POST", COMPLETIONS, body)
 
 
-def test_server_sent_events(served: Served) -> None:
-    events = Stream(served).events()
+def test_server_sent_events(echoes: Served) -> None:
+    events = Stream(echoes).events()
     assert all(event.startswith("data: ") for event in events)
     assert events[-1] == "data: [DONE]"
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
     pieces = [chunk["choices"][0]["text"] for chunk in chunks]
-    assert "".join(pieces) == TEXT == completion(served)[1]["choices"][0]["text"]
+    assert "".join(pieces) == TEXT == completion(echoes)[1]["choices"][0]["text"]
     assert len(pieces) > 5
     assert not any("\ufffd" in piece for piece in pieces)
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] == "length"
 
 
-def test_what_may_become_a_stop_string_is_not_sent(served: Served, engine: EchoEngine) -> None:
-    events = Stream(served, stop=["世界 😀 no", "ok"]).events()
+def test_what_may_become_a_stop_string_is_not_sent(echoes: Served) -> None:
+    events = Stream(echoes, stop=["世界 😀 no", "ok"]).events()
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "héllo 世界 😀 "
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_that_has_nothing_to_say_says_so() -> None:
+    """Proxies close connections that are silent."""
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b"head"))
+
+    async def events() -> AsyncGenerator[dict[str, Any], None]:
+        yield {"n": 1}
+        await asyncio.sleep(0.5)
+        yield {"n": 2}
+
+    asyncio.run(send_events(send, events(), idle=0.1))
+    assert sent[:2] == [b"head", b'data: {"n":1}\n\n']
+    assert sent[-3:] == [b'data: {"n":2}\n\n', b"data: [DONE]\n\n", b""]
+    assert len(sent) > 6
+    assert set(sent[2:-3]) == {b": still here\n\n"}
 
 
 @pytest.mark.parametrize(
@@ -115,9 +144,9 @@ def test_what_may_become_a_stop_string_is_not_sent(served: Served, engine: EchoE
     ],
 )
 def test_errors_have_openais_shape(
-    served: Served, method: str, path: str, body: Any, status: int, code: str | None
+    echoes: Served, method: str, path: str, body: Any, status: int, code: str | None
 ) -> None:
-    found, answer, _ = served.ask(method, path, body)
+    found, answer, _ = echoes.ask(method, path, body)
     assert found == status, answer
     assert answer["error"].keys() == {"message", "type", "param", "code"}
     assert answer["error"]["type"] == "invalid_request_error"
@@ -125,16 +154,16 @@ def test_errors_have_openais_shape(
     assert len(json.dumps(answer)) < 3000
 
 
-def test_bodies_are_json_or_refused(served: Served) -> None:
+def test_bodies_are_json_or_refused(echoes: Served) -> None:
     """What a form of another web page can send without a preflight."""
     body = json.dumps({"model": MODEL, "prompt": "a"}).encode()
-    status, answer, _ = served.ask("POST", COMPLETIONS, body, {"Content-Type": "text/plain"})
+    status, answer, _ = echoes.ask("POST", COMPLETIONS, body, {"Content-Type": "text/plain"})
     assert status == 415
     assert "application/json" in answer["error"]["message"]
 
 
-def test_a_body_without_a_length_is_bounded_too(served: Served) -> None:
-    with socket.create_connection(served.address, timeout=30) as made:
+def test_a_body_without_a_length_is_bounded_too(echoes: Served) -> None:
+    with socket.create_connection(echoes.address, timeout=30) as made:
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         made.sendall(f"{head}Content-Type: application/json\r\n".encode())
         made.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
@@ -144,15 +173,26 @@ def test_a_body_without_a_length_is_bounded_too(served: Served) -> None:
         assert made.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_tokens_and_back(served: Served) -> None:
-    _, answer, _ = served.ask("POST", "/tokenize", {"model": MODEL, "prompt": TEXT})
+def test_tokens_and_back(echoes: Served) -> None:
+    _, answer, _ = echoes.ask("POST", "/tokenize", {"model": MODEL, "prompt": TEXT})
     assert answer["count"] == len(answer["tokens"])
     assert answer["max_model_len"] == 4000
-    _, back, _ = served.ask("POST", "/detokenize", {"tokens": answer["tokens"]})
+    _, back, _ = echoes.ask("POST", "/detokenize", {"tokens": answer["tokens"]})
     assert back == {"prompt": TEXT}
     told = {"messages": [{"role": "user", "content": "a"}]}
-    chat = served.ask("POST", "/tokenize", told)[1]["tokens"]
-    assert served.ask("POST", "/detokenize", {"tokens": chat})[1]["prompt"].endswith("assistant\n")
+    chat = echoes.ask("POST", "/tokenize", told)[1]["tokens"]
+    assert echoes.ask("POST", "/detokenize", {"tokens": chat})[1]["prompt"].endswith("assistant\n")
+
+
+def test_prompts_are_not_logged(echoes: Served, caplog: pytest.LogCaptureFixture) -> None:
+    secret = "zebra"
+    with caplog.at_level(logging.DEBUG):
+        assert completion(echoes, prompt=secret)[0] == 200
+        assert completion(echoes, prompt=secret * 4000)[0] == 413
+        assert completion(echoes, prompt=secret, temperature=secret)[0] == 400
+        assert echoes.ask("POST", COMPLETIONS, f'"{secret}'.encode())[0] == 400
+        assert Stream(echoes, prompt=secret).events()
+    assert secret not in caplog.text
 
 
 def test_a_full_queue_is_told_when_to_come_back(served: Served, engine: EchoEngine) -> None:
@@ -224,17 +264,17 @@ def test_metrics(served: Served) -> None:
     assert {"headrace_running_sequences", "headrace_waiting_sequences"} <= families.keys()
 
 
-def test_health(served: Served) -> None:
-    assert served.ask("GET", "/health/live")[:2] == (200, {"status": "live"})
-    assert served.ask("GET", "/health/ready")[:2] == (200, {"status": "ready"})
+def test_health(echoes: Served) -> None:
+    assert echoes.ask("GET", "/health/live")[:2] == (200, {"status": "live"})
+    assert echoes.ask("GET", "/health/ready")[:2] == (200, {"status": "ready"})
 
 
-def test_only_local_names_lead_to_a_local_server(served: Served) -> None:
+def test_only_local_names_lead_to_a_local_server(echoes: Served) -> None:
     """A page elsewhere can have its own name point to this machine."""
     for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "[::1"):
-        assert served.ask("GET", "/v1/models", headers={"Host": host})[0] == 403
+        assert echoes.ask("GET", "/v1/models", headers={"Host": host})[0] == 403
     for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000"):
-        assert served.ask("GET", "/v1/models", headers={"Host": host})[0] == 200
+        assert echoes.ask("GET", "/v1/models", headers={"Host": host})[0] == 200
 
 
 def test_a_stop_lets_answers_finish(served: Served, engine: EchoEngine) -> None:

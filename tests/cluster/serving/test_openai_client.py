@@ -24,7 +24,7 @@ def served(stories: Path) -> Iterator[Served]:
         yield made
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(served: Served) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as made:
         yield made
