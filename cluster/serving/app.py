@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.choices import Answer
 from headrace.cluster.serving.errors import ApiError
-from headrace.cluster.serving.guard import Guard, Rules
+from headrace.cluster.serving.guard import CLIENT_GONE, Guard, Rules
 from headrace.cluster.serving.http import (
     JSON,
     api_error,
@@ -152,6 +153,7 @@ def create_app(front: Front, rules: Rules, metrics: Metrics) -> ASGIApp:
         app.add_api_route(path, endpoint, methods=methods, response_model=None)
     for kind in (ApiError, RequestError, ValidationError):
         app.add_exception_handler(kind, _refused)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
     return Guard(app, rules, metrics, PATHS)
@@ -159,6 +161,11 @@ def create_app(front: Front, rules: Rules, metrics: Metrics) -> ASGIApp:
 
 async def _refused(request: Request, error: Exception) -> Response:
     return refuse(api_error(error))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Of a client that went away in the middle of its request: nobody reads it."""
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

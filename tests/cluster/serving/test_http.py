@@ -233,6 +233,17 @@ def test_a_client_that_goes_away_is_forgotten(
     assert completion(served)[0] == 200
 
 
+def test_a_client_that_leaves_in_the_middle_of_its_request(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_connection(served.address, timeout=30) as made:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
+        made.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
+    ended = f'headrace_requests_total{{path="{COMPLETIONS}",status="499"}}'
+    wait_for(lambda: served.metric(ended) == 1, 10.0, lambda: "not noticed")
+    assert not caplog.records
+
+
 def test_a_client_that_does_not_read_holds_nobody_up(served: Served, engine: EchoEngine) -> None:
     long = "a" * 3000
     slow = Stream(served, prompt=long, max_tokens=3000, logprobs=0)
