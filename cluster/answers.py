@@ -6,6 +6,7 @@ an uninterrupted one would have written; `created` is the job's, not the row's.
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from headrace.cluster.completion import Completion
@@ -17,23 +18,15 @@ def answer(
     row: Row, completions: Sequence[Completion], tokenizer: Tokenizer, model: str, created: int
 ) -> dict[str, Any]:
     """The output row. `completions` are the row's n samples in order; `created` is Unix seconds."""
-    choices = [_choice(row.kind, i, done, tokenizer) for i, done in enumerate(completions)]
-    usage = _usage(completions)
+    choices = [choice(row.kind, i, done, tokenizer) for i, done in enumerate(completions)]
+    usage = usage_of(completions[:1], completions)
     if row.kind is Kind.NATIVE:
         if len(choices) > 1:
             return {"id": row.id, "choices": choices, "usage": usage}
         del choices[0]["index"]
         return {"id": row.id, **choices[0], "usage": usage}
-    chat = row.kind is Kind.CHAT
     name = f"{row.key:016x}"
-    body = {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": created,
-        "model": model,
-        "choices": choices,
-        "usage": usage,
-    }
+    body = {**envelope(row.kind, name, model, created), "choices": choices, "usage": usage}
     return {
         "id": f"batch_req_{name}",
         "custom_id": row.id,
@@ -61,8 +54,20 @@ def encode(row: dict[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _usage(completions: Sequence[Completion]) -> dict[str, int]:
-    prompt = completions[0].num_prompt
+def envelope(kind: Kind, name: str, model: str, created: int) -> dict[str, Any]:
+    """What OpenAI's answers begin with. `name` makes the id unique."""
+    chat = kind is Kind.CHAT
+    return {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": created,
+        "model": model,
+    }
+
+
+def usage_of(prompts: Sequence[Completion], completions: Sequence[Completion]) -> dict[str, int]:
+    """Tokens of an answer; `prompts` has one of the samples of each prompt."""
+    prompt = sum(done.num_prompt for done in prompts)
     output = sum(len(done.token_ids) for done in completions)
     return {
         "prompt_tokens": prompt,
@@ -71,22 +76,25 @@ def _usage(completions: Sequence[Completion]) -> dict[str, int]:
     }
 
 
-def _choice(kind: Kind, index: int, done: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": index}
+def choice(kind: Kind, index: int, done: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """One sample as `choices` lists it."""
+    made: dict[str, Any] = {"index": index}
     if kind is Kind.CHAT:
-        choice["message"] = {"role": "assistant", "content": done.text}
+        made["message"] = {"role": "assistant", "content": done.text}
     else:
-        choice["text"] = done.text
+        made["text"] = done.text
     if kind is not Kind.NATIVE:
-        choice["logprobs"] = None
+        made["logprobs"] = None
     if done.logprobs is not None:
-        listed = _completion_logprobs if kind is Kind.COMPLETION else _chat_logprobs
-        choice["logprobs"] = listed(done.logprobs, tokenizer)
-    choice["finish_reason"] = done.finish_reason
-    return choice
+        listed = completion_logprobs if kind is Kind.COMPLETION else chat_logprobs
+        made["logprobs"] = listed(done.logprobs, tokenizer)
+    made["finish_reason"] = done.finish_reason
+    return made
 
 
-def _chat_logprobs(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprobs(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
+    """As OpenAI's chat API lists them."""
+
     def entry(token: int, logprob: float | None) -> dict[str, Any]:
         text = tokenizer.decode([token])
         data = list(text.encode("utf-8", "replace"))
@@ -103,9 +111,12 @@ def _chat_logprobs(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str,
     }
 
 
-def _completion_logprobs(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
+def completion_logprobs(
+    samples: Sequence[Sample], tokenizer: Tokenizer, start: int = 0
+) -> dict[str, Any]:
+    """As OpenAI's completions list them; `start` is the offset of the first token in the text."""
     tokens = [tokenizer.decode([sample.token]) for sample in samples]
-    offsets = [sum(len(token) for token in tokens[:i]) for i in range(len(tokens))]
+    offsets = list(accumulate(map(len, tokens[:-1]), initial=start)) if tokens else []
     top = [{tokenizer.decode([t]): value for t, value in sample.top} for sample in samples]
     return {
         "tokens": tokens,

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -17,6 +17,7 @@ from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
@@ -94,6 +95,7 @@ class Engine:
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
         self._watchers: dict[int, StopStrings] = {}
         self._logprobs: dict[int, list[Sample]] = {}
+        self._listeners: dict[int, Callable[[Sample], None]] = {}
         self._next_id = 0
         self._newest_started = -1
         self._busy_since: float | None = None
@@ -106,11 +108,13 @@ class Engine:
         *,
         tenant: str = "",
         keep: bool = False,
+        on_token: Callable[[Sample], None] | None = None,
     ) -> int:
         """Queue a prompt; returns the request's id. RequestError when it cannot be served.
 
         Nothing that a tenant has had computed is found by another one. `keep` saves the keys and
-        values below the device for a prompt that goes on from where this one ends.
+        values below the device for a prompt that goes on from where this one ends. `on_token` is called
+        by `step` with each of its tokens, once that is committed.
         """
         self._check_keep(keep)
         request_id, self._next_id = self._next_id, self._next_id + 1
@@ -123,12 +127,22 @@ class Engine:
             self._watchers[request_id] = StopStrings(self.tokenizer, params)
         if params.logprobs is not None:
             self._logprobs[request_id] = []
+        if on_token is not None:
+            self._listeners[request_id] = on_token
         return request_id
 
+    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+        """RequestError when `add` would refuse this. Any thread may ask, at any time."""
+        check_request(Request(-1, token_ids, params, seed=0), self._scheduler.config)
+
     def abort(self, request_id: int) -> None:
-        """Forget a request; it never completes. Unknown ids are ignored."""
+        """Forget a request; it never completes. Unknown ids are ignored.
+
+        Its pages are free at once, or when the passes that hold it have returned.
+        """
         self._scheduler.abort(request_id)
         self._forget(request_id)
+        self.stats.kv = self._scheduler.kv_stats()
 
     @property
     def has_work(self) -> bool:
@@ -137,6 +151,10 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
 
     def has_started(self, request_id: int) -> bool:
         """Whether any token of the request was computed, or of a later one, for which it need not wait
@@ -277,7 +295,10 @@ class Engine:
         return [self._complete(request, texts.get(i)) for i, request in ended.items()]
 
     def _watch(self, request_id: int, sample: Sample) -> str | None:
-        """Note the token's logprobs; the request's final text if it completed a stop string."""
+        """Hand the token on and note its logprobs; the request's final text if it completed a stop
+        string."""
+        if (listener := self._listeners.get(request_id)) is not None:
+            listener(sample)
         if (noted := self._logprobs.get(request_id)) is not None:
             noted.append(sample)
         watcher = self._watchers.get(request_id)
@@ -304,6 +325,7 @@ class Engine:
     def _forget(self, request_id: int) -> None:
         self._watchers.pop(request_id, None)
         self._logprobs.pop(request_id, None)
+        self._listeners.pop(request_id, None)
 
 
 def least_seconds(

@@ -26,8 +26,8 @@ class Parameters(BaseModel):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -50,7 +50,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         message = self.model_dump(exclude_none=True)
@@ -82,21 +82,25 @@ class NativeRow(OwnParameters):
         return self
 
 
-class BatchBody(OwnParameters):
-    """`model` and `user` are understood and have no effect: the job runs one model for all."""
+class Body(OwnParameters):
+    """`user` is understood and has no effect; `model` has none where one model answers all."""
 
     model: str | None = None
     user: str | None = None
+
+
+class Conversation(Body):
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionBody(Body):
+    prompt: Prompt
     stream: Literal[False] | None = None
 
 
-class CompletionBody(BatchBody):
-    prompt: Prompt
-
-
-class ChatBody(BatchBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    chat_template_kwargs: dict[str, Any] | None = None
+class ChatBody(Conversation):
+    stream: Literal[False] | None = None
 
 
 class Envelope(BaseModel):

@@ -11,7 +11,7 @@ Everything wrong with one row is a RequestError, so that the job can quarantine 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from headrace.cluster.row_models import (
     Parameters,
     reasons,
 )
-from headrace.scheduler.errors import RequestError
+from headrace.scheduler.errors import ContextLengthError, RequestError
 from headrace.scheduler.request import SamplingParams
 
 
@@ -101,7 +101,7 @@ def decode(number: int, raw: bytes | Mapping[str, Any], salt: bytes) -> Draft:
 
     `salt` stands for the model and the default parameters in the key.
     """
-    data = _load(raw) if isinstance(raw, bytes) else raw
+    data = load_object(raw) if isinstance(raw, bytes) else raw
     batch = "custom_id" in data or "body" in data
     row_id = data.get("custom_id" if batch else "id")
     if row_id is None and not batch:
@@ -117,8 +117,15 @@ def decode(number: int, raw: bytes | Mapping[str, Any], salt: bytes) -> Draft:
 def prepare(draft: Draft, tokenizer: Tokenizer, defaults: SamplingParams, max_context: int) -> Row:
     """Check a row and tokenize it. Raises RequestError with a reason that the user can act upon."""
     kind, row = _validate(draft)
-    params = _sampling(row, defaults)
+    params = sampling_params(row, defaults)
     token_ids = _token_ids(row, tokenizer)
+    check_tokens(token_ids, tokenizer, max_context)
+    keep = bool(row.keep_context)
+    return Row(draft.number, draft.id, draft.key, kind, token_ids, params, keep)
+
+
+def check_tokens(token_ids: Sequence[int], tokenizer: Tokenizer, max_context: int) -> None:
+    """Raise RequestError for a prompt that is empty, has unknown tokens or fills the context."""
     if not token_ids:
         raise RequestError("the prompt has no tokens")
     if max(token_ids) >= len(tokenizer):
@@ -126,12 +133,10 @@ def prepare(draft: Draft, tokenizer: Tokenizer, defaults: SamplingParams, max_co
             f"token {max(token_ids)} is outside the vocabulary of {len(tokenizer)} tokens"
         )
     if len(token_ids) >= max_context:
-        raise RequestError(
+        raise ContextLengthError(
             f"the prompt has {len(token_ids)} tokens and the context {max_context}, "
             "one of which must be left for the answer: shorten it or raise --context"
         )
-    keep = bool(row.keep_context)
-    return Row(draft.number, draft.id, draft.key, kind, token_ids, params, keep)
 
 
 def digest64(*parts: bytes) -> int:
@@ -143,13 +148,14 @@ def digest64(*parts: bytes) -> int:
     return int.from_bytes(state.digest(), "little")
 
 
-def _load(raw: bytes) -> dict[str, Any]:
+def load_object(raw: bytes, what: str = "a row") -> dict[str, Any]:
+    """A JSON object. RequestError when `raw` is none."""
     try:
         data = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"not valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise RequestError(f"a row must be a JSON object, not {type(data).__name__}")
+        raise RequestError(f"{what} must be a JSON object, not {type(data).__name__}")
     return data
 
 
@@ -173,7 +179,8 @@ def _token_ids(row: NativeRow | CompletionBody | ChatBody, tokenizer: Tokenizer)
     return prompt_tokens(tokenizer, row.prompt) if isinstance(row.prompt, str) else row.prompt
 
 
-def _sampling(row: Parameters, defaults: SamplingParams) -> SamplingParams:
+def sampling_params(row: Parameters, defaults: SamplingParams) -> SamplingParams:
+    """A row's parameters over `defaults`, whose seed it never takes. RequestError for bad ones."""
     given = row.model_dump(include=set(PARAMETERS), exclude_none=True)
     limit = given.pop("max_completion_tokens", None)
     if limit is not None:
@@ -183,7 +190,7 @@ def _sampling(row: Parameters, defaults: SamplingParams) -> SamplingParams:
     if isinstance(wanted, bool):  # OpenAI's chat API switches with one and counts with the other
         given["logprobs"] = (top or 0) if wanted else None
     if top is not None and not isinstance(wanted, bool):
-        raise RequestError('top_logprobs needs "logprobs": true')
+        raise RequestError('top_logprobs needs "logprobs": true', "top_logprobs")
     return replace(defaults, **{"seed": None, **given})
 
 

@@ -18,7 +18,18 @@ class DoesNotFitError(HeadraceError):
 
 
 class RequestError(HeadraceError):
-    """One request is malformed or cannot be served (too long, bad parameters)."""
+    """One request is malformed or cannot be served (too long, bad parameters).
+
+    `param` names the parameter that is wrong, where it is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(RequestError):
+    """A prompt leaves no room for an answer in the context or in the pages that there are."""
 
 
 class JobError(HeadraceError):

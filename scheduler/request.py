@@ -60,7 +60,7 @@ class SamplingParams:
             ("stop", all(self.stop), "made of non-empty strings"),
         ):
             if not good:
-                raise RequestError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+                raise RequestError(f"{name} must be {rule}, not {getattr(self, name)!r}", name)
 
     @property
     def needs_history(self) -> bool:

@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, bench, kv."""
+"""`headrace`: convert, inspect, plan, generate, serve, bench, kv."""
 
 import logging
 import os
@@ -16,6 +16,7 @@ from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.serve import serve, serve_key
 from headrace.scheduler.errors import HeadraceError
 
 # Before transformers is imported: nothing here may look for a model on the network.
@@ -177,6 +178,10 @@ def generate(
             kv=lambda: end_of_pages(engine, keep=run.kv_keep),
         )
     raise typer.Exit(code)
+
+
+app.command()(serve)
+app.command("serve-key")(serve_key)
 
 
 def _command() -> str:

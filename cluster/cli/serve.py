@@ -1,0 +1,90 @@
+"""`headrace serve` and `serve-key`: a model for OpenAI's clients."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.sizes import parse_size
+
+
+@takes_run_options
+def serve(
+    run: RunOptions,
+    store: Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")],
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Where to listen. Another one than this machine's own needs keys and TLS."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model. [default: the store's folder]")
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="Who may use the server: a file that serve-key makes.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="A certificate chain in PEM, to serve HTTPS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key in PEM.")] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="Listen anywhere without keys or TLS: all who reach it may."
+        ),
+    ] = False,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Sequences that wait for their first token; more get a 429.")
+    ] = 256,
+    max_body: Annotated[str, typer.Option(help="The largest request.")] = "4MiB",
+    grace: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds for requests that run to finish, once told to stop."),
+    ] = 30.0,
+    storage: Annotated[
+        StorageChoice, typer.Option(help="How weights are read.")
+    ] = StorageChoice.AUTO,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
+    ] = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients know it. Ctrl-C lets running requests finish."""
+    import asyncio
+
+    from headrace.cluster.launch import running_engine
+    from headrace.cluster.serving.server import Listener, Server, ServerOptions
+
+    options = ServerOptions(
+        model_name=store.resolve().name if model_name is None else model_name,
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+        max_waiting=max_waiting,
+        max_body=parse_size(max_body),
+        grace=grace,
+    )
+    engine_options = run.engine(store, storage=storage.value, address=address)
+    # The address first: starting the engine takes long, and a mistake in it should not.
+    with Listener(options) as listener, running_engine(engine_options) as engine:
+        server = Server(listener, engine)
+        asyncio.run(server.run(lambda url: typer.echo(f"{options.model_name} is served at {url}")))
+
+
+def serve_key(
+    name: Annotated[str, typer.Argument(help="Whose key it is; shows in no answer.")],
+    file: Annotated[Path, typer.Option(help="For --api-keys; made if need be.")],
+    requests: Annotated[
+        int | None,
+        typer.Option(min=1, max=999999, help="At once, at most. [default: any number]"),
+    ] = None,
+) -> None:
+    """Make an API key and print it, once: the file keeps a hash of it."""
+    from headrace.cluster.serving.keys import add_key
+
+    typer.echo(add_key(file, name, requests))

@@ -1,0 +1,1 @@
+"""`headrace serve`: an engine behind HTTP, as OpenAI's clients speak it."""

@@ -1,0 +1,181 @@
+"""The routes: OpenAI's models, completions and chat, and what operators look at."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from headrace.cluster.serving.async_engine import AsyncEngine
+from headrace.cluster.serving.choices import Answer
+from headrace.cluster.serving.errors import ApiError
+from headrace.cluster.serving.guard import CLIENT_GONE, Guard, Rules
+from headrace.cluster.serving.http import (
+    JSON,
+    api_error,
+    encode,
+    read_body,
+    refuse,
+    send_events,
+    unless_gone,
+)
+from headrace.cluster.serving.metrics import CONTENT_TYPE, Metrics
+from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.scheduler.errors import RequestError
+
+T = TypeVar("T")
+
+PATHS = frozenset(
+    {
+        "/v1/models",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+    }
+)
+
+
+class Front:
+    """Takes requests of one model to its engine and the answers back. `max_body` is in bytes."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        reader: Reader,
+        model: Model,
+        metrics: Metrics,
+        *,
+        max_body: int,
+    ) -> None:
+        self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
+        self._max_body, self._created = max_body, int(time.time())
+
+    async def models(self) -> Response:
+        return JSON({"object": "list", "data": [self._listed()]})
+
+    async def one_model(self, name: str) -> Response:
+        if name != self._model.name:
+            told = f"there is no model {name[:80]!r} here"
+            raise ApiError(404, told, param="model", code="model_not_found")
+        return JSON(self._listed())
+
+    async def completions(self, request: Request) -> Response:
+        return await self._answer(request, self._reader.completion)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._answer(request, self._reader.chat)
+
+    async def tokenize(self, request: Request) -> Response:
+        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw)))
+
+    async def detokenize(self, request: Request) -> Response:
+        return await self._read(request, lambda raw: JSON(self._reader.detokenize(raw)))
+
+    async def live(self) -> Response:
+        return JSON({"status": "live"})
+
+    async def ready(self) -> Response:
+        if self._engine.is_ready:
+            return JSON({"status": "ready"})
+        return JSON({"status": "not ready"}, status_code=503)
+
+    async def metrics(self) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    def _listed(self) -> dict[str, Any]:
+        return {
+            "id": self._model.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "headrace",
+            "max_model_len": self._model.max_context,
+        }
+
+    async def _answer(self, request: Request, read: Callable[[bytes, str], Work]) -> Response:
+        tenant: str = request.state.tenant
+        work = await self._read(request, lambda raw: read(raw, tenant))
+        return _Answering(self._engine, Answer(work, self._model, int(time.time())), work)
+
+    async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # Which a web page of another origin cannot send without asking first.
+            raise ApiError(415, "send JSON, with Content-Type: application/json")
+        raw = await read_body(request, self._max_body)
+        return await asyncio.to_thread(read, raw)
+
+
+class _Answering(Response):
+    """Has the work done while the client is there, and gives it up when it goes away."""
+
+    def __init__(self, engine: AsyncEngine, answer: Answer, work: Work) -> None:
+        super().__init__()
+        self._engine, self._answer, self._work = engine, answer, work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, self._respond(scope, receive, send))
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._engine.running(self._work.orders) as generation:
+            if self._work.streams:
+                await send_events(send, self._answer.chunks(generation))
+                return
+            whole = await self._answer.whole(generation)
+        response = Response(await asyncio.to_thread(encode, whole), media_type="application/json")
+        await response(scope, receive, send)
+
+
+def create_app(front: Front, rules: Rules, metrics: Metrics) -> ASGIApp:
+    """The whole server as an ASGI application; its engine is started by whoever runs it."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    get, post = ["GET"], ["POST"]
+    for path, endpoint, methods in (
+        ("/v1/models", front.models, get),
+        ("/v1/completions", front.completions, post),
+        ("/v1/chat/completions", front.chat, post),
+        ("/tokenize", front.tokenize, post),
+        ("/detokenize", front.detokenize, post),
+        ("/health/live", front.live, get),
+        ("/health/ready", front.ready, get),
+        ("/metrics", front.metrics, get),
+        ("/v1/models/{name:path}", front.one_model, get),
+    ):
+        app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    for kind in (ApiError, RequestError, ValidationError):
+        app.add_exception_handler(kind, _refused)
+    app.add_exception_handler(ClientDisconnect, _left)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _failed)
+    return Guard(app, rules, metrics, PATHS)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return refuse(api_error(error))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """Of a client that went away in the middle of its request: nobody reads it."""
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    codes = {404: "unknown_url", 405: "method_not_allowed"}
+    told = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    made = refuse(ApiError(error.status_code, told, code=codes.get(error.status_code)))
+    made.headers.update(error.headers or {})
+    return made
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return refuse(ApiError(500, "the server failed at this request"))

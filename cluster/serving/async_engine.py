@@ -1,0 +1,155 @@
+"""An engine as asyncio sees it: how much may wait, tokens as they come, and what is given up."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import Protocol
+
+from headrace.cluster.serving.errors import ApiError
+from headrace.cluster.serving.generation import Generation, Order
+from headrace.cluster.serving.loop import EngineLoop, EngineState, News, ServedEngine
+from headrace.scheduler.errors import HeadraceError, RequestError
+
+RETRY_SECONDS = 2
+"""When a client that was turned away should come back."""
+
+
+class Meter(Protocol):
+    """What is measured of tokens; times in seconds."""
+
+    def begun(self, prompt_tokens: int) -> None: ...
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def next_tokens(self, count: int, seconds: float) -> None: ...
+
+
+class AsyncEngine:
+    """Runs on one event loop; its engine runs in a thread of its own.
+
+    At most `max_waiting` sequences wait for their first token, which is also the most that one request
+    may ask for. How many go on at once is up to the scheduler.
+    """
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        meter: Meter,
+        max_waiting: int,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._loop = EngineLoop(engine, self._post_news, self._post_failure)
+        self._meter, self._max_waiting, self._clock = meter, max_waiting, clock
+        self._open: dict[Generation, list[float]] = {}  # when each sequence last had a token
+        self._num_waiting = 0
+        self._events: asyncio.AbstractEventLoop | None = None
+        self._is_draining = False
+        self.error: HeadraceError | None = None
+        self.failed = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._events is not None and self.error is None and not self._is_draining
+
+    @property
+    def num_open(self) -> int:
+        """Requests that somebody waits for."""
+        return len(self._open)
+
+    @property
+    def state(self) -> EngineState:
+        return self._loop.state
+
+    def start(self) -> None:
+        """Called on the event loop."""
+        self._events = asyncio.get_running_loop()
+        self._loop.start()
+
+    def drain(self) -> None:
+        """Take no new requests."""
+        self._is_draining = True
+
+    def give_up(self) -> None:
+        """Let all requests that are open end with an error."""
+        for generation in list(self._open):
+            generation.fail(ApiError(503, "the server is stopping", code="server_stopping"))
+
+    async def close(self) -> None:
+        """Return when the engine is left alone."""
+        self.drain()
+        await asyncio.to_thread(self._loop.close)
+
+    @contextmanager
+    def running(self, orders: Sequence[Order]) -> Iterator[Generation]:
+        """Have sequences generated; what has not ended when the block does is given up.
+
+        ApiError when the engine takes no requests, or no more at the moment.
+        """
+        self._admit(len(orders))
+        generation = Generation(orders)
+        self._open[generation] = [self._clock()] * len(orders)
+        self._num_waiting += len(orders)
+        for order in orders:
+            self._meter.begun(len(order.token_ids))
+        self._loop.submit(generation)
+        try:
+            yield generation
+        finally:
+            del self._open[generation]
+            self._num_waiting -= generation.num_waiting
+            self._loop.abort(generation)
+
+    def _admit(self, count: int) -> None:
+        if not self.is_ready:
+            raise ApiError(503, "the server takes no requests now", code="not_ready")
+        assert count <= self._max_waiting, count
+        if self._num_waiting + count > self._max_waiting:
+            raise ApiError(
+                429,
+                f"{self._num_waiting} sequences wait already, of at most {self._max_waiting}:"
+                " try again later",
+                code="queue_full",
+                retry_after=RETRY_SECONDS,
+            )
+
+    def _post_news(self, news: list[News]) -> None:
+        assert self._events is not None
+        self._events.call_soon_threadsafe(self._feed, news)
+
+    def _post_failure(self, error: HeadraceError) -> None:
+        assert self._events is not None
+        self._events.call_soon_threadsafe(self._end, error)
+
+    def _feed(self, news: list[News]) -> None:
+        now = self._clock()
+        for each in news:
+            times = self._open.get(each.generation)
+            if times is None:
+                continue  # given up meanwhile
+            if each.error is not None:
+                each.generation.fail(_refusal(each.error))
+                continue
+            before = each.generation.num_waiting
+            each.generation.feed(each.index, each.samples, each.completion)
+            begun = before - each.generation.num_waiting
+            self._num_waiting -= begun
+            self._measure(len(each.samples), bool(begun), now - times[each.index])
+            times[each.index] = now
+
+    def _measure(self, count: int, has_begun: bool, seconds: float) -> None:
+        if has_begun:
+            self._meter.first_token(seconds)
+        elif count:
+            self._meter.next_tokens(count, seconds)
+
+    def _end(self, error: HeadraceError) -> None:
+        self.error = error
+        for generation in list(self._open):
+            # What happened is for whoever runs the server; clients cannot act upon it.
+            generation.fail(ApiError(500, "the engine failed", code="engine_failed"))
+        self.failed.set()
+
+
+def _refusal(error: HeadraceError) -> Exception:
+    return error if isinstance(error, RequestError) else ApiError(500, "the engine failed")

@@ -1,0 +1,77 @@
+"""What clients may send. An unknown name is an error that names it; nothing is ignored silently."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from headrace.cluster.row_models import Body, Conversation, Message, TokenId
+
+MAX_PROMPTS = 1024
+MAX_MESSAGES = 8192
+
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
+Prompts = (
+    str
+    | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+)
+"""The first wrong item of a list ends it: there may be millions, and nobody else runs meanwhile."""
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool | None = None
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+
+
+class CompletionRequest(Body):
+    prompt: Prompts
+    echo: Literal[False] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        single = isinstance(self.prompt[0], int)
+        prompts: Any = [self.prompt] if single else self.prompt
+        return list(prompts)
+
+
+class ChatRequest(Conversation):
+    messages: Messages
+    response_format: TextFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def one_text(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError('give either "prompt" or "messages"')
+        return self
+
+
+class DetokenizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    tokens: Tokens

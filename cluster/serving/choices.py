@@ -1,0 +1,149 @@
+"""What clients are sent of a generation: pieces while it goes on, or the whole at its end."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from headrace.cluster import answers
+from headrace.cluster.completion import Completion
+from headrace.cluster.detokenize import TextDeltas
+from headrace.cluster.rows import Kind, Tokenizer
+from headrace.cluster.serving.generation import Generation, Progress
+from headrace.cluster.serving.reader import Model, Work
+from headrace.scheduler.plan import Sample
+from headrace.scheduler.request import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More of one choice: text, the tokens that it came of, and the sequence when it has ended."""
+
+    index: int
+    text: str
+    samples: list[Sample]
+    completion: Completion | None
+
+
+class Choice:
+    """One sequence's text as it comes. Tokens are held back until the text that they are part of is
+    shown."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._index, self._deltas = index, TextDeltas(tokenizer, params)
+        self._samples: list[Sample] = []
+        self._text: list[str] = []
+
+    def take(self, progress: Progress) -> Piece | None:
+        """What can be shown now; None when that is nothing."""
+        done = progress.completion
+        # The last token may be one that ends the text, or complete a stop string.
+        shown = progress.samples if done is None else progress.samples[:-1]
+        text = "".join([self._deltas.push(sample.token) for sample in shown])
+        self._samples += progress.samples
+        if done is not None:
+            by_stop = done.finish_reason == FinishReason.STOP.value
+            text += self._deltas.finish(done.text, [] if by_stop else done.token_ids[-1:])
+        elif not text:
+            return None
+        self._text.append(text)
+        samples, self._samples = self._samples, []
+        return Piece(self._index, text, samples, done)
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+
+class Answer:
+    """One request's answer in OpenAI's shapes. `created` is Unix seconds."""
+
+    def __init__(self, work: Work, model: Model, created: int) -> None:
+        self._work, self._tokenizer = work, model.tokenizer
+        self._envelope = answers.envelope(work.kind, work.name, model.name, created)
+        self._choices = [
+            Choice(index, model.tokenizer, order.params) for index, order in enumerate(work.orders)
+        ]
+        self._done: dict[int, Completion] = {}
+        self._offsets = [0] * len(work.orders)  # of the next token in each choice's text
+
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """The answer, when all of its sequences have ended."""
+        async for _ in self._pieces(generation):
+            pass
+        return await asyncio.to_thread(
+            self._assemble
+        )  # with logprobs of many tokens, that takes long
+
+    async def chunks(self, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer in the pieces that a stream sends."""
+        if self._work.kind is Kind.CHAT:
+            for index in range(len(self._choices)):
+                yield self._chunk([_delta(index, {"role": "assistant", "content": ""})])
+        async for piece in self._pieces(generation):
+            yield self._chunk([self._listed(piece)])
+        if self._work.include_usage:
+            yield {**self._chunk([]), "usage": self._usage()}
+
+    def _assemble(self) -> dict[str, Any]:
+        # As it would have been streamed, to the letter.
+        texts = [choice.text for choice in self._choices]
+        done = [replace(self._done[i], text=text) for i, text in enumerate(texts)]
+        choices = [
+            answers.choice(self._work.kind, i, each, self._tokenizer) for i, each in enumerate(done)
+        ]
+        return {**self._envelope, "choices": choices, "usage": self._usage()}
+
+    async def _pieces(self, generation: Generation) -> AsyncIterator[Piece]:
+        while news := await generation.read():
+            for progress in news:
+                piece = self._choices[progress.index].take(progress)
+                if progress.completion is not None:
+                    self._done[progress.index] = progress.completion
+                if piece is not None:
+                    yield piece
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = {**self._envelope, "choices": choices}
+        if self._work.kind is Kind.CHAT:
+            chunk["object"] = "chat.completion.chunk"
+        if self._work.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _listed(self, piece: Piece) -> dict[str, Any]:
+        done = piece.completion
+        reason = None if done is None else done.finish_reason
+        logprobs = self._logprobs(piece)
+        if self._work.kind is Kind.CHAT:
+            delta = {"content": piece.text} if piece.text else {}
+            return _delta(piece.index, delta, logprobs, reason)
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        if self._work.orders[piece.index].params.logprobs is None:
+            return None
+        if self._work.kind is Kind.CHAT:
+            return answers.chat_logprobs(piece.samples, self._tokenizer)
+        start = self._offsets[piece.index]
+        listed = answers.completion_logprobs(piece.samples, self._tokenizer, start)
+        self._offsets[piece.index] += sum(map(len, listed["tokens"]))
+        return listed
+
+    def _usage(self) -> dict[str, int]:
+        done = [self._done[index] for index in range(len(self._choices))]
+        return answers.usage_of(done[:: self._work.n], done)
+
+
+def _delta(
+    index: int,
+    delta: dict[str, str],
+    logprobs: dict[str, Any] | None = None,
+    reason: str | None = None,
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

@@ -1,0 +1,59 @@
+"""Errors as OpenAI's API shapes them."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from headrace.cluster.row_models import reasons
+from headrace.scheduler.errors import ContextLengthError, RequestError
+
+_SHOWN = 1000
+"""Characters of what a client sent that it gets back at most."""
+
+
+class ApiError(Exception):
+    """What a client is told, with an HTTP status. `retry_after` is in seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.param, self.code, self.retry_after = param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        return headers
+
+
+def of_request(error: RequestError) -> ApiError:
+    """What the batch jobs' checks found, for a client."""
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, str(error), param=error.param, code="context_length_exceeded")
+    return ApiError(400, str(error), param=error.param, code="invalid_value")
+
+
+def of_validation(error: ValidationError) -> ApiError:
+    """What pydantic found, for a client; `param` is the first field that is wrong."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = str(first["loc"][0]) if first["loc"] else None
+    unknown = first["type"] == "extra_forbidden"
+    code = "unknown_parameter" if unknown else "invalid_value"
+    return ApiError(400, reasons(error)[:_SHOWN], param=param and param[:_SHOWN], code=code)

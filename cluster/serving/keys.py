@@ -1,0 +1,118 @@
+"""Who may use a server: names with hashes of secrets, one a line in a file that nobody else can read."""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.scheduler.errors import HeadraceError
+
+PREFIX = "hr-"
+
+_LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})(?::([1-9][0-9]{0,5}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """`digest` is the secret's SHA-256; at most `limit` requests at once, None any number."""
+
+    name: str
+    digest: bytes
+    limit: int | None = None
+
+    @property
+    def line(self) -> str:
+        limit = "" if self.limit is None else f":{self.limit}"
+        return f"{self.name}:{self.digest.hex()}{limit}"
+
+
+class ApiKeys:
+    """The keys of a server. Secrets are long and random, so that a plain hash protects them."""
+
+    def __init__(self, keys: list[ApiKey]) -> None:
+        self._keys = keys
+
+    def find(self, secret: str) -> ApiKey | None:
+        """The key that a client has shown. Takes the same time for any secret."""
+        digest = hashlib.sha256(secret.encode("utf-8", "replace")).digest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+
+def load_keys(file: Path) -> ApiKeys:
+    """HeadraceError for a file that is missing, open to others, malformed or without keys."""
+    with _explained(file), file.open("rb") as opened:
+        _check_private(file, os.fstat(opened.fileno()))
+        keys = _parse(file, opened.read())
+    if not keys:
+        raise HeadraceError(
+            f"{file} has no API keys: make one with `headrace serve-key NAME --file {file}`"
+        )
+    return ApiKeys(keys)
+
+
+def add_key(file: Path, name: str, limit: int | None) -> str:
+    """Add a key to a file, which is made if need be; returns its secret, which is nowhere else.
+
+    HeadraceError for a name that is taken or is none, and for a file that cannot be used.
+    """
+    secret = PREFIX + secrets.token_urlsafe(32)
+    key = ApiKey(name, hashlib.sha256(secret.encode()).digest(), limit)
+    if not _LINE.fullmatch(key.line):
+        raise HeadraceError(
+            f"{name!r} is no name for a key: use up to 64 letters, digits, dots, dashes, underscores"
+        )
+    with _explained(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "r+b") as opened:
+            _check_private(file, os.fstat(descriptor))
+            content = opened.read()
+            if any(other.name == name for other in _parse(file, content)):
+                raise HeadraceError(f"{file} has a key named {name!r} already: choose another name")
+            seam = "\n" if content and not content.endswith(b"\n") else ""
+            opened.write(f"{seam}{key.line}\n".encode())
+    return secret
+
+
+def _parse(file: Path, content: bytes) -> list[ApiKey]:
+    keys: dict[str, ApiKey] = {}
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            raise HeadraceError(
+                f"{file}, line {number}: not NAME:SHA256[:REQUESTS], the hash in 64 small hex digits"
+            )
+        if match[1] in keys:
+            raise HeadraceError(f"{file}, line {number}: there are two keys named {match[1]!r}")
+        limit = int(match[3]) if match[3] else None
+        keys[match[1]] = ApiKey(match[1], bytes.fromhex(match[2]), limit)
+    return list(keys.values())
+
+
+def _check_private(file: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise HeadraceError(f"{file} is not a regular file; API keys are kept in one of mode 0600")
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        raise HeadraceError(
+            f"{file} has mode {mode:04o}: others could use it. Run `chmod 600 {file}`"
+        )
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HeadraceError(f"cannot use the API keys in {file}: {error.strerror}") from error

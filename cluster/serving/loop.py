@@ -1,0 +1,212 @@
+"""The thread that owns an engine: it takes requests in between passes and hands out their tokens."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from headrace.cluster.completion import Completion
+from headrace.cluster.serving.generation import Generation
+from headrace.scheduler.errors import HeadraceError, RequestError, StageError
+from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.plan import Sample
+from headrace.scheduler.request import SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+class EngineStats(Protocol):
+    @property
+    def kv(self) -> KVStats: ...
+
+
+class ServedEngine(Protocol):
+    """The part of the engine that serving uses. Any thread may call `check` and use the tokenizer."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def model_digest(self) -> str: ...
+
+    @property
+    def max_context(self) -> int: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    @property
+    def num_waiting(self) -> int: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def check(self, token_ids: list[int], params: SamplingParams) -> None: ...
+
+    def add(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        *,
+        tenant: str = "",
+        keep: bool = False,
+        on_token: Callable[[Sample], None] | None = None,
+    ) -> int: ...
+
+    def step(self) -> list[Completion]: ...
+
+    def abort(self, request_id: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """What the engine was doing between two passes."""
+
+    running: int = 0
+    waiting: int = 0
+    kv: KVStats = field(default_factory=KVStats)
+
+
+@dataclass(slots=True)
+class News:
+    """What one pass, or a refusal, brought for one sequence."""
+
+    generation: Generation
+    index: int
+    samples: list[Sample]
+    completion: Completion | None = None
+    error: HeadraceError | None = None
+
+
+class EngineLoop:
+    """Steps an engine while it has work and sleeps while it has none.
+
+    `deliver` and `fail` are called by its thread and must not wait: once a pass with all that it
+    brought, and once at most with the error that ended the loop.
+    """
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        deliver: Callable[[list[News]], None],
+        fail: Callable[[HeadraceError], None],
+    ) -> None:
+        self._engine, self._deliver, self._fail = engine, deliver, fail
+        self._wake = threading.Condition()
+        self._commands: list[Callable[[], None]] = []
+        self._is_closing = False
+        self._news: dict[int, News] = {}  # of the pass under way, by request
+        self._ids: dict[Generation, list[int]] = {}
+        self.state = EngineState()
+        self._thread = threading.Thread(target=self._run, name="headrace-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, generation: Generation) -> None:
+        """Add all its sequences before the next pass."""
+        self._command(partial(self._add, generation))
+
+    def abort(self, generation: Generation) -> None:
+        """Give up what of it has not ended before the next pass."""
+        self._command(partial(self._abort, generation))
+
+    def close(self) -> None:
+        """Return when the pass under way has ended and the engine is left alone."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                completions = self._engine.step()
+                for completion in completions:
+                    self._complete(completion)
+                self._hand_out()
+        except HeadraceError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the engine failed")
+            self._fail(StageError(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _obey(self) -> bool:
+        """Carry out what was asked for, waiting for it if there is nothing else to do. False at the
+        end."""
+        while True:
+            with self._wake:
+                while not (self._commands or self._is_closing or self._engine.has_work):
+                    self._wake.wait()
+                if self._is_closing:
+                    return False
+                commands, self._commands = self._commands, []
+            for command in commands:
+                command()
+            self._hand_out()
+            if self._engine.has_work:
+                return True
+
+    def _add(self, generation: Generation) -> None:
+        self._ids[generation] = ids = []
+        for index, order in enumerate(generation.orders):
+            news = News(generation, index, [])
+            try:
+                request_id = self._engine.add(
+                    order.token_ids,
+                    order.params,
+                    order.seed,
+                    tenant=order.tenant,
+                    keep=order.keep,
+                    on_token=news.samples.append,
+                )
+            except RequestError as error:
+                news.error = error
+                self._abort(generation)
+                self._deliver([news])
+                return
+            ids.append(request_id)
+            self._news[request_id] = news
+
+    def _abort(self, generation: Generation) -> None:
+        for request_id in self._ids.pop(generation, ()):
+            if self._news.pop(request_id, None) is not None:
+                self._engine.abort(request_id)
+
+    def _complete(self, completion: Completion) -> None:
+        if (news := self._news.get(completion.request_id)) is not None:
+            news.completion = completion
+
+    def _hand_out(self) -> None:
+        engine = self._engine
+        self.state = EngineState(engine.num_running, engine.num_waiting, engine.stats.kv)
+        fresh = []
+        for request_id, news in list(self._news.items()):
+            if not news.samples and news.completion is None:
+                continue
+            samples = news.samples[:]
+            news.samples.clear()  # the engine holds on to the list
+            fresh.append(News(news.generation, news.index, samples, news.completion))
+            if news.completion is not None:
+                del self._news[request_id]
+                self._forget(news.generation, request_id)
+        if fresh:
+            self._deliver(fresh)
+
+    def _forget(self, generation: Generation, request_id: int) -> None:
+        left = self._ids[generation]
+        left.remove(request_id)
+        if not left:
+            del self._ids[generation]

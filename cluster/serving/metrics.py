@@ -1,0 +1,90 @@
+"""What Prometheus is told of a server."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from headrace.cluster.serving.loop import EngineState
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+# A pass of a streamed model takes from milliseconds to a minute.
+_FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+_NEXT_TOKEN = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+class Metrics:
+    """Counts on the event loop; what the engine is doing is asked for when somebody looks."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "headrace_requests",
+            "HTTP requests that have ended, by path and status (499: the client went away).",
+            ["path", "status"],
+            registry=registry,
+        )
+        self._prompt = Counter(
+            "headrace_prompt_tokens", "Tokens of prompts taken in.", registry=registry
+        )
+        self._output = Counter("headrace_output_tokens", "Tokens generated.", registry=registry)
+        self._first = Histogram(
+            "headrace_time_to_first_token_seconds",
+            "From a request's admission to its first token.",
+            buckets=_FIRST_TOKEN,
+            registry=registry,
+        )
+        self._next = Histogram(
+            "headrace_inter_token_seconds",
+            "Between two tokens of a sequence.",
+            buckets=_NEXT_TOKEN,
+            registry=registry,
+        )
+
+    def watch(self, state: Callable[[], EngineState]) -> None:
+        """Show what the engine is doing, too."""
+        self._registry.register(_Engine(state))
+
+    def answered(self, path: str, status: int) -> None:
+        self._requests.labels(path, str(status)).inc()
+
+    def begun(self, prompt_tokens: int) -> None:
+        self._prompt.inc(prompt_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        self._output.inc()
+        self._first.observe(seconds)
+
+    def next_tokens(self, count: int, seconds: float) -> None:
+        self._output.inc(count)
+        for _ in range(count):
+            self._next.observe(seconds / count)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _Engine(Collector):
+    def __init__(self, state: Callable[[], EngineState]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterable[Metric]:
+        state = self._state()
+        kv = state.kv
+        yield GaugeMetricFamily(
+            "headrace_running_sequences", "Sequences that have pages.", value=state.running
+        )
+        yield GaugeMetricFamily(
+            "headrace_waiting_sequences", "Sequences that wait for pages.", value=state.waiting
+        )
+        pages = GaugeMetricFamily(
+            "headrace_kv_pages", "KV pages by tier and state.", labels=["tier", "state"]
+        )
+        for tier, counts in (("device", kv.device), ("host", kv.host)):
+            for name in ("free", "used", "cached", "coming", "leaving"):
+                pages.add_metric([tier, name], getattr(counts, name))
+        pages.add_metric(["nvme", "cached"], kv.nvme)
+        yield pages

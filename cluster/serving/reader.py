@@ -1,0 +1,206 @@
+"""From the bytes of a request to what the engine generates. Slow for long prompts: not for the event
+loop."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from pydantic import BaseModel
+
+from headrace.cluster.row_models import Message
+from headrace.cluster.rows import (
+    Kind,
+    chat_tokens,
+    check_tokens,
+    load_object,
+    prompt_tokens,
+    sampling_params,
+)
+from headrace.cluster.seeds import derive_seed
+from headrace.cluster.serving.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    StreamOptions,
+    TokenizeRequest,
+)
+from headrace.cluster.serving.errors import ApiError
+from headrace.cluster.serving.generation import Order
+from headrace.cluster.serving.loop import ServedEngine
+from headrace.scheduler.errors import RequestError
+from headrace.scheduler.request import SamplingParams
+
+MAX_STOPS = 16
+MAX_STOP = 256
+_MAX_NAMES = 64
+
+B = TypeVar("B", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is served: its name for clients, tokenizer, digest, and the longest sequence in tokens."""
+
+    name: str
+    tokenizer: Any
+    digest: str
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A request that is ready to run: `n` sequences for each of its prompts, one after the other.
+
+    `name` is the request's own, in the answer's id.
+    """
+
+    kind: Kind
+    name: str
+    orders: list[Order]
+    n: int
+    streams: bool
+    include_usage: bool
+
+
+class Reader:
+    """Checks requests and turns them into tokens. Any thread may call it.
+
+    Raises ApiError, RequestError and pydantic's ValidationError for what clients do wrong. What they
+    send is bounded before work is done for it: `max_sequences` are the most that a request may ask for.
+    """
+
+    def __init__(self, model: Model, engine: ServedEngine, max_sequences: int) -> None:
+        self._model, self._engine, self._max_sequences = model, engine, max_sequences
+        self._reserved = _reserved(model.tokenizer)
+        # A fast tokenizer that was saved with truncation drops that at its first call, and is only
+        # then safe to use by several threads at once.
+        model.tokenizer("")
+
+    def completion(self, raw: bytes, tenant: str) -> Work:
+        body = self._parse(CompletionRequest, raw)
+        self._check_count(len(body.prompts) * (body.n or 1))
+        tokenizer = self._model.tokenizer
+        prompts = [
+            prompt_tokens(tokenizer, each) if isinstance(each, str) else each
+            for each in body.prompts
+        ]
+        params = sampling_params(body, SamplingParams())
+        return self._work(Kind.COMPLETION, prompts, params, body, tenant)
+
+    def chat(self, raw: bytes, tenant: str) -> Work:
+        """Without a limit of its own, an answer may fill the context."""
+        body = self._parse(ChatRequest, raw)
+        self._check_count(body.n or 1)
+        prompt = self._conversation(body.messages, body.chat_template_kwargs)
+        room = max(1, self._model.max_context - len(prompt))
+        params = sampling_params(body, SamplingParams(max_tokens=room))
+        return self._work(Kind.CHAT, [prompt], params, body, tenant)
+
+    def tokenize(self, raw: bytes) -> dict[str, Any]:
+        body = self._parse(TokenizeRequest, raw)
+        if body.messages is not None:
+            tokens = self._conversation(body.messages, body.chat_template_kwargs)
+        else:
+            assert body.prompt is not None
+            tokens = prompt_tokens(self._model.tokenizer, body.prompt)
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": self._model.max_context}
+
+    def detokenize(self, raw: bytes) -> dict[str, Any]:
+        tokens = self._parse(DetokenizeRequest, raw).tokens
+        vocabulary = len(self._model.tokenizer)
+        if max(tokens, default=0) >= vocabulary:
+            raise RequestError(
+                f"token {max(tokens)} is outside the vocabulary of {vocabulary} tokens", "tokens"
+            )
+        return {"prompt": self._model.tokenizer.decode(tokens)}
+
+    def _parse(self, shape: type[B], raw: bytes) -> B:
+        given = load_object(raw, "the body")
+        name = given.get("model")
+        if name is not None and name != self._model.name:
+            told = (
+                f"there is no model {str(name)[:80]!r} here; this server has {self._model.name!r}"
+            )
+            raise ApiError(404, told, param="model", code="model_not_found")
+        # Null means not given, also for what is not known here.
+        present = {key: value for key, value in given.items() if value is not None}
+        _check_names(present)
+        return shape.model_validate(present)
+
+    def _check_count(self, count: int) -> None:
+        if count > self._max_sequences:
+            raise RequestError(
+                f"the request asks for {count} sequences (prompts times n), and no more than"
+                f" {self._max_sequences} may wait at once: send several requests",
+                "n",
+            )
+
+    def _conversation(
+        self, messages: Sequence[Message], options: dict[str, Any] | None
+    ) -> list[int]:
+        if taken := sorted(self._reserved & (options or {}).keys()):
+            raise RequestError(
+                f"chat_template_kwargs may not set {', '.join(taken)}: it is for variables of the"
+                " model's own template",
+                "chat_template_kwargs",
+            )
+        told = [message.for_template() for message in messages]
+        return chat_tokens(self._model.tokenizer, told, options)
+
+    def _work(
+        self,
+        kind: Kind,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        body: CompletionRequest | ChatRequest,
+        tenant: str,
+    ) -> Work:
+        field = "messages" if kind is Kind.CHAT else "prompt"
+        one, name = replace(params, n=1), uuid4().hex
+        if len(params.stop) > MAX_STOPS or any(len(stop) > MAX_STOP for stop in params.stop):
+            # Each token of the answer is compared with all of them.
+            raise RequestError(
+                f"stop may have {MAX_STOPS} strings of {MAX_STOP} characters at most", "stop"
+            )
+        try:
+            for prompt in prompts:
+                check_tokens(prompt, self._model.tokenizer, self._model.max_context)
+                self._engine.check(prompt, one)
+        except RequestError as error:
+            error.param = error.param or field
+            raise
+        orders = [
+            Order(prompt, one, self._seed(params, name, i, index), tenant, bool(body.keep_context))
+            for i, prompt in enumerate(prompts)
+            for index in range(params.n)
+        ]
+        options = _stream_options(body.stream, body.stream_options)
+        return Work(kind, name, orders, params.n, bool(body.stream), bool(options.include_usage))
+
+    def _seed(self, params: SamplingParams, name: str, prompt: int, index: int) -> int:
+        """With a seed of the request's own, a prompt's samples are those of a batch row."""
+        own = f"{name} {prompt}" if params.seed is None else params.seed
+        return derive_seed(self._model.digest, own, index)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """An error is made of each name that is unknown, so there must not be millions."""
+    options = [v for k, v in given.items() if isinstance(v, dict) and k != "chat_template_kwargs"]
+    if any(len(each) > _MAX_NAMES for each in (given, *options)):
+        raise RequestError(f"an object in the body has more than {_MAX_NAMES} names")
+
+
+def _stream_options(stream: bool | None, options: StreamOptions | None) -> StreamOptions:
+    if options is not None and not stream:
+        raise RequestError('stream_options needs "stream": true', "stream_options")
+    return options or StreamOptions()
+
+
+def _reserved(tokenizer: Any) -> frozenset[str]:
+    """Names that would not reach the template, but change how it is used, or be another one.
+
+    A template is a program, and a client's would run here.
+    """
+    return frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)

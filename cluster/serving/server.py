@@ -1,0 +1,265 @@
+"""A server's life: what is checked before anything starts, its socket, signals and end."""
+
+import asyncio
+import ipaddress
+import logging
+import math
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from headrace.cluster.serving.app import Front, create_app
+from headrace.cluster.serving.async_engine import AsyncEngine
+from headrace.cluster.serving.guard import LOCAL, Rules
+from headrace.cluster.serving.keys import ApiKeys, load_keys
+from headrace.cluster.serving.loop import ServedEngine
+from headrace.cluster.serving.metrics import Metrics
+from headrace.cluster.serving.reader import Model, Reader
+from headrace.scheduler.errors import HeadraceError
+
+log = logging.getLogger(__name__)
+
+_LAST_SECONDS = 10.0
+"""For answers to end in, once their requests have been given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a user chooses of a server. `port` 0 takes a free one; `max_body` is in bytes, `grace` in
+    seconds: how long requests that run may go on once the server is told to stop."""
+
+    model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    insecure: bool = False
+    max_waiting: int = 256
+    max_body: int = 4 << 20
+    grace: float = 30.0
+
+
+class Listener:
+    """A server's address, keys and certificate: checked and taken before the model is loaded, which
+    takes long. Clients are refused until `run` is called."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        """HeadraceError when others could reach the server unprotected, and for an address, a file of
+        keys or a certificate that cannot be used."""
+        self.options = options
+        _check_protected(options)
+        _check_tls(options)
+        self.keys: ApiKeys | None = (
+            None if options.api_keys is None else load_keys(options.api_keys)
+        )
+        self.socket = _bind(options.host, options.port)
+
+    @property
+    def url(self) -> str:
+        host, port = self.socket.getsockname()[:2]
+        scheme = "http" if self.options.tls_cert is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def rules(self) -> Rules:
+        """A local server without keys answers to local names alone."""
+        options = self.options
+        is_open = self.keys is not None or options.insecure
+        return Rules(self.keys, None if is_open else LOCAL | {options.host})
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self.socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Server:
+    """Serves one engine at one address until it is told to stop, or the engine fails."""
+
+    def __init__(self, listener: Listener, engine: ServedEngine) -> None:
+        options, metrics = listener.options, Metrics()
+        self._listener, self._grace = listener, options.grace
+        model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
+        self._engine = AsyncEngine(engine, metrics, options.max_waiting)
+        metrics.watch(lambda: self._engine.state)
+        reader = Reader(model, engine, options.max_waiting)
+        front = Front(self._engine, reader, model, metrics, max_body=options.max_body)
+        self._config = _config(options, create_app(front, listener.rules, metrics))
+        self._stops = 0
+        self._stopping = asyncio.Event()
+        self._hurrying = asyncio.Event()
+
+    async def run(self, on_ready: Callable[[str], None], *, signals: bool = True) -> None:
+        """Serve until `stop` is called, which SIGINT and SIGTERM do. `on_ready` gets the URL.
+
+        Raises what the engine failed with, after clients have been told that it did.
+        """
+        self._engine.start()
+        http = _Uvicorn(self._config, lambda: on_ready(self._listener.url))
+        ending = asyncio.ensure_future(self._end(http))
+        try:
+            with _handling(self.stop) if signals else nullcontext():
+                try:
+                    await http.serve([self._listener.socket])
+                finally:
+                    await self._engine.close()
+        finally:
+            ending.cancel()
+        if self._engine.error is not None:
+            raise self._engine.error
+
+    def stop(self) -> None:
+        """Take no more requests and finish those that run, for `grace` seconds at most; a second call
+        gives them up. Called on the event loop."""
+        self._stops += 1
+        (self._stopping if self._stops == 1 else self._hurrying).set()
+
+    async def _end(self, http: uvicorn.Server) -> None:
+        told = [asyncio.ensure_future(e.wait()) for e in (self._stopping, self._engine.failed)]
+        try:
+            await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in told:
+                each.cancel()
+        self._engine.drain()
+        http.should_exit = True
+        if self._engine.error is None:
+            if self._engine.num_open:
+                log.warning(
+                    "stopping: %d requests may finish within %g s; again to give them up",
+                    self._engine.num_open,
+                    self._grace,
+                )
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._hurrying.wait(), self._grace)
+        if self._engine.num_open:
+            log.warning("%d requests are given up", self._engine.num_open)
+        self._engine.give_up()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us: it would raise them again at its end, and the exit code would be another."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        log_level="info" if log.isEnabledFor(logging.INFO) else "warning",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(options.grace + _LAST_SECONDS),
+        ssl_certfile=options.tls_cert,
+        ssl_keyfile=options.tls_key,
+    )
+
+
+@contextmanager
+def _handling(stop: Callable[[], None]) -> Iterator[None]:
+    """The first two signals stop the server, in order and at once; a third has its default effect."""
+    loop, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    left = 2
+
+    def restore() -> None:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+    def told() -> None:
+        nonlocal left
+        left -= 1
+        stop()
+        if not left:
+            restore()
+
+    for number in numbers:
+        loop.add_signal_handler(number, told)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _check_protected(options: ServerOptions) -> None:
+    if options.insecure or _is_local(options.host):
+        return
+    lacking = [] if options.api_keys else ["--api-keys FILE (`headrace serve-key` makes one)"]
+    if not options.tls_cert:
+        lacking.append("--tls-cert and --tls-key")
+    if lacking:
+        raise HeadraceError(
+            f"--host {options.host} lets other machines in: give {' and '.join(lacking)}, or"
+            " --insecure where something else protects the server"
+        )
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_tls(options: ServerOptions) -> None:
+    cert, key = options.tls_cert, options.tls_key
+    if (cert is None) != (key is None):
+        raise HeadraceError("--tls-cert and --tls-key go together: give both")
+    if cert is None or key is None:
+        return
+    try:
+        # With a password, which is wrong: else one would be asked for on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except OSError as error:  # ssl.SSLError is one
+        raise HeadraceError(
+            f"cannot use --tls-cert {cert} with --tls-key {key}: {error.strerror or error}"
+        ) from error
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    made = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        return made
+    except OSError as error:
+        if made is not None:
+            made.close()
+        raise HeadraceError(
+            f"cannot serve at --host {host} --port {port}: {error.strerror or error}"
+        ) from error
