@@ -206,5 +206,6 @@ def test_usage_errors(refused: Refused, stories: Path) -> None:
     assert "Missing option" in refused("generate", stories, "--input", "in.jsonl", code=2)
     assert "Invalid value for '--stages'" in refused("plan", stories, "--stages", "x", code=2)
     assert "'q9' is not one of 'keep'" in refused("convert", "a", "b", "--format", "q9", code=2)
-    assert "No such command" in refused("serve", code=2)
+    assert "No such command" in refused("chat", code=2)
+    assert "Missing argument" in refused("serve", code=2)
     assert "No such option" in refused("plan", stories, "--speed", "high", code=2)
