@@ -108,25 +108,34 @@ def ray_here() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("placement", "resident", "passes"),
+    [pytest.param("contiguous", None, 2, marks=pytest.mark.slow), ("cyclic", 0, 1)],
+)
 def test_tokens_go_from_the_stage_that_draws_to_the_one_that_embeds(
-    alone: dict[int, Completion], stories: Path, tmp_path: Path, ray_here: None
+    alone: dict[int, Completion],
+    stories: Path,
+    tmp_path: Path,
+    ray_here: None,
+    placement: str,
+    resident: int | None,
+    passes: int,
 ) -> None:
     store = Path(shutil.copytree(stories, tmp_path / "copy.nf4"))
     room: dict[str, Any] = {"device": "cpu", "host_memory": 0, "context": 256}
-    for placement, resident, passes in (("contiguous", None, 2), ("cyclic", 0, 1)):
-        room |= {"placement": placement, "resident_layers": resident, "device_memory": "64MiB"}
-        with LLM(store, stages=2, **room) as llm:
-            plan = llm.plan
-            assert (plan.passes_in_flight, plan.ahead) == (passes, 1)
-            assert plan.placement.first_stage != plan.placement.last_stage
-            check_alike(serve(llm._engine), alone)
-            if resident is None:
-                continue
-            # A pass that fails is named by its cause, whatever becomes of those that follow it.
-            layer = Store.open(store).layers[-1].file
-            os.truncate(layer, layer.stat().st_size // 2)
-            with pytest.raises(StoreError, match="layer-00011"):
-                serve(llm._engine)
+    room |= {"placement": placement, "resident_layers": resident, "device_memory": "64MiB"}
+    with LLM(store, stages=2, **room) as llm:
+        plan = llm.plan
+        assert (plan.passes_in_flight, plan.ahead) == (passes, 1)
+        assert plan.placement.first_stage != plan.placement.last_stage
+        check_alike(serve(llm._engine), alone)
+        if resident is None:
+            return
+        # A pass that fails is named by its cause, whatever becomes of those that follow it.
+        layer = Store.open(store).layers[-1].file
+        os.truncate(layer, layer.stat().st_size // 2)
+        with pytest.raises(StoreError, match="layer-00011"):
+            serve(llm._engine)
 
 
 def check_alike(found: dict[int, Completion], wanted: dict[int, Completion]) -> None:

@@ -76,7 +76,7 @@ KINDS: list[Fault] = [flip, cut, delete, blank, mix, exchange]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("encrypted", [False, True])
+@pytest.mark.parametrize("encrypted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_thousand_faults_and_never_another_token(tmp_path: Path, encrypted: bool) -> None:
     store = wide_llama(tmp_path)
     with paged_engine(store, plan_of(store, num_pages=64, host_pages=0, nvme_pages=0)) as engine:

@@ -137,12 +137,16 @@ class JobCase:
 
 
 @pytest.mark.timeout(600)
-def test_a_job_that_is_killed_and_stopped_goes_on(stories: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_job_that_is_killed_and_stopped_goes_on(
+    stories: Path, tmp_path: Path, more: bool
+) -> None:
     case = JobCase(tmp_path, stories, rows=100, max_tokens=16)
     chance = random.Random(1)
-    case.kill_driver(0, chance.uniform(0.0, 3.0))
+    if more:
+        case.kill_driver(0, chance.uniform(0.0, 3.0))
+        case.kill_stage(1, chance.randint(1, 8), chance.uniform(0.0, 0.1))
     case.kill_driver(chance.randint(1, 8), chance.uniform(0.0, 0.1))
-    case.kill_stage(1, chance.randint(1, 8), chance.uniform(0.0, 0.1))
     case.interrupt()
     assert case.finish_here() == case.finish_here("whole.jsonl")
 

@@ -34,7 +34,6 @@ SCARCE = {
 }
 LENGTHS = (130, 200, 60, 129, 250, 90, 190, 127)
 QUICK = {
-    ("llama", "fp32", "in flight"),
     ("llama", "fp32", "ahead"),
     ("llama", "int4", "cyclic"),
     ("gemma3_text", "int8", "cyclic"),

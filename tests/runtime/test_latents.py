@@ -188,7 +188,9 @@ RINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fmt", ["fp32", "int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fmt", ["int8", *(pytest.param(fmt, marks=pytest.mark.slow) for fmt in ("fp32", "int4"))]
+)
 def test_every_ring_gives_the_same_tokens(made: tuple[Any, Path], fmt: str) -> None:
     """Of several stages, streamed, in chunks, with preemption."""
     params = SamplingParams(temperature=0.8, max_tokens=40)

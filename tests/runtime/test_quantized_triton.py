@@ -12,6 +12,7 @@ from headrace.scheduler.plan import PAGE_TOKENS
 
 QUANTIZED = ["int8", "int4"]
 MORE = [pytest.param("int8", marks=pytest.mark.slow), "int4"]
+OTHER = ["int8", pytest.param("int4", marks=pytest.mark.slow)]
 DECODES = ((300, 1), (0, 1), (63, 1), (64, 1), (127, 1))
 
 
@@ -59,7 +60,7 @@ def test_in_the_interpreter(slow: bool) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("fmt", MORE)
 @pytest.mark.parametrize(
     ("case", "splits"),
     [
@@ -76,7 +77,7 @@ def test_mixed_batches(case: Case, splits: int | None, fmt: str, device: str) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fmt", MORE)
+@pytest.mark.parametrize("fmt", OTHER)
 @pytest.mark.parametrize("splits", [3, slow(16)])
 def test_decodes_split_and_merge(splits: int, fmt: str, device: str) -> None:
     """Parts of pages only, of both, of the newest page only, and of nothing."""
@@ -99,7 +100,7 @@ def test_tiles(case: Case, splits: int, tile: Tile, fmt: str, device: str) -> No
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fmt", MORE)
+@pytest.mark.parametrize("fmt", OTHER)
 def test_half_precision(fmt: str, device: str) -> None:
     check(Case(SMALL[2:], heads=4, kv_heads=1, k_dim=64, v_dim=64), fmt, device, torch.float16)
 

@@ -357,7 +357,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     )
 
 
-@settings(max_examples=100, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(
     config=configs(),
     count=st.sampled_from([12, 8, 5, 2]),
