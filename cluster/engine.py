@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
+from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
@@ -326,44 +327,6 @@ class Engine:
         self._watchers.pop(request_id, None)
         self._logprobs.pop(request_id, None)
         self._listeners.pop(request_id, None)
-
-
-def least_seconds(
-    plan: Plan,
-    num_tokens: int,
-    experts_loaded: int = 0,
-    cold_pages: int = 0,
-    sunk_bytes: int = 0,
-) -> float:
-    """What the binding resource needs for one pass of `num_tokens` tokens, by the plan's terms.
-
-    Weights are moved once a pass whatever it computes, experts of split layers when they had to be
-    loaded, and `cold_pages` pages of sequences that have theirs in host RAM or on NVMe, `sunk_bytes` from
-    the drives of all stages; arithmetic grows with the pass's tokens. A pass of moves alone needs nothing of the plan's.
-    """
-    if not num_tokens:
-        return 0.0
-    prediction, rounds = plan.prediction, plan.passes_in_flight
-    share = _streamed_share(plan, experts_loaded) / rounds
-    link = (prediction.terms["pcie"] - prediction.cold_seconds) * share
-    if cold_pages:
-        link += prediction.cold_seconds * cold_pages / max(1, prediction.cold_pages)
-    drive = (prediction.terms["nvme"] - prediction.sunk_seconds) * share
-    if sunk_bytes:
-        drive += prediction.sunk_seconds * sunk_bytes / max(1.0, prediction.sunk_bytes)
-    moving = max(drive, link, prediction.terms["hbm"] / rounds)
-    return max(moving, prediction.terms["compute"] * num_tokens / prediction.sequences)
-
-
-def _streamed_share(plan: Plan, experts_loaded: int) -> float:
-    """What a pass had to stream, as a share of what was predicted."""
-    traffic = plan.prediction.experts
-    if traffic is None:
-        return 1.0
-    layers = sum(plan.nvme_bytes_a_pass) + sum(plan.host_bytes_a_pass)
-    predicted = layers + traffic.nvme_bytes + traffic.host_bytes
-    needed = layers + experts_loaded * plan.expert_slot_bytes
-    return needed / predicted if predicted else 1.0
 
 
 def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:

@@ -5,17 +5,18 @@ import hmac
 import os
 import re
 import secrets
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from headrace.runtime.private_file import check_private, explained
 from headrace.scheduler.errors import HeadraceError
 
 PREFIX = "hr-"
 
 _LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})(?::([1-9][0-9]{0,5}))?")
+
+
+_WHAT = "API keys"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,8 @@ class ApiKeys:
 
 def load_keys(file: Path) -> ApiKeys:
     """HeadraceError for a file that is missing, open to others, malformed or without keys."""
-    with _explained(file), file.open("rb") as opened:
-        _check_private(file, os.fstat(opened.fileno()))
+    with explained(file, _WHAT), file.open("rb") as opened:
+        check_private(file, os.fstat(opened.fileno()), _WHAT, _risk(file))
         keys = _parse(file, opened.read())
     if not keys:
         raise HeadraceError(
@@ -71,10 +72,10 @@ def add_key(file: Path, name: str, limit: int | None) -> str:
         raise HeadraceError(
             f"{name!r} is no name for a key: use up to 64 letters, digits, dots, dashes, underscores"
         )
-    with _explained(file):
+    with explained(file, _WHAT):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "r+b") as opened:
-            _check_private(file, os.fstat(descriptor))
+            check_private(file, os.fstat(descriptor), _WHAT, _risk(file))
             content = opened.read()
             if any(other.name == name for other in _parse(file, content)):
                 raise HeadraceError(f"{file} has a key named {name!r} already: choose another name")
@@ -100,19 +101,5 @@ def _parse(file: Path, content: bytes) -> list[ApiKey]:
     return list(keys.values())
 
 
-def _check_private(file: Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise HeadraceError(f"{file} is not a regular file; API keys are kept in one of mode 0600")
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & 0o077:
-        raise HeadraceError(
-            f"{file} has mode {mode:04o}: others could use it. Run `chmod 600 {file}`"
-        )
-
-
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise HeadraceError(f"cannot use the API keys in {file}: {error.strerror}") from error
+def _risk(file: Path) -> str:
+    return f"others could use it. Run `chmod 600 {file}`"

@@ -21,7 +21,6 @@ gone with their process.
 import fcntl
 import os
 import secrets
-import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,12 +34,14 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from headrace.runtime.private_file import check_private, explained
 from headrace.scheduler.errors import HeadraceError
 
 SALT_BYTES = 32
 _KEY_BYTES = 32
 _CHECK_BYTES = 16
 _INFO = b"headrace kv segment 1"
+_WHAT = "KV keys"
 
 
 class SegmentCipher:
@@ -157,13 +158,13 @@ def _changing(file: Path) -> Iterator[dict[str, bytes]]:
 
     The folder is locked meanwhile: a lock on the file would be one on what is being replaced.
     """
-    with _explained(file):
+    with explained(file, _WHAT):
         folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         keys = _load(file) if file.exists() else {}
         yield keys
-        with _explained(file):
+        with explained(file, _WHAT):
             _replace(file, msgspec.json.encode(_Stored(1, keys)))
             os.fsync(folder)
     finally:
@@ -192,11 +193,11 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def _load(file: Path) -> dict[str, bytes]:
-    with _explained(file):
+    with explained(file, _WHAT):
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as opened:
             status = os.fstat(descriptor)
-            _check_private(file, status)
+            check_private(file, status, _WHAT, _risk(file))
             content = opened.read()
     try:
         stored = msgspec.json.decode(content, type=_Stored)
@@ -209,20 +210,8 @@ def _load(file: Path) -> dict[str, bytes]:
     return stored.keys
 
 
-def _check_private(file: Path, status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise HeadraceError(f"{file} is not a regular file; KV keys are kept in one of mode 0600")
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & 0o077:
-        raise HeadraceError(
-            f"{file} has mode {mode:04o}: others could read the KV keys in it. If nobody has, run"
-            f" `chmod 600 {file}`; if in doubt, delete it, and with it all that it can decrypt"
-        )
-
-
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise HeadraceError(f"cannot use the KV keys in {file}: {error.strerror}") from error
+def _risk(file: Path) -> str:
+    return (
+        f"others could read the KV keys in it. If nobody has, run `chmod 600 {file}`; if in doubt,"
+        " delete it, and with it all that it can decrypt"
+    )

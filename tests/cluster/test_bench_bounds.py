@@ -7,7 +7,7 @@ from headrace.cluster.bench.bounds import Bound, decode_bound, prefill_bound
 from headrace.cluster.bench.driver import Steady
 from headrace.cluster.bench.needed import Bytes, cold_bytes, expert_bytes
 from headrace.cluster.bench.phases import Measured
-from headrace.cluster.engine import least_seconds
+from headrace.cluster.pass_bound import least_seconds
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import StageTimes

@@ -9,7 +9,8 @@ import pytest
 from fake_tiers import FakeTiers
 from rings import local_ring, manual_plan
 
-from headrace.cluster.engine import Engine, least_seconds
+from headrace.cluster.engine import Engine
+from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending
 from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.store import Store
