@@ -8,8 +8,9 @@ place that their weights can lie in.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +45,8 @@ Record = Callable[[Callable[[], None], int], Callable[[], None] | None]
 class Lane:
     """Where one micro-batch of decodes is from pass to pass. Loaded and run on one stream.
 
+    What one recording leaves for another lies in memory from outside of recordings: what they take for
+    themselves is shared by all of them, in the order in which they were made, not in which they are used.
     `recorded`: as much as so many layers. `used`: when, as its owner counts.
     """
 
@@ -105,7 +108,7 @@ class Lane:
     def _do_enter(self) -> None:
         entered = self._model.enter(self._rows, self._batch)
         self._x.copy_(entered.x)
-        self.prepared = replace(self.prepared, calls=entered.calls)
+        _copy_tensors(entered.calls, self.prepared.calls)
 
     def _run(self, layers: Layers) -> None:
         self._x.copy_(self._model.run_layers(layers, self._x, self.prepared, self._kv))
@@ -203,6 +206,25 @@ class DecodeGraphs:
             reason = str(error).splitlines()[0]
             log.warning("decodes are launched kernel by kernel, not as CUDA graphs: %s", reason)
             return None
+
+
+def _copy_tensors(source: Any, dest: Any) -> None:
+    """Copy each tensor in `source` onto the one that is there in `dest`, which is made alike."""
+    copied = set()
+    for new, old in zip(_tensors(source), _tensors(dest), strict=True):
+        if old.data_ptr() not in copied and new.data_ptr() != old.data_ptr():
+            old.copy_(new)
+            copied.add(old.data_ptr())
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict):
+        yield from _tensors(tuple(x.values()))
+    elif isinstance(x, (tuple, list)):
+        for part in x:
+            yield from _tensors(part)
 
 
 def padded_rows(count: int) -> int:

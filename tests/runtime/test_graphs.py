@@ -203,6 +203,69 @@ def test_padding_is_little() -> None:
     assert [padded_pages(n) for n in (1, 4, 5, 16, 17, 2000)] == [4, 4, 16, 16, 64, 4096]
 
 
+class Placing(Counting):
+    """A model whose layers add what was made of positions before them, in memory of a recording."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.made: list[torch.Tensor] = []
+
+    def enter(self, rows: torch.Tensor, batch: Batch) -> Prepared:
+        self.made.append(batch.positions[:, None].float())
+        return Prepared(batch, rows, (((), {"places": (self.made[-1], None)}),))
+
+    def run_layers(self, layers: Layers, x: torch.Tensor, *given: Any) -> torch.Tensor:
+        prepared: Prepared = given[0]
+        return x + prepared.calls[0][1]["places"][0]
+
+
+class OnePool(CallAgain):
+    """Recordings that all write to the same memory, as CUDA graphs with one pool may."""
+
+    def __init__(self, model: Placing) -> None:
+        super().__init__()
+        self._model = model
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        def again() -> None:
+            for made in self._model.made:
+                made.fill_(torch.nan)
+            self._model.made.clear()
+            work()
+
+        return super().record(again)
+
+
+def test_recordings_of_one_lane_leave_nothing_where_those_of_others_write() -> None:
+    """A lane's layers may have been recorded before what another lane does before its layers."""
+    model: Any = Placing()
+    capture = OnePool(model)
+    nothing = KVStore({}, 1, torch.float32, model.device)
+    graphs = DecodeGraphs(
+        model, nothing, capture, max_rows=8, max_pages=4, max_lanes=4, max_layers=99
+    )
+
+    def run(*starts: int) -> list[float]:
+        found = []
+        batches = [MicroBatch((Slice(0, start, (5,), (0,), None),)) for start in starts]
+        made = [graphs.ready(batch) for batch in batches]
+        lanes = [graphs.lane(i, ready) for i, ready in enumerate(made) if ready is not None]
+        model.made.clear()  # what was not recorded has memory of its own
+        for lane in lanes:
+            assert lane is not None
+            x = torch.zeros(1, 1)
+            for layer in range(2):
+                x = lane.run([(layer, torch.zeros(1))], x)
+            found.append(x.item())
+        return found
+
+    for _ in range(3):
+        assert run(7) == [14]
+    for start in range(20, 24):
+        assert run(start, 9, 30) == [2 * start, 18, 60]
+    assert max(capture.replays) > 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ring", RINGS)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v3"])
