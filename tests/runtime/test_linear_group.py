@@ -180,5 +180,8 @@ def test_logits_on_a_gpu_are_those_on_a_cpu(store: Path, tokens: int) -> None:
     slices = [Slice(0, 0, tuple(range(3, 3 + tokens)), (0, 1, 2, 3), None)]
     expected = WholeModel(store).logits(slices)
     model = WholeModel(store, dtype=torch.bfloat16, device=torch.device("cuda"))
-    for _ in range(2):
-        assert (model.logits(slices).cpu() - expected).norm() < 0.05 * expected.norm()
+    try:
+        for _ in range(2):
+            assert (model.logits(slices).cpu() - expected).norm() < 0.05 * expected.norm()
+    finally:
+        model.model.close()  # else the next one's table may lie where pages are still pinned

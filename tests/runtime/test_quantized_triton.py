@@ -7,7 +7,7 @@ from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted, slow
 from quantized_cases import expected, keep_past, make_quantized, quantized_layer, stored
 
 from headrace.runtime.attention.tiles import Tile
-from headrace.scheduler.kv_format import FORMATS
+from headrace.scheduler.kv_format import FORMATS, KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS
 
 QUANTIZED = ["int8", "int4"]
@@ -37,10 +37,7 @@ def check(
     for piece, whole in zip(real.slices, real.whole, strict=True):
         for x, ours, theirs in zip(whole, (kv.k, kv.v), (wanted.k, wanted.v), strict=True):
             keep_past(theirs, x, piece)
-            close = 0.0 if device == "cpu" else 0.2  # divisions are rounded otherwise there
-            torch.testing.assert_close(
-                stored(ours, piece), stored(theirs, piece), atol=close, rtol=0
-            )
+            assert_stored(stored(ours, piece), stored(theirs, piece), FORMATS[fmt], device)
             left = piece.end % PAGE_TOKENS
             # A rotation's sums are in another order for other numbers of rows there.
             close = 0.0 if device == "cpu" else bound
@@ -50,6 +47,16 @@ def check(
                 atol=close,
                 rtol=close,
             )
+
+
+def assert_stored(ours: torch.Tensor, theirs: torch.Tensor, fmt: KVFormat, device: str) -> None:
+    """On a GPU divisions are rounded otherwise, so that a few numbers are off by a step."""
+    if device == "cpu":
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+        return
+    step = 8 / (2**fmt.bits - 1)  # of normal numbers, whose range in a head is below 8
+    torch.testing.assert_close(ours, theirs, atol=step * 1.3, rtol=0)
+    assert ((ours - theirs).abs() > 0.2 * step).float().mean() < 2e-3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
