@@ -124,30 +124,33 @@ SINKING = SCARCE | {
 }
 LONG = (300, 390, 60, 329, 370)
 SUNK = [("llama", "fp32", 0), ("gemma3_text", "fp32", 1), ("llama", "int8", 1), ("llama", "fp32", 3), ("gpt_oss", "fp32", 2), ("llama", "int4", 2), ("gemma3_text", "int8", 3), ("deepseek_v3", "int8", 1)]  # fmt: skip
-_wanted: dict[tuple[str, str], dict[int, list[int]]] = {}
+_wanted: dict[tuple[str, str, str], dict[int, list[int]]] = {}
 
 
-def wanted(path: Path, model: str, fmt: str) -> dict[int, list[int]]:
+def wanted(path: Path, model: str, fmt: str, device: str = "cpu") -> dict[int, list[int]]:
     """Answers where all pages are on the device."""
-    if (model, fmt) not in _wanted:
+    key = model, fmt, device
+    if key not in _wanted:
         plan = manual_plan(Store.open(path), **RINGS[0], kv_format=fmt)
-        with local_ring(path, plan) as pipeline:
-            _wanted[model, fmt] = run_all(plan, pipeline, make_requests(LONG))
-    return _wanted[model, fmt]
+        with local_ring(path, plan, device) as pipeline:
+            _wanted[key] = run_all(plan, pipeline, make_requests(LONG))
+    return _wanted[key]
 
 
 def run_sunk(
-    path: Path, ring: dict[str, Any], folder: Path, wrap: Wrap | None = None, **more: Any
-) -> tuple[dict[int, list[int]], Watched]:
+    path: Path, ring: dict[str, Any], folder: Path, wrap: Wrap | None = None,
+    device: str = "cpu", **more: Any,
+) -> tuple[dict[int, list[int]], Watched]:  # fmt: skip
     plan = manual_plan(Store.open(path), **ring, **SINKING, **more)
     with (
         windows_of(path, plan, folder, wrap) as windows,
-        local_ring(path, plan, windows=windows) as pipeline,
+        local_ring(path, plan, device, windows=windows) as pipeline,
     ):
         watched = Watched(pipeline)
         return run_all(plan, watched, make_requests(LONG)), watched  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("model", "fmt", "ring"),
     [
@@ -158,11 +161,11 @@ def run_sunk(
     ],
 )
 def test_tokens_are_the_same_with_old_pages_on_nvme(
-    stores: dict[str, Path], tmp_path: Path, model: str, fmt: str, ring: int
+    stores: dict[str, Path], tmp_path: Path, model: str, fmt: str, ring: int, device: str
 ) -> None:
     path = stores[model]
-    found, watched = run_sunk(path, RINGS[ring], tmp_path, kv_format=fmt)
-    assert found == wanted(path, model, fmt)
+    found, watched = run_sunk(path, RINGS[ring], tmp_path, device=device, kv_format=fmt)
+    assert found == wanted(path, model, fmt, device)
     assert watched.sunk > 5 and watched.nvme_bytes > 0 and not watched.spoiled
     assert not [*tmp_path.iterdir()]
 
@@ -170,15 +173,16 @@ def test_tokens_are_the_same_with_old_pages_on_nvme(
 SINGLE = [pytest.param([kind], marks=pytest.mark.slow) for kind in ("EIO", "short", "flipped")]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kinds", [["flipped", "EIO", "short"], *SINGLE])
 def test_pages_on_nvme_that_cannot_be_had_are_computed_again(
-    stores: dict[str, Path], tmp_path: Path, kinds: list[str]
+    stores: dict[str, Path], tmp_path: Path, kinds: list[str], device: str
 ) -> None:
     """Others of the same passes go on, and each request gets its tokens."""
     ring = RINGS[3] if len(kinds) > 1 else RINGS[0]
     wrap: Wrap = lambda blocks: Faulty(blocks, 5, kinds)
-    found, watched = run_sunk(stores["llama"], ring, tmp_path, wrap)
-    assert found == wanted(stores["llama"], "llama", "fp32")
+    found, watched = run_sunk(stores["llama"], ring, tmp_path, wrap, device)
+    assert found == wanted(stores["llama"], "llama", "fp32", device)
     assert watched.spoiled > 0 and watched.nvme_bytes > 0
 
 
