@@ -8,6 +8,7 @@ place that their weights can lie in.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,11 @@ and goes on to compute longer than the next launches take."""
 IDLE = 64
 """A lane makes room for another when it was not used for so many micro-batches for each lane there is.
 So a run whose sizes change for ever spends its time on replaying, not on recording."""
+
+SELDOM = 64
+"""So many micro-batches of a new size are padded to a lane that there is. To record one takes some 0.5 s, a pass
+without graphs 0.2 s, and one with more rows than it needs a few milliseconds more; batches that shrink
+at a run's end have each size for a few passes."""
 
 Layers = Sequence[tuple[int, Tensor]]
 
@@ -141,6 +147,7 @@ class DecodeGraphs:
         self._max_rows, self._max_pages = max_rows, max_pages
         self._max_lanes, self._max_layers = max_lanes, max_layers
         self._lanes: dict[tuple[int, int, int], Lane] = {}
+        self._asked: Counter[tuple[int, int, int]] = Counter()
         self._loads = 0
         self._failed = False
 
@@ -149,8 +156,8 @@ class DecodeGraphs:
         """Layers that recordings are kept of; what precedes the layers counts as one."""
         return sum(lane.recorded for lane in self._lanes.values())
 
-    def ready(self, micro_batch: MicroBatch) -> ReadyBatch | None:
-        """The micro-batch padded for a lane, on any thread.
+    def ready(self, index: int, micro_batch: MicroBatch) -> ReadyBatch | None:
+        """A pass's micro-batch `index` padded for a lane, on any thread.
 
         None when it holds more than decodes, or more of them than lanes have rows.
         """
@@ -160,10 +167,26 @@ class DecodeGraphs:
             return None
         longest = max(piece.start for piece in slices) + 1
         pages = min(padded_pages(pages_for(longest)), self._max_pages)
+        rows, pages = self._size(index, rows, pages)
         # A row that is there twice writes the same key to the same place, and harms nobody.
         again = replace(slices[-1], sampling=None)
         padded = MicroBatch(slices + (again,) * (rows - len(slices)))
         return ReadyBatch.build(micro_batch, self._model.device, padded, pages)
+
+    def _size(self, index: int, rows: int, pages: int) -> tuple[int, int]:
+        """Of the lane for so many rows and pages: as large, or a larger one that is recorded."""
+        key = index, rows, pages
+        self._asked[key] += 1
+        # Another thread may make lanes meanwhile.
+        lanes = self._lanes.copy()
+        if key in lanes or self._asked[key] > SELDOM:
+            return rows, pages
+        larger = [
+            (other_rows, other_pages)
+            for (place, other_rows, other_pages), lane in lanes.items()
+            if place == index and other_rows >= rows and other_pages >= pages and lane.recorded > 1
+        ]
+        return min(larger, default=(rows, pages))
 
     def lane(self, index: int, ready: ReadyBatch) -> Lane | None:
         """A lane loaded with a pass's micro-batch `index`, which `ready` padded.

@@ -153,16 +153,16 @@ class Stage:
 
     def prepare(self, a_pass: Pass) -> Ready:
         """What can be done of a pass before the one before it ends. Any thread may, while that runs."""
-        batches = [self._prepare(batch) for batch in a_pass.micro_batches]
+        batches = [self._prepare(i, batch) for i, batch in enumerate(a_pass.micro_batches)]
         return Ready(a_pass.step, a_pass.follows, batches, a_pass.moves)
 
-    def _prepare(self, batch: MicroBatch) -> ReadyBatch:
+    def _prepare(self, index: int, batch: MicroBatch) -> ReadyBatch:
         if batch.num_cold:
             quantized, host_pages = self._kv.is_quantized, self._plan.host_pages
             return ReadyBatch.build_cold(
                 batch, self.device, quantized=quantized, host_pages=host_pages
             )
-        for_lane = self._graphs.ready(batch) if self._graphs else None
+        for_lane = self._graphs.ready(index, batch) if self._graphs else None
         return for_lane or ReadyBatch.build(batch, self.device)
 
     def run(self, ready: Ready, before: PassResult | None = None) -> PassResult:

@@ -13,6 +13,7 @@ from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.graphs import (
     IDLE,
+    SELDOM,
     DecodeGraphs,
     Layers,
     padded_pages,
@@ -141,7 +142,7 @@ class Lanes:
     def run(self, sequences: int, tokens: int = 1, index: int = 0, slot: int = 0) -> bool:
         pages = tuple(range(pages_for(tokens)))
         pieces = [Slice(i, tokens - 1, (5,), pages, None) for i in range(sequences)]
-        ready = self.graphs.ready(MicroBatch(tuple(pieces)))
+        ready = self.graphs.ready(index, MicroBatch(tuple(pieces)))
         assert ready is not None
         lane = self.graphs.lane(index, ready)
         if lane is not None:
@@ -159,6 +160,20 @@ def test_a_lane_is_recorded_when_it_is_used_again() -> None:
     assert all(lanes.run(n, tokens=n * 60) for n in (3, 4))  # the same sizes: up to 4 pages
     assert capture.replays == [4, 3]
     assert lanes.run(4, tokens=257) and lanes.graphs.recorded == 5
+
+
+def test_sizes_that_are_seldom_use_a_larger_lane() -> None:
+    capture = CallAgain()
+    lanes = Lanes(capture, lanes=4, layers=99)
+    assert lanes.run(60) and lanes.run(60) and capture.replays == [2, 1]
+    for sequences in range(59, 0, -1):  # a batch that shrinks
+        assert lanes.run(sequences)
+    assert capture.replays == [61, 60]
+    assert lanes.run(9, index=1) and lanes.run(9, tokens=257)  # there is no larger one
+    assert len(capture.replays) == 4
+    for _ in range(SELDOM + 2):
+        assert lanes.run(2)
+    assert len(capture.replays) == 6
 
 
 def test_lanes_are_few() -> None:
@@ -183,7 +198,7 @@ def test_a_lane_out_of_use_makes_room() -> None:
     assert lanes.run(1) and lanes.run(2)
     taken = [lanes.run(4) or not lanes.run(2) for _ in range(2 * IDLE)]
     assert taken.index(True) == IDLE  # a turn is two micro-batches, and there are two lanes
-    assert not lanes.run(1)
+    assert not lanes.run(1, index=1)
 
 
 def test_sizes_that_change_for_ever_are_seldom_recorded() -> None:
@@ -248,7 +263,7 @@ def test_recordings_of_one_lane_leave_nothing_where_those_of_others_write() -> N
     def run(*starts: int) -> list[float]:
         found = []
         batches = [MicroBatch((Slice(0, start, (5,), (0,), None),)) for start in starts]
-        made = [graphs.ready(batch) for batch in batches]
+        made = [graphs.ready(i, batch) for i, batch in enumerate(batches)]
         lanes = [graphs.lane(i, ready) for i, ready in enumerate(made) if ready is not None]
         model.made.clear()  # what was not recorded has memory of its own
         for lane in lanes:
