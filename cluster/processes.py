@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -23,6 +24,9 @@ from headrace.scheduler.errors import HeadraceError
 
 START_SECONDS = 180.0
 """How long stage processes may take to start; loading weights has its own, longer deadline."""
+
+CLOSE_SECONDS = 10.0
+"""How long Ray may take to let go of stages."""
 
 
 @contextmanager
@@ -152,6 +156,13 @@ class StageProcesses:
             self._nodes[stage] = node
 
     def close(self) -> None:
+        """Where Ray itself is gone, as after a SIGTERM to the whole process group, it would be asked in
+        vain for minutes: then its resources are, too."""
+        closing = threading.Thread(target=self._close, daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)
+
+    def _close(self) -> None:
         while self._all:
             ray.kill(self._all.pop())
         remove_placement_group(self._group)
