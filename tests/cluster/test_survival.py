@@ -41,7 +41,8 @@ class JobCase:
             *("generate", self.store, "--input", "in.jsonl", "--output", output),
             *("--stages", 2, "--device", "cpu", "--device-memory", "24MiB"),
             *("--host-memory", "0", "--context", "256", "--temperature", TEMPERATURE),
-            *("--max-tokens", self.max_tokens),
+            # Few at once, so that rows are left to wait when a test looks.
+            *("--max-tokens", self.max_tokens, "--max-sequences", 16),
         )
 
     def finish(self, output: str = "out.jsonl") -> dict[str, str]:
