@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from headrace.cluster.structured_models import ResponseFormat, StructuredOutputs
+
 _Count = Annotated[int, Field(lt=2**31)]
 
 
@@ -34,6 +36,9 @@ class Parameters(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
+    logit_bias: dict[Annotated[int, Field(ge=0)], float] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 PARAMETERS = frozenset(Parameters.model_fields)

@@ -27,6 +27,7 @@ from headrace.cluster.row_models import (
     Parameters,
     reasons,
 )
+from headrace.cluster.structured_models import wanted_form
 from headrace.scheduler.errors import ContextLengthError, RequestError
 from headrace.scheduler.request import SamplingParams
 
@@ -181,7 +182,11 @@ def _token_ids(row: NativeRow | CompletionBody | ChatBody, tokenizer: Tokenizer)
 
 def sampling_params(row: Parameters, defaults: SamplingParams) -> SamplingParams:
     """A row's parameters over `defaults`, whose seed it never takes. RequestError for bad ones."""
-    given = row.model_dump(include=set(PARAMETERS), exclude_none=True)
+    forms = {"response_format", "structured_outputs"}
+    given = row.model_dump(include=set(PARAMETERS - forms), exclude_none=True)
+    form = wanted_form(row.response_format, row.structured_outputs)
+    if form is not None:
+        given["structured_outputs"] = form
     limit = given.pop("max_completion_tokens", None)
     if limit is not None:
         given["max_tokens"] = limit

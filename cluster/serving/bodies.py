@@ -27,12 +27,6 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-
-
 class CompletionRequest(Body):
     prompt: Prompts
     echo: Literal[False] | None = None
@@ -50,7 +44,6 @@ class CompletionRequest(Body):
 
 class ChatRequest(Conversation):
     messages: Messages
-    response_format: TextFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -2,7 +2,7 @@
 loop."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -30,11 +30,12 @@ from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Order
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.scheduler.errors import RequestError
-from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.request import MAX_BIASES, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP = 256
 _MAX_NAMES = 64
+_FREE = frozenset({"chat_template_kwargs", "logit_bias", "schema", "json"})
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -187,9 +188,18 @@ class Reader:
 
 def _check_names(given: dict[str, Any]) -> None:
     """An error is made of each name that is unknown, so there must not be millions."""
-    options = [v for k, v in given.items() if isinstance(v, dict) and k != "chat_template_kwargs"]
-    if any(len(each) > _MAX_NAMES for each in (given, *options)):
+    if len(given.get("logit_bias") or ()) > MAX_BIASES:
+        raise RequestError(f"logit_bias may have {MAX_BIASES} tokens at most", "logit_bias")
+    if any(len(each) > _MAX_NAMES for each in _options(given, depth=4)):
         raise RequestError(f"an object in the body has more than {_MAX_NAMES} names")
+
+
+def _options(given: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
+    """The objects whose names are ours to know; those of `_FREE` are the client's own."""
+    yield given
+    for name, value in given.items():
+        if depth and isinstance(value, dict) and name not in _FREE:
+            yield from _options(value, depth - 1)
 
 
 def _stream_options(stream: bool | None, options: StreamOptions | None) -> StreamOptions:

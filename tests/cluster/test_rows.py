@@ -13,6 +13,7 @@ from headrace.cluster.rows import Kind, Row, decode, is_batch, prepare
 from headrace.scheduler.errors import JobError, RequestError
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.structured import StructuredOutputsParams
 
 DEFAULTS = SamplingParams(max_tokens=5, temperature=0.5, seed=9)
 TEMPLATE = (
@@ -55,6 +56,32 @@ def test_a_native_prompt(tokenizer: Any) -> None:
     row = read(tokenizer, {"id": "r", "prompt": "a b", "max_tokens": 3, "stop": "b", "top_k": None})
     assert (row.id, row.kind, row.token_ids) == ("r", Kind.NATIVE, [1, 2, 3])
     assert row.params == SamplingParams(max_tokens=3, temperature=0.5, stop=("b",))
+
+
+def test_what_an_answer_is_bound_to(tokenizer: Any) -> None:
+    row = read(
+        tokenizer, {"prompt": "a", "logit_bias": {"3": -100}, "structured_outputs": {"regex": "b"}}
+    )
+    assert row.params.biases == ((3, -100.0),)
+    assert row.params.structured_outputs == StructuredOutputsParams(regex="b")
+    schema = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "null"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": False}}
+    body = {"messages": [{"role": "user", "content": "a"}], "response_format": form}
+    assert read(tokenizer, batch("/v1/chat/completions", body)).params.structured_outputs == (
+        StructuredOutputsParams(
+            json='{"type":"object","properties":{"b":{"type":"null"},"a":{"type":"null"}}}'
+        )
+    )
+    form = {"type": "json_object"}
+    found = read(tokenizer, {"prompt": "a", "response_format": form}).params.structured_outputs
+    assert found == StructuredOutputsParams(json_object=True)
+    with pytest.raises(RequestError, match="either response_format or structured_outputs"):
+        read(
+            tokenizer,
+            {"prompt": "a", "response_format": form, "structured_outputs": {"regex": "b"}},
+        )
+    with pytest.raises(RequestError, match="between -100 and 100"):
+        read(tokenizer, {"prompt": "a", "logit_bias": {"3": 1000}})
 
 
 def test_a_row_without_an_id_is_named_by_its_number(tokenizer: Any) -> None:
