@@ -35,13 +35,15 @@ FORMS = [
     None,
     StructuredOutputsParams(regex="[A-Z][a-z]{2,8}, [0-9]{3}"),
     StructuredOutputsParams(choice=["a big (red) dog", "a cat"]),
-    StructuredOutputsParams(grammar='start: "so" | ("very " start)'),
-    StructuredOutputsParams(grammar='root ::= "the " root | "end"'),
+    StructuredOutputsParams(grammar='start: "very "{0,3} "so"'),
+    StructuredOutputsParams(grammar='root ::= ("the " | "a ") "end"'),
 ]
-RINGS: list[dict[str, Any]] = [
+RINGS: list[Any] = [
     {"stages": 1, "tier": Tier.DEVICE, "num_pages": 6, "token_budget": 80, "ahead": 1},
     {"stages": 2, "tier": Tier.DEVICE, "passes_in_flight": 2, "token_budget": 40, "ahead": 1},
-    {"stages": 2, "tier": Tier.NVME, "cyclic": True, "num_pages": 6},
+    pytest.param(
+        {"stages": 2, "tier": Tier.NVME, "cyclic": True, "num_pages": 6}, marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -49,7 +51,7 @@ def serve(engine: Engine) -> Mapping[int, Completion]:
     story = engine.tokenizer(4 * STORY)["input_ids"]
     for i in range(2 * len(FORMS)):
         params = SamplingParams(
-            max_tokens=40 if FORMS[i // 2] is None else 80,
+            max_tokens=24 if FORMS[i // 2] is None else 80,
             temperature=0.9 * (i % 2),
             structured_outputs=FORMS[i // 2],
             logprobs=1 if i % 3 else None,
@@ -80,7 +82,7 @@ def test_answers_are_what_was_asked_for(alone: Mapping[int, Completion]) -> None
                 continue
             if form.json is not None:
                 jsonschema.validate(json.loads(done.text), PERSON)
-            pattern = form.regex or "(very )*so|(the )*end|a big \\(red\\) dog|a cat"
+            pattern = form.regex or "(very ){0,3}so|(the|a) end|a big \\(red\\) dog|a cat"
             assert form.json is not None or re.fullmatch(pattern, done.text), done.text
 
 
