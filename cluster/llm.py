@@ -13,6 +13,7 @@ from headrace.cluster.launch import running_engine
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.rows import chat_tokens, prompt_tokens
 from headrace.cluster.seeds import derive_seed
+from headrace.cluster.tools.use import chat_template_with
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Sample
@@ -110,11 +111,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         keep_context: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, through the model's chat template."""
+        """Answer one conversation or several, through the model's chat template, which is told of `tools`.
+
+        Calls are in the text as the model writes them.
+        """
         one = bool(messages) and isinstance(messages[0], dict)
         conversations: Any = [messages] if one else messages
-        tokens = [chat_tokens(self._engine.tokenizer, list(c)) for c in conversations]
+        tokenizer = self._engine.tokenizer
+        if tools:
+            chat_template_with(tokenizer, tools)
+        tokens = [chat_tokens(tokenizer, list(c), None, tools) for c in conversations]
         return self._run([None] * len(tokens), tokens, sampling_params, keep_context)
 
     def _run(

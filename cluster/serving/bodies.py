@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headrace.cluster.row_models import Body, Conversation, Message, TokenId
+from headrace.cluster.tools.models import Tools
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 8192
@@ -54,12 +55,15 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def one_text(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError('give either "prompt" or "messages"')
+        if self.messages is None and self.tools:
+            raise ValueError('tools need "messages"')
         return self
 
 

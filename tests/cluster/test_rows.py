@@ -84,6 +84,41 @@ def test_what_an_answer_is_bound_to(tokenizer: Any) -> None:
         read(tokenizer, {"prompt": "a", "logit_bias": {"3": 1000}})
 
 
+WITH_TOOLS = (
+    "{% for tool in tools %}{{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}{{ m.content }} {% endfor %}{% if 0 %}<tool_call>{% endif %}"
+)
+
+
+def test_rows_with_tools(tokenizer: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "hello"}}]
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": tools}
+    with pytest.raises(RequestError, match="no place for tools"):
+        read(tokenizer, body)
+    with pytest.raises(RequestError, match='tools need "messages"'):
+        read(tokenizer, {"prompt": "a", "tools": tools})
+    tokenizer.chat_template = WITH_TOOLS
+    try:
+        native = read(tokenizer, body)
+        bound = read(tokenizer, batch("/v1/chat/completions", body | {"tool_choice": "required"}))
+        none = read(tokenizer, body | {"tool_choice": "none"})
+    finally:
+        tokenizer.chat_template = TEMPLATE
+    assert (native.token_ids, none.token_ids) == ([1, 6, 2], [1, 2])
+    assert (native.params.structured_outputs, none.tools) == (None, None)
+    form = bound.params.structured_outputs
+    assert form is not None and form.grammar is not None and "hello" in form.grammar
+    text = 'Hi <tool_call>{"name": "hello", "arguments": {}}</tool_call>'
+    done = Completion(0, [2, 3], text, "stop", None, 2)
+    answer = answers.answer(native, [done], tokenizer, "m", 0)
+    assert (answer["text"], answer["finish_reason"]) == ("Hi", "tool_calls")
+    assert answer == answers.answer(native, [done], tokenizer, "m", 1)
+    [choice] = answers.answer(bound, [done], tokenizer, "m", 0)["response"]["body"]["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "hello", "arguments": "{}"}
+    assert answer["tool_calls"][0]["id"] == call["id"]
+
+
 def test_a_row_without_an_id_is_named_by_its_number(tokenizer: Any) -> None:
     assert read(tokenizer, {"prompt": "a"}).id == 7
     assert read(tokenizer, {"id": None, "prompt": "a"}).id == 7
