@@ -85,7 +85,7 @@ def test_what_an_answer_is_bound_to(tokenizer: Any) -> None:
 
 
 WITH_TOOLS = (
-    "{% for tool in tools %}{{ tool.function.name }} {% endfor %}"
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
     "{% for m in messages %}{{ m.content }} {% endfor %}{% if 0 %}<tool_call>{% endif %}"
 )
 
@@ -104,7 +104,7 @@ def test_rows_with_tools(tokenizer: Any) -> None:
         none = read(tokenizer, body | {"tool_choice": "none"})
     finally:
         tokenizer.chat_template = TEMPLATE
-    assert (native.token_ids, none.token_ids) == ([1, 6, 2], [1, 2])
+    assert (native.token_ids, none.token_ids) == ([6, 2], [2])
     assert (native.params.structured_outputs, none.tools) == (None, None)
     form = bound.params.structured_outputs
     assert form is not None and form.grammar is not None and "hello" in form.grammar
@@ -194,7 +194,7 @@ MESSAGE = {"role": "user", "content": "a"}
         (batch("/v1/embeddings", {}), "url: "),
         (batch("/v1/completions", {"prompt": "a", "best_of": 2}), "unknown parameter 'best_of'"),
         (batch("/v1/completions", {"prompt": "a", "stream": True}), "stream: "),
-        (batch("/v1/chat/completions", {"messages": [MESSAGE], "tools": []}), "'tools'"),
+        (batch("/v1/chat/completions", {"messages": [MESSAGE], "tools": []}), "tools: "),
     ],
 )
 def test_what_is_wrong_is_said(tokenizer: Any, data: Any, reason: str | None) -> None:
