@@ -58,34 +58,52 @@ NAMED = Format("[TOOL_CALLS]", parts="[ARGS]", id_length=9)
 BARE = Format("", arguments="parameters", pattern=r"\A\s*(?=\[)", is_list=True)
 """For calls that are forced of a model whose own format is not known: vLLM's."""
 
-IN_TAGS: dict[str, Any] = {
-    "start_anchor": "\0",
-    "fields": {
-        "tool_calls": {
-            "open_pattern": r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
-            "close_pattern": r"</function>\s*</tool_call>",
-            "repeats": True,
-            "content": "xml-inline",
-            "content_args": {
-                "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
-            },
-            "transform": {
-                "type": "function",
-                "function": {"name": "{name}", "arguments": "{content}"},
-            },
+
+def _template(opened: str, closed: str, **inside: Any) -> dict[str, Any]:
+    """Where the name is in what opens a call."""
+    calls: dict[str, Any] = {"open_pattern": opened, "close_pattern": closed, "repeats": True}
+    function = {"name": "{name}", "arguments": "{content}"}
+    calls |= {**inside, "transform": {"type": "function", "function": function}}
+    return {"start_anchor": "\0", "fields": {"tool_calls": calls, "content": _CONTENT}}
+
+
+TEMPLATES: dict[str, dict[str, Any]] = {
+    # Qwen3-Coder, Qwen3.5: <tool_call><function=name><parameter=key>value</parameter></function>
+    "<function=": _template(
+        r"\s*<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+        r"</function>\s*</tool_call>",
+        content="xml-inline",
+        content_args={
+            "tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"
         },
-        "content": _CONTENT,
-    },
+    ),
+    # GLM-4.5: <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>
+    "<arg_key>": _template(
+        r"\s*<tool_call>\s*(?P<name>[^<\s]+)\s*(?=<arg_key>|</tool_call>)",
+        "</tool_call>",
+        content="xml-inline",
+        content_args={
+            "tag_pattern": r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"
+        },
+    ),
 }
-"""Qwen3-Coder and Qwen3.5: <function=name><parameter=key>value</parameter></function> in a tag."""
+"""Responses with calls that are no JSON, by what is found in chat templates that show them."""
+
+
+def known_template(chat_template: str) -> dict[str, Any] | None:
+    """The one of TEMPLATES that a chat template shows."""
+    shown = [mark for mark in TEMPLATES if mark in chat_template]
+    return TEMPLATES[shown[0]] if shown else None
 
 
 def known_format(chat_template: str) -> Format | None:
     """The one that a chat template shows; None when it is none of these."""
+    if known_template(chat_template):
+        return None
     if "[TOOL_CALLS]" in chat_template:
         return NAMED if "[ARGS]" in chat_template else LISTED
     if "<tool_call>" in chat_template:
-        return None if "<function=" in chat_template else TAGGED
+        return TAGGED
     if "<|python_tag|>" in chat_template or '"parameters": dictionary' in chat_template:
         return PLAIN
     return None
@@ -104,6 +122,7 @@ def grammar(
     repeats = parallel and form.may_repeat
     if form.is_list:
         more = '("," " "? call)*' if repeats else ""
+        before += ' " "?' if before else ""
         start = f'{before} "[" call {more} "]" {after}'
     else:
         gap = '"\\n"' if form.after else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from headrace.cluster.tools.calls import CallReader, Said, read_template
-from headrace.cluster.tools.formats import BARE, IN_TAGS, Format, grammar, known_format
+from headrace.cluster.tools.formats import BARE, Format, grammar, known_format, known_template
 from headrace.cluster.tools.models import NamedTool, Tool, ToolChoice
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.request import SamplingParams
@@ -59,8 +59,8 @@ class ToolUse:
 
     def after(self, prompt: Sequence[int], tokenizer: Any) -> "ToolUse":
         """The same, for answers to `prompt`: a tokenizer's own template may have to see its end."""
-        if self.form is not None or self.template is IN_TAGS:
-            return self
+        if self.template.get("start_anchor") == "\0":
+            return self  # ours
         text = tokenizer.decode(list(prompt))
         anchor = read_template(self.template).truncate_past_last_anchor(text)
         return replace(self, prefix=text[: len(text) - len(anchor)][-_ANCHOR:] + anchor)
@@ -97,7 +97,7 @@ def tool_use(asked: Asked, tokenizer: Any) -> ToolUse | None:
     parallel = asked.parallel_tool_calls is not False
     special = _special(tokenizer)
     if choice is None or choice == "auto":
-        template = own or (IN_TAGS if form is None and "<function=" in shown else None)
+        template = own or known_template(shown)
         if template is None and form is None:
             raise RequestError(
                 "how this model writes its calls is not known here, so that they could not be told from"

@@ -10,7 +10,7 @@ import pytest
 from headrace.cluster.grammars import Grammars
 from headrace.cluster.tools import formats
 from headrace.cluster.tools.calls import Said, ToolCall
-from headrace.cluster.tools.formats import BARE, IN_TAGS, LISTED, NAMED, PLAIN, TAGGED, Format
+from headrace.cluster.tools.formats import BARE, LISTED, NAMED, PLAIN, TAGGED, TEMPLATES, Format
 from headrace.cluster.tools.models import Function
 from headrace.cluster.tools.use import ToolUse
 from headrace.scheduler.structured import StructuredOutputsParams
@@ -28,10 +28,16 @@ TAG, END = "<tool_call>\n", "\n</tool_call>"
 ULM = '{"name": "weather", "arguments": {"city": "Ulm", "days": 2}}'
 NOW = '{"name": "now", "arguments": {}}'
 XML = "<function=weather>\n<parameter=city>\nUlm\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+GLM = (
+    "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+)
 
 
-def use(form: Format | None, template: Any = None) -> ToolUse:
-    return ToolUse(TOOLS, template or (form.template if form else IN_TAGS), form, None, False)
+def use(form: Format | str, template: Any = None) -> ToolUse:
+    if isinstance(form, str):
+        return ToolUse(TOOLS, template or TEMPLATES[form], None, None, False)
+    return ToolUse(TOOLS, form.template, form, None, False)
 
 
 def in_pieces(which: ToolUse, text: str, seed: int) -> Said:
@@ -66,12 +72,15 @@ def in_pieces(which: ToolUse, text: str, seed: int) -> Said:
          [ONE, OTHER]),
         (NAMED, '[TOOL_CALLS]now[ARGS]{"', '[TOOL_CALLS]now[ARGS]{"', []),
         (BARE, f"[{ULM}]", "", [ONE]),
-        (None, f"Hm.\n{TAG}{XML}</function>{END}", "Hm.", [ONE]),
-        (None, f"Hm.\n{TAG}{XML}", f"Hm.\n{TAG}{XML}", []),
+        ("<function=", f"Hm.\n{TAG}{XML}</function>{END}", "Hm.", [ONE]),
+        ("<function=", f"Hm.\n{TAG}{XML}", f"Hm.\n{TAG}{XML}", []),
+        ("<arg_key>", f"Hm.\n{GLM}\n{GLM}", "Hm.", [ONE, ONE]),
+        ("<arg_key>", "<tool_call>now\n</tool_call>", "", [OTHER]),
+        ("<arg_key>", GLM[:60], GLM[:60], []),
     ],
 )  # fmt: skip
 def test_calls_and_text(
-    form: Format | None, text: str, content: str, calls: list[tuple[str, Any]]
+    form: Format | str, text: str, content: str, calls: list[tuple[str, Any]]
 ) -> None:
     said = use(form).read(text, "n")
     assert [(call.name, json.loads(call.arguments)) for call in said.calls] == calls
@@ -118,7 +127,7 @@ def test_a_tokenizers_own_template(text: str, content: str, calls: list[tuple[st
         def decode(self, token_ids: list[int]) -> str:
             return "long ago <me> is <you>\n<me><think>"
 
-    which = use(None, OWN).after([1], Tokenizer())
+    which = use("", OWN).after([1], Tokenizer())
     said = which.read("so" + text, "n")
     assert [(call.name, json.loads(call.arguments)) for call in said.calls] == calls
     assert (said.content, said.reasoning) == (content, "so")
@@ -170,6 +179,7 @@ def test_marks_that_are_no_text_are_tokens(tokenizer: Any) -> None:
     [
         ("{% for tool in tools %}<tool_call>", TAGGED),
         ("{{ tools }}<tool_call><function=a>", None),
+        ("{{ tools }}<tool_call>{name}<arg_key>", None),
         ("{{ tools }}[TOOL_CALLS]", LISTED),
         ("{{ tools }}[TOOL_CALLS] + [ARGS]", NAMED),
         ('{{ tools }}{"name": function name, "parameters": dictionary of argument name', PLAIN),
