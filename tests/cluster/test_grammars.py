@@ -13,10 +13,10 @@ from local_engines import engine_of
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.engine import Engine
-from headrace.cluster.grammars import Grammars
+from headrace.cluster.grammars import Followed, Grammars
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.placement import Tier
-from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.request import Request, SamplingParams
 from headrace.scheduler.structured import MAX_GRAMMAR, StructuredOutputsParams
 
 STORY = "The old man had a boat and a dog. One day, there was a big storm and Tom said: "
@@ -167,6 +167,21 @@ def test_forms_that_are_none(form: dict[str, Any]) -> None:
 def test_biases_that_are_none(engine: Engine, bias: Any) -> None:
     with pytest.raises(RequestError, match="logit_bias"):
         engine.check([5], SamplingParams(logit_bias=bias))
+
+
+def test_who_can_no_longer_follow_ends_alone(tokenizer: Any) -> None:
+    followed = Followed(Grammars(tokenizer, [0]))
+    form = StructuredOutputsParams(regex="[a-z ]+")
+    good, bad = (Request(i, [5], SamplingParams(), seed=0) for i in range(2))
+    for request, text in ((good, "a"), (bad, "A")):
+        followed.start(request, form)
+        request.tokens += tokenizer(text)["input_ids"]
+    first = good.mask
+    assert {**followed.advance([good, bad])}.keys() == {bad}
+    assert good.mask != first  # it may end now
+    followed.drop(bad.request_id)
+    good.tokens += tokenizer("b")["input_ids"]
+    assert followed.advance([good]) == {}
 
 
 def test_each_grammar_is_compiled_once_whoever_asks(tokenizer: Any) -> None:

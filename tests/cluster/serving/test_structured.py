@@ -9,7 +9,7 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
-from served import MODEL, Served, serving, stories_engine
+from served import MODEL, EchoEngine, Served, serving, stories_engine
 
 TALK: Any = [{"role": "user", "content": "Who lives here?"}]
 
@@ -144,3 +144,16 @@ def test_what_cannot_be_followed_is_named(
     with pytest.raises(openai.BadRequestError, match=reason) as caught:
         chat(client, **given)
     assert caught.value.param == param
+
+
+def test_an_answer_that_cannot_go_on_is_the_clients_error(tokenizer: Any) -> None:
+    reason = "the answer cannot follow its grammar further: too complex"
+    with (
+        serving(EchoEngine(tokenizer, error=reason)) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.BadRequestError, match="too complex"):
+            chat(client, n=2)
+        with pytest.raises(openai.APIError, match="too complex"):
+            list(chat(client, stream=True))
+        assert served.metric("headrace_running_sequences") == 0
