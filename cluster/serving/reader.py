@@ -30,7 +30,7 @@ from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Order
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.tools.models import MAX_TOOLS
-from headrace.cluster.tools.use import ToolUse, chat_template_with, tool_use
+from headrace.cluster.tools.use import ToolUse, chat_template_with, for_template, tool_use
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.request import MAX_BIASES, SamplingParams
 
@@ -110,7 +110,7 @@ class Reader:
     def tokenize(self, raw: bytes) -> dict[str, Any]:
         body = self._parse(TokenizeRequest, raw)
         if body.messages is not None:
-            told = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+            told = for_template(body.tools or ())
             if told:
                 chat_template_with(self._model.tokenizer, told)
             tokens = self._conversation(body.messages, body.chat_template_kwargs, told)

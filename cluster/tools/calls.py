@@ -53,10 +53,11 @@ class CallReader:
         prefix: str,
         tools: Sequence[dict[str, Any]],
         name: str,
+        most: int | None = None,
     ) -> None:
         """`form` is of our own templates that are of one. `prefix` is the prompt from where the answer's
-        turn begins; `name` makes ids unique."""
-        self._form, self._name = form, name
+        turn begins; `name` makes ids unique. Calls beyond `most` are left out."""
+        self._form, self._name, self._most = form, name, most
         self._template, self._tools = template, list(tools)
         loaded = read_template(template)
         calls = loaded.fields.get("tool_calls")
@@ -113,7 +114,8 @@ class CallReader:
         if found is None:
             said.content += whole
             return
-        calls = [(name, json.dumps(given, ensure_ascii=False)) for name, given in found]
+        left = None if self._most is None else self._most - self._count
+        calls = [(name, json.dumps(given, ensure_ascii=False)) for name, given in found[:left]]
         said.calls += [ToolCall(self._id(), name, given) for name, given in calls]
 
     def _read(self, call: str) -> list[tuple[str, Any]] | None:

@@ -34,7 +34,8 @@ class Asked(Protocol):
 class ToolUse:
     """How a model is told of tools, and how its calls are read.
 
-    `told` is what its chat template gets. With a `grammar`, it cannot but call one of them.
+    `told` is what its chat template gets. With a `grammar`, it cannot but call one of them. Of an answer
+    that is to have a `single` call, others are left out.
     """
 
     told: list[dict[str, Any]]
@@ -42,6 +43,7 @@ class ToolUse:
     form: Format | None
     grammar: str | None
     shows_special: bool
+    single: bool = False
     prefix: str = ""
 
     def sampling(self, params: SamplingParams) -> SamplingParams:
@@ -67,7 +69,14 @@ class ToolUse:
 
     def reader(self, name: str) -> CallReader:
         """Of one answer; `name` makes the ids of its calls unique."""
-        return CallReader(self.template, self.form, prefix=self.prefix, tools=self.told, name=name)
+        return CallReader(
+            self.template,
+            self.form,
+            prefix=self.prefix,
+            tools=self.told,
+            name=name,
+            most=1 if self.single else None,
+        )
 
     def read(self, text: str, name: str) -> Said:
         """A whole answer."""
@@ -86,39 +95,50 @@ def tool_use(asked: Asked, tokenizer: Any) -> ToolUse | None:
             name = "parallel_tool_calls" if choice is None else "tool_choice"
             raise RequestError(f"{name} needs tools", name)
         return None
-    functions = [tool.function for tool in asked.tools]
-    if len({function.name for function in functions}) < len(functions):
+    names = [tool.function.name for tool in asked.tools]
+    if len({*names}) < len(names):
         raise RequestError("two of the tools have the same name", "tools")
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        name = choice.function.name[:64]
+        raise RequestError(f"tool_choice names {name!r}, which is none of the tools", "tool_choice")
     if choice == "none":
         return None
-    told = [tool.model_dump(exclude_none=True) for tool in asked.tools]
+    told = for_template(asked.tools)
     shown = chat_template_with(tokenizer, told)
-    form, own = known_format(shown), getattr(tokenizer, "response_template", None)
-    parallel = asked.parallel_tool_calls is not False
-    special = _special(tokenizer)
     if choice is None or choice == "auto":
-        template = own or known_template(shown)
-        if template is None and form is None:
+        use = _free(told, shown, tokenizer)
+        return replace(use, single=asked.parallel_tool_calls is False)
+    functions, parallel = [tool.function for tool in asked.tools], asked.parallel_tool_calls
+    if isinstance(choice, NamedTool):
+        functions = [each for each in functions if each.name == choice.function.name]
+        parallel = False
+    form, special = known_format(shown) or BARE, _special(tokenizer)
+    text = grammar(form, functions, special, parallel=parallel is not False)
+    return ToolUse(told, form.template, form, text, _shows(form.template, special))
+
+
+def _free(told: list[dict[str, Any]], shown: str, tokenizer: Any) -> ToolUse:
+    """Of a model that may call or not."""
+    form = None
+    template = getattr(tokenizer, "response_template", None) or known_template(shown)
+    if template is None:
+        form = known_format(shown)
+        if form is None:
             raise RequestError(
                 "how this model writes its calls is not known here, so that they could not be told from"
                 ' text: give "tool_choice" "required" or a function',
                 "tool_choice",
             )
-        if template is None:
-            assert form is not None
-            return ToolUse(told, form.template, form, None, _shows(form.template, special))
-        return ToolUse(told, template, None, None, _shows(template, special))
-    if isinstance(choice, NamedTool):
-        functions = [each for each in functions if each.name == choice.function.name]
-        if not functions:
-            told_name = (
-                f"tool_choice names {choice.function.name[:64]!r}, which is none of the tools"
-            )
-            raise RequestError(told_name, "tool_choice")
-        parallel = False
-    form = form or BARE
-    text = grammar(form, functions, special, parallel=parallel)
-    return ToolUse(told, form.template, form, text, _shows(form.template, special))
+        template = form.template
+    return ToolUse(told, template, form, None, _shows(template, _special(tokenizer)))
+
+
+def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """As chat templates read them, which may go through the parameters."""
+    told = [tool.model_dump(exclude_none=True) for tool in tools]
+    for tool in told:
+        tool["function"].setdefault("parameters", {"type": "object", "properties": {}})
+    return told
 
 
 def chat_template_with(tokenizer: Any, told: Sequence[dict[str, Any]]) -> str:

@@ -168,6 +168,8 @@ def test_calls_among_text_whole_and_streamed(tokenizer: Any) -> None:
             content, calls, _ = streamed(chat(client, messages=messages, stream=True))
             assert (content, [each[1:] for each in calls]) == ("So.", found)
             assert len({each[0] for each in calls}) == 2
+            one = chat(client, messages=messages, parallel_tool_calls=False).choices[0].message
+            assert [call.function.name for call in one.tool_calls] == ["weather"]
             none = chat(client, messages=messages, tool_choice="none").choices[0].message
             assert (none.content, none.tool_calls) == (text, None)
     finally:
