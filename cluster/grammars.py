@@ -6,10 +6,11 @@ grammar and of the tokens that were committed, so nothing of it has to survive w
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Lock
+from functools import partial
+from threading import Lock, Thread, stack_size
 from typing import Any
 
 import llguidance
@@ -28,12 +29,17 @@ _GAP = r" |\n[ \t]{0,20}"
 """White space between two parts of JSON: as models write it, and never without end."""
 
 _LIMITS = llguidance.LLParserLimits(
+    max_items_in_row=1000,
     max_lexer_states=50_000,  # of 1 to 2 KiB, for each sequence
     max_grammar_size=200_000,
     verbose_errors=False,
 )
+_STACK = 512 << 20
+"""Rules that refer to rules are compiled by recursion, and a stack that ends takes the process along.
+These are addresses: what is not needed is no memory."""
+
 _SHOWN = 300
-_GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+_GBNF = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,7 @@ class Grammars:
         """`stop_ids` end an answer that is complete; a model has logits of `vocabulary` tokens."""
         self._hf, self._stop_ids, self._vocabulary = tokenizer, sorted(stop_ids), vocabulary
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._opening, self._lock = Lock(), Lock()
+        self._opening, self._lock, self._room = Lock(), Lock(), _DeepStack()
         self._made: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
 
     def compiled(self, wanted: StructuredOutputsParams) -> Grammar:
@@ -70,7 +76,7 @@ class Grammars:
         if known is not None:
             return known.result()
         try:
-            made.set_result(self._compile(wanted))
+            made.set_result(self._room.call(partial(self._compile, wanted)))
         except BaseException as error:
             with self._lock:
                 if self._made.get(wanted) is made:
@@ -123,6 +129,33 @@ class Grammars:
         if not masks.any():
             raise _refusal(wanted, "no answer of this model can be that")
         return Grammar(matcher, masks[0].tobytes())
+
+
+class _DeepStack:
+    """Calls functions in threads of their own, which have a stack of _STACK bytes."""
+
+    def __init__(self) -> None:
+        self._starting = Lock()
+
+    def call(self, work: Callable[[], Grammar]) -> Grammar:
+        done: Future[Grammar] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+
+        thread = Thread(target=run, name="headrace-grammar", daemon=True)
+        with self._starting:
+            before = stack_size(_STACK)
+            try:
+                thread.start()
+            finally:
+                stack_size(before)
+        return done.result()
 
 
 class Followed:

@@ -7,8 +7,10 @@ from typing import Any
 
 from headrace.scheduler.errors import RequestError
 
-MAX_GRAMMAR = 256 << 10
-"""Characters of a schema or grammar."""
+MAX_GRAMMAR = 64 << 10
+"""Characters of a schema or grammar. What some cost grows with the square of their length."""
+
+MAX_REGEX = 8 << 10
 
 MAX_CHOICES = 4096
 
@@ -43,8 +45,9 @@ class StructuredOutputsParams:
             self._refuse("choice must be a list of non-empty strings")
         if len(self.choice or ()) > MAX_CHOICES:
             self._refuse(f"choice may have {MAX_CHOICES} strings at most")
-        if self.num_characters > MAX_GRAMMAR:
-            self._refuse(f"has {self.num_characters} characters, {MAX_GRAMMAR} at most are read")
+        most = MAX_GRAMMAR if self.regex is None else MAX_REGEX
+        if self.num_characters > most:
+            self._refuse(f"has {self.num_characters} characters, {most} at most are read")
 
     @property
     def num_characters(self) -> int:
