@@ -29,7 +29,6 @@ _GAP = r" |\n[ \t]{0,20}"
 """White space between two parts of JSON: as models write it, and never without end."""
 
 _LIMITS = llguidance.LLParserLimits(
-    max_items_in_row=1000,
     max_lexer_states=50_000,  # of 1 to 2 KiB, for each sequence
     max_grammar_size=200_000,
     verbose_errors=False,
