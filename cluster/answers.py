@@ -11,14 +11,19 @@ from typing import Any
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.rows import Kind, Row, Tokenizer
+from headrace.cluster.tools.calls import Said
 from headrace.scheduler.plan import Sample
+from headrace.scheduler.request import FinishReason
 
 
 def answer(
     row: Row, completions: Sequence[Completion], tokenizer: Tokenizer, model: str, created: int
 ) -> dict[str, Any]:
     """The output row. `completions` are the row's n samples in order; `created` is Unix seconds."""
-    choices = [choice(row.kind, i, done, tokenizer) for i, done in enumerate(completions)]
+    choices = []
+    for i, done in enumerate(completions):
+        said = row.tools.read(done.text, f"{row.key:016x} {i}") if row.tools else None
+        choices.append(choice(row.kind, i, done, tokenizer, said))
     usage = usage_of(completions[:1], completions)
     if row.kind is Kind.NATIVE:
         if len(choices) > 1:
@@ -76,20 +81,37 @@ def usage_of(prompts: Sequence[Completion], completions: Sequence[Completion]) -
     }
 
 
-def choice(kind: Kind, index: int, done: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One sample as `choices` lists it."""
+def choice(
+    kind: Kind, index: int, done: Completion, tokenizer: Tokenizer, said: Said | None = None
+) -> dict[str, Any]:
+    """One sample as `choices` lists it; what was `said` where it may have calls in it."""
     made: dict[str, Any] = {"index": index}
+    text = done.text if said is None else said.content
+    calls = [call.listed() for call in said.calls] if said else []
     if kind is Kind.CHAT:
-        made["message"] = {"role": "assistant", "content": done.text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if said is not None and said.reasoning:
+            message["reasoning_content"] = said.reasoning
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        made["message"] = message
     else:
-        made["text"] = done.text
+        made["text"] = text
+        if calls:
+            made["tool_calls"] = calls
     if kind is not Kind.NATIVE:
         made["logprobs"] = None
     if done.logprobs is not None:
         listed = completion_logprobs if kind is Kind.COMPLETION else chat_logprobs
         made["logprobs"] = listed(done.logprobs, tokenizer)
-    made["finish_reason"] = done.finish_reason
+    made["finish_reason"] = finish_reason(done, bool(calls))
     return made
+
+
+def finish_reason(done: Completion, has_calls: bool) -> str:
+    if has_calls and done.finish_reason == FinishReason.STOP.value:
+        return "tool_calls"
+    return done.finish_reason
 
 
 def chat_logprobs(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -11,7 +11,8 @@ class Completion:
 
     `token_ids` are the generated tokens without the prompt's `num_prompt` ones. `text` is their
     decoded form, cut at a stop string. `finish_reason` is "stop", "length" or "abort". `logprobs`
-    has one Sample per generated token when the request asked for them and is None otherwise.
+    has one Sample per generated token when the request asked for them and is None otherwise. `error` says
+    why a request that was well-formed could not go on; its reason is "abort".
     """
 
     request_id: int
@@ -20,3 +21,4 @@ class Completion:
     finish_reason: str
     logprobs: list[Sample] | None
     num_prompt: int
+    error: str | None = None

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
+from headrace.cluster.grammars import Followed, Grammars
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
-from headrace.scheduler.errors import StageError
+from headrace.scheduler.errors import RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
@@ -75,8 +76,10 @@ class Engine:
         trace: "RunTrace | None" = None,
         logs: "StageLogs | None" = None,
         replacer: StageReplacer | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        """Takes over what the stages' `logs` hold of `tenant`, whose all requests are."""
+        """Takes over what the stages' `logs` hold of `tenant`, whose all requests are. The model has
+        logits of `vocabulary` tokens: as many as the tokenizer, unless it is told."""
         self.plan = plan
         self.model_digest = digest
         self.max_context = plan.max_context
@@ -91,6 +94,8 @@ class Engine:
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
         self._pipeline, self._stop_ids = pipeline, stop_ids
+        self._grammars = Grammars(tokenizer, stop_ids, vocabulary)
+        self._followed = Followed(self._grammars)
         self._replacer = replacer
         self._completed: list[Completion] = []  # by passes that `step` did not wait for
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
@@ -118,12 +123,15 @@ class Engine:
         by `step` with each of its tokens, once that is committed.
         """
         self._check_keep(keep)
+        self._check_params(params)
         request_id, self._next_id = self._next_id, self._next_id + 1
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._stop_ids
         request = Request(request_id, list(token_ids), params, seed, stop_ids, tenant, keep)
         self._scheduler.add(request)
+        if params.structured_outputs is not None:
+            self._followed.start(request, params.structured_outputs)
         if params.stop:
             self._watchers[request_id] = StopStrings(self.tokenizer, params)
         if params.logprobs is not None:
@@ -133,7 +141,11 @@ class Engine:
         return request_id
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
-        """RequestError when `add` would refuse this. Any thread may ask, at any time."""
+        """RequestError when `add` would refuse this. Any thread may ask, at any time.
+
+        It compiles the grammar that the answer is to follow, which may take a second.
+        """
+        self._check_params(params)
         check_request(Request(-1, token_ids, params, seed=0), self._scheduler.config)
 
     def abort(self, request_id: int) -> None:
@@ -259,6 +271,15 @@ class Engine:
             if self.trace is not None:
                 last_first.callback(self.trace.close)
 
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.biases and params.biases[-1][0] >= len(self.tokenizer):
+            told = (
+                f"token {params.biases[-1][0]} is outside the vocabulary of {len(self.tokenizer)}"
+            )
+            raise RequestError(f"logit_bias: {told} tokens", "logit_bias")
+        if params.structured_outputs is not None:
+            self._grammars.compiled(params.structured_outputs)
+
     def _check_keep(self, keep: bool) -> None:
         if keep and not self.plan.host_pages and not self._warned_of_keep:
             self._warned_of_keep = True
@@ -293,7 +314,19 @@ class Engine:
                 ended[request.request_id] = request
                 self._scheduler.finish(request.request_id, FinishReason.STOP, request.num_output)
             request.finish_reason = FinishReason.STOP
-        return [self._complete(request, texts.get(i)) for i, request in ended.items()]
+        errors = self._follow([r for r, _ in update.committed if r.request_id not in ended])
+        ended |= {request.request_id: request for request in errors}
+        reasons = {request.request_id: error for request, error in errors.items()}
+        return [self._complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
+
+    def _follow(self, requests: Sequence[Request]) -> dict[Request, str | None]:
+        """Find out what may come next of those that follow a grammar. The ones that end now: with an error,
+        or because their answer is complete."""
+        ended = self._followed.advance([request for request in requests if request.mask])
+        for request, error in ended.items():
+            reason = FinishReason.STOP if error is None else FinishReason.ABORT
+            self._scheduler.finish(request.request_id, reason, request.num_output)
+        return ended
 
     def _watch(self, request_id: int, sample: Sample) -> str | None:
         """Hand the token on and note its logprobs; the request's final text if it completed a stop
@@ -305,11 +338,12 @@ class Engine:
         watcher = self._watchers.get(request_id)
         return watcher.push(sample.token) if watcher else None
 
-    def _complete(self, request: Request, text: str | None) -> Completion:
+    def _complete(self, request: Request, text: str | None, error: str | None) -> Completion:
         tokens = request.output
         assert request.finish_reason is not None
         if text is None:
-            by_id = request.finish_reason is FinishReason.STOP
+            by_id = tokens[-1] in request.stop_ids | self._stop_ids
+            by_id &= request.finish_reason is FinishReason.STOP
             text = decode(self.tokenizer, tokens[:-1] if by_id else tokens, request.params)
         completion = Completion(
             request_id=request.request_id,
@@ -318,6 +352,7 @@ class Engine:
             finish_reason=request.finish_reason.value,
             logprobs=self._logprobs.get(request.request_id),
             num_prompt=request.num_prompt,
+            error=error,
         )
         self.stats.prompt_tokens += request.num_prompt
         self._forget(request.request_id)
@@ -326,6 +361,7 @@ class Engine:
     def _forget(self, request_id: int) -> None:
         self._watchers.pop(request_id, None)
         self._logprobs.pop(request_id, None)
+        self._followed.drop(request_id)
         self._listeners.pop(request_id, None)
 
 

@@ -217,7 +217,8 @@ class Job:
         row = running.row
         if completion.finish_reason == FinishReason.ABORT.value:
             self._abort(running.request_ids)
-            self._refuse(journal, row.number, row.id, row.batch, "the engine gave the request up")
+            reason = completion.error or "the engine gave the request up"
+            self._refuse(journal, row.number, row.id, row.batch, reason)
             return
         running.done[completion.request_id] = completion
         samples = running.samples()

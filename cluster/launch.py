@@ -230,7 +230,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         found = _discover(actors, store, device)
         times.ended("stages")
         tokenizer = loading.result()
-        plan = plan_run(options, device, found, measuring.result())
+        shape = measuring.result()
+        plan = plan_run(options, device, found, shape)
         times.ended("tokenizer and plan")
         logs = None
         if plan.nvme_pages:
@@ -249,7 +250,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         log.info("%s", times)
         ring = RayPipeline(actors, plan, options.deadline)
         replacer = StageReplacer(processes, configs, ring, logs, edges)
-        engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, replacer)
+        words = shape.vocab_size
+        engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, replacer, words)
         stack.enter_context(engine)
         yield engine
         if options.kv_keep:  # not after an error
@@ -276,6 +278,7 @@ def _engine(
     tokenizer: Any,
     logs: ActorLogs | None,
     replacer: StageReplacer,
+    vocabulary: int,
 ) -> Engine:
     pipeline: Pipeline = ring
     trace = None
@@ -295,4 +298,5 @@ def _engine(
         trace=trace,
         logs=logs,
         replacer=replacer,
+        vocabulary=vocabulary,
     )

@@ -13,6 +13,8 @@ from headrace.cluster.launch import running_engine
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.rows import chat_tokens, prompt_tokens
 from headrace.cluster.seeds import derive_seed
+from headrace.cluster.tools.use import chat_template_with
+from headrace.scheduler.errors import RequestError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
@@ -90,7 +92,8 @@ class LLM:
         """Continue each prompt (text or token ids); results come in the order of the prompts.
 
         `keep_context` saves keys and values of prompts and answers to host RAM and NVMe, where there
-        is room for them: a later prompt that begins with the same tokens finds them. RequestError when a prompt cannot be served (empty, or longer than the context).
+        is room for them: a later prompt that begins with the same tokens finds them. RequestError when a prompt cannot be served (empty, or longer than the context, or with a grammar that cannot be
+        followed).
         """
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         several: Any = [prompts] if single else prompts
@@ -108,11 +111,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         keep_context: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, through the model's chat template."""
+        """Answer one conversation or several, through the model's chat template, which is told of `tools`.
+
+        Calls are in the text as the model writes them.
+        """
         one = bool(messages) and isinstance(messages[0], dict)
         conversations: Any = [messages] if one else messages
-        tokens = [chat_tokens(self._engine.tokenizer, list(c)) for c in conversations]
+        tokenizer = self._engine.tokenizer
+        if tools:
+            chat_template_with(tokenizer, tools)
+        tokens = [chat_tokens(tokenizer, list(c), None, tools) for c in conversations]
         return self._run([None] * len(tokens), tokens, sampling_params, keep_context)
 
     def _run(
@@ -136,6 +146,8 @@ class LLM:
         while waiting:
             for completion in self._engine.step():
                 done[waiting.pop(completion.request_id)] = completion
+        if failed := [each.error for each in done.values() if each.error is not None]:
+            raise RequestError(failed[0])
         return [
             RequestOutput(
                 request_id=str(i),

@@ -4,9 +4,14 @@ The names are OpenAI's, plus vLLM's extras and `keep_context`. An unknown name i
 parameter is never silently ignored.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from headrace.cluster.structured_models import ResponseFormat, StructuredOutputs
+from headrace.cluster.tools.models import ToolChoice, Tools
+from headrace.scheduler.errors import RequestError
 
 _Count = Annotated[int, Field(lt=2**31)]
 
@@ -34,6 +39,9 @@ class Parameters(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
+    logit_bias: dict[Annotated[int, Field(ge=0)], float] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 PARAMETERS = frozenset(Parameters.model_fields)
@@ -53,10 +61,27 @@ class Message(BaseModel):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     def for_template(self) -> dict[str, Any]:
+        """RequestError for calls that are none."""
         message = self.model_dump(exclude_none=True)
         if isinstance(self.content, list):
             message["content"] = "\n".join(part.text for part in self.content)
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_readable(call) for call in message["tool_calls"]]
+            message.setdefault("content", "")
         return message
+
+
+def _readable(call: Any) -> Any:
+    """A call with its arguments as templates read them: OpenAI's clients send them as text."""
+    try:
+        function = dict(call["function"])
+        given = function.get("arguments")
+        if isinstance(given, str):
+            function["arguments"] = json.loads(given or "{}")
+        return {**call, "function": function}
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        told = 'tool_calls must have a "function" with "arguments" that are JSON'
+        raise RequestError(f"{told}: {error}", "messages") from error
 
 
 TokenId = Annotated[int, Field(ge=0)]
@@ -69,7 +94,15 @@ class OwnParameters(Parameters):
     keep_context: bool | None = None
 
 
-class NativeRow(OwnParameters):
+class WithTools(BaseModel):
+    """Of conversations."""
+
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+
+class NativeRow(OwnParameters, WithTools):
     id: str | int | None = None
     prompt: Prompt | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -79,6 +112,8 @@ class NativeRow(OwnParameters):
     def one_prompt(self) -> "NativeRow":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError('give either "prompt" or "messages"')
+        if self.messages is None and (self.tools or self.tool_choice):
+            raise ValueError('tools need "messages"')
         return self
 
 
@@ -89,7 +124,7 @@ class Body(OwnParameters):
     user: str | None = None
 
 
-class Conversation(Body):
+class Conversation(Body, WithTools):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     chat_template_kwargs: dict[str, Any] | None = None
 

@@ -27,6 +27,8 @@ from headrace.cluster.row_models import (
     Parameters,
     reasons,
 )
+from headrace.cluster.structured_models import wanted_form
+from headrace.cluster.tools.use import ToolUse, tool_use
 from headrace.scheduler.errors import ContextLengthError, RequestError
 from headrace.scheduler.request import SamplingParams
 
@@ -43,6 +45,11 @@ class Tokenizer(Protocol):
     def __len__(self) -> int: ...
 
     def __call__(self, text: str, /) -> Any: ...
+
+    @property
+    def added_tokens_decoder(self) -> Any: ...
+
+    def get_chat_template(self, chat_template: Any, tools: Any, /) -> Any: ...
 
     def apply_chat_template(self, conversation: Any, /, **kwargs: Any) -> Any: ...
 
@@ -85,6 +92,7 @@ class Row:
     token_ids: list[int]
     params: SamplingParams
     keep_context: bool = False
+    tools: ToolUse | None = None
 
     @property
     def batch(self) -> bool:
@@ -118,10 +126,13 @@ def prepare(draft: Draft, tokenizer: Tokenizer, defaults: SamplingParams, max_co
     """Check a row and tokenize it. Raises RequestError with a reason that the user can act upon."""
     kind, row = _validate(draft)
     params = sampling_params(row, defaults)
-    token_ids = _token_ids(row, tokenizer)
+    tools = None if isinstance(row, CompletionBody) else tool_use(row, tokenizer)
+    token_ids = _token_ids(row, tokenizer, tools)
     check_tokens(token_ids, tokenizer, max_context)
     keep = bool(row.keep_context)
-    return Row(draft.number, draft.id, draft.key, kind, token_ids, params, keep)
+    if tools is not None:
+        params, tools = tools.sampling(params), tools.after(token_ids, tokenizer)
+    return Row(draft.number, draft.id, draft.key, kind, token_ids, params, keep, tools)
 
 
 def check_tokens(token_ids: Sequence[int], tokenizer: Tokenizer, max_context: int) -> None:
@@ -171,17 +182,24 @@ def _validate(draft: Draft) -> tuple[Kind, NativeRow | CompletionBody | ChatBody
         raise RequestError(reasons(error)) from error
 
 
-def _token_ids(row: NativeRow | CompletionBody | ChatBody, tokenizer: Tokenizer) -> list[int]:
+def _token_ids(
+    row: NativeRow | CompletionBody | ChatBody, tokenizer: Tokenizer, tools: ToolUse | None
+) -> list[int]:
     if not isinstance(row, CompletionBody) and row.messages is not None:
         messages = [message.for_template() for message in row.messages]
-        return chat_tokens(tokenizer, messages, row.chat_template_kwargs)
+        told = None if tools is None else tools.told
+        return chat_tokens(tokenizer, messages, row.chat_template_kwargs, told)
     assert not isinstance(row, ChatBody) and row.prompt is not None
     return prompt_tokens(tokenizer, row.prompt) if isinstance(row.prompt, str) else row.prompt
 
 
 def sampling_params(row: Parameters, defaults: SamplingParams) -> SamplingParams:
     """A row's parameters over `defaults`, whose seed it never takes. RequestError for bad ones."""
-    given = row.model_dump(include=set(PARAMETERS), exclude_none=True)
+    forms = {"response_format", "structured_outputs"}
+    given = row.model_dump(include=set(PARAMETERS - forms), exclude_none=True)
+    form = wanted_form(row.response_format, row.structured_outputs)
+    if form is not None:
+        given["structured_outputs"] = form
     limit = given.pop("max_completion_tokens", None)
     if limit is not None:
         given["max_tokens"] = limit
@@ -207,7 +225,10 @@ def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def chat_tokens(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], options: Mapping[str, Any] | None = None
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    options: Mapping[str, Any] | None = None,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks, by the model's chat template.
 
@@ -216,7 +237,9 @@ def chat_tokens(
     """
     if tokenizer.chat_template is None:
         raise RequestError('the model has no chat template: give "prompt" instead of "messages"')
-    fixed = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    fixed: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    if tools:
+        fixed["tools"] = list(tools)
     try:
         # A template is a program that came with the model: whatever it raises concerns this row.
         encoded = tokenizer.apply_chat_template(messages, **{**(options or {}), **fixed})

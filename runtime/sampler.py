@@ -1,8 +1,8 @@
 """Tokens from logits, on the stage of the last visit: batched, repeatable, one transfer back.
 
 A row's token is a function of its logits, its parameters and (seed, position) alone. The order is
-vLLM's: penalties, then greedy or temperature, top-k, top-p, min-p and the draw. Log-probabilities
-are those of the raw logits.
+vLLM's: masks and biases, penalties, then greedy or temperature, top-k, top-p, min-p and the draw.
+Log-probabilities are those of the raw logits.
 """
 
 import math
@@ -14,6 +14,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from headrace.runtime.constraints import constrained
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.plan import Sample, Sampling
 
@@ -69,7 +70,7 @@ def draw(logits: Tensor, rows: Sequence[Row], at_once: int = 64) -> Drawn:
     assert logits.dtype == torch.float32 and len(logits) == len(rows), (logits.shape, len(rows))
     if not rows:
         return Drawn(rows, torch.empty(0, 2))
-    scores = _penalized(logits, rows)
+    scores = _penalized(constrained(logits, [how for _, _, how in rows]), rows)
     top_score, tokens = scores.max(dim=-1)  # nan wins; among equals the first does
     drawn = [i for i, (_, _, how) in enumerate(rows) if how.temperature >= _GREEDY_BELOW]
     for width, members in _by_width(rows, drawn).items():

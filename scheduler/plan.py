@@ -23,7 +23,9 @@ class Sampling:
     `history` carries the request's tokens so far (prompt and output) when a penalty needs them and
     is empty otherwise; `num_prompt` says how many of them are prompt. Where the slice's token
     FOLLOWS, it is missing at the end of `history`, too. The random number is a function of (seed,
-    position) alone, so that running a pass again draws the same token.
+    position) alone, so that running a pass again draws the same token. `logit_bias` holds (token, what
+    is added to its logit). A token may be drawn where its bit in `mask` is set, counted from the lowest
+    bit of the first byte; those behind its end may not. Empty where all may.
     """
 
     temperature: float
@@ -37,6 +39,8 @@ class Sampling:
     logprobs: int | None
     num_prompt: int
     history: tuple[int, ...]
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    mask: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,15 @@
 """A request, its sampling parameters and why it ended."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.plan import Sampling
+from headrace.scheduler.structured import StructuredOutputsParams
+
+MAX_BIASES = 1024
+"""Tokens with a bias of their own: they travel with every pass."""
 
 
 class FinishReason(str, Enum):
@@ -21,7 +26,9 @@ class SamplingParams:
     divides (multiplies, when negative) the logits of every token seen in prompt or output;
     `presence_penalty` and `frequency_penalty` look at the output only, as OpenAI defines them.
     `seed` None draws from a seed derived from the request's identity, so that jobs can be resumed.
-    `logprobs` k returns the chosen token's logprob and those of the k most likely.
+    `logprobs` k returns the chosen token's logprob and those of the k most likely. `logit_bias` adds to
+    the logits of tokens (a mapping, kept as pairs): -100 forbids one, 100 leaves no other.
+    `structured_outputs` ends an answer when it is complete.
     """
 
     n: int = 1
@@ -40,6 +47,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     seed: int | None = None
     logprobs: int | None = None
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         # Lists from JSON and from vLLM habits become tuples; a single stop string is one of many.
@@ -47,6 +56,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "top_k", max(self.top_k, 0))
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         for name, good, rule in (
             ("n", self.n >= 1, "at least 1"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
@@ -63,10 +73,34 @@ class SamplingParams:
                 raise RequestError(f"{name} must be {rule}, not {getattr(self, name)!r}", name)
 
     @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        return tuple(self.logit_bias)  # type: ignore[arg-type]
+
+    @property
     def needs_history(self) -> bool:
         return bool(
             self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
         )
+
+
+def _pairs(
+    biases: Mapping[int, float] | Iterable[tuple[int, float]] | None,
+) -> tuple[tuple[int, float], ...]:
+    """By token; RequestError for what is no bias."""
+    given = biases.items() if isinstance(biases, Mapping) else biases or ()
+    try:
+        pairs = sorted((int(token), float(bias)) for token, bias in given)
+    except (TypeError, ValueError) as error:
+        told = f"logit_bias must map token ids to numbers: {error}"
+        raise RequestError(told, "logit_bias") from error
+    if len(pairs) > MAX_BIASES:
+        told = f"logit_bias may have {MAX_BIASES} tokens at most, not {len(pairs)}"
+        raise RequestError(told, "logit_bias")
+    for token, bias in pairs:
+        if token < 0 or not -100.0 <= bias <= 100.0:
+            told = f"logit_bias must be between -100 and 100 and of a token, not {bias} of {token}"
+            raise RequestError(told, "logit_bias")
+    return tuple(pairs)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +123,9 @@ class Request:
     do not sink, nor those of a request that found one of them damaged: while passes with it are in flight
     it `is_spoiled`, and what they compute for it is ignored.
 
+    `mask` says which tokens may come next, where not all may; whoever sets it does so with each token that is
+    committed, so that until then no further one can be drawn.
+
     No page of a `tenant` is found by another one. `keep` brings the full pages to host RAM and NVMe
     once the request has stopped or reached its length, for a request that continues it.
     """
@@ -100,6 +137,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     tenant: str = ""
     keep: bool = False
+    mask: bytes = b""
     num_prompt: int = field(init=False)
     num_scheduled: int = field(init=False, default=0)
     num_drawing: int = field(init=False, default=0)
@@ -156,4 +194,6 @@ class Request:
             logprobs=params.logprobs,
             num_prompt=self.num_prompt,
             history=tuple(self.tokens) if params.needs_history else (),
+            logit_bias=params.biases,
+            mask=self.mask,
         )

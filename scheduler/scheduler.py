@@ -32,7 +32,8 @@ class Scheduler:
     A live request waits (no pages) or runs (a tail, and pages for what is scheduled, on the device or, of
     guests, in host RAM). One that runs is in no pass while pages of its prefix are being loaded. Several passes may be in flight and are
     returned in order. A request is in at most one of them; passes made ahead may also hold requests of
-    the oldest one, which continue by tokens that are not known yet. What a request that has ended
+    the oldest one, which continue by tokens that are not known yet, unless the next one's mask depends
+    on them. What a request that has ended
     meanwhile gets in such a pass is ignored. Request ids are unique while a request lives or is in
     flight, and give precedence: lower ids are admitted first and preempted last.
 
@@ -235,7 +236,7 @@ class Scheduler:
             return False
         if not request.passes:
             return True
-        if self._room.is_due(request):
+        if self._room.is_due(request) or (request.mask and request.num_drawing):
             return False
         ends = len(request.tokens) + request.num_drawing >= token_limit(request, self.config)
         return may_follow and request.passes == [self._steps[0]] and not ends

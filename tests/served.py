@@ -126,13 +126,14 @@ class _Echo:
 @dataclass
 class EchoEngine:
     """Answers a prompt with itself, a token a step. No step begins before `gate` is open; it takes `pace`
-    seconds and raises the `failure`, if there is one. A sequence has one page."""
+    seconds and raises the `failure`, if there is one. A sequence has one page, and ends with the `error`."""
 
     tokenizer: Any
     max_context: int = 100
     model_digest: str = "echo"
     max_running: int = 1000
     failure: Exception | None = None
+    error: str | None = None
     pace: float = 0.0
     gate: threading.Event = field(default_factory=threading.Event)
     aborted: list[int] = field(default_factory=list)
@@ -208,4 +209,5 @@ class EchoEngine:
         if text is None:
             text = decode(self.tokenizer, echo.said, echo.params)
         del self._live[request_id]
-        return Completion(request_id, echo.said, text, reason, None, len(echo.tokens))
+        reason = "abort" if self.error else reason
+        return Completion(request_id, echo.said, text, reason, None, len(echo.tokens), self.error)

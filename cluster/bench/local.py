@@ -66,7 +66,8 @@ def local_engine(
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
     found = discover(stage_device(device), str(store.path.resolve()))
-    plan = plan_run(options, device, [found], shape_in(store, dtype, options.kv_format))
+    shape = shape_in(store, dtype, options.kv_format)
+    plan = plan_run(options, device, [found], shape)
     log_kv(plan, options.kv_hot_window)
     config = StageConfig(
         store=str(store.path),
@@ -96,6 +97,7 @@ def local_engine(
             dtype=dtype,
             tenant=options.kv_tenant,
             logs=None if log is None else LocalLogs([stage], [log]),
+            vocabulary=shape.vocab_size,
         )
         yield opened.enter_context(engine)
         if options.kv_keep:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headrace.cluster.row_models import Body, Conversation, Message, TokenId
+from headrace.cluster.tools.models import Tools
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 8192
@@ -27,12 +28,6 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-
-
 class CompletionRequest(Body):
     prompt: Prompts
     echo: Literal[False] | None = None
@@ -50,7 +45,6 @@ class CompletionRequest(Body):
 
 class ChatRequest(Conversation):
     messages: Messages
-    response_format: TextFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -61,12 +55,15 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def one_text(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError('give either "prompt" or "messages"')
+        if self.messages is None and self.tools:
+            raise ValueError('tools need "messages"')
         return self
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from headrace.cluster import answers
@@ -11,28 +11,33 @@ from headrace.cluster.detokenize import TextDeltas
 from headrace.cluster.rows import Kind, Tokenizer
 from headrace.cluster.serving.generation import Generation, Progress
 from headrace.cluster.serving.reader import Model, Work
+from headrace.cluster.tools.calls import CallReader, Said
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """More of one choice: text, the tokens that it came of, and the sequence when it has ended."""
+    """More of one choice: what was said, the tokens that it came of, and the sequence when it has
+    ended."""
 
     index: int
-    text: str
+    said: Said
     samples: list[Sample]
     completion: Completion | None
 
 
 class Choice:
-    """One sequence's text as it comes. Tokens are held back until the text that they are part of is
-    shown."""
+    """One sequence's text as it comes, or text and calls where a `reader` tells them apart. Tokens are
+    held back until the text that they are part of is shown."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, params: SamplingParams, reader: CallReader | None
+    ) -> None:
         self._index, self._deltas = index, TextDeltas(tokenizer, params)
+        self._reader = reader
         self._samples: list[Sample] = []
-        self._text: list[str] = []
+        self.said = Said()
 
     def take(self, progress: Progress) -> Piece | None:
         """What can be shown now; None when that is nothing."""
@@ -44,15 +49,20 @@ class Choice:
         if done is not None:
             by_stop = done.finish_reason == FinishReason.STOP.value
             text += self._deltas.finish(done.text, [] if by_stop else done.token_ids[-1:])
-        elif not text:
+        said = self._read(text, is_end=done is not None)
+        if done is None and said == Said():
             return None
-        self._text.append(text)
+        self.said.add(said)
         samples, self._samples = self._samples, []
-        return Piece(self._index, text, samples, done)
+        return Piece(self._index, said, samples, done)
 
-    @property
-    def text(self) -> str:
-        return "".join(self._text)
+    def _read(self, text: str, *, is_end: bool) -> Said:
+        if self._reader is None:
+            return Said(text)
+        said = self._reader.feed(text)
+        if is_end:
+            said.add(self._reader.finish())
+        return said
 
 
 class Answer:
@@ -62,7 +72,13 @@ class Answer:
         self._work, self._tokenizer = work, model.tokenizer
         self._envelope = answers.envelope(work.kind, work.name, model.name, created)
         self._choices = [
-            Choice(index, model.tokenizer, order.params) for index, order in enumerate(work.orders)
+            Choice(
+                index,
+                model.tokenizer,
+                order.params,
+                work.tools.reader(f"{work.name} {index}") if work.tools else None,
+            )
+            for index, order in enumerate(work.orders)
         ]
         self._done: dict[int, Completion] = {}
         self._offsets = [0] * len(work.orders)  # of the next token in each choice's text
@@ -87,10 +103,10 @@ class Answer:
 
     def _assemble(self) -> dict[str, Any]:
         # As it would have been streamed, to the letter.
-        texts = [choice.text for choice in self._choices]
-        done = [replace(self._done[i], text=text) for i, text in enumerate(texts)]
+        kind, tokenizer = self._work.kind, self._tokenizer
         choices = [
-            answers.choice(self._work.kind, i, each, self._tokenizer) for i, each in enumerate(done)
+            answers.choice(kind, i, self._done[i], tokenizer, choice.said)
+            for i, choice in enumerate(self._choices)
         ]
         return {**self._envelope, "choices": choices, "usage": self._usage()}
 
@@ -113,14 +129,15 @@ class Answer:
 
     def _listed(self, piece: Piece) -> dict[str, Any]:
         done = piece.completion
-        reason = None if done is None else done.finish_reason
+        calls = self._choices[piece.index].said.calls
+        reason = None if done is None else answers.finish_reason(done, bool(calls))
         logprobs = self._logprobs(piece)
         if self._work.kind is Kind.CHAT:
-            delta = {"content": piece.text} if piece.text else {}
+            delta = _fields(piece.said, len(calls))
             return _delta(piece.index, delta, logprobs, reason)
         return {
             "index": piece.index,
-            "text": piece.text,
+            "text": piece.said.content,
             "logprobs": logprobs,
             "finish_reason": reason,
         }
@@ -140,9 +157,20 @@ class Answer:
         return answers.usage_of(done[:: self._work.n], done)
 
 
+def _fields(said: Said, num_calls: int) -> dict[str, Any]:
+    """What is new, of `num_calls` calls until now."""
+    fields: dict[str, Any] = {"content": said.content} if said.content else {}
+    if said.reasoning:
+        fields["reasoning_content"] = said.reasoning
+    if said.calls:
+        first = num_calls - len(said.calls)
+        fields["tool_calls"] = [call.listed(index=first + i) for i, call in enumerate(said.calls)]
+    return fields
+
+
 def _delta(
     index: int,
-    delta: dict[str, str],
+    delta: dict[str, Any],
     logprobs: dict[str, Any] | None = None,
     reason: str | None = None,
 ) -> dict[str, Any]:

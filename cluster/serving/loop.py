@@ -188,6 +188,8 @@ class EngineLoop:
     def _complete(self, completion: Completion) -> None:
         if (news := self._news.get(completion.request_id)) is not None:
             news.completion = completion
+            if completion.error is not None:
+                news.error = RequestError(completion.error)
 
     def _hand_out(self) -> None:
         engine = self._engine
@@ -198,7 +200,7 @@ class EngineLoop:
                 continue
             samples = news.samples[:]
             news.samples.clear()  # the engine holds on to the list
-            fresh.append(News(news.generation, news.index, samples, news.completion))
+            fresh.append(News(news.generation, news.index, samples, news.completion, news.error))
             if news.completion is not None:
                 del self._news[request_id]
                 self._forget(news.generation, request_id)

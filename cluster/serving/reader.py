@@ -2,7 +2,7 @@
 loop."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -29,12 +29,15 @@ from headrace.cluster.serving.bodies import (
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Order
 from headrace.cluster.serving.loop import ServedEngine
+from headrace.cluster.tools.models import MAX_TOOLS
+from headrace.cluster.tools.use import ToolUse, chat_template_with, for_template, tool_use
 from headrace.scheduler.errors import RequestError
-from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.request import MAX_BIASES, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP = 256
 _MAX_NAMES = 64
+_FREE = frozenset({"chat_template_kwargs", "logit_bias", "schema", "json", "parameters"})
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -53,7 +56,7 @@ class Model:
 class Work:
     """A request that is ready to run: `n` sequences for each of its prompts, one after the other.
 
-    `name` is the request's own, in the answer's id.
+    `name` is the request's own, in the answer's id. The answers may have calls of `tools` in them.
     """
 
     kind: Kind
@@ -62,6 +65,7 @@ class Work:
     n: int
     streams: bool
     include_usage: bool
+    tools: ToolUse | None = None
 
 
 class Reader:
@@ -93,15 +97,23 @@ class Reader:
         """Without a limit of its own, an answer may fill the context."""
         body = self._parse(ChatRequest, raw)
         self._check_count(body.n or 1)
-        prompt = self._conversation(body.messages, body.chat_template_kwargs)
+        tools = tool_use(body, self._model.tokenizer)
+        told = None if tools is None else tools.told
+        prompt = self._conversation(body.messages, body.chat_template_kwargs, told)
         room = max(1, self._model.max_context - len(prompt))
         params = sampling_params(body, SamplingParams(max_tokens=room))
-        return self._work(Kind.CHAT, [prompt], params, body, tenant)
+        if tools is None:
+            return self._work(Kind.CHAT, [prompt], params, body, tenant)
+        work = self._work(Kind.CHAT, [prompt], tools.sampling(params), body, tenant)
+        return replace(work, tools=tools.after(prompt, self._model.tokenizer))
 
     def tokenize(self, raw: bytes) -> dict[str, Any]:
         body = self._parse(TokenizeRequest, raw)
         if body.messages is not None:
-            tokens = self._conversation(body.messages, body.chat_template_kwargs)
+            told = for_template(body.tools or ())
+            if told:
+                chat_template_with(self._model.tokenizer, told)
+            tokens = self._conversation(body.messages, body.chat_template_kwargs, told)
         else:
             assert body.prompt is not None
             tokens = prompt_tokens(self._model.tokenizer, body.prompt)
@@ -138,7 +150,10 @@ class Reader:
             )
 
     def _conversation(
-        self, messages: Sequence[Message], options: dict[str, Any] | None
+        self,
+        messages: Sequence[Message],
+        options: dict[str, Any] | None,
+        tools: Sequence[dict[str, Any]] | None,
     ) -> list[int]:
         if taken := sorted(self._reserved & (options or {}).keys()):
             raise RequestError(
@@ -147,7 +162,7 @@ class Reader:
                 "chat_template_kwargs",
             )
         told = [message.for_template() for message in messages]
-        return chat_tokens(self._model.tokenizer, told, options)
+        return chat_tokens(self._model.tokenizer, told, options, tools)
 
     def _work(
         self,
@@ -187,9 +202,20 @@ class Reader:
 
 def _check_names(given: dict[str, Any]) -> None:
     """An error is made of each name that is unknown, so there must not be millions."""
-    options = [v for k, v in given.items() if isinstance(v, dict) and k != "chat_template_kwargs"]
-    if any(len(each) > _MAX_NAMES for each in (given, *options)):
+    if len(given.get("logit_bias") or ()) > MAX_BIASES:
+        raise RequestError(f"logit_bias may have {MAX_BIASES} tokens at most", "logit_bias")
+    if any(len(each) > _MAX_NAMES for each in _options(given, depth=4)):
         raise RequestError(f"an object in the body has more than {_MAX_NAMES} names")
+
+
+def _options(given: dict[str, Any], depth: int) -> Iterator[dict[str, Any]]:
+    """The objects whose names are ours to know; those of `_FREE` are the client's own."""
+    yield given
+    for name, value in given.items():
+        inner = value[: MAX_TOOLS + 1] if name == "tools" and isinstance(value, list) else [value]
+        for each in inner:
+            if depth and isinstance(each, dict) and name not in _FREE:
+                yield from _options(each, depth - 1)
 
 
 def _stream_options(stream: bool | None, options: StreamOptions | None) -> StreamOptions:

@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 if TYPE_CHECKING:
     from headrace.cluster.llm import LLM
     from headrace.scheduler.request import SamplingParams
+    from headrace.scheduler.structured import StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from headrace.scheduler.request import SamplingParams
 
         return SamplingParams
+    if name == "StructuredOutputsParams":
+        from headrace.scheduler.structured import StructuredOutputsParams
+
+        return StructuredOutputsParams
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -1,10 +1,12 @@
 """The bundled model as a store, made once for all tests of the cluster layer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import STORIES
 
+from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.conversion.convert import convert
 
 
@@ -14,3 +16,8 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stories") / "stories.nf4"
     convert(STORIES, path, format="nf4")
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return load_tokenizer(STORIES)

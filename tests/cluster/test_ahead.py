@@ -4,19 +4,17 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from rings import local_ring, manual_plan
+from local_engines import engine_of
 
 from headrace import LLM
 from headrace.cluster.completion import Completion
 from headrace.cluster.engine import Engine
-from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.placement import Tier
@@ -65,18 +63,6 @@ def serve(engine: Engine) -> dict[int, Completion]:
             given_up.discard(request_id)
             engine.abort(request_id)
     return {i: completion for i, completion in done.items() if i % 5}
-
-
-@contextmanager
-def engine_of(store: Path, ring: dict[str, Any]) -> Iterator[Engine]:
-    """On a ring inside this process."""
-    opened, tokenizer = Store.open(store), load_tokenizer(store)
-    plan, ends = manual_plan(opened, **ring), stop_ids(opened, tokenizer)
-    with (
-        local_ring(store, plan) as pipeline,
-        Engine(plan, pipeline, tokenizer, stop_ids=ends, digest="", dtype="float32") as engine,
-    ):
-        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import ray
 from architectures import greedy, tiny_model
 from commands import STORIES
 
-from headrace import LLM, SamplingParams
+from headrace import LLM, SamplingParams, StructuredOutputsParams
 from headrace.cluster.cli.main import main
 from headrace.runtime.conversion.convert import convert
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError, RequestError
@@ -45,6 +45,21 @@ def llm(stories: Path) -> Iterator[LLM]:
     with LLM(stories, stages=2, device_memory="8MiB", resident_layers=3, **ROOM) as engine:
         assert any(engine.plan.nvme_bytes_a_pass)
         yield engine
+
+
+def test_answers_of_a_form_from_two_stages(llm: LLM) -> None:
+    form = StructuredOutputsParams(choice=["a big dog", "a small cat"])
+    params = SamplingParams(max_tokens=20, seed=1, structured_outputs=form)
+    forced = SamplingParams(max_tokens=3, temperature=0.0, logit_bias={5: 100.0})
+    bound, free = llm.generate([ONCE, ONCE], [params, forced])
+    assert bound.outputs[0].text in ("a big dog", "a small cat")
+    assert bound.outputs[0].finish_reason == "stop"
+    assert free.outputs[0].token_ids == [5, 5, 5]
+    wrong = StructuredOutputsParams(regex="(")
+    with pytest.raises(RequestError, match="regex"):
+        llm.generate(ONCE, SamplingParams(structured_outputs=wrong))
+    with pytest.raises(RequestError, match="no place for tools"):
+        llm.chat([{"role": "user", "content": "Hi"}], tools=[{"type": "function"}])
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from headrace.cluster.rows import Kind, Row, decode, is_batch, prepare
 from headrace.scheduler.errors import JobError, RequestError
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.structured import StructuredOutputsParams
 
 DEFAULTS = SamplingParams(max_tokens=5, temperature=0.5, seed=9)
 TEMPLATE = (
@@ -55,6 +56,67 @@ def test_a_native_prompt(tokenizer: Any) -> None:
     row = read(tokenizer, {"id": "r", "prompt": "a b", "max_tokens": 3, "stop": "b", "top_k": None})
     assert (row.id, row.kind, row.token_ids) == ("r", Kind.NATIVE, [1, 2, 3])
     assert row.params == SamplingParams(max_tokens=3, temperature=0.5, stop=("b",))
+
+
+def test_what_an_answer_is_bound_to(tokenizer: Any) -> None:
+    row = read(
+        tokenizer, {"prompt": "a", "logit_bias": {"3": -100}, "structured_outputs": {"regex": "b"}}
+    )
+    assert row.params.biases == ((3, -100.0),)
+    assert row.params.structured_outputs == StructuredOutputsParams(regex="b")
+    schema = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "null"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": False}}
+    body = {"messages": [{"role": "user", "content": "a"}], "response_format": form}
+    assert read(tokenizer, batch("/v1/chat/completions", body)).params.structured_outputs == (
+        StructuredOutputsParams(
+            json='{"type":"object","properties":{"b":{"type":"null"},"a":{"type":"null"}}}'
+        )
+    )
+    form = {"type": "json_object"}
+    found = read(tokenizer, {"prompt": "a", "response_format": form}).params.structured_outputs
+    assert found == StructuredOutputsParams(json_object=True)
+    with pytest.raises(RequestError, match="either response_format or structured_outputs"):
+        read(
+            tokenizer,
+            {"prompt": "a", "response_format": form, "structured_outputs": {"regex": "b"}},
+        )
+    with pytest.raises(RequestError, match="between -100 and 100"):
+        read(tokenizer, {"prompt": "a", "logit_bias": {"3": 1000}})
+
+
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}"
+    "{% for m in messages %}{{ m.content }} {% endfor %}{% if 0 %}<tool_call>{% endif %}"
+)
+
+
+def test_rows_with_tools(tokenizer: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "hello"}}]
+    body = {"messages": [{"role": "user", "content": "a"}], "tools": tools}
+    with pytest.raises(RequestError, match="no place for tools"):
+        read(tokenizer, body)
+    with pytest.raises(RequestError, match='tools need "messages"'):
+        read(tokenizer, {"prompt": "a", "tools": tools})
+    tokenizer.chat_template = WITH_TOOLS
+    try:
+        native = read(tokenizer, body)
+        bound = read(tokenizer, batch("/v1/chat/completions", body | {"tool_choice": "required"}))
+        none = read(tokenizer, body | {"tool_choice": "none"})
+    finally:
+        tokenizer.chat_template = TEMPLATE
+    assert (native.token_ids, none.token_ids) == ([6, 2], [2])
+    assert (native.params.structured_outputs, none.tools) == (None, None)
+    form = bound.params.structured_outputs
+    assert form is not None and form.grammar is not None and "hello" in form.grammar
+    text = 'Hi <tool_call>{"name": "hello", "arguments": {}}</tool_call>'
+    done = Completion(0, [2, 3], text, "stop", None, 2)
+    answer = answers.answer(native, [done], tokenizer, "m", 0)
+    assert (answer["text"], answer["finish_reason"]) == ("Hi", "tool_calls")
+    assert answer == answers.answer(native, [done], tokenizer, "m", 1)
+    [choice] = answers.answer(bound, [done], tokenizer, "m", 0)["response"]["body"]["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "hello", "arguments": "{}"}
+    assert answer["tool_calls"][0]["id"].startswith("call_")
 
 
 def test_a_row_without_an_id_is_named_by_its_number(tokenizer: Any) -> None:
@@ -132,7 +194,7 @@ MESSAGE = {"role": "user", "content": "a"}
         (batch("/v1/embeddings", {}), "url: "),
         (batch("/v1/completions", {"prompt": "a", "best_of": 2}), "unknown parameter 'best_of'"),
         (batch("/v1/completions", {"prompt": "a", "stream": True}), "stream: "),
-        (batch("/v1/chat/completions", {"messages": [MESSAGE], "tools": []}), "'tools'"),
+        (batch("/v1/chat/completions", {"messages": [MESSAGE], "tools": []}), "tools: "),
     ],
 )
 def test_what_is_wrong_is_said(tokenizer: Any, data: Any, reason: str | None) -> None:

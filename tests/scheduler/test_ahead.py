@@ -104,6 +104,26 @@ def test_the_next_chunk_of_a_prompt_needs_no_token_of_the_one_before() -> None:
     assert piece.sampling is not None
 
 
+def test_a_token_whose_mask_depends_on_the_one_before_is_not_asked_for_ahead() -> None:
+    scheduler = make_scheduler(token_budget=64)
+    bound, free = make_request(0, prompt=100), make_request(1)
+    bound.mask = b"first"
+    for request in (bound, free):
+        scheduler.add(request)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    # The rest of its prompt may follow: the mask of its first token is known.
+    assert (slices_of(first)[0].end, requests_of(second)) == (64, [0, 1])
+    assert [piece.sampling.mask for piece in slices_of(second) if piece.sampling] == [b"first", b""]
+    give_back(scheduler, first)
+    assert requests_of(third := scheduler.schedule()) == [1]
+    give_back(scheduler, second)
+    bound.mask = b"second"
+    [piece] = [piece for piece in slices_of(scheduler.schedule()) if piece.request == 0]
+    assert (piece.start, piece.follows) == (100, False)
+    assert piece.sampling is not None and piece.sampling.mask == b"second"
+    assert slices_of(third)[0].follows
+
+
 @pytest.mark.parametrize("how", ["stop", "finish", "abort"])
 def test_a_slice_too_many_is_ignored_and_keeps_the_pages_until_it_is_back(how: str) -> None:
     scheduler = make_scheduler(num_pages=4)

@@ -197,10 +197,13 @@ def test_our_own_parameters(client: openai.OpenAI, served: Served) -> None:
 @pytest.mark.parametrize(
     ("given", "param", "code"),
     [
-        ({"tools": []}, "tools", "unknown_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unknown_parameter"),
+        ({"tools": []}, "tools", "invalid_value"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "invalid_value"),
         ({"extra_body": {"temprature": 1}}, "temprature", "unknown_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format", "unknown_parameter"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
