@@ -136,8 +136,14 @@ class CallReader:
 
 
 def read_template(template: dict[str, Any]) -> Any:
-    """RequestError for a tokenizer's own that transformers cannot read."""
-    from transformers.utils.chat_parsing.response_templates import load_response_template
+    """RequestError for a tokenizer's own that transformers cannot read, and for a transformers that reads
+    none."""
+    try:
+        from transformers.utils.chat_parsing.response_templates import load_response_template
+    except ImportError as error:
+        raise RequestError(
+            "tools need transformers 5.23 or later on the server", "tools"
+        ) from error
 
     try:
         return load_response_template(template)

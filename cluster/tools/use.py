@@ -60,11 +60,14 @@ class ToolUse:
         return replace(params, structured_outputs=form)
 
     def after(self, prompt: Sequence[int], tokenizer: Any) -> "ToolUse":
-        """The same, for answers to `prompt`: a tokenizer's own template may have to see its end."""
+        """The same, for answers to `prompt`: a tokenizer's own template may have to see its end.
+
+        RequestError where no template can be read."""
+        loaded = read_template(self.template)
         if self.template.get("start_anchor") == "\0":
             return self  # ours
         text = tokenizer.decode(list(prompt))
-        anchor = read_template(self.template).truncate_past_last_anchor(text)
+        anchor = loaded.truncate_past_last_anchor(text)
         return replace(self, prefix=text[: len(text) - len(anchor)][-_ANCHOR:] + anchor)
 
     def reader(self, name: str) -> CallReader:
