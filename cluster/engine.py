@@ -146,6 +146,11 @@ class Engine:
         self.stats.kv = self._scheduler.kv_stats()
 
     @property
+    def max_sequences(self) -> int:
+        """How many requests can run at once."""
+        return self.plan.max_sequences
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._completed)
 
