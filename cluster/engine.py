@@ -147,8 +147,8 @@ class Engine:
 
     @property
     def max_sequences(self) -> int:
-        """How many requests can run at once."""
-        return self.plan.max_sequences
+        """How many requests the passes under way can hold."""
+        return self.plan.max_sequences * self.plan.passes_in_flight
 
     @property
     def has_work(self) -> bool:

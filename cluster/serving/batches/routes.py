@@ -187,6 +187,7 @@ async def _receive(request: Request, form: FileForm, upload: Upload, limits: Fil
                 await asyncio.to_thread(upload.write, taken)
         except ApiError as found:
             error = found
+            await asyncio.to_thread(upload.close)  # others may have its room meanwhile
     if error is None:
         await asyncio.to_thread(upload.write, bytes(held))
     else:
