@@ -1,7 +1,7 @@
 """Lines of a batch: what the routes would make of each, and what is written of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +48,7 @@ def storage_full() -> LineError:
 
 
 class BatchLines:
-    """Reads lines as the route of a batch does. With a `verdict` every line ends with it."""
+    """Reads lines as the route of a batch does. With a `verdict` every line ends with one of its errors."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class BatchLines:
         digest: str,
         reader: Reader,
         space: BatchSpace,
-        verdict: LineError | None = None,
+        verdict: Callable[[], LineError] | None = None,
     ) -> None:
         self._kind, self._owner, self._digest, self._reader = kind, owner, digest, reader
         self._space, self._verdict = space, verdict
@@ -68,7 +68,7 @@ class BatchLines:
 
     def prepare(self, draft: Draft) -> Work:
         if self._verdict is not None:
-            raise self._verdict
+            raise self._verdict()
         if self._space.is_full:
             raise storage_full()
         read = self._reader.chat if self._kind is Kind.CHAT else self._reader.completion

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -104,7 +105,7 @@ class BatchRun:
 
     def refuse_rest(self) -> None:
         """Have every line that has not ended end with the verdict, unless it is stopped again."""
-        error = cancelled() if self.verdict is Status.CANCELLED else expired()
+        error = cancelled if self.verdict is Status.CANCELLED else expired
         source = JsonlInput(self._input)
         with self._journal(source) as journal:
             lines = self._lines(error)
@@ -125,7 +126,7 @@ class BatchRun:
     def _input(self) -> Path:
         return self._store.path(self.batch.input_file_id)
 
-    def _lines(self, verdict: LineError | None) -> BatchLines:
+    def _lines(self, verdict: Callable[[], LineError] | None) -> BatchLines:
         batch = self.batch
         return BatchLines(
             Kind(batch.endpoint), batch.owner, batch.digest, self._reader, self.space, verdict

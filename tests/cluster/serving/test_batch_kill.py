@@ -93,18 +93,19 @@ def echoes(files: Path) -> Iterator[tuple[Any, str]]:
         process.stdout.close()
 
 
-def test_every_line_ends_once_over_kills(tmp_path: Path) -> None:
-    files, draw = tmp_path / "files", random.Random(1)
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_every_line_ends_once_over_kills(tmp_path: Path, tokenizer: Any, kills: int) -> None:
+    files, draw = tmp_path / "files", random.Random(kills)
     batch_id = ""
-    for _ in range(2):
+    for _ in range(kills):
         with echoes(files) as (process, url), connected(url) as client:
             if not batch_id:
                 batch_id = start(client, [line(i, MODEL) for i in range(LINES)])
-            goes_on(client, batch_id, draw.randint(20, 120))
+            goes_on(client, batch_id, draw.randint(20, LINES // 2 // kills))
             process.kill()
-    with echoes(files) as (_, url), connected(url) as client:
-        made = ends(client, batch_id, LINES)
-        wrong = {name for name, body in made.items() if "error" in body}
+    with serving(EchoEngine(tokenizer), files=files) as made, connected(made.url) as client:
+        answers = ends(client, batch_id, LINES)
+        wrong = {name for name, body in answers.items() if "error" in body}
         assert wrong == {str(i) for i in range(LINES) if i % 50 == 7}
         assert not any((files / "batches").iterdir())
 
@@ -126,6 +127,7 @@ def served(folder: Path, store: Path) -> Iterator[tuple[Command, openai.OpenAI]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_ring_that_is_killed_draws_the_same_tokens(stories: Path, tmp_path: Path) -> None:
     lines = [line(i, "stories.nf4", max_tokens=12, ignore_eos=True) for i in range(60)]
     with served(tmp_path, stories) as (command, client):
