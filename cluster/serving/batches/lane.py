@@ -135,7 +135,9 @@ class LaneRows:
 
     @property
     def has_room(self) -> bool:
-        return len(self._pending()) < PREPARED
+        """Not while answers wait to be written: an engine that is faster than this thread would have it start
+        lines for ever, and keep all of their answers."""
+        return self._results.empty() and len(self._pending()) < PREPARED
 
     @property
     def has_work(self) -> bool:

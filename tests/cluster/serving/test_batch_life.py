@@ -11,12 +11,15 @@ import pytest
 from commands import wait_for
 from served import MODEL, EchoEngine
 
+from headrace.cluster.rows import Kind
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
-from headrace.cluster.serving.batches.lane import BatchLane
+from headrace.cluster.serving.batches.lane import BatchLane, LaneRows
+from headrace.cluster.serving.batches.lines import BatchLines
 from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.batches.records import BATCH_BYTES, FILE_BYTES, Batch, Status
 from headrace.cluster.serving.batches.requests import BatchRequest
+from headrace.cluster.serving.batches.space import BatchSpace
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Order
 from headrace.cluster.serving.metrics import Metrics
@@ -41,6 +44,7 @@ class Place:
         self.store, self.engine = store, AsyncEngine(engine, Metrics(), max_waiting=8)
         self.lane = BatchLane(self.engine, model, window)
         reader = Reader(model, engine, 8)
+        self.reader = reader
         self.batches = Batches(store, self.lane, reader, model, 1 << 20, tick=0.05)
 
     async def start(self, lines: list[Any], owner: str = "ann") -> Batch:
@@ -235,6 +239,26 @@ def test_no_room_for_the_errors_of_all_lines(tmp_path: Path, engine: EchoEngine)
             failed = await at.until(await at.start([line(i, 40) for i in range(60)]), Status.FAILED)
             assert [fault.code for fault in failed.errors] == ["storage_full"]
             assert not engine.tenants
+
+    asyncio.run(work())
+
+
+def test_no_line_is_started_while_an_answer_is_to_be_written(
+    tmp_path: Path, engine: EchoEngine
+) -> None:
+    async def work() -> None:
+        async with place(tmp_path / "files", engine) as at:
+            space = BatchSpace(at.store.space)
+            lines = BatchLines(Kind.COMPLETION, "ann", "echo", at.reader, space)
+            rows = LaneRows(at.lane, asyncio.get_running_loop(), lines.answer, 1)
+            draft = lines.decode(1, json.dumps(line(1)).encode())
+            assert rows.has_room
+            rows.start(draft, lines.prepare(draft))
+            await asyncio.to_thread(wait_for, lambda: not rows.has_room, 10.0, lambda: "no answer")
+            (done,) = rows.step()
+            assert isinstance(done.result, bytes)
+            assert rows.has_room
+            assert not rows.has_work
 
     asyncio.run(work())
 
