@@ -24,8 +24,8 @@ _MAX_FRAME = 1 << 20  # bytes; a longer length is garbage
 class AppendFile:
     """A regular file, created by `open` or by the first append. OSErrors become JobErrors."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mode: int = 0o644) -> None:
+        self.path, self._mode = path, mode
         self.size = 0
         self._fd: int | None = None
 
@@ -36,7 +36,7 @@ class AppendFile:
 
     def open(self) -> None:
         with explained(self.path, "open"):
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, self._mode)
             status = os.fstat(self._fd)
             self.size = status.st_size
             if not stat.S_ISREG(status.st_mode):

@@ -158,6 +158,11 @@ class Engine:
         self.stats.kv = self._scheduler.kv_stats()
 
     @property
+    def max_sequences(self) -> int:
+        """How many requests the passes under way can hold."""
+        return self.plan.max_sequences * self.plan.passes_in_flight
+
+    @property
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._completed)
 

@@ -70,10 +70,10 @@ class Journal:
     """Owns a job's files from opening to `close`. Every method raises JobError when a disk fails.
 
     Raises JobError on opening when the output cannot be written, another job writes it, it was
-    not made by a job, or its job had another model, input or parameters.
+    not made by a job, or its job had another model, input or parameters. New files get `mode`.
     """
 
-    def __init__(self, output: Path, identity: JobIdentity) -> None:
+    def __init__(self, output: Path, identity: JobIdentity, *, mode: int = 0o644) -> None:
         self.output = output
         self.quarantine = quarantine_path(output)
         self._keys = array("Q")  # by row number; 0 is not finished
@@ -82,11 +82,11 @@ class Journal:
         self._files: list[AppendFile] = []
         if not output.parent.is_dir():
             raise JobError(f"--output {output}: the folder {output.parent} does not exist; make it")
-        self._log = AppendFile(journal_path(output))
+        self._log = AppendFile(journal_path(output), mode)
         try:
             self._log.open()
             self._lock()
-            self._files = [AppendFile(output), AppendFile(self.quarantine)]
+            self._files = [AppendFile(output, mode), AppendFile(self.quarantine, mode)]
             self._files[_OUTPUT].open()
             if self._files[_QUARANTINE].path.exists():
                 self._files[_QUARANTINE].open()

@@ -130,6 +130,7 @@ class EchoEngine:
 
     tokenizer: Any
     max_context: int = 100
+    max_sequences: int = 1000
     model_digest: str = "echo"
     max_running: int = 1000
     failure: Exception | None = None

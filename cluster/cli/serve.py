@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
-from headrace.cluster.cli.sizes import parse_size
+from headrace.cluster.cli.sizes import parse_duration, parse_size
 
 
 @takes_run_options
@@ -44,6 +44,20 @@ def serve(
         float,
         typer.Option(min=0, help="Seconds for requests that run to finish, once told to stop."),
     ] = 30.0,
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            help="A directory of the server's own for uploads and results: turns on /v1/files and"
+            " /v1/batches."
+        ),
+    ] = None,
+    files_max_bytes: Annotated[
+        str, typer.Option(help="What all files together may take.")
+    ] = "10GiB",
+    file_max_bytes: Annotated[str, typer.Option(help="The largest file.")] = "512MiB",
+    files_ttl: Annotated[
+        str, typer.Option(help="How long files are kept, unless they end sooner.")
+    ] = "30d",
     storage: Annotated[
         StorageChoice, typer.Option(help="How weights are read.")
     ] = StorageChoice.AUTO,
@@ -55,6 +69,7 @@ def serve(
     import asyncio
 
     from headrace.cluster.launch import running_engine
+    from headrace.cluster.serving.batches.file_store import FileLimits
     from headrace.cluster.serving.server import Listener, Server, ServerOptions
 
     options = ServerOptions(
@@ -68,6 +83,10 @@ def serve(
         max_waiting=max_waiting,
         max_body=parse_size(max_body),
         grace=grace,
+        files=files,
+        limits=FileLimits(
+            parse_size(files_max_bytes), parse_size(file_max_bytes), int(parse_duration(files_ttl))
+        ),
     )
     engine_options = run.engine(store, storage=storage.value, address=address)
     # The address first: starting the engine takes long, and a mistake in it should not.

@@ -13,6 +13,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.cluster.serving.async_engine import AsyncEngine
+from headrace.cluster.serving.batches.routes import PATHS as FILE_PATHS
+from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.choices import Answer
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.guard import CLIENT_GONE, Guard, Rules
@@ -22,6 +24,7 @@ from headrace.cluster.serving.http import (
     encode,
     read_body,
     refuse,
+    require_json,
     send_events,
     unless_gone,
 )
@@ -107,10 +110,7 @@ class Front:
         return _Answering(self._engine, Answer(work, self._model, int(time.time())), work)
 
     async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # Which a web page of another origin cannot send without asking first.
-            raise ApiError(415, "send JSON, with Content-Type: application/json")
+        require_json(request)
         raw = await read_body(request, self._max_body)
         return await asyncio.to_thread(read, raw)
 
@@ -135,7 +135,9 @@ class _Answering(Response):
         await response(scope, receive, send)
 
 
-def create_app(front: Front, rules: Rules, metrics: Metrics) -> ASGIApp:
+def create_app(
+    front: Front, files: FileRoutes | NoFiles, rules: Rules, metrics: Metrics
+) -> ASGIApp:
     """The whole server as an ASGI application; its engine is started by whoever runs it."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     get, post = ["GET"], ["POST"]
@@ -151,12 +153,14 @@ def create_app(front: Front, rules: Rules, metrics: Metrics) -> ASGIApp:
         ("/v1/models/{name:path}", front.one_model, get),
     ):
         app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    for method, path, endpoint in files.routes:
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (ApiError, RequestError, ValidationError):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
-    return Guard(app, rules, metrics, PATHS)
+    return Guard(app, rules, metrics, PATHS | FILE_PATHS)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

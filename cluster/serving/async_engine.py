@@ -24,6 +24,8 @@ class Meter(Protocol):
 
     def next_tokens(self, count: int, seconds: float) -> None: ...
 
+    def batch_tokens(self, count: int) -> None: ...
+
 
 class AsyncEngine:
     """Runs on one event loop; its engine runs in a thread of its own.
@@ -81,15 +83,17 @@ class AsyncEngine:
         await asyncio.to_thread(self._loop.close)
 
     @contextmanager
-    def running(self, orders: Sequence[Order]) -> Iterator[Generation]:
+    def running(self, orders: Sequence[Order], *, of_batch: bool = False) -> Iterator[Generation]:
         """Have sequences generated; what has not ended when the block does is given up.
 
-        ApiError when the engine takes no requests, or no more at the moment.
+        Those `of_batch` are heard of when they have ended, and have their place from somebody else: they do
+        not count among those that wait. ApiError when the engine takes no requests, or no more at
+        the moment.
         """
-        self._admit(len(orders))
-        generation = Generation(orders)
+        self._admit(0 if of_batch else len(orders))
+        generation = Generation(orders, of_batch=of_batch)
         self._open[generation] = [self._clock()] * len(orders)
-        self._num_waiting += len(orders)
+        self._num_waiting += 0 if of_batch else len(orders)
         for order in orders:
             self._meter.begun(len(order.token_ids))
         self._loop.submit(generation)
@@ -97,7 +101,7 @@ class AsyncEngine:
             yield generation
         finally:
             del self._open[generation]
-            self._num_waiting -= generation.num_waiting
+            self._num_waiting -= 0 if of_batch else generation.num_waiting
             self._loop.abort(generation)
 
     def _admit(self, count: int) -> None:
@@ -129,6 +133,11 @@ class AsyncEngine:
                 continue  # given up meanwhile
             if each.error is not None:
                 each.generation.fail(_refusal(each.error))
+                continue
+            if each.generation.of_batch:
+                each.generation.feed(each.index, each.samples, each.completion)
+                assert each.completion is not None
+                self._meter.batch_tokens(len(each.completion.token_ids))
                 continue
             before = each.generation.num_waiting
             each.generation.feed(each.index, each.samples, each.completion)

@@ -41,11 +41,12 @@ class Generation:
     """Takes in tokens as the engine commits them, and keeps them until one task reads them.
 
     Both sides are on the event loop. Whoever feeds never waits for the reader: what is kept is at most
-    every sequence's `max_tokens`.
+    every sequence's `max_tokens`. One `of_batch` is fed when a sequence has ended, and with its
+    completion alone.
     """
 
-    def __init__(self, orders: Sequence[Order]) -> None:
-        self.orders = list(orders)
+    def __init__(self, orders: Sequence[Order], *, of_batch: bool = False) -> None:
+        self.orders, self.of_batch = list(orders), of_batch
         self._sequences = [_Sequence() for _ in orders]
         self._error: Exception | None = None
         self._news = asyncio.Event()

@@ -49,6 +49,14 @@ def refuse(error: ApiError) -> Response:
     return JSON(error.body, status_code=error.status, headers=error.headers)
 
 
+def require_json(request: Request) -> None:
+    """ApiError for another type of body."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # Which a web page of another origin cannot send without asking first.
+        raise ApiError(415, "send JSON, with Content-Type: application/json")
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """ApiError when it has more than `limit` bytes, of which no more are kept."""
     parts: list[bytes] = []

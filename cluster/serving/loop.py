@@ -35,6 +35,9 @@ class ServedEngine(Protocol):
     def max_context(self) -> int: ...
 
     @property
+    def max_sequences(self) -> int: ...
+
+    @property
     def has_work(self) -> bool: ...
 
     @property
@@ -170,7 +173,7 @@ class EngineLoop:
                     order.seed,
                     tenant=order.tenant,
                     keep=order.keep,
-                    on_token=news.samples.append,
+                    on_token=None if generation.of_batch else news.samples.append,
                 )
             except RequestError as error:
                 news.error = error

@@ -63,6 +63,10 @@ class Metrics:
         for _ in range(count):
             self._next.observe(seconds / count)
 
+    def batch_tokens(self, count: int) -> None:
+        """Tokens of a sequence whose times nobody waits for."""
+        self._output.inc(count)
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
 

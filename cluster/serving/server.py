@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -18,6 +18,10 @@ from starlette.types import ASGIApp
 
 from headrace.cluster.serving.app import Front, create_app
 from headrace.cluster.serving.async_engine import AsyncEngine
+from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
+from headrace.cluster.serving.batches.lane import BatchLane, batch_window
+from headrace.cluster.serving.batches.manager import Batches
+from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.guard import LOCAL, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
@@ -34,7 +38,8 @@ _LAST_SECONDS = 10.0
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a user chooses of a server. `port` 0 takes a free one; `max_body` is in bytes, `grace` in
-    seconds: how long requests that run may go on once the server is told to stop."""
+    seconds: how long requests that run may go on once the server is told to stop. `files` is the directory
+    of what clients upload and batches write, None for none; its `limits` say how much that may be."""
 
     model_name: str
     host: str = "127.0.0.1"
@@ -46,15 +51,17 @@ class ServerOptions:
     max_waiting: int = 256
     max_body: int = 4 << 20
     grace: float = 30.0
+    files: Path | None = None
+    limits: FileLimits = field(default_factory=FileLimits)
 
 
 class Listener:
-    """A server's address, keys and certificate: checked and taken before the model is loaded, which
+    """A server's address, keys, certificate and files: checked and taken before the model is loaded, which
     takes long. Clients are refused until `run` is called."""
 
     def __init__(self, options: ServerOptions) -> None:
         """HeadraceError when others could reach the server unprotected, and for an address, a file of
-        keys or a certificate that cannot be used."""
+        keys, a certificate or a directory that cannot be used."""
         self.options = options
         _check_protected(options)
         _check_tls(options)
@@ -62,6 +69,13 @@ class Listener:
             None if options.api_keys is None else load_keys(options.api_keys)
         )
         self.socket = _bind(options.host, options.port)
+        self.files: FileStore | None = None
+        try:
+            if options.files is not None:
+                self.files = FileStore(options.files, options.limits)
+        except BaseException:
+            self.socket.close()
+            raise
 
     @property
     def url(self) -> str:
@@ -79,6 +93,8 @@ class Listener:
     def close(self) -> None:
         """Safe to call twice."""
         self.socket.close()
+        if self.files is not None:
+            self.files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +114,13 @@ class Server:
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
         front = Front(self._engine, reader, model, metrics, max_body=options.max_body)
-        self._config = _config(options, create_app(front, listener.rules, metrics))
+        files: FileRoutes | NoFiles = NoFiles()
+        self._batches: Batches | None = None
+        if (store := listener.files) is not None:
+            lane = BatchLane(self._engine, model, batch_window(engine.max_sequences))
+            self._batches = Batches(store, lane, reader, model, options.max_body)
+            files = FileRoutes(store, self._batches, options.max_body)
+        self._config = _config(options, create_app(front, files, listener.rules, metrics))
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
@@ -109,6 +131,8 @@ class Server:
         Raises what the engine failed with, after clients have been told that it did.
         """
         self._engine.start()
+        if self._batches is not None:
+            await self._batches.start()
         http = _Uvicorn(self._config, lambda: on_ready(self._listener.url))
         ending = asyncio.ensure_future(self._end(http))
         try:
@@ -116,6 +140,8 @@ class Server:
                 try:
                     await http.serve([self._listener.socket])
                 finally:
+                    if self._batches is not None:
+                        await self._batches.close()
                     await self._engine.close()
         finally:
             ending.cancel()
@@ -135,6 +161,8 @@ class Server:
         finally:
             for each in told:
                 each.cancel()
+        if self._batches is not None:
+            self._batches.stop()
         self._engine.drain()
         http.should_exit = True
         if self._engine.error is None:
