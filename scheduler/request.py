@@ -13,6 +13,13 @@ class FinishReason(str, Enum):
     ABORT = "abort"
 
 
+class Priority(str, Enum):
+    """Somebody waits for the tokens of an interactive request, and goes before batch ones."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue a prompt. Names and defaults are those that vLLM's users know.
@@ -89,7 +96,9 @@ class Request:
     do not sink, nor those of a request that found one of them damaged: while passes with it are in flight
     it `is_spoiled`, and what they compute for it is ignored.
 
-    No page of a `tenant` is found by another one. `keep` brings the full pages to host RAM and NVMe
+    No page of a `tenant` is found by another one, and a tenant's share of passes and pages goes by its
+    `weight`: `num_charged` tokens have been counted. `rank` is 0 of interactive requests, and of batch
+    ones that have been promoted; lower ranks go first, and in a rank whoever came first. `keep` brings the full pages to host RAM and NVMe
     once the request has stopped or reached its length, for a request that continues it.
     """
 
@@ -100,6 +109,10 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     tenant: str = ""
     keep: bool = False
+    priority: Priority = Priority.INTERACTIVE
+    weight: int = 1
+    rank: int = field(init=False)
+    num_charged: int = field(init=False, default=0)
     num_prompt: int = field(init=False)
     num_scheduled: int = field(init=False, default=0)
     num_drawing: int = field(init=False, default=0)
@@ -123,6 +136,12 @@ class Request:
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
         self.may_sink = not self.keep
+        self.rank = int(self.priority is Priority.BATCH)
+
+    @property
+    def precedence(self) -> tuple[int, int]:
+        """Whoever has less is preempted later."""
+        return self.rank, self.request_id
 
     @property
     def num_pending(self) -> int:
