@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headrace.cluster.completion import Completion
+from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
 
@@ -44,8 +45,8 @@ class Generation:
     every sequence's `max_tokens`.
     """
 
-    def __init__(self, orders: Sequence[Order]) -> None:
-        self.orders = list(orders)
+    def __init__(self, orders: Sequence[Order], terms: Terms | None = None) -> None:
+        self.orders, self.terms = list(orders), terms or Terms()
         self._sequences = [_Sequence() for _ in orders]
         self._error: Exception | None = None
         self._news = asyncio.Event()

@@ -34,7 +34,8 @@ _LAST_SECONDS = 10.0
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a user chooses of a server. `port` 0 takes a free one; `max_body` is in bytes, `grace` in
-    seconds: how long requests that run may go on once the server is told to stop."""
+    seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
+    is what interactive requests that do not say wait for their first token at most; None: for ever."""
 
     model_name: str
     host: str = "127.0.0.1"
@@ -44,6 +45,7 @@ class ServerOptions:
     tls_key: Path | None = None
     insecure: bool = False
     max_waiting: int = 256
+    max_ttft: float | None = None
     max_body: int = 4 << 20
     grace: float = 30.0
 
@@ -94,7 +96,7 @@ class Server:
         options, metrics = listener.options, Metrics()
         self._listener, self._grace = listener, options.grace
         model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
-        self._engine = AsyncEngine(engine, metrics, options.max_waiting)
+        self._engine = AsyncEngine(engine, metrics, options.max_waiting, max_ttft=options.max_ttft)
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
         front = Front(self._engine, reader, model, metrics, max_body=options.max_body)
