@@ -1,6 +1,7 @@
 """Whether a request can have what it asks for in time, by a forecast whose errors are watched."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,40 +13,58 @@ from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.config import SchedulerConfig
 
 MISSED = 0.005
-"""Share of admitted requests that may come later than they were promised."""
+"""Share of the requests let in that may come later than they were promised."""
 
-_STEP = 0.05
+_WINDOW = 400
+_OLD = 60.0
+"""So many forecasts, and of so many seconds, are remembered with how they turned out."""
+
+_FEW = 20
+_AT_FIRST = 0.25
+"""What is added to a forecast at least while there are only a few."""
+
+_MOST = 1.0
 _MOST_RETRY = 3600
 
 
 class Margin:
     """What is added to a forecast so that all but MISSED come in time.
 
-    In parts of the forecast and two passes: it goes up by much with each that came later, and down by
-    little with each that did not, until as many do as may (Gibbs and Candes, Adaptive Conformal Inference
-    Under Distribution Shift, 2021).
+    In parts of the forecast and two passes: the most that was needed lately, but for MISSED. What went wrong
+    once is forgotten after a while, or nobody would be let in any more who could show that it has passed.
     """
 
     def __init__(self) -> None:
-        self.level = 0.25
+        self._errors: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # when, and by how much
 
-    def promise(self, seconds: float, pace: Pace) -> float:
-        return seconds + self.level * (seconds + 2 * pace.recent)
+    def promise(self, seconds: float, pace: Pace, now: float) -> float:
+        return seconds + self.level(now) * _scale(seconds, pace)
 
-    def note(self, promised: float, seconds: float) -> None:
-        """What was promised to come took `seconds`."""
-        self.level += _STEP * ((1 - MISSED) if seconds > promised else -MISSED)
-        self.level = min(max(self.level, 0.0), 10.0)
+    def level(self, now: float) -> float:
+        while self._errors and now - self._errors[0][0] > _OLD:
+            self._errors.popleft()
+        worst = sorted(error for _, error in self._errors)
+        least = _AT_FIRST if len(worst) < _FEW else 0.0
+        if not worst:
+            return least
+        return min(max(worst[int((1 - MISSED) * (len(worst) - 1))], least), _MOST)
+
+    def note(self, forecast: float, seconds: float, pace: Pace, now: float) -> None:
+        """What was forecast to come took `seconds`."""
+        self._errors.append((now, (seconds - forecast) / _scale(forecast, pace)))
+
+
+def _scale(seconds: float, pace: Pace) -> float:
+    return max(seconds + 2 * pace.recent, 1e-3)
 
 
 @dataclass(slots=True)
 class Promise:
-    """By when a request was let in to be served: seconds after that, with their margins."""
+    """What was forecast of a request when it was let in, `at` the clock's time."""
 
     at: float = 0.0
+    pace: Pace = field(default_factory=Pace)
     forecast: Forecast | None = None
-    first: float = math.inf
-    done: float = math.inf
 
 
 @dataclass(slots=True)
@@ -73,18 +92,18 @@ class Admission:
         """What can be promised. ApiError 429 when that is later than the terms allow."""
         if not terms.has_deadline:
             return Promise(now)
+        if not self._open:
+            # Nothing is known of now, and nothing would be if nobody were let in.
+            _check("first token", pace.shortest, terms.first_within)
         *before, asked = [self._ahead(order, terms) for order in orders]
         there = [each for one in self._open.values() for each in one.sequences if each.output > 0]
         forecast = Line(self._limits, pace).forecast([*there, *before], asked)
-        made = Promise(
-            now,
-            forecast,
-            self._first.promise(forecast.first, pace),
-            self._done.promise(forecast.done, pace),
-        )
-        _check("first token", made.first, terms.first_within)
-        _check("last token", made.done, terms.done_within)
-        return made
+        if self._open:
+            first = self._first.promise(forecast.first, pace, now)
+            done = self._done.promise(forecast.done, pace, now)
+            _check("first token", first, terms.first_within)
+            _check("last token", done, terms.done_within)
+        return Promise(now, pace, forecast)
 
     def enter(self, generation: Generation, promise: Promise) -> None:
         orders = generation.orders
@@ -109,24 +128,20 @@ class Admission:
     def came_first(self, generation: Generation, now: float) -> float | None:
         """All its sequences have a token, or the time for that is over. What it took, as a multiple of
         what was forecast."""
-        promise = self._open[generation].promise
-        return self._settle(self._first, promise, promise.first, now)
+        made = self._open[generation].promise
+        if made.forecast is None:
+            return None
+        self._first.note(made.forecast.first, now - made.at, made.pace, now)
+        return (now - made.at) / max(made.forecast.first, 1e-3)
 
     def came_last(self, generation: Generation, now: float) -> None:
         """It has ended, or the time for that is over."""
-        promise = self._open[generation].promise
-        self._settle(self._done, promise, promise.done, now)
+        made = self._open[generation].promise
+        if made.forecast is not None:
+            self._done.note(made.forecast.done, now - made.at, made.pace, now)
 
     def leave(self, generation: Generation) -> None:
         del self._open[generation]
-
-    @staticmethod
-    def _settle(margin: Margin, promise: Promise, promised: float, now: float) -> float | None:
-        if promise.forecast is None:
-            return None
-        seconds = now - promise.at
-        margin.note(promised, seconds)
-        return seconds / max(promise.forecast.first, 1e-3)
 
     def _limit(self, order: Order) -> int:
         return min(order.params.max_tokens, self._limits.max_context - len(order.token_ids))

@@ -100,6 +100,9 @@ class _Engine(Collector):
         yield GaugeMetricFamily(
             "headrace_waiting_sequences", "Sequences that wait for pages.", value=state.waiting
         )
+        yield GaugeMetricFamily(
+            "headrace_pass_seconds", "What recent passes took.", value=state.pace.recent
+        )
         pages = GaugeMetricFamily(
             "headrace_kv_pages", "KV pages by tier and state.", labels=["tier", "state"]
         )

@@ -15,11 +15,13 @@ _ALIKE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """A pass of n tokens takes `fixed` + n * `per_token` seconds; recent ones had `tokens`."""
+    """A pass of n tokens takes `fixed` + n * `per_token` seconds; recent ones had `tokens`. The shortest that
+    there was took `shortest`."""
 
     fixed: float = 0.0
     per_token: float = 0.0
     tokens: float = 0.0
+    shortest: float = 0.0
 
     def seconds(self, tokens: float) -> float:
         return self.fixed + tokens * self.per_token
@@ -35,10 +37,12 @@ class PassModel:
 
     def __init__(self) -> None:
         self._n = self._t = self._nn = self._nt = self._weight = 0.0
+        self._shortest = 0.0
         self.pace = Pace()
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A pass of `tokens` returned `seconds` after the one before, or after it was begun."""
+        self._shortest = min(seconds, self._shortest or seconds)
         if self._weight > 1.0:
             seconds = min(seconds, _STALLED * self.pace.seconds(tokens))
         self._weight = _KEPT * self._weight + 1.0
@@ -55,4 +59,4 @@ class PassModel:
         if spread > (_ALIKE * n) ** 2:
             slope = (self._nt / self._weight - n * t) / spread
         slope = min(max(slope, 0.0), t / n)  # neither a pass nor a token takes less than nothing
-        return Pace(t - slope * n, slope, n)
+        return Pace(t - slope * n, slope, n, self._shortest)
