@@ -37,7 +37,10 @@ def serve(
         ),
     ] = False,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Sequences that wait for their first token; more get a 429.")
+        int,
+        typer.Option(
+            min=1, help="Sequences of a key and class that wait for a first token; more get a 429."
+        ),
     ] = 256,
     max_ttft: Annotated[
         float | None,

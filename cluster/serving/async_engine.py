@@ -1,6 +1,7 @@
 """An engine as asyncio sees it: how much may wait, tokens as they come, and what is given up."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from headrace.cluster.serving.generation import Generation, Order
 from headrace.cluster.serving.loop import EngineLoop, EngineState, News, ServedEngine
 from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.errors import HeadraceError, RequestError
+from headrace.scheduler.request import Priority
 
 RETRY_SECONDS = 2
 """When a client that was turned away should come back."""
@@ -35,8 +37,8 @@ class Meter(Protocol):
 class AsyncEngine:
     """Runs on one event loop; its engine runs in a thread of its own.
 
-    At most `max_waiting` sequences wait for their first token, which is also the most that one request
-    may ask for. How many go on at once is up to the scheduler. An interactive request that does not say by
+    At most `max_waiting` sequences of each tenant and priority wait for their first token, so that nobody's
+    can keep others' out; that is also the most that one request may ask for. How many go on at once is up to the scheduler. An interactive request that does not say by
     when it wants its first token is held to `max_ttft` seconds, if they are given.
     """
 
@@ -53,7 +55,7 @@ class AsyncEngine:
         self._admission, self._max_ttft = Admission(engine.limits), max_ttft
         self._meter, self._max_waiting, self._clock = meter, max_waiting, clock
         self._open: dict[Generation, list[float]] = {}  # when each sequence last had a token
-        self._num_waiting = 0
+        self._waiting: Counter[tuple[str, Priority]] = Counter()
         self._events: asyncio.AbstractEventLoop | None = None
         self._is_draining = False
         self.error: HeadraceError | None = None
@@ -111,7 +113,8 @@ class AsyncEngine:
         since = now if since is None else since
         terms = (terms or Terms()).by_default(self._max_ttft).after(now - since)
         try:
-            self._admit(len(orders))
+            queue = orders[0].tenant, terms.priority
+            self._admit(len(orders), queue)
             promise = self._admission.promise(orders, terms, self.state.pace, now)
         except ApiError as error:
             self._meter.turned_away(error.code or "")
@@ -119,7 +122,7 @@ class AsyncEngine:
         generation = Generation(orders, terms)
         self._admission.enter(generation, promise)
         self._open[generation] = [now] * len(orders)
-        self._num_waiting += len(orders)
+        self._waiting[queue] += len(orders)
         for order in orders:
             self._meter.begun(len(order.token_ids))
         self._loop.submit(generation)
@@ -131,7 +134,7 @@ class AsyncEngine:
                 timer.cancel()
             del self._open[generation]
             self._admission.leave(generation)
-            self._num_waiting -= generation.num_waiting
+            self._waiting[queue] -= generation.num_waiting
             self._loop.abort(generation)
 
     def _set_timers(self, generation: Generation) -> list[asyncio.TimerHandle]:
@@ -159,14 +162,15 @@ class AsyncEngine:
         )
         self._loop.abort(generation)
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, count: int, queue: tuple[str, Priority]) -> None:
         if not self.is_ready:
             raise ApiError(503, "the server takes no requests now", code="not_ready")
         assert count <= self._max_waiting, count
-        if self._num_waiting + count > self._max_waiting:
+        waiting = self._waiting[queue]
+        if waiting + count > self._max_waiting:
             raise ApiError(
                 429,
-                f"{self._num_waiting} sequences wait already, of at most {self._max_waiting}:"
+                f"{waiting} sequences wait already, of at most {self._max_waiting}:"
                 " try again later",
                 code="queue_full",
                 retry_after=RETRY_SECONDS,
@@ -184,7 +188,7 @@ class AsyncEngine:
         now = self._clock()
         for each in news:
             times = self._open.get(each.generation)
-            if times is None:
+            if times is None or each.generation.has_failed:
                 continue  # given up meanwhile
             if each.error is not None:
                 each.generation.fail(_refusal(each.error))
@@ -192,7 +196,8 @@ class AsyncEngine:
             before = each.generation.num_waiting
             each.generation.feed(each.index, each.samples, each.completion)
             begun = before - each.generation.num_waiting
-            self._num_waiting -= begun
+            queue = each.generation.orders[0].tenant, each.generation.terms.priority
+            self._waiting[queue] -= begun
             self._follow(each, bool(begun), now)
             self._measure(len(each.samples), bool(begun), now - times[each.index])
             times[each.index] = now

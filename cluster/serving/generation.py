@@ -57,6 +57,10 @@ class Generation:
         return sum(not sequence.has_begun for sequence in self._sequences)
 
     @property
+    def has_failed(self) -> bool:
+        return self._error is not None
+
+    @property
     def has_ended(self) -> bool:
         """Whether the engine has nothing more for it."""
         return self._error is not None or all(each.completion for each in self._sequences)

@@ -1,6 +1,7 @@
 """In which class a request goes, and by when: over HTTP, before an engine that echoes."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +130,29 @@ def test_a_servers_own_limit_is_for_people(engine: EchoEngine) -> None:
         assert ask(served, max_ttft_ms=5000)[0] == 200
         assert ask(served)[0] == 429
         assert ask(served, priority="batch")[0] == 200
+
+
+def test_nobody_keeps_others_out_of_the_line(engine: EchoEngine, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    many, few = add_key(file, "many", None), add_key(file, "few", None)
+    with serving(engine, api_keys=file, max_waiting=2) as served:
+        engine.gate.clear()
+
+        def send(secret: str, **given: Any) -> int:
+            """A request that waits is given up after a moment."""
+            told = {"Authorization": f"Bearer {secret}"}
+            return int(ask(served, told, deadline_ms=500, **given)[0])
+
+        threads = [threading.Thread(target=send, args=(many,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: engine.has_work, 10.0, lambda: "not begun")
+        wait_for(lambda: send(many) == 429, 10.0, lambda: "not full")
+        assert send(many, priority="batch") == 504
+        assert send(few) == 504
+        engine.gate.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_weights_of_keys(engine: EchoEngine, tmp_path: Path) -> None:
