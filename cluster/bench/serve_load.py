@@ -23,8 +23,8 @@ _PAUSE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked for: `rate` requests a second at random times (0: always `concurrency` under way), of
-    `prompt` tokens and `output` more. Requests are of all `keys` alike.
+    """What is asked for: `rate` requests a second at random times, each of any of the `keys` (0: always
+    `concurrency` under way, as many of each key), of `prompt` tokens and `output` more.
 
     Those due in the first `warmup` seconds are not counted; `duration` seconds are. What is due while
     `concurrency` requests are under way waits, and its times go on.
@@ -136,38 +136,55 @@ async def connected(url: str, key: str) -> AsyncIterator[tuple[Client, int]]:
 async def run_load(client: Client, load: Load) -> list[Sent]:
     """All requests that were due, when the last has been answered."""
     everything: list[Sent] = []
-    free, started = asyncio.Semaphore(load.concurrency), time.monotonic()
-    keys = random.Random(load.seed)
+    started = time.monotonic()
     async with asyncio.TaskGroup() as group:
-        for number, due in enumerate(arrivals(load)):
-            wait = due - (time.monotonic() - started)
-            if wait > 0:
-                await asyncio.sleep(wait)
-            await free.acquire()
-            now = time.monotonic() - started
-            if now > load.end:
-                break
-            sent = Sent(keys.randrange(len(load.keys)), due if load.rate else now)
-            everything.append(sent)
-            task = group.create_task(_send(client, load, sent, number, started))
-            task.add_done_callback(lambda _: free.release())
+        if load.rate:
+            await _arrive(client, load, everything, started, group)
+        else:
+            for place in range(load.concurrency):
+                group.create_task(_stay(client, load, everything, started, place))
     return everything
 
 
-async def _send(client: Client, load: Load, sent: Sent, number: int, started: float) -> None:
-    """Where the number under way is kept, somebody who is turned away comes back when told to."""
-    await client.send(load, sent, number, started)
-    left = load.end - (time.monotonic() - started)
-    if not load.rate and sent.reason is not None and left > 0:
-        await asyncio.sleep(min(max(sent.retry_after, _PAUSE), left))
+async def _arrive(
+    client: Client, load: Load, everything: list[Sent], started: float, group: asyncio.TaskGroup
+) -> None:
+    """Requests at their times, each of any key."""
+    free, keys = asyncio.Semaphore(load.concurrency), random.Random(load.seed)
+    for number, due in enumerate(arrivals(load)):
+        wait = due - (time.monotonic() - started)
+        if wait > 0:
+            await asyncio.sleep(wait)
+        await free.acquire()
+        if time.monotonic() - started > load.end:
+            return
+        sent = Sent(keys.randrange(len(load.keys)), due)
+        everything.append(sent)
+        task = group.create_task(client.send(load, sent, number, started))
+        task.add_done_callback(lambda _: free.release())
+
+
+async def _stay(
+    client: Client, load: Load, everything: list[Sent], started: float, place: int
+) -> None:
+    """One request after the other, of one key. Who is turned away comes back when told to."""
+    number = place
+    while (now := time.monotonic() - started) < load.end:
+        sent = Sent(place % len(load.keys), now)
+        everything.append(sent)
+        await client.send(load, sent, number, started)
+        number += load.concurrency
+        if sent.reason is not None:
+            left = load.end - (time.monotonic() - started)
+            await asyncio.sleep(max(0.0, min(max(sent.retry_after, _PAUSE), left)))
 
 
 def arrivals(load: Load) -> Iterator[float]:
-    """When requests are due: a Poisson process, or at once."""
+    """When requests are due: a Poisson process."""
     draw, at = random.Random(load.seed), 0.0
     while at < load.end:
         yield at
-        at += draw.expovariate(load.rate) if load.rate else 0.0
+        at += draw.expovariate(load.rate)
 
 
 async def _follow(stream: aiohttp.StreamReader, sent: Sent, started: float) -> None:

@@ -19,9 +19,10 @@ _WINDOW = 400
 _OLD = 60.0
 """So many forecasts, and of so many seconds, are remembered with how they turned out."""
 
-_FEW = 20
-_AT_FIRST = 0.25
-"""What is added to a forecast at least while there are only a few."""
+_LEAST = 0.35
+_MORE = 1.25
+"""At least so much is added, and so many times what was needed: it makes the line shorter and no pass, and a
+machine with other work has bad moments that have not been seen yet."""
 
 _MOST = 1.0
 _MOST_RETRY = 3600
@@ -30,7 +31,7 @@ _MOST_RETRY = 3600
 class Margin:
     """What is added to a forecast so that all but MISSED come in time.
 
-    In parts of the forecast and two passes: the most that was needed lately, but for MISSED. What went wrong
+    In parts of the forecast and two passes: more than was needed lately by all but MISSED. What went wrong
     once is forgotten after a while, or nobody would be let in any more who could show that it has passed.
     """
 
@@ -43,11 +44,10 @@ class Margin:
     def level(self, now: float) -> float:
         while self._errors and now - self._errors[0][0] > _OLD:
             self._errors.popleft()
-        worst = sorted(error for _, error in self._errors)
-        least = _AT_FIRST if len(worst) < _FEW else 0.0
-        if not worst:
-            return least
-        return min(max(worst[int((1 - MISSED) * (len(worst) - 1))], least), _MOST)
+        if not self._errors:
+            return _LEAST
+        errors = sorted(error for _, error in self._errors)
+        return min(max(_MORE * errors[int((1 - MISSED) * (len(errors) - 1))], _LEAST), _MOST)
 
     def note(self, forecast: float, seconds: float, pace: Pace, now: float) -> None:
         """What was forecast to come took `seconds`."""
