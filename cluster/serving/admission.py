@@ -19,7 +19,7 @@ _WINDOW = 400
 _OLD = 60.0
 """So many forecasts, and of so many seconds, are remembered with how they turned out."""
 
-_LEAST = 0.35
+_LEAST = 0.5
 _MORE = 1.25
 """At least so much is added, and so many times what was needed: it makes the line shorter and no pass, and a
 machine with other work has bad moments that have not been seen yet."""
