@@ -23,7 +23,7 @@ from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
-from headrace.scheduler.request import FinishReason, Request, SamplingParams
+from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -38,11 +38,13 @@ log = logging.getLogger(__name__)
 class EngineStats:
     """Totals since the engine started; `stages` sums each stage's times over all passes.
 
-    `passes` are those that computed something, `kv` says where pages are and what was found of them.
+    `passes` are those that computed something, and `tokens` what they computed; `kv` says where pages are
+    and what was found of them.
     """
 
     num_stages: int
     passes: int = 0
+    tokens: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     busy_seconds: float = 0.0
@@ -55,6 +57,7 @@ class EngineStats:
 
     def add(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
         self.passes += bool(a_pass.micro_batches)
+        self.tokens += a_pass.num_tokens
         for result in results:
             stage = result.times.stage
             self.stages[stage] = self.stages[stage].plus(result.times)
@@ -114,11 +117,14 @@ class Engine:
         *,
         tenant: str = "",
         keep: bool = False,
+        priority: Priority = Priority.INTERACTIVE,
+        weight: int = 1,
         on_token: Callable[[Sample], None] | None = None,
     ) -> int:
         """Queue a prompt; returns the request's id. RequestError when it cannot be served.
 
-        Nothing that a tenant has had computed is found by another one. `keep` saves the keys and
+        Nothing that a tenant has had computed is found by another one, and of one priority tenants have
+        shares by `weight` (at least 1). `keep` saves the keys and
         values below the device for a prompt that goes on from where this one ends. `on_token` is called
         by `step` with each of its tokens, once that is committed.
         """
@@ -128,7 +134,10 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self._stop_ids
-        request = Request(request_id, list(token_ids), params, seed, stop_ids, tenant, keep)
+        request = Request(
+            request_id, list(token_ids), params, seed, stop_ids, tenant, keep,
+            priority=priority, weight=weight,
+        )  # fmt: skip
         self._scheduler.add(request)
         if params.structured_outputs is not None:
             self._followed.start(request, params.structured_outputs)
@@ -161,6 +170,11 @@ class Engine:
     def max_sequences(self) -> int:
         """How many requests the passes under way can hold."""
         return self.plan.max_sequences * self.plan.passes_in_flight
+
+    @property
+    def limits(self) -> SchedulerConfig:
+        """What bounds passes, and requests together."""
+        return self._scheduler.config
 
     @property
     def has_work(self) -> bool:

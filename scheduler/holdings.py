@@ -105,6 +105,12 @@ class Holdings:
             self._count(request, prefix)
         return True
 
+    def num_needed(self, request: Request, num_tokens: int, spare: int) -> int:
+        """Pages that have to be free for `admit` to succeed."""
+        full, total = (len(request.tokens) - 1) // PAGE_TOKENS, pages_for(num_tokens)
+        self._extend_keys(request, full)
+        return total - self.cache.find(request.keys[:full]).num_held + spare
+
     def can_grow(self, count: int) -> bool:
         return self.pool.can_allocate(count)
 

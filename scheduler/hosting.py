@@ -12,6 +12,8 @@ from headrace.scheduler.pages import pages_for
 from headrace.scheduler.policy import clean_watermark, guest_order, hosting_pays
 from headrace.scheduler.request import Request
 
+_ANY_RANK = 2
+
 
 class Hosting:
     """Sends requests' full pages out instead of having the requests wait, and calls them back.
@@ -28,17 +30,16 @@ class Hosting:
         self._config, self._holdings, self._cold = config, holdings, holdings.cold
         self.is_possible = config.kv_ring_pages > 0 and config.host_pages > 1
         # Device pages that guests let go of when moves have ended and passes have returned, those that go
-        # out when others have sunk, and whether anybody else may become one: as of this pass, for it is
-        # asked for each page that is short.
-        self._leaving = self._promised = 0
-        self._may_invite = False
+        # out when others have sunk, and the ranks from which on nobody else may become one: as of this
+        # pass, for it is asked for each page that is short.
+        self._leaving = self._promised = self._asked = 0
         self._spare = clean_watermark(self._cold.num_lendable)
 
     def advance(self, running: Collection[Request]) -> None:
         """Have guests change to what has come, and send out what they have filled: once a pass."""
         self._turn(running)
         self._leaving = sum(self._cold.num_leaving(r) for r in running if r.is_hosted)
-        self._may_invite = self.is_possible
+        self._asked = _ANY_RANK if self.is_possible else 0
         if self._cold.sunk.is_possible:
             self._sink(running)
 
@@ -76,16 +77,16 @@ class Hosting:
         """Whether a request that is in flight should come back before it goes on."""
         return request.is_hosted and self._cold.is_due(request)
 
-    def make_room(self, count: int, running: Collection[Request]) -> bool:
-        """Send out pages, if need be, until `count` are free or will be, once moves have ended and passes
-        have returned; whether they will."""
+    def make_room(self, count: int, running: Collection[Request], rank: int = 0) -> bool:
+        """Send out pages of requests of `rank` and higher ones, if need be, until `count` are free or will
+        be, once moves have ended and passes have returned; whether they will."""
         if self._will_have(count):
             return True
-        if not self._may_invite:
+        if rank >= self._asked:
             return False
         batches = self._batches(running)
         slots = _SlotsLeft.of(self._cold, running)
-        for request in guest_order(running):
+        for request in guest_order(each for each in running if each.rank >= rank):
             if self._may_go(request, batches, slots):
                 self._invite(request)
                 batches.reserve(request.num_pages + 1, 1)
@@ -93,7 +94,7 @@ class Hosting:
                 if self._will_have(count):
                     break
         else:
-            self._may_invite = False
+            self._asked = rank
         if self._promised:
             self._sink(running)
         return self._will_have(count)

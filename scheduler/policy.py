@@ -1,6 +1,7 @@
 """The scheduler's choices as pure functions: who goes first, who gives way, who travels together.
 
-A request's age is its id: lower ids came earlier and have precedence everywhere.
+A request's age is its id: of one rank, lower ids came earlier and have precedence everywhere. Lower ranks
+have precedence over higher ones.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -9,24 +10,39 @@ from heapq import heapify, heappop, heappush
 from headrace.scheduler.config import KVCosts
 from headrace.scheduler.plan import MicroBatch, Slice
 from headrace.scheduler.request import Request
+from headrace.scheduler.shares import Shares, line_of
 
 
-def service_order(requests: Iterable[Request]) -> list[Request]:
-    """Decodes before prefill chunks, each oldest first.
+def service_order(requests: Iterable[Request], shares: Shares) -> list[Request]:
+    """Decodes before prefill chunks, each of the owner that had least first, and of one owner's the oldest.
 
     A decode costs one token and gives one to a user, so that a long prompt never holds it up.
     """
-    return sorted(requests, key=lambda request: (request.num_pending > 1, request.request_id))
+
+    def turn(request: Request) -> tuple[bool, int, int]:
+        return request.num_pending > 1, shares.time(line_of(request)), request.request_id
+
+    return sorted(requests, key=turn)
 
 
 def choose_victim(running: Iterable[Request], needy: Request) -> Request | None:
-    """Who gives its pages to `needy`: the youngest of those that are younger, if there are any.
+    """Who gives its pages to `needy`: of those of a higher rank, or of its own and younger, the youngest
+    of the highest rank, if there are any.
 
     Those in flight, which cannot go at once, come last. That only the younger give way to the older
     keeps the oldest request moving, whatever the others do.
     """
-    younger = [request for request in running if request.request_id > needy.request_id]
-    return max(younger, key=lambda request: (not request.passes, request.request_id), default=None)
+    younger = [request for request in running if request.precedence > needy.precedence]
+    return _youngest(younger)
+
+
+def choose_outranked(running: Iterable[Request], needy: Request) -> Request | None:
+    """Who gives way so that `needy` is admitted: the youngest of those of a higher rank."""
+    return _youngest([request for request in running if request.rank > needy.rank])
+
+
+def _youngest(requests: Iterable[Request]) -> Request | None:
+    return max(requests, key=lambda r: (not r.passes, r.precedence), default=None)
 
 
 def watermark(num_pages: int, num_running: int) -> int:
@@ -74,9 +90,9 @@ def hosting_pays(costs: KVCosts, num_pages: int, num_sunk: int = 0) -> bool:
 
 
 def guest_order(candidates: Iterable[Request]) -> list[Request]:
-    """Who leaves the device first to go on over pages in host RAM: whoever frees the most pages, for it
-    is brought no more bytes for each of them than another; of those the youngest."""
-    return sorted(candidates, key=lambda r: (r.num_named, r.request_id), reverse=True)
+    """Who leaves the device first to go on over pages in host RAM: of the highest rank whoever frees the
+    most pages, for it is brought no more bytes for each of them than another; of those the youngest."""
+    return sorted(candidates, key=lambda r: (r.rank, r.num_named, r.request_id), reverse=True)
 
 
 def clean_watermark(num_pages: int) -> int:

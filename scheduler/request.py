@@ -18,6 +18,13 @@ class FinishReason(str, Enum):
     ABORT = "abort"
 
 
+class Priority(str, Enum):
+    """Somebody waits for the tokens of an interactive request, and goes before batch ones."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to continue a prompt. Names and defaults are those that vLLM's users know.
@@ -126,7 +133,9 @@ class Request:
     `mask` says which tokens may come next, where not all may; whoever sets it does so with each token that is
     committed, so that until then no further one can be drawn.
 
-    No page of a `tenant` is found by another one. `keep` brings the full pages to host RAM and NVMe
+    No page of a `tenant` is found by another one, and a tenant's share of passes and pages goes by its
+    `weight`: `num_charged` tokens have been counted. `rank` is 0 of interactive requests, and of batch
+    ones that have been promoted; lower ranks go first, and in a rank whoever came first. `keep` brings the full pages to host RAM and NVMe
     once the request has stopped or reached its length, for a request that continues it.
     """
 
@@ -138,6 +147,10 @@ class Request:
     tenant: str = ""
     keep: bool = False
     mask: bytes = b""
+    priority: Priority = Priority.INTERACTIVE
+    weight: int = 1
+    rank: int = field(init=False)
+    num_charged: int = field(init=False, default=0)
     num_prompt: int = field(init=False)
     num_scheduled: int = field(init=False, default=0)
     num_drawing: int = field(init=False, default=0)
@@ -161,6 +174,12 @@ class Request:
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
         self.may_sink = not self.keep
+        self.rank = int(self.priority is Priority.BATCH)
+
+    @property
+    def precedence(self) -> tuple[int, int]:
+        """Whoever has less is preempted later."""
+        return self.rank, self.request_id
 
     @property
     def num_pending(self) -> int:

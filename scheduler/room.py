@@ -5,7 +5,7 @@ from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.hosting import Hosting
 from headrace.scheduler.limits import token_limit
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.policy import choose_victim, watermark
+from headrace.scheduler.policy import choose_outranked, choose_victim, watermark
 from headrace.scheduler.request import Request
 from headrace.scheduler.roster import Roster
 
@@ -16,15 +16,17 @@ class Room:
     def __init__(self, config: SchedulerConfig, holdings: Holdings, roster: Roster) -> None:
         self._config, self._holdings, self._roster = config, holdings, roster
         self._hosting = Hosting(config, holdings)
-        self._leaving: Request | None = None  # to be preempted when it comes back
+        self._leaving: set[Request] = set()  # to be preempted when they come back
+        self.is_short = False
 
     def advance(self) -> None:
         """Have guests change to what has come: once a pass."""
         self._hosting.advance(self._roster.running.values())
+        self.is_short = False
 
     def is_leaving(self, request: Request) -> bool:
         """Whether it is to be preempted when it comes back."""
-        return request is self._leaving
+        return request in self._leaving
 
     def is_due(self, request: Request) -> bool:
         """Whether a request that is in flight should come back before it goes on."""
@@ -36,13 +38,36 @@ class Room:
         lacks = pages_for(token_limit(request, self._config) - 1) - request.num_pages
         return min(lacks, 1) if request.is_hosted and not request.returning else lacks
 
+    def admit(self, request: Request, num_tokens: int, spare: int) -> bool:
+        """Give a request that waits pages for `num_tokens` tokens, if that leaves `spare`; those of a higher
+        rank give way if need be. While one of rank 0 has to wait for that the device `is_short` for others."""
+        if self._holdings.admit(request, num_tokens, spare):
+            return True
+        self.is_short = request.rank == 0
+        needed = self._holdings.num_needed(request, num_tokens, spare)
+        while (victim := choose_outranked(self._staying(), request)) is not None:
+            coming = sum(len(each.pages) for each in self._leaving)
+            has_tail = self._holdings.tails.num_free or self._leaving
+            if has_tail and self._hosting.make_room(needed - coming, self._staying(), 1):
+                return False
+            if victim.passes:
+                self._leaving.add(victim)
+                continue
+            self._preempt(victim)
+            if self._holdings.admit(request, num_tokens, spare):
+                self.is_short = False
+                return True
+        return False
+
     def grow(self, request: Request, count: int) -> bool:
         """Make the pages cover `count` more tokens; younger requests give way if need be."""
         missing = pages_for(request.num_scheduled + count) - request.num_pages
         if missing <= 0:
             return True
+        if request.rank and self.is_short:
+            return False
         while not self._holdings.can_grow(missing):
-            if self._hosting.make_room(missing, self._staying()):
+            if self._hosting.make_room(missing, self._staying(), request.rank):
                 if self._holdings.can_grow(missing):
                     break
                 return False
@@ -51,7 +76,8 @@ class Room:
                 return False
             if victim.passes:
                 # One at a time: whoever else is short may be served by its pages.
-                self._leaving = self._leaving or victim
+                if not self._leaving:
+                    self._leaving.add(victim)
                 return False
             self._preempt(victim)
         self._holdings.grow(request, missing)
@@ -59,30 +85,29 @@ class Room:
 
     def make_for_waiting(self) -> None:
         """Have running requests go on over pages in host RAM until there will be room for those that
-        wait, as many as are computed until it is there; they are taken to be like the oldest of them."""
-        if not self._hosting.is_possible or (oldest := self._roster.oldest_waiting()) is None:
+        wait, as many as are computed until it is there; they are taken to be like the first of them."""
+        if not self._hosting.is_possible or (first := self._roster.first_waiting()) is None:
             return
-        tokens, config, running = len(oldest.tokens) + 1, self._config, len(self._roster.running)
+        tokens, config, running = len(first.tokens) + 1, self._config, len(self._roster.running)
         passes = config.passes_in_flight + config.ahead + 1
         places = config.max_sequences * config.passes_in_flight - running
         wanted = -(-passes * config.token_budget // tokens)
         count = min(wanted, places, self._roster.num_waiting, self._holdings.tails.num_free)
         if count > 0:
             pages = count * pages_for(tokens) + watermark(config.num_pages, running)
-            self._hosting.make_room(min(pages, config.num_pages), self._staying())
+            self._hosting.make_room(min(pages, config.num_pages), self._staying(), first.rank)
 
     def call_back(self) -> None:
         """Where nobody waits and nobody can come to need pages, guests have theirs on the device again."""
-        if self._hosting.is_possible and self._roster.oldest_waiting() is None:
+        if self._hosting.is_possible and self._roster.first_waiting() is None:
             running = self._roster.running.values()
             growth = sum(self.growth(request) for request in running)
             self._hosting.call_back(running, self._holdings.pool.num_free - growth)
 
     def land(self, request: Request) -> None:
         """No pass in flight holds the request any more, which goes on."""
-        is_leaving = request is self._leaving
-        if is_leaving:
-            self._leaving = None
+        is_leaving = request in self._leaving
+        self._leaving.discard(request)
         if request.is_spoiled:
             self.put_back(request)
         elif is_leaving:
@@ -90,8 +115,7 @@ class Room:
 
     def end(self, request: Request) -> None:
         """The request does not go on."""
-        if request is self._leaving:
-            self._leaving = None
+        self._leaving.discard(request)
 
     def put_back(self, request: Request) -> None:
         """Back to waiting, to look for its prefix once more."""
@@ -100,7 +124,7 @@ class Room:
 
     def _staying(self) -> list[Request]:
         running = self._roster.running.values()
-        return [request for request in running if request is not self._leaving]
+        return [request for request in running if request not in self._leaving]
 
     def _preempt(self, request: Request) -> None:
         """Back to waiting. Its tokens stay, and its pages where they can be found, for as long."""

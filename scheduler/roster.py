@@ -2,49 +2,89 @@
 
 from heapq import heappop, heappush
 
-from headrace.scheduler.request import Request
+from headrace.scheduler.request import Priority, Request
+from headrace.scheduler.shares import Line, Shares, line_of
 
 
 class Roster:
     """A live request waits or runs. In flight are also requests that ended: stages may still write to
-    their pages.
+    their pages. Those that wait stand in lines, one for each rank and owner.
     """
 
     def __init__(self) -> None:
         self.live: dict[int, Request] = {}
         self.running: dict[int, Request] = {}
         self.in_flight: dict[int, Request] = {}
-        # A heap of ids. One that ended or runs by now is skipped when it comes up.
-        self._waiting: list[int] = []
+        self.shares = Shares()
+        self._num_batch = 0
+        # Heaps of ids. One that ended, runs or stands elsewhere by now is skipped when it comes up.
+        self._waiting: dict[Line, list[int]] = {}
 
     @property
     def num_waiting(self) -> int:
         return len(self.live) - len(self.running)
 
+    @property
+    def has_batch(self) -> bool:
+        """Whether a batch request lives."""
+        return self._num_batch > 0
+
+    @property
+    def runs_batch(self) -> bool:
+        return any(each.priority is Priority.BATCH for each in self.running.values())
+
     def add(self, request: Request) -> None:
         assert request.request_id not in self.live, request.request_id
         assert request.request_id not in self.in_flight, request.request_id
         self.live[request.request_id] = request
-        heappush(self._waiting, request.request_id)
+        self._num_batch += request.priority is Priority.BATCH
+        self.shares.join(request)
+        self._line_up(request)
 
-    def oldest_waiting(self) -> Request | None:
-        while self._waiting:
-            request_id = self._waiting[0]
-            if request_id in self.live and request_id not in self.running:
-                return self.live[request_id]
-            heappop(self._waiting)
-        return None
+    def first_waiting(self) -> Request | None:
+        """Who is next, of the lowest rank that waits."""
+        return self.next_waiting(0) or self.next_waiting(1)
+
+    def next_waiting(self, rank: int) -> Request | None:
+        """Who is next of those that have a rank: the oldest of the owner that had least."""
+        heads = [self._head(line) for line in [*self._waiting] if line[0] == rank]
+        waiting = [request for request in heads if request is not None]
+        if len(waiting) < 2:
+            return waiting[0] if waiting else None
+        return min(waiting, key=lambda r: (self.shares.time(line_of(r)), r.request_id))
 
     def start(self, request: Request) -> None:
-        """The oldest that waits runs."""
-        oldest = heappop(self._waiting)
-        assert oldest == request.request_id, (oldest, request.request_id)
+        """Who is next runs."""
+        first = heappop(self._waiting[line_of(request)])
+        assert first == request.request_id, (first, request.request_id)
         self.running[request.request_id] = request
 
     def wait_again(self, request: Request) -> None:
         del self.running[request.request_id]
-        heappush(self._waiting, request.request_id)
+        self._line_up(request)
+
+    def promote(self, request: Request) -> None:
+        """Have one that waits go with those of rank 0, until it ends."""
+        self.shares.leave(request)
+        request.rank = 0
+        self.shares.join(request)
+        self._line_up(request)
 
     def end(self, request: Request) -> None:
         del self.live[request.request_id]
         self.running.pop(request.request_id, None)
+        self._num_batch -= request.priority is Priority.BATCH
+        self.shares.leave(request)
+
+    def _line_up(self, request: Request) -> None:
+        heappush(self._waiting.setdefault(line_of(request), []), request.request_id)
+
+    def _head(self, line: Line) -> Request | None:
+        ids = self._waiting[line]
+        while ids:
+            request = self.live.get(ids[0])
+            if request is not None and ids[0] not in self.running and line_of(request) == line:
+                return request
+            heappop(ids)
+        del self._waiting[line]
+        return None

@@ -1,6 +1,6 @@
 """The scheduler: requests in, passes out, samples in, tokens committed."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +13,10 @@ from headrace.scheduler.limits import check_request, token_limit
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, PageMove, Pass, Sample, Slice
 from headrace.scheduler.policy import service_order, watermark
-from headrace.scheduler.request import FinishReason, Request
+from headrace.scheduler.request import FinishReason, Priority, Request
 from headrace.scheduler.room import Room
 from headrace.scheduler.roster import Roster
+from headrace.scheduler.shares import BATCH_PART, Guarantee
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,13 @@ class Scheduler:
     the oldest one, which continue by tokens that are not known yet, unless the next one's mask depends
     on them. What a request that has ended
     meanwhile gets in such a pass is ignored. Request ids are unique while a request lives or is in
-    flight, and give precedence: lower ids are admitted first and preempted last.
+    flight, and give precedence in a rank: lower ids are admitted first and preempted last. Where requests
+    have several owners, shares of passes and admissions are fair between these.
+
+    Batch requests go behind interactive ones: into a pass, into pages, and out of pages first. They keep
+    their pages while there is only no room for them in passes. What they get in any case: of BATCH_PART
+    tokens computed while some live one is theirs, as far as those that run can take it; and when none of
+    them runs, the next one goes with interactive requests once that part would have computed its tokens.
 
     There is always a runnable request. `add` refuses what could not run alone, admission reserves
     the pages of all tokens that a request has, so that only decodes need more, and only younger
@@ -54,6 +61,9 @@ class Scheduler:
         self._room = Room(config, self.holdings, self._roster)
         self._step = 0
         self._steps: deque[int] = deque()  # of the passes in flight
+        self._guarantee = Guarantee(config.max_context)
+        self._taken: Counter[Priority] = Counter()  # tokens of the pass that is being made
+        self._promoted: Request | None = None
 
     @property
     def has_work(self) -> bool:
@@ -121,11 +131,17 @@ class Scheduler:
         # Every group gets its pass before the requests of one get a second.
         can_follow = bool(self.config.ahead and self._steps)
         is_ahead = can_follow and len(self._steps) >= self.config.passes_in_flight
-        self._continue_running(draft, may_follow=is_ahead)
-        self._admit_waiting(draft)
+        self._taken.clear()
+        self._keep_guarantee(draft, may_follow=is_ahead)
+        for rank in (0, 1):
+            self._continue_running(draft, rank, may_follow=is_ahead)
+            self._admit_waiting(draft, rank)
+        self._room.make_for_waiting()
         if can_follow and not is_ahead and not draft.num_slices:
-            self._continue_running(draft, may_follow=True)
+            for rank in (0, 1):
+                self._continue_running(draft, rank, may_follow=True)
         self._room.call_back()
+        self._guarantee.note(self._taken, is_wanted=self._roster.has_batch)
         if not draft.num_slices and (self._steps or not self._roster.live):
             return None
         assert draft.num_slices or self.holdings.is_moving, "idle with work to do"
@@ -216,11 +232,33 @@ class Scheduler:
                 self._room.put_back(request)
         return update
 
-    def _continue_running(self, draft: Draft, *, may_follow: bool) -> None:
+    def _keep_guarantee(self, draft: Draft, *, may_follow: bool) -> None:
+        """Give batch requests first what is owed to them, in a small part of the pass's places."""
+        if not (owed := self._guarantee.owed):
+            return
+        places = max(1, self.config.max_sequences // BATCH_PART)
+        self._continue_running(draft, 1, may_follow=may_follow, tokens=owed, places=places)
+        first = self._roster.next_waiting(1)
+        if first is None or self._roster.runs_batch or owed < len(first.tokens):
+            return
+        if self._promoted is None or self._promoted.finish_reason is not None:
+            self._roster.promote(first)
+            self._promoted = first
+
+    def _continue_running(
+        self,
+        draft: Draft,
+        rank: int,
+        *,
+        may_follow: bool,
+        tokens: int | None = None,
+        places: int | None = None,
+    ) -> None:
+        """Have requests of a rank go on, with `tokens` in `places` slices at most."""
         running = self._roster.running
-        ready = [r for r in running.values() if self._is_ready(r, may_follow)]
-        for request in service_order(ready):
-            if not draft.left:
+        ready = [r for r in running.values() if r.rank == rank and self._is_ready(r, may_follow)]
+        for request in service_order(ready, self._roster.shares):
+            if not draft.left or tokens == 0 or places == 0:
                 break
             if request.request_id not in running or self._room.is_leaving(request):
                 continue  # gave way to an older one, just now
@@ -228,8 +266,12 @@ class Scheduler:
             if request.num_cold:
                 room = draft.cold_room(pages_for(request.num_scheduled + request.num_pending))
             count = min(request.num_pending, room)
+            if tokens is not None:
+                count = min(count, tokens)
             if count and self._room.grow(request, count):
                 self._take(request, draft, count)
+                tokens = None if tokens is None else tokens - count
+                places = None if places is None else places - 1
 
     def _is_ready(self, request: Request, may_follow: bool) -> bool:
         if self._room.is_leaving(request) or request.coming or request.is_spoiled:
@@ -241,24 +283,21 @@ class Scheduler:
         ends = len(request.tokens) + request.num_drawing >= token_limit(request, self.config)
         return may_follow and request.passes == [self._steps[0]] and not ends
 
-    def _admit_waiting(self, draft: Draft) -> None:
-        """Admit in order of age, never past one that does not fit: it would wait for ever."""
-        self._admit_while_room(draft)
-        self._room.make_for_waiting()
-
-    def _admit_while_room(self, draft: Draft) -> None:
-        if not draft.room or self._roster.oldest_waiting() is None:
+    def _admit_waiting(self, draft: Draft, rank: int) -> None:
+        """Admit those of a rank in their order, never past one that does not fit: it would wait for ever."""
+        if not draft.room or self._room.is_short or self._roster.next_waiting(rank) is None:
             return
-        growth = sum(map(self._room.growth, self._roster.running.values()))
-        while draft.room and (request := self._roster.oldest_waiting()) is not None:
+        running = [r for r in self._roster.running.values() if r.rank <= rank]
+        growth, count = sum(map(self._room.growth, running)), len(running)
+        while draft.room and (request := self._roster.next_waiting(rank)) is not None:
             # The token that is drawn next needs a place, too, if it is computed at all.
             tokens = min(len(request.tokens) + 1, token_limit(request, self.config) - 1)
             # No more is left free than the running ones can still come to need.
-            spare = min(growth, watermark(self.config.num_pages, len(self._roster.running)))
-            if not self.holdings.admit(request, tokens, spare):
+            spare = min(growth, watermark(self.config.num_pages, count))
+            if not self._room.admit(request, tokens, spare):
                 return
             self._roster.start(request)
-            growth += self._room.growth(request)
+            growth, count = growth + self._room.growth(request), count + 1
             if not request.coming:
                 self._take(request, draft, min(request.num_pending, draft.room))
 
@@ -277,6 +316,8 @@ class Scheduler:
                 cold=tuple(request.slots[: request.num_cold]),
             )
         )
+        self._taken[request.priority] += count
+        self._roster.shares.charge(request, end)
         request.num_scheduled = end
         request.num_drawing += draws
         request.passes.append(self._step + 1)

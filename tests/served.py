@@ -18,10 +18,11 @@ from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
 from headrace.cluster.engine import Engine
 from headrace.cluster.serving.server import Listener, Server, ServerOptions
+from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import ContextLengthError, HeadraceError
 from headrace.scheduler.kv_stats import KVStats, PageCounts
 from headrace.scheduler.plan import Sample
-from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.request import Priority, SamplingParams
 
 MODEL = "stories"
 
@@ -139,6 +140,9 @@ class EchoEngine:
     gate: threading.Event = field(default_factory=threading.Event)
     aborted: list[int] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
+    classes: list[tuple[Priority, int]] = field(default_factory=list)
+    passes: int = 0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -152,6 +156,11 @@ class EchoEngine:
     @property
     def kv(self) -> KVStats:
         return KVStats(device=PageCounts(used=len(self._live)))
+
+    @property
+    def limits(self) -> SchedulerConfig:
+        most = self.max_running
+        return SchedulerConfig(10_000, self.max_context, 10_000, most, 1, 10_000)
 
     @property
     def has_work(self) -> bool:
@@ -177,12 +186,15 @@ class EchoEngine:
         *,
         tenant: str = "",
         keep: bool = False,
+        priority: Priority = Priority.INTERACTIVE,
+        weight: int = 1,
         on_token: Callable[[Sample], None] | None = None,
     ) -> int:
         stop = StopStrings(self.tokenizer, params) if params.stop else None
         self._next_id += 1
         self._live[self._next_id] = _Echo(token_ids, params, on_token, stop)
         self.tenants.append(tenant)
+        self.classes.append((priority, weight))
         return self._next_id
 
     def abort(self, request_id: int) -> None:
@@ -195,6 +207,7 @@ class EchoEngine:
         if self.failure is not None:
             raise self.failure
         running = list(self._live.items())[: self.max_running]
+        self.passes, self.tokens = self.passes + 1, self.tokens + len(running)
         return [done for i, echo in running if (done := self._say(i, echo)) is not None]
 
     def _say(self, request_id: int, echo: _Echo) -> Completion | None:

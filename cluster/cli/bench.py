@@ -39,7 +39,7 @@ DirectoryOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write everything here, too.")]
 
 
-def _check_writable(file: Path | None) -> None:
+def check_writable(file: Path | None) -> None:
     """HeadraceError now rather than after minutes of measuring."""
     if file is not None and not os.access(file.parent, os.W_OK):
         raise HeadraceError(f"--json {file}: {file.parent} is not a directory to write to")
@@ -110,7 +110,7 @@ def run_shape(
     from headrace.cluster.bench.shapes import config_of
     from headrace.cluster.cli.bench_tables import profile_table, run_json, run_title, run_view
 
-    _check_writable(json)
+    check_writable(json)
     config = config_of(shape, layers, setting or ())
     work = Work(batch, prompt, new, tier.value, local or profile is not None)
     options = run.engine(Path(), storage=storage.value)
@@ -147,7 +147,7 @@ def measure(
     from headrace.cluster.cli.bench_tables import machine_json, machine_table
     from headrace.cluster.launch import resolve_device
 
-    _check_writable(json)
+    check_writable(json)
     folder = directory or Path(tempfile.gettempdir())
     console = Console()
     readings = []

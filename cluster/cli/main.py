@@ -14,6 +14,7 @@ from rich.console import Console
 
 from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
+from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
 from headrace.cluster.cli.serve import serve, serve_key
@@ -180,6 +181,7 @@ def generate(
     raise typer.Exit(code)
 
 
+bench_app.command("serve")(serve_load)
 app.command()(serve)
 app.command("serve-key")(serve_key)
 

@@ -37,8 +37,18 @@ def serve(
         ),
     ] = False,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Sequences that wait for their first token; more get a 429.")
+        int,
+        typer.Option(
+            min=1, help="Sequences of a key and class that wait for a first token; more get a 429."
+        ),
     ] = 256,
+    max_ttft: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Seconds to the first token: interactive requests that would wait longer get a 429.",
+        ),
+    ] = None,
     max_body: Annotated[str, typer.Option(help="The largest request.")] = "4MiB",
     grace: Annotated[
         float,
@@ -81,6 +91,7 @@ def serve(
         tls_key=tls_key,
         insecure=insecure,
         max_waiting=max_waiting,
+        max_ttft=max_ttft,
         max_body=parse_size(max_body),
         grace=grace,
         files=files,
@@ -102,8 +113,12 @@ def serve_key(
         int | None,
         typer.Option(min=1, max=999999, help="At once, at most. [default: any number]"),
     ] = None,
+    weight: Annotated[
+        int,
+        typer.Option(min=1, max=999, help="Its share where keys wait for each other, in parts."),
+    ] = 1,
 ) -> None:
     """Make an API key and print it, once: the file keeps a hash of it."""
     from headrace.cluster.serving.keys import add_key
 
-    typer.echo(add_key(file, name, requests))
+    typer.echo(add_key(file, name, requests, weight))

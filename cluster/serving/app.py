@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,7 @@ from headrace.cluster.serving.http import (
 )
 from headrace.cluster.serving.metrics import CONTENT_TYPE, Metrics
 from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.cluster.serving.terms import TIMEOUT_HEADER
 from headrace.scheduler.errors import RequestError
 
 T = TypeVar("T")
@@ -105,9 +107,12 @@ class Front:
         }
 
     async def _answer(self, request: Request, read: Callable[[bytes, str], Work]) -> Response:
-        tenant: str = request.state.tenant
+        since, tenant = self._engine.now(), str(request.state.tenant)
         work = await self._read(request, lambda raw: read(raw, tenant))
-        return _Answering(self._engine, Answer(work, self._model, int(time.time())), work)
+        terms = work.terms.of_key(request.state.weight)
+        work = replace(work, terms=terms.with_timeout(request.headers.get(TIMEOUT_HEADER)))
+        answer = Answer(work, self._model, int(time.time()))
+        return _Answering(self._engine, answer, work, since)
 
     async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
         require_json(request)
@@ -118,16 +123,17 @@ class Front:
 class _Answering(Response):
     """Has the work done while the client is there, and gives it up when it goes away."""
 
-    def __init__(self, engine: AsyncEngine, answer: Answer, work: Work) -> None:
+    def __init__(self, engine: AsyncEngine, answer: Answer, work: Work, since: float) -> None:
         super().__init__()
-        self._engine, self._answer, self._work = engine, answer, work
+        self._engine, self._answer, self._work, self._since = engine, answer, work, since
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._respond(scope, receive, send))
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._engine.running(self._work.orders) as generation:
-            if self._work.streams:
+        work = self._work
+        with self._engine.running(work.orders, work.terms, self._since) as generation:
+            if work.streams:
                 await send_events(send, self._answer.chunks(generation))
                 return
             whole = await self._answer.whole(generation)

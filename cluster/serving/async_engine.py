@@ -1,15 +1,20 @@
 """An engine as asyncio sees it: how much may wait, tokens as they come, and what is given up."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
 from typing import Protocol
 
+from headrace.cluster.serving.admission import Admission
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Generation, Order
 from headrace.cluster.serving.loop import EngineLoop, EngineState, News, ServedEngine
+from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.errors import HeadraceError, RequestError
+from headrace.scheduler.request import Priority
 
 RETRY_SECONDS = 2
 """When a client that was turned away should come back."""
@@ -26,12 +31,17 @@ class Meter(Protocol):
 
     def batch_tokens(self, count: int) -> None: ...
 
+    def turned_away(self, code: str) -> None: ...
+
+    def forecast(self, ratio: float) -> None: ...
+
 
 class AsyncEngine:
     """Runs on one event loop; its engine runs in a thread of its own.
 
-    At most `max_waiting` sequences wait for their first token, which is also the most that one request
-    may ask for. How many go on at once is up to the scheduler.
+    At most `max_waiting` sequences of each tenant and priority wait for their first token, so that nobody's
+    can keep others' out; that is also the most that one request may ask for. How many go on at once is up to the scheduler. An interactive request that does not say by
+    when it wants its first token is held to `max_ttft` seconds, if they are given.
     """
 
     def __init__(
@@ -40,11 +50,14 @@ class AsyncEngine:
         meter: Meter,
         max_waiting: int,
         clock: Callable[[], float] = monotonic,
+        *,
+        max_ttft: float | None = None,
     ) -> None:
-        self._loop = EngineLoop(engine, self._post_news, self._post_failure)
+        self._loop = EngineLoop(engine, self._post_news, self._post_failure, clock)
+        self._admission, self._max_ttft = Admission(engine.limits), max_ttft
         self._meter, self._max_waiting, self._clock = meter, max_waiting, clock
         self._open: dict[Generation, list[float]] = {}  # when each sequence last had a token
-        self._num_waiting = 0
+        self._waiting: Counter[tuple[str, Priority]] = Counter()
         self._events: asyncio.AbstractEventLoop | None = None
         self._is_draining = False
         self.error: HeadraceError | None = None
@@ -82,36 +95,90 @@ class AsyncEngine:
         self.drain()
         await asyncio.to_thread(self._loop.close)
 
+    def now(self) -> float:
+        """What `running` may be told of when a request came."""
+        return self._clock()
+
     @contextmanager
-    def running(self, orders: Sequence[Order], *, of_batch: bool = False) -> Iterator[Generation]:
+    def running(
+        self,
+        orders: Sequence[Order],
+        terms: Terms | None = None,
+        since: float | None = None,
+        *,
+        of_batch: bool = False,
+    ) -> Iterator[Generation]:
         """Have sequences generated; what has not ended when the block does is given up.
 
-        Those `of_batch` are heard of when they have ended, and have their place from somebody else: they do
-        not count among those that wait. ApiError when the engine takes no requests, or no more at
-        the moment.
+        `terms` say in which class and by when, counted from `since`, on the clock, or else from now. The
+        generation fails with ApiError 504 when a time is over. Those `of_batch` are heard of when they have
+        ended, and have their place from somebody else: they do not count among those that wait.
+
+        ApiError when the engine takes no requests, or no more at the moment, or when it could not keep to
+        the terms.
         """
-        self._admit(0 if of_batch else len(orders))
-        generation = Generation(orders, of_batch=of_batch)
-        self._open[generation] = [self._clock()] * len(orders)
-        self._num_waiting += 0 if of_batch else len(orders)
+        now = self._clock()
+        since = now if since is None else since
+        terms = (terms or Terms()).by_default(self._max_ttft).after(now - since)
+        try:
+            queue = orders[0].tenant, terms.priority
+            self._admit(0 if of_batch else len(orders), queue)
+            promise = self._admission.promise(orders, terms, self.state.pace, now)
+        except ApiError as error:
+            self._meter.turned_away(error.code or "")
+            raise
+        generation = Generation(orders, terms, of_batch=of_batch)
+        self._admission.enter(generation, promise)
+        self._open[generation] = [now] * len(orders)
+        self._waiting[queue] += 0 if of_batch else len(orders)
         for order in orders:
             self._meter.begun(len(order.token_ids))
         self._loop.submit(generation)
+        timers = self._set_timers(generation)
         try:
             yield generation
         finally:
+            for timer in timers:
+                timer.cancel()
             del self._open[generation]
-            self._num_waiting -= 0 if of_batch else generation.num_waiting
+            self._admission.leave(generation)
+            self._waiting[queue] -= 0 if of_batch else generation.num_waiting
             self._loop.abort(generation)
 
-    def _admit(self, count: int) -> None:
+    def _set_timers(self, generation: Generation) -> list[asyncio.TimerHandle]:
+        assert self._events is not None
+        terms = generation.terms
+        times = ((terms.first_within, True), (terms.done_within, False))
+        return [
+            self._events.call_later(seconds, partial(self._expire, generation, is_first))
+            for seconds, is_first in times
+            if seconds is not None
+        ]
+
+    def _expire(self, generation: Generation, is_first: bool) -> None:
+        """A time is over: what has not come by now is of no use."""
+        if generation.has_ended or (is_first and not generation.num_waiting):
+            return
+        if is_first:
+            self._admission.came_first(generation, self._clock())
+        else:
+            self._admission.came_last(generation, self._clock())
+        what = "a first token" if is_first else "the answer"
+        self._meter.turned_away("deadline_passed")
+        generation.fail(
+            ApiError(504, f"the time for {what} is over", code="deadline_passed", is_final=True)
+        )
+        self._loop.abort(generation)
+
+    def _admit(self, count: int, queue: tuple[str, Priority]) -> None:
         if not self.is_ready:
             raise ApiError(503, "the server takes no requests now", code="not_ready")
         assert count <= self._max_waiting, count
-        if self._num_waiting + count > self._max_waiting:
+        waiting = self._waiting[queue]
+        if waiting + count > self._max_waiting:
             raise ApiError(
                 429,
-                f"{self._num_waiting} sequences wait already, of at most {self._max_waiting}:"
+                f"{waiting} sequences wait already, of at most {self._max_waiting}:"
                 " try again later",
                 code="queue_full",
                 retry_after=RETRY_SECONDS,
@@ -129,7 +196,7 @@ class AsyncEngine:
         now = self._clock()
         for each in news:
             times = self._open.get(each.generation)
-            if times is None:
+            if times is None or each.generation.has_failed:
                 continue  # given up meanwhile
             if each.error is not None:
                 each.generation.fail(_refusal(each.error))
@@ -137,14 +204,30 @@ class AsyncEngine:
             if each.generation.of_batch:
                 each.generation.feed(each.index, each.samples, each.completion)
                 assert each.completion is not None
-                self._meter.batch_tokens(len(each.completion.token_ids))
+                count = len(each.completion.token_ids)
+                self._admission.advance(each.generation, each.index, count, has_ended=True)
+                self._meter.batch_tokens(count)
                 continue
             before = each.generation.num_waiting
             each.generation.feed(each.index, each.samples, each.completion)
             begun = before - each.generation.num_waiting
-            self._num_waiting -= begun
+            queue = each.generation.orders[0].tenant, each.generation.terms.priority
+            self._waiting[queue] -= begun
+            self._follow(each, bool(begun), now)
             self._measure(len(each.samples), bool(begun), now - times[each.index])
             times[each.index] = now
+
+    def _follow(self, news: News, has_begun: bool, now: float) -> None:
+        """Compare what came with what was forecast."""
+        generation, admission = news.generation, self._admission
+        has_ended = news.completion is not None
+        admission.advance(generation, news.index, len(news.samples), has_ended=has_ended)
+        if has_begun and not generation.num_waiting:
+            ratio = admission.came_first(generation, now)
+            if ratio is not None:
+                self._meter.forecast(ratio)
+        if generation.has_ended:
+            admission.came_last(generation, now)
 
     def _measure(self, count: int, has_begun: bool, seconds: float) -> None:
         if has_begun:

@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headrace.cluster.row_models import Body, Conversation, Message, TokenId
+from headrace.cluster.serving.terms import MAX_MS, Terms
 from headrace.cluster.tools.models import Tools
+from headrace.scheduler.request import Priority
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 8192
@@ -28,7 +30,33 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class CompletionRequest(Body):
+Milliseconds = Annotated[int, Field(ge=1, le=MAX_MS)]
+
+
+class Urgency(BaseModel):
+    """In which class a request goes, and by when it wants its first token and all of its answer."""
+
+    priority: Priority | None = None
+    service_tier: Literal["auto", "default", "flex"] | None = None
+    max_ttft_ms: Milliseconds | None = None
+    deadline_ms: Milliseconds | None = None
+
+    @model_validator(mode="after")
+    def one_priority(self) -> "Urgency":
+        if self.service_tier == "flex" and self.priority is Priority.INTERACTIVE:
+            raise ValueError('service_tier "flex" is priority "batch": give one of them')
+        if self.service_tier == "default" and self.priority is Priority.BATCH:
+            raise ValueError('service_tier "default" is priority "interactive": give one of them')
+        return self
+
+    @property
+    def terms(self) -> Terms:
+        tier = Priority.BATCH if self.service_tier == "flex" else Priority.INTERACTIVE
+        seconds = [None if ms is None else ms / 1e3 for ms in (self.max_ttft_ms, self.deadline_ms)]
+        return Terms(self.priority or tier, 1, *seconds)
+
+
+class CompletionRequest(Body, Urgency):
     prompt: Prompts
     echo: Literal[False] | None = None
     stream: bool | None = None
@@ -43,7 +71,7 @@ class CompletionRequest(Body):
         return list(prompts)
 
 
-class ChatRequest(Conversation):
+class ChatRequest(Conversation, Urgency):
     messages: Messages
     stream: bool | None = None
     stream_options: StreamOptions | None = None

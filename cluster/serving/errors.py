@@ -12,7 +12,8 @@ _SHOWN = 1000
 
 
 class ApiError(Exception):
-    """What a client is told, with an HTTP status. `retry_after` is in seconds."""
+    """What a client is told, with an HTTP status. `retry_after` is in seconds; where it `is_final`,
+    OpenAI's clients do not try again by themselves."""
 
     def __init__(
         self,
@@ -22,10 +23,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        is_final: bool = False,
     ) -> None:
         super().__init__(message)
         self.status, self.message = status, message
         self.param, self.code, self.retry_after = param, code, retry_after
+        self._is_final = is_final
 
     @property
     def body(self) -> dict[str, Any]:
@@ -40,6 +43,8 @@ class ApiError(Exception):
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
+        if self._is_final:
+            headers["X-Should-Retry"] = "false"
         return headers
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headrace.cluster.completion import Completion
+from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
 
@@ -45,8 +46,10 @@ class Generation:
     completion alone.
     """
 
-    def __init__(self, orders: Sequence[Order], *, of_batch: bool = False) -> None:
-        self.orders, self.of_batch = list(orders), of_batch
+    def __init__(
+        self, orders: Sequence[Order], terms: Terms | None = None, *, of_batch: bool = False
+    ) -> None:
+        self.orders, self.terms, self.of_batch = list(orders), terms or Terms(), of_batch
         self._sequences = [_Sequence() for _ in orders]
         self._error: Exception | None = None
         self._news = asyncio.Event()
@@ -55,6 +58,10 @@ class Generation:
     def num_waiting(self) -> int:
         """Sequences without a token yet."""
         return sum(not sequence.has_begun for sequence in self._sequences)
+
+    @property
+    def has_failed(self) -> bool:
+        return self._error is not None
 
     @property
     def has_ended(self) -> bool:

@@ -62,7 +62,8 @@ class Guard:
         except ApiError as error:
             await refuse(error)(scope, receive, send)
             return
-        scope.setdefault("state", {})["tenant"] = name = "" if key is None else key.name
+        name = "" if key is None else key.name
+        scope.setdefault("state", {}).update(tenant=name, weight=1 if key is None else key.weight)
         self._running[name] += 1
         try:
             await self._app(scope, receive, send)

@@ -13,7 +13,9 @@ from headrace.scheduler.errors import HeadraceError
 
 PREFIX = "hr-"
 
-_LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})(?::([1-9][0-9]{0,5}))?")
+_LINE = re.compile(
+    r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})(?::(?=.)([1-9][0-9]{0,5})?(?::([1-9][0-9]{0,2}))?)?"
+)
 
 
 _WHAT = "API keys"
@@ -21,16 +23,19 @@ _WHAT = "API keys"
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """`digest` is the secret's SHA-256; at most `limit` requests at once, None any number."""
+    """`digest` is the secret's SHA-256; at most `limit` requests at once, None any number. Where keys are
+    short of something their shares of it are as their `weight`."""
 
     name: str
     digest: bytes
     limit: int | None = None
+    weight: int = 1
 
     @property
     def line(self) -> str:
-        limit = "" if self.limit is None else f":{self.limit}"
-        return f"{self.name}:{self.digest.hex()}{limit}"
+        limit = "" if self.limit is None else f"{self.limit}"
+        more = f":{limit}:{self.weight}" if self.weight != 1 else f":{limit}" if limit else ""
+        return f"{self.name}:{self.digest.hex()}{more}"
 
 
 class ApiKeys:
@@ -61,13 +66,13 @@ def load_keys(file: Path) -> ApiKeys:
     return ApiKeys(keys)
 
 
-def add_key(file: Path, name: str, limit: int | None) -> str:
+def add_key(file: Path, name: str, limit: int | None, weight: int = 1) -> str:
     """Add a key to a file, which is made if need be; returns its secret, which is nowhere else.
 
     HeadraceError for a name that is taken or is none, and for a file that cannot be used.
     """
     secret = PREFIX + secrets.token_urlsafe(32)
-    key = ApiKey(name, hashlib.sha256(secret.encode()).digest(), limit)
+    key = ApiKey(name, hashlib.sha256(secret.encode()).digest(), limit, weight)
     if not _LINE.fullmatch(key.line):
         raise HeadraceError(
             f"{name!r} is no name for a key: use up to 64 letters, digits, dots, dashes, underscores"
@@ -92,12 +97,13 @@ def _parse(file: Path, content: bytes) -> list[ApiKey]:
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise HeadraceError(
-                f"{file}, line {number}: not NAME:SHA256[:REQUESTS], the hash in 64 small hex digits"
+                f"{file}, line {number}: not NAME:SHA256[:[REQUESTS][:WEIGHT]], the hash in 64 small hex"
+                " digits, at most 999999 requests at once and a weight of 1 to 999"
             )
         if match[1] in keys:
             raise HeadraceError(f"{file}, line {number}: there are two keys named {match[1]!r}")
-        limit = int(match[3]) if match[3] else None
-        keys[match[1]] = ApiKey(match[1], bytes.fromhex(match[2]), limit)
+        limit, weight = int(match[3]) if match[3] else None, int(match[4] or 1)
+        keys[match[1]] = ApiKey(match[1], bytes.fromhex(match[2]), limit, weight)
     return list(keys.values())
 
 

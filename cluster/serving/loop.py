@@ -5,14 +5,17 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 from typing import Any, Protocol
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.serving.generation import Generation
+from headrace.cluster.serving.pass_model import Pace, PassModel
+from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import Sample
-from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.request import Priority, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,12 @@ log = logging.getLogger(__name__)
 class EngineStats(Protocol):
     @property
     def kv(self) -> KVStats: ...
+
+    @property
+    def passes(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
 
 
 class ServedEngine(Protocol):
@@ -36,6 +45,9 @@ class ServedEngine(Protocol):
 
     @property
     def max_sequences(self) -> int: ...
+
+    @property
+    def limits(self) -> SchedulerConfig: ...
 
     @property
     def has_work(self) -> bool: ...
@@ -59,6 +71,8 @@ class ServedEngine(Protocol):
         *,
         tenant: str = "",
         keep: bool = False,
+        priority: Priority = Priority.INTERACTIVE,
+        weight: int = 1,
         on_token: Callable[[Sample], None] | None = None,
     ) -> int: ...
 
@@ -69,11 +83,12 @@ class ServedEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What the engine was doing between two passes."""
+    """What the engine was doing between two passes, and how long these take."""
 
     running: int = 0
     waiting: int = 0
     kv: KVStats = field(default_factory=KVStats)
+    pace: Pace = field(default_factory=Pace)
 
 
 @dataclass(slots=True)
@@ -99,8 +114,10 @@ class EngineLoop:
         engine: ServedEngine,
         deliver: Callable[[list[News]], None],
         fail: Callable[[HeadraceError], None],
+        clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._engine, self._deliver, self._fail = engine, deliver, fail
+        self._engine, self._deliver, self._fail, self._clock = engine, deliver, fail, clock
+        self._model, self._since, self._counted = PassModel(), 0.0, (0, 0)
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._is_closing = False
@@ -137,6 +154,7 @@ class EngineLoop:
         try:
             while self._obey():
                 completions = self._engine.step()
+                self._measure()
                 for completion in completions:
                     self._complete(completion)
                 self._hand_out()
@@ -153,6 +171,7 @@ class EngineLoop:
             with self._wake:
                 while not (self._commands or self._is_closing or self._engine.has_work):
                     self._wake.wait()
+                    self._since = self._clock()
                 if self._is_closing:
                     return False
                 commands, self._commands = self._commands, []
@@ -161,6 +180,14 @@ class EngineLoop:
             self._hand_out()
             if self._engine.has_work:
                 return True
+
+    def _measure(self) -> None:
+        """Learn from a pass that has returned, if one has, how long passes take."""
+        stats, now = self._engine.stats, self._clock()
+        passes, tokens = stats.passes - self._counted[0], stats.tokens - self._counted[1]
+        if passes:
+            self._model.observe(round(tokens / passes), (now - self._since) / passes)
+            self._counted, self._since = (stats.passes, stats.tokens), now
 
     def _add(self, generation: Generation) -> None:
         self._ids[generation] = ids = []
@@ -173,6 +200,8 @@ class EngineLoop:
                     order.seed,
                     tenant=order.tenant,
                     keep=order.keep,
+                    priority=generation.terms.priority,
+                    weight=generation.terms.weight,
                     on_token=None if generation.of_batch else news.samples.append,
                 )
             except RequestError as error:
@@ -196,7 +225,9 @@ class EngineLoop:
 
     def _hand_out(self) -> None:
         engine = self._engine
-        self.state = EngineState(engine.num_running, engine.num_waiting, engine.stats.kv)
+        self.state = EngineState(
+            engine.num_running, engine.num_waiting, engine.stats.kv, self._model.pace
+        )
         fresh = []
         for request_id, news in list(self._news.items()):
             if not news.samples and news.completion is None:

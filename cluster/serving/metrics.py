@@ -14,6 +14,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A pass of a streamed model takes from milliseconds to a minute.
 _FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 _NEXT_TOKEN = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0, 10.0)
 
 
 class Metrics:
@@ -44,6 +45,19 @@ class Metrics:
             registry=registry,
         )
 
+        self._turned_away = Counter(
+            "headrace_turned_away",
+            "Requests that were refused or ended early for want of time or room, by code.",
+            ["code"],
+            registry=registry,
+        )
+        self._forecast = Histogram(
+            "headrace_first_token_forecast_ratio",
+            "Time to the first token over its forecast, of requests with a time.",
+            buckets=_RATIOS,
+            registry=registry,
+        )
+
     def watch(self, state: Callable[[], EngineState]) -> None:
         """Show what the engine is doing, too."""
         self._registry.register(_Engine(state))
@@ -67,6 +81,12 @@ class Metrics:
         """Tokens of a sequence whose times nobody waits for."""
         self._output.inc(count)
 
+    def turned_away(self, code: str) -> None:
+        self._turned_away.labels(code).inc()
+
+    def forecast(self, ratio: float) -> None:
+        self._forecast.observe(ratio)
+
     def text(self) -> bytes:
         return generate_latest(self._registry)
 
@@ -83,6 +103,9 @@ class _Engine(Collector):
         )
         yield GaugeMetricFamily(
             "headrace_waiting_sequences", "Sequences that wait for pages.", value=state.waiting
+        )
+        yield GaugeMetricFamily(
+            "headrace_pass_seconds", "What recent passes took.", value=state.pace.recent
         )
         pages = GaugeMetricFamily(
             "headrace_kv_pages", "KV pages by tier and state.", labels=["tier", "state"]

@@ -29,6 +29,7 @@ from headrace.cluster.serving.bodies import (
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Order
 from headrace.cluster.serving.loop import ServedEngine
+from headrace.cluster.serving.terms import Terms
 from headrace.cluster.tools.models import MAX_TOOLS
 from headrace.cluster.tools.use import ToolUse, chat_template_with, for_template, tool_use
 from headrace.scheduler.errors import RequestError
@@ -65,6 +66,7 @@ class Work:
     n: int
     streams: bool
     include_usage: bool
+    terms: Terms
     tools: ToolUse | None = None
 
 
@@ -192,7 +194,8 @@ class Reader:
             for index in range(params.n)
         ]
         options = _stream_options(body.stream, body.stream_options)
-        return Work(kind, name, orders, params.n, bool(body.stream), bool(options.include_usage))
+        streams, usage = bool(body.stream), bool(options.include_usage)
+        return Work(kind, name, orders, params.n, streams, usage, body.terms)
 
     def _seed(self, params: SamplingParams, name: str, prompt: int, index: int) -> int:
         """With a seed of the request's own, a prompt's samples are those of a batch row."""

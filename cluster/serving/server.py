@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from headrace.cluster.serving.app import Front, create_app
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
-from headrace.cluster.serving.batches.lane import BatchLane, batch_window
+from headrace.cluster.serving.batches.lane import BatchLane
 from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.guard import LOCAL, Rules
@@ -38,8 +38,9 @@ _LAST_SECONDS = 10.0
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a user chooses of a server. `port` 0 takes a free one; `max_body` is in bytes, `grace` in
-    seconds: how long requests that run may go on once the server is told to stop. `files` is the directory
-    of what clients upload and batches write, None for none; its `limits` say how much that may be."""
+    seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
+    is what interactive requests that do not say wait for their first token at most; None: for ever. `files` is the
+    directory of what clients upload and batches write, None for none; its `limits` say how much that may be."""
 
     model_name: str
     host: str = "127.0.0.1"
@@ -49,6 +50,7 @@ class ServerOptions:
     tls_key: Path | None = None
     insecure: bool = False
     max_waiting: int = 256
+    max_ttft: float | None = None
     max_body: int = 4 << 20
     grace: float = 30.0
     files: Path | None = None
@@ -110,14 +112,14 @@ class Server:
         options, metrics = listener.options, Metrics()
         self._listener, self._grace = listener, options.grace
         model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
-        self._engine = AsyncEngine(engine, metrics, options.max_waiting)
+        self._engine = AsyncEngine(engine, metrics, options.max_waiting, max_ttft=options.max_ttft)
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
         front = Front(self._engine, reader, model, metrics, max_body=options.max_body)
         files: FileRoutes | NoFiles = NoFiles()
         self._batches: Batches | None = None
         if (store := listener.files) is not None:
-            lane = BatchLane(self._engine, model, batch_window(engine.max_sequences))
+            lane = BatchLane(self._engine, model, engine.max_sequences)
             self._batches = Batches(store, lane, reader, model, options.max_body)
             files = FileRoutes(store, self._batches, options.max_body)
         self._config = _config(options, create_app(front, files, listener.rules, metrics))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
-from headrace.scheduler.request import FinishReason, Request, SamplingParams
+from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
 VOCABULARY = 50
@@ -142,6 +142,19 @@ def make_requests(count: int, max_context: int, rng: random.Random) -> list[Requ
     return requests
 
 
+def share_out(requests: list[Request], rng: random.Random) -> list[Request]:
+    """The same of several owners, some of them batch."""
+    return [
+        replace(
+            request,
+            priority=rng.choice([*Priority]),
+            tenant=rng.choice(["ann", "bob", "cid"]),
+            weight=rng.choice([1, 1, 5]),
+        )
+        for request in requests
+    ]
+
+
 class Driver:
     """An engine loop that adds, finishes and aborts at random; remembers what was promised."""
 
@@ -234,13 +247,21 @@ def check_promises(driver: Driver, requests: list[Request], interference: float)
     count=st.sampled_from([12, 10, 8, 6, 3, 1, 0]),
     depth=st.integers(1, 4),
     interference=st.sampled_from([0.0, 0.01, 0.1]),
+    is_mixed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_every_request_ends_with_exactly_its_tokens(
-    config: SchedulerConfig, count: int, depth: int, interference: float, seed: int
+    config: SchedulerConfig,
+    count: int,
+    depth: int,
+    interference: float,
+    is_mixed: bool,
+    seed: int,
 ) -> None:
     rng = random.Random(seed)
     requests = make_requests(count, config.max_context, rng)
+    if is_mixed:
+        requests = share_out(requests, rng)
     check_promises(Driver(config, depth, rng), requests, interference)
 
 

@@ -17,7 +17,7 @@ from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.pages import PageState, pages_for
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, MoveKind, Pass, Sample, Slice
 from headrace.scheduler.prefixes import extend_keys
-from headrace.scheduler.request import FinishReason, Request, SamplingParams
+from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
 VOCABULARY = 50
@@ -152,7 +152,9 @@ class Driver:
         interference: float = 0.0,
         replacing: float = 0.0,
         damage: float = 0.0,
+        batches: float = 0.0,
     ) -> None:
+        self.batches = batches
         self.scheduler = Scheduler(config)
         self.replacing, self.put_back = replacing, 0
         self.config, self.rng, self.interference = config, rng, interference
@@ -183,6 +185,8 @@ class Driver:
             tenant=rng.choice(["", "", "other"]),
             keep=rng.random() < 0.3,
         )
+        if self.batches and rng.random() < self.batches:
+            request = replace(request, priority=Priority.BATCH, weight=rng.randint(1, 3))
         self.requests[number] = request
         self.waiting.append(request)
 
@@ -367,6 +371,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     interference=st.sampled_from([0.0, 0.02]),
     replacing=st.sampled_from([0.0, 0.1]),
     damage=st.sampled_from([0.0, 0.01, 0.2]),
+    batches=st.sampled_from([0.5, 0.2, 0.0]),
     seed=st.integers(0, 2**32),
 )
 def test_every_request_ends_with_its_tokens_whatever_is_lost(
@@ -378,6 +383,7 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
     interference: float,
     replacing: float,
     damage: float,
+    batches: float,
     seed: int,
 ) -> None:
     driver = Driver(
@@ -388,6 +394,7 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
         interference=interference,
         replacing=replacing,
         damage=damage,
+        batches=batches,
     )
     driver.run(count, depth)
 

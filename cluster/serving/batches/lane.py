@@ -16,7 +16,9 @@ from headrace.cluster.serving.batches.lines import LineError
 from headrace.cluster.serving.choices import Answer
 from headrace.cluster.serving.http import api_error
 from headrace.cluster.serving.reader import Model, Work
+from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.errors import HeadraceError, RequestError
+from headrace.scheduler.request import Priority
 
 PREPARED = 32
 """Lines of a batch that are tokenized and wait for the engine."""
@@ -25,12 +27,6 @@ POLL_SECONDS = 0.02
 """How soon it is noticed that the engine has room again, when nothing of ours has ended."""
 
 STEP_SECONDS = 0.1
-
-
-def batch_window(max_sequences: int) -> int:
-    """How many sequences of batches an engine of so many at once is given: a quarter of it is left to
-    interactive requests, which then start at once."""
-    return max(1, max_sequences - max_sequences // 4)
 
 
 class EngineLostError(HeadraceError):
@@ -49,8 +45,8 @@ class Ticket:
 
 
 class BatchLane:
-    """Runs on the event loop. At most `window` sequences are in the engine at once, and none is added
-    while any other waits there: an interactive request is then the next one to be taken in."""
+    """Runs on the event loop. At most `window` sequences are in the engine at once, in the class that gives
+    way, and none is added while any other waits there."""
 
     def __init__(self, engine: AsyncEngine, model: Model, window: int) -> None:
         self._engine, self._model, self._window = engine, model, window
@@ -103,7 +99,8 @@ class BatchLane:
 
     async def _generate(self, ticket: Ticket) -> None:
         answer = Answer(ticket.work, self._model, ticket.created)
-        with self._engine.running(ticket.work.orders, of_batch=True) as generation:
+        terms = Terms(Priority.BATCH)
+        with self._engine.running(ticket.work.orders, terms, of_batch=True) as generation:
             body = await answer.whole(generation)
         ticket.done(ticket, body)
 
