@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.speculation import DraftCounts
 
 if TYPE_CHECKING:
     from headrace.cluster.stage_logs import StageLogs
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 class EngineStats:
     """Totals since the engine started; `stages` sums each stage's times over all passes.
 
-    `passes` are those that computed something, `kv` says where pages are and what was found of them.
+    `passes` are those that computed something, `kv` says where pages are and what was found of them,
+    `drafts` what was guessed and how much of it was right.
     """
 
     num_stages: int
@@ -47,6 +49,7 @@ class EngineStats:
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
     kv: KVStats = field(default_factory=KVStats)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     stages: list[StageTimes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -281,18 +284,22 @@ class Engine:
         moved, lost = self._reports.merge(results)
         update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
         self.stats.add(a_pass, results)
-        self.stats.kv = self._scheduler.kv_stats()
-        self.stats.output_tokens += len(update.committed)
+        self.stats.kv, self.stats.drafts = self._scheduler.kv_stats(), self._scheduler.draft_counts
         ended = {request.request_id: request for request in update.finished}
         texts: dict[int, str] = {}
+        left = Counter(request.request_id for request, _ in update.committed)
         for request, sample in update.committed:
-            if (text := self._watch(request.request_id, sample)) is None:
+            number = request.request_id
+            left[number] -= 1
+            if number in texts:
+                continue  # behind the stop string, in the same pass
+            self.stats.output_tokens += 1
+            if (text := self._watch(number, sample)) is None:
                 continue
-            texts[request.request_id] = text
-            if request.request_id not in ended:
-                ended[request.request_id] = request
-                self._scheduler.finish(request.request_id, FinishReason.STOP, request.num_output)
-            request.finish_reason = FinishReason.STOP
+            texts[number], kept = text, request.num_output - left[number]
+            if self._scheduler.finish(number, FinishReason.STOP, kept) is None:
+                request.truncate(kept)
+            request.finish_reason, ended[number] = FinishReason.STOP, request
         return [self._complete(request, texts.get(i)) for i, request in ended.items()]
 
     def _watch(self, request_id: int, sample: Sample) -> str | None:
@@ -344,6 +351,7 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         host_pages=plan.host_pages,
         nvme_pages=plan.nvme_pages,
         costs=plan.kv_costs,
+        drafts=plan.drafts,
         kv_ring_pages=plan.kv_ring_pages,
         cold_micro_batches=plan.cold_micro_batches,
         window_pages=plan.window_pages,

@@ -17,6 +17,7 @@ from headrace.runtime.recording import Capture
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
+from headrace.scheduler.config import DraftLimits
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.moves import MoveReports
@@ -89,6 +90,8 @@ class CallAgain:
         return again
 
 
+NO_DRAFTS = DraftLimits()
+
 NO_PREDICTION = Prediction(
     sequences=1,
     pass_seconds=1.0,
@@ -124,6 +127,7 @@ def manual_plan(
     hot_window: int = 0,
     micro_batches: int = 0,
     max_context: int = 0,
+    drafts: DraftLimits = NO_DRAFTS,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
@@ -179,6 +183,7 @@ def manual_plan(
         cold_micro_batches=cold_micro_batches,
         window_pages=window_pages,
         hot_window=hot_window,
+        drafts=drafts,
     )
 
 
