@@ -30,11 +30,14 @@ class KVCosts:
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
     """Up to `most` drafts a slice (0: there are none), as long as a pass has no more than `most_tokens`
-    tokens with them, and where it has at least `least_tokens` without."""
+    tokens with them, and where it has at least `least_tokens` without. Where passes are made ahead, one
+    that drafts has to be worth `least_gain` tokens more for each sequence: a request cannot be drafted
+    before its token is known, and the pass waits for it."""
 
     most: int = 0
     most_tokens: int = 0
     least_tokens: int = 0
+    least_gain: float = 0.0
 
 
 _OPTIONAL = (

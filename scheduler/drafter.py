@@ -27,7 +27,8 @@ class Drafter:
         self._index, self._most = NgramIndex(), most
         self._guess: list[int] = []
         self._at = 0  # tokens there were when it was made
-        self.rate, self.hits = 0.5, 0.0
+        # One guess is made on credit.
+        self.rate, self.hits = LEAST_RATE, 0.0
 
     def learn(self, tokens: Sequence[int], most: int) -> int:
         """Compare the last guess with what has come, and make another one.

@@ -18,10 +18,6 @@ from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Sample, Slice
 from headrace.scheduler.request import Request
 
-WORTH_WAITING = 0.1
-"""Tokens more for each sequence, to be expected of drafts, for which passes are not made ahead: a request
-cannot be drafted before its token is known."""
-
 INDEXED_AT_ONCE = 1 << 15
 """Tokens of prompts that are taken in for a pass, which takes some 15 ms."""
 
@@ -93,7 +89,7 @@ class Speculation:
     def _pays(self, requests: Sequence[Request]) -> bool:
         found = (self._drafters.get(request.request_id) for request in requests)
         gain = sum(drafter.gain for drafter in found if drafter is not None)
-        return gain > 0 and gain >= WORTH_WAITING * len(requests)
+        return gain > 0 and gain >= self._limits.least_gain * len(requests)
 
     def extend(
         self, batches: tuple[MicroBatch, ...], requests: Mapping[int, Request], *, ahead: bool
@@ -135,9 +131,7 @@ class Speculation:
                 drafter = self._drafters[request.request_id] = Drafter(self._limits.most)
             left -= drafter.learn(request.tokens, left)
 
-    def _longer(
-        self, batch: MicroBatch, requests: Mapping[int, Request], left: int
-    ) -> MicroBatch:
+    def _longer(self, batch: MicroBatch, requests: Mapping[int, Request], left: int) -> MicroBatch:
         """The micro-batch with up to `left` tokens more."""
         left = min(left, self._config.micro_batch_tokens - batch.num_tokens)
         slices = []

@@ -30,7 +30,7 @@ from headrace.scheduler.placement import (
     contiguous_visits,
     cyclic_visits,
 )
-from headrace.scheduler.plan import Pass
+from headrace.scheduler.plan import Pass, Sample
 from headrace.scheduler.request import Request
 from headrace.scheduler.scheduler import Scheduler
 
@@ -235,10 +235,14 @@ def local_ring(
 
 
 def run_all(
-    plan: Plan, pipeline: LocalPipeline, requests: Sequence[Request]
+    plan: Plan,
+    pipeline: LocalPipeline,
+    requests: Sequence[Request],
+    scheduler: Scheduler | None = None,
+    seen: dict[int, list[Sample]] | None = None,
 ) -> dict[int, list[int]]:
-    """Serve `requests` to their end; their outputs by id."""
-    scheduler = Scheduler(scheduler_config(plan))
+    """Serve `requests` to their end; their outputs by id, and what was `seen` of them pass by pass."""
+    scheduler = scheduler or Scheduler(scheduler_config(plan))
     reports = MoveReports(plan.placement.num_stages)
     for request in requests:
         scheduler.add(request)
@@ -255,6 +259,8 @@ def run_all(
         samples = [sample for result in results for sample in result.samples]
         spoiled = {request for result in results for request in result.spoiled}
         update = scheduler.update(a_pass, samples, *reports.merge(results), spoiled)
+        for request, sample in update.committed if seen is not None else ():
+            seen.setdefault(request.request_id, []).append(sample)
         for request in update.finished:
             outputs[request.request_id] = request.output
     return outputs

@@ -13,6 +13,7 @@ from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.speculation import DraftCounts
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 class EngineStats(Protocol):
     @property
     def kv(self) -> KVStats: ...
+
+    @property
+    def drafts(self) -> DraftCounts: ...
 
 
 class ServedEngine(Protocol):
@@ -71,6 +75,7 @@ class EngineState:
     running: int = 0
     waiting: int = 0
     kv: KVStats = field(default_factory=KVStats)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 @dataclass(slots=True)
@@ -191,7 +196,8 @@ class EngineLoop:
 
     def _hand_out(self) -> None:
         engine = self._engine
-        self.state = EngineState(engine.num_running, engine.num_waiting, engine.stats.kv)
+        stats = engine.stats
+        self.state = EngineState(engine.num_running, engine.num_waiting, stats.kv, stats.drafts)
         fresh = []
         for request_id, news in list(self._news.items()):
             if not news.samples and news.completion is None:

@@ -18,6 +18,7 @@ from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
+
 @dataclass
 class FakePipeline:
     """Keeps KV pages as stages do, and reads a request's context from nowhere else."""
@@ -126,7 +127,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
 
 SPECULATING = [
     DraftLimits(most=8, most_tokens=10_000),
-    DraftLimits(most=3, most_tokens=12),
+    DraftLimits(most=3, most_tokens=12, least_gain=0.3),
     DraftLimits(most=20, most_tokens=10_000, least_tokens=2),
 ]
 

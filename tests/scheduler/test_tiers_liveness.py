@@ -21,6 +21,7 @@ from headrace.scheduler.prefixes import extend_keys
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
+
 @dataclass
 class Ring:
     """Stages that compute at once, move when they please, and read contexts from pages alone."""
