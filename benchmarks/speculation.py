@@ -40,6 +40,7 @@ from headrace.scheduler.request import SamplingParams
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
+
 class _Held:
     """A load that is over when a drive of that speed would have ended it."""
 
@@ -160,7 +161,9 @@ def measure(store: Path, args: argparse.Namespace, table: Table) -> None:
             "free, at 0.8": (asked(some, args.sequences), 0.8),
         }
         for title, (prompts, temperature) in work.items():
-            params = SamplingParams(temperature=temperature, max_tokens=args.tokens, ignore_eos=True)
+            params = SamplingParams(
+                temperature=temperature, max_tokens=args.tokens, ignore_eos=True
+            )
             turns: dict[str, list[Turn]] = {name: [] for name in ways}
             for _ in range(args.rounds):
                 for name, engine in engines.items():

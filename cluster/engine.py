@@ -16,6 +16,7 @@ from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
+from headrace.scheduler.drafter import Guesses
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request
@@ -147,6 +148,11 @@ class Engine:
         self._scheduler.abort(request_id)
         self._forget(request_id)
         self.stats.kv = self._scheduler.kv_stats()
+
+    def draft_with(self, make: Callable[[int], Guesses]) -> None:
+        """Guess by others than drafters, each made for a request of how many tokens at most it may guess:
+        to measure what that costs. For requests to come."""
+        self._scheduler.speculation.make_drafter = make
 
     @property
     def has_work(self) -> bool:
@@ -284,7 +290,10 @@ class Engine:
         moved, lost = self._reports.merge(results)
         update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
         self.stats.add(a_pass, results)
-        self.stats.kv, self.stats.drafts = self._scheduler.kv_stats(), self._scheduler.draft_counts
+        self.stats.kv, self.stats.drafts = (
+            self._scheduler.kv_stats(),
+            self._scheduler.speculation.counts,
+        )
         ended = {request.request_id: request for request in update.finished}
         texts: dict[int, str] = {}
         left = Counter(request.request_id for request, _ in update.committed)

@@ -8,7 +8,7 @@ from headrace.scheduler.config import DraftLimits
 from headrace.scheduler.decode import Decode
 from headrace.scheduler.inputs import ModelShape
 from headrace.scheduler.placement import Prediction
-from headrace.scheduler.timing import TURNAROUND, passes_ahead
+from headrace.scheduler.timing import TURNAROUND
 
 MOST_DRAFTS = 8
 """A slice, where the planner decides: few texts go on longer as guessed."""
@@ -18,7 +18,7 @@ FREE = 1.02
 
 LEAST_GAIN = 0.1
 """Tokens more for each sequence, to be expected of drafts, for which a pass is not made ahead, beside
-what waiting for its tokens takes."""
+what waiting for its tokens takes where nobody asked for drafts."""
 
 LEAST_REACH = 0.85
 """Of a layer's experts that are loaded when tokens reach them, the share that the pass's tokens reach
@@ -39,9 +39,8 @@ def draft_limits(
 
     `seconds` of a round of passes; `split`: experts are loaded when they are reached.
     """
-    gain = _least_gain(prediction)
     if asked is not None:
-        return DraftLimits(asked, token_budget, 0, gain) if asked else DraftLimits()
+        return DraftLimits(asked, token_budget, 0, LEAST_GAIN) if asked else DraftLimits()
     if prediction.bound_by not in ("nvme", "pcie"):
         return DraftLimits()
     passes = decode.passes_in_flight
@@ -55,12 +54,8 @@ def draft_limits(
             most = tokens - 1
     if low <= few:
         return DraftLimits()
+    gain = LEAST_GAIN + TURNAROUND / prediction.pass_seconds
     return DraftLimits(MOST_DRAFTS, low, _least_tokens(shape) if split else 0, gain)
-
-
-def _least_gain(prediction: Prediction) -> float:
-    """For which to wait, where passes are made ahead."""
-    return LEAST_GAIN + TURNAROUND / prediction.pass_seconds if passes_ahead(prediction) else 0.0
 
 
 def _least_tokens(shape: ModelShape) -> int:

@@ -1,6 +1,7 @@
 """How one request is drafted: guesses of its next tokens, and what became of them."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from headrace.scheduler.ngrams import NgramIndex
 
@@ -12,6 +13,27 @@ _WEIGHT = 0.15
 
 _FEWEST, _SURE = 4, 0.8
 """Drafts at a rate of LEAST_RATE, and the rate at which there are as many as there may be."""
+
+
+class Guesses(Protocol):
+    """What a request is drafted by."""
+
+    @property
+    def num_wanted(self) -> int:
+        """Drafts that the guess is worth; 0 where too few of late were right."""
+
+    @property
+    def gain(self) -> float:
+        """Tokens more in a pass, to be expected."""
+
+    def learn(self, tokens: Sequence[int], most: int) -> int:
+        """Compare the last guess with what has come, and make another one.
+
+        Of long prompts `most` tokens are taken in now; returns how many were.
+        """
+
+    def drafts(self, count: int) -> list[int]:
+        """The first `count` tokens of the guess, made of all tokens that there are."""
 
 
 class Drafter:
@@ -31,10 +53,6 @@ class Drafter:
         self.rate, self.hits = LEAST_RATE, 0.0
 
     def learn(self, tokens: Sequence[int], most: int) -> int:
-        """Compare the last guess with what has come, and make another one.
-
-        Of long prompts `most` tokens are taken in now; returns how many were.
-        """
         if len(tokens) == self._at:
             return 0
         self._judge(tokens)
@@ -54,7 +72,6 @@ class Drafter:
 
     @property
     def num_wanted(self) -> int:
-        """Drafts that the guess is worth; 0 where too few of late were right."""
         if self.rate < LEAST_RATE or not self._guess:
             return 0
         fewest = min(_FEWEST, self._most)
@@ -63,12 +80,10 @@ class Drafter:
 
     @property
     def gain(self) -> float:
-        """Tokens more in a pass, to be expected."""
         if self.rate < LEAST_RATE:
             return 0.0
         right = min(self.rate, 0.99)
         return self.hits * right * (1.0 - right**self._most) / (1.0 - right)
 
     def drafts(self, count: int) -> list[int]:
-        """The first `count` tokens of the guess, made of all tokens that there are."""
         return self._guess[:count]

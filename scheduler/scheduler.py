@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
@@ -16,15 +15,8 @@ from headrace.scheduler.policy import service_order, watermark
 from headrace.scheduler.request import FinishReason, Request
 from headrace.scheduler.room import Room
 from headrace.scheduler.roster import Roster
-from headrace.scheduler.speculation import DraftCounts, Speculation
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What a returned pass brought: the tokens it committed and the requests that these ended."""
-
-    committed: list[tuple[Request, Sample]]
-    finished: list[Request]
+from headrace.scheduler.speculation import Speculation
+from headrace.scheduler.update import Update, by_request
 
 
 class Scheduler:
@@ -52,7 +44,7 @@ class Scheduler:
         self.pool, self.tails = self.holdings.pool, self.holdings.tails
         self._roster = Roster()
         self._room = Room(config, self.holdings, self._roster)
-        self._speculation = Speculation(config, self.holdings)
+        self.speculation = Speculation(config, self.holdings)
         self._step = 0
         self._steps: deque[int] = deque()  # of the passes in flight
 
@@ -75,10 +67,6 @@ class Scheduler:
 
     def kv_stats(self) -> KVStats:
         return self.holdings.stats()
-
-    @property
-    def draft_counts(self) -> DraftCounts:
-        return self._speculation.counts
 
     def adopt(self, keys: Iterable[bytes]) -> None:
         """Take over what every stage's NVMe holds of an earlier run, oldest first."""
@@ -125,7 +113,7 @@ class Scheduler:
         # Every group gets its pass before the requests of one get a second.
         can_follow = bool(self.config.ahead and self._steps)
         is_ahead = can_follow and len(self._steps) >= self.config.passes_in_flight
-        if is_ahead and self._speculation.waits(self._roster.running.values()):
+        if is_ahead and self.speculation.waits(self._roster.running.values()):
             return None
         self._continue_running(draft, may_follow=is_ahead)
         self._admit_waiting(draft)
@@ -137,7 +125,7 @@ class Scheduler:
         assert draft.num_slices or self.holdings.is_moving, "idle with work to do"
         batches = draft.pack()
         ahead = any(piece.follows for batch in batches for piece in batch.slices)
-        batches = self._speculation.extend(batches, self._roster.in_flight, ahead=ahead)
+        batches = self.speculation.extend(batches, self._roster.in_flight, ahead=ahead)
         follows = self._steps[0] if ahead else None
         self._step += 1
         self._steps.append(self._step)
@@ -201,9 +189,7 @@ class Scheduler:
         is taken that the pass computed of requests that are `spoiled` on any stage, nor what later ones
         did that are in flight: these requests wait again when none of them is.
         """
-        drawn: dict[int, list[Sample]] = {}
-        for sample in samples:
-            drawn.setdefault(sample.request, []).append(sample)
+        drawn = by_request(samples)
         pieces = [piece for batch in a_pass.micro_batches for piece in batch.slices]
         asked = {piece.request for piece in pieces if piece.sampling is not None}
         assert drawn.keys() == asked, (a_pass.step, drawn.keys() ^ asked)
@@ -290,7 +276,7 @@ class Scheduler:
             return
         assert len(samples) <= piece.num_drawn, piece
         request.num_drawing -= 1
-        self._speculation.count(piece, samples)
+        self.speculation.count(piece, samples)
         for i, sample in enumerate(samples):
             request.num_scheduled += i > 0  # the draft that proved right is computed, too
             self._commit(request, sample, update)
@@ -322,7 +308,7 @@ class Scheduler:
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
-        self._speculation.forget(request)
+        self.speculation.forget(request)
         self._room.end(request)
         self._roster.end(request)
         if request.request_id not in self._roster.in_flight:

@@ -7,11 +7,11 @@ without; a guess that is wrong has cost a row. What such rows wrote to pages lie
 request has computed, and is overwritten before anybody may see it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.scheduler.config import SchedulerConfig
-from headrace.scheduler.drafter import Drafter
+from headrace.scheduler.drafter import Drafter, Guesses
 from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.limits import token_limit
 from headrace.scheduler.pages import pages_for
@@ -76,7 +76,8 @@ class Speculation:
     def __init__(self, config: SchedulerConfig, holdings: Holdings) -> None:
         self._config, self._limits, self._holdings = config, config.drafts, holdings
         self._is_quantized = config.num_tails > 0
-        self._drafters: dict[int, Drafter] = {}
+        self._drafters: dict[int, Guesses] = {}
+        self.make_drafter: Callable[[int], Guesses] = Drafter
         self.counts = DraftCounts()
 
     def waits(self, running: Iterable[Request]) -> bool:
@@ -128,7 +129,7 @@ class Speculation:
         for request in requests:
             drafter = self._drafters.get(request.request_id)
             if drafter is None:
-                drafter = self._drafters[request.request_id] = Drafter(self._limits.most)
+                drafter = self._drafters[request.request_id] = self.make_drafter(self._limits.most)
             left -= drafter.learn(request.tokens, left)
 
     def _longer(self, batch: MicroBatch, requests: Mapping[int, Request], left: int) -> MicroBatch:

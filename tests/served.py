@@ -22,6 +22,7 @@ from headrace.scheduler.errors import ContextLengthError, HeadraceError
 from headrace.scheduler.kv_stats import KVStats, PageCounts
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.speculation import DraftCounts
 
 MODEL = "stories"
 
@@ -150,6 +151,10 @@ class EchoEngine:
     @property
     def kv(self) -> KVStats:
         return KVStats(device=PageCounts(used=len(self._live)))
+
+    @property
+    def drafts(self) -> DraftCounts:
+        return DraftCounts()
 
     @property
     def has_work(self) -> bool:

@@ -4,7 +4,6 @@ import logging
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -273,7 +272,7 @@ def test_scarce_pages_cost_preemptions_but_no_tokens(
         preemptions += driver.scheduler.num_preemptions
         followers += driver.pipeline.followers
         drafts += driver.pipeline.drafts
-        accepted += driver.scheduler.draft_counts.accepted
+        accepted += driver.scheduler.speculation.counts.accepted
     assert preemptions > 0
     assert (followers > 0) == (ahead > 0 and depth > 1)
     assert (drafts > 0) == speculating

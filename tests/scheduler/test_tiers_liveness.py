@@ -446,7 +446,7 @@ def test_what_decodes_over_host_memory_carries_drafts(num_tails: int) -> None:
             driver = Driver(some, random.Random(seed), interference=0.01)
             driver.run(20, 1)
             drafts += driver.ring.cold_drafts
-            accepted += driver.scheduler.draft_counts.accepted
+            accepted += driver.scheduler.speculation.counts.accepted
     assert drafts > 100 and accepted > 100
 
 
