@@ -276,13 +276,15 @@ class Scheduler:
             return
         assert len(samples) <= piece.num_drawn, piece
         request.num_drawing -= 1
-        self.speculation.count(piece, samples)
-        for i, sample in enumerate(samples):
-            request.num_scheduled += i > 0  # the draft that proved right is computed, too
+        before = request.num_output
+        for sample in samples:
+            # The draft that proved right is computed, too.
+            request.num_scheduled += request.num_output > before
             self._commit(request, sample, update)
             if request.finish_reason is not None:
                 update.finished.append(request)
                 break
+        self.speculation.count(piece, request.num_output - before)
         if piece.num_drafts:
             self._name(request, request.num_scheduled)
 

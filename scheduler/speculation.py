@@ -15,7 +15,7 @@ from headrace.scheduler.drafter import Drafter, Guesses
 from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.limits import token_limit
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Sample, Slice
+from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 from headrace.scheduler.request import Request
 
 INDEXED_AT_ONCE = 1 << 15
@@ -115,10 +115,9 @@ class Speculation:
             left -= longer[-1].num_tokens - batch.num_tokens
         return tuple(longer)
 
-    def count(self, piece: Slice, samples: Sequence[Sample]) -> None:
-        """Take note of what a slice drew."""
-        accepted = len(samples) - 1
-        self.counts = self.counts.plus(DraftCounts(1, len(samples), piece.num_drafts, accepted))
+    def count(self, piece: Slice, tokens: int) -> None:
+        """Take note of how many tokens a slice brought."""
+        self.counts = self.counts.plus(DraftCounts(1, tokens, piece.num_drafts, tokens - 1))
 
     def forget(self, request: Request) -> None:
         """The request has ended."""

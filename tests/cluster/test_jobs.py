@@ -94,6 +94,7 @@ class FakeStats:
     output_tokens: int = 0
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     stages: list[StageTimes] = field(default_factory=lambda: [StageTimes(0, 0, 0, 0, 0, 0)])
 
 
