@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
+from headrace.scheduler.drafter import Guesses
 from headrace.scheduler.errors import RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request
@@ -25,6 +26,7 @@ from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.speculation import DraftCounts
 
 if TYPE_CHECKING:
     from headrace.cluster.stage_logs import StageLogs
@@ -39,7 +41,7 @@ class EngineStats:
     """Totals since the engine started; `stages` sums each stage's times over all passes.
 
     `passes` are those that computed something, and `tokens` what they computed; `kv` says where pages are
-    and what was found of them.
+    and what was found of them, `drafts` what was guessed and how much of it was right.
     """
 
     num_stages: int
@@ -50,6 +52,7 @@ class EngineStats:
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
     kv: KVStats = field(default_factory=KVStats)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     stages: list[StageTimes] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -165,6 +168,11 @@ class Engine:
         self._scheduler.abort(request_id)
         self._forget(request_id)
         self.stats.kv = self._scheduler.kv_stats()
+
+    def draft_with(self, make: Callable[[int], Guesses]) -> None:
+        """Guess by others than drafters, each made for a request of how many tokens at most it may guess:
+        to measure what that costs. For requests to come."""
+        self._scheduler.speculation.make_drafter = make
 
     @property
     def max_sequences(self) -> int:
@@ -321,18 +329,25 @@ class Engine:
         moved, lost = self._reports.merge(results)
         update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
         self.stats.add(a_pass, results)
-        self.stats.kv = self._scheduler.kv_stats()
-        self.stats.output_tokens += len(update.committed)
+        self.stats.kv, self.stats.drafts = (
+            self._scheduler.kv_stats(),
+            self._scheduler.speculation.counts,
+        )
         ended = {request.request_id: request for request in update.finished}
         texts: dict[int, str] = {}
+        left = Counter(request.request_id for request, _ in update.committed)
         for request, sample in update.committed:
-            if (text := self._watch(request.request_id, sample)) is None:
+            number = request.request_id
+            left[number] -= 1
+            if number in texts:
+                continue  # behind the stop string, in the same pass
+            self.stats.output_tokens += 1
+            if (text := self._watch(number, sample)) is None:
                 continue
-            texts[request.request_id] = text
-            if request.request_id not in ended:
-                ended[request.request_id] = request
-                self._scheduler.finish(request.request_id, FinishReason.STOP, request.num_output)
-            request.finish_reason = FinishReason.STOP
+            texts[number], kept = text, request.num_output - left[number]
+            if self._scheduler.finish(number, FinishReason.STOP, kept) is None:
+                request.truncate(kept)
+            request.finish_reason, ended[number] = FinishReason.STOP, request
         errors = self._follow([r for r, _ in update.committed if r.request_id not in ended])
         ended |= {request.request_id: request for request in errors}
         reasons = {request.request_id: error for request, error in errors.items()}
@@ -399,6 +414,7 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         host_pages=plan.host_pages,
         nvme_pages=plan.nvme_pages,
         costs=plan.kv_costs,
+        drafts=plan.drafts,
         kv_ring_pages=plan.kv_ring_pages,
         cold_micro_batches=plan.cold_micro_batches,
         window_pages=plan.window_pages,

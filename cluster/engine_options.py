@@ -19,6 +19,8 @@ class EngineOptions:
     `kv_ttl` seconds; of sequences that decode over pages that are not on the device, those older than
     `kv_hot_window` tokens may lie there, too (None: they do not); at most `kv_daily_writes` bytes a day are written by each stage;
     `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
+    `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
+    cost nothing;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
     `trace` a file to write, when the engine closes, for Perfetto.
     """
@@ -49,6 +51,7 @@ class EngineOptions:
     context: int | None = None
     storage: str = "auto"
     graphs: bool | None = None
+    ngram_speculation: int | None = None
     address: str | None = None
     deadline: float = 600.0
     trace: Path | None = None

@@ -1,11 +1,12 @@
 """Where a job stands: the same report is its progress while it runs and its result at the end."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from headrace.scheduler.plan import StageTimes
+from headrace.scheduler.speculation import DraftCounts
 
 
 class Stats(Protocol):
@@ -25,6 +26,9 @@ class Stats(Protocol):
 
     @property
     def bound_seconds(self) -> float: ...
+
+    @property
+    def drafts(self) -> DraftCounts: ...
 
     @property
     def stages(self) -> Sequence[StageTimes]: ...
@@ -64,7 +68,7 @@ class JobTrace(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the engine did over some time: passes, tokens, seconds and each stage's times."""
+    """What the engine did over some time: passes, tokens, seconds, guesses and each stage's times."""
 
     passes: int
     prompt_tokens: int
@@ -72,6 +76,7 @@ class Work:
     busy_seconds: float
     bound_seconds: float
     stages: tuple[StageTimes, ...]
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     @classmethod
     def of(cls, stats: Stats) -> "Work":
@@ -82,6 +87,7 @@ class Work:
             stats.busy_seconds,
             stats.bound_seconds,
             tuple(stats.stages),
+            stats.drafts,
         )
 
     def since(self, start: "Work") -> "Work":
@@ -93,6 +99,7 @@ class Work:
             self.busy_seconds - start.busy_seconds,
             self.bound_seconds - start.bound_seconds,
             tuple(a.since(b) for a, b in zip(self.stages, start.stages, strict=True)),
+            self.drafts.since(start.drafts),
         )
 
     @property

@@ -114,6 +114,7 @@ def plan_run(
             resident_layers=options.resident_layers,
             graphs=options.graphs,
             kv_hot_window=options.kv_hot_window,
+            drafts=options.ngram_speculation,
         ),
     )
 

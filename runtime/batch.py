@@ -21,7 +21,7 @@ class Batch:
     """A micro-batch as attention sees it: T packed tokens of S sequences, R of them sampled.
 
     positions [T] int64.  token_slots [T] int64: page * 64 + offset, where the token's key goes.
-    sample_rows [R] int64: the packed row of each sampling slice's last token.
+    sample_rows [R] int64: the packed rows of each sampling slice's last token and those before drafts.
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
     with this slice's.  page_table [S, P] int32, padded with 0.  tails [S] int32: each sequence's slot.
     `tokens` [T] int64 stay on the host, pinned for a CUDA device; `lengths` and `contexts` are the tokens of each slice and context.
@@ -85,9 +85,14 @@ class Batch:
         positions = np.arange(start[-1]) + (ends - start[1:])[sequence]
         table = _page_table(slices, -(-ends // PAGE_TOKENS), pages)
         page = table[sequence, positions // PAGE_TOKENS]
-        sampled = [i for i, piece in enumerate(slices) if piece.sampling is not None]
-        sample_rows = np.zeros(len(slices), dtype=np.int64)
-        sample_rows[: len(sampled)] = start[1:][sampled] - 1
+        sampled = [
+            end - before
+            for piece, end in zip(slices, start[1:].tolist(), strict=True)
+            for before in range(piece.num_drawn, 0, -1)
+        ]
+        # As many whichever of the slices are sampled.
+        sample_rows = np.zeros(max(len(slices), len(sampled)), dtype=np.int64)
+        sample_rows[: len(sampled)] = sampled
         packed, views = _pack(
             (
                 positions,

@@ -13,7 +13,7 @@ Tokens = Mapping[int, int]
 
 
 class DrawnTokens:
-    """What each request drew in the newest passes; older ones are followed by none to come.
+    """What each request drew last in the newest passes; older ones are followed by none to come.
 
     A pass follows one of the `passes_in_flight` before it, for it is made while that one and at most
     so many are in flight.
@@ -42,15 +42,18 @@ class DrawnTokens:
 
 
 def sampled_rows(micro_batch: MicroBatch, drawn: Tokens) -> list[Row]:
-    """What to draw after a micro-batch's slices, with histories that are whole."""
+    """What to draw after a micro-batch's slices, and after their drafts, with histories that are whole."""
     return [
-        (piece.request, piece.end, _whole(piece.sampling, piece, drawn))
+        (piece.request, piece.known_end + i, _whole(piece.sampling, piece, i, drawn))
         for piece in micro_batch.slices
         if piece.sampling is not None
+        for i in range(piece.num_drawn)
     ]
 
 
-def _whole(sampling: Sampling, piece: Slice, drawn: Tokens) -> Sampling:
-    if not (sampling.history and piece.follows):
+def _whole(sampling: Sampling, piece: Slice, num_drafts: int, drawn: Tokens) -> Sampling:
+    """For the token after the first drafts of a slice."""
+    if not sampling.history:
         return sampling
-    return replace(sampling, history=(*sampling.history, drawn[piece.request]))
+    more = (drawn[piece.request],) if piece.follows else piece.drafts[:num_drafts]
+    return replace(sampling, history=(*sampling.history, *more)) if more else sampling

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -24,6 +25,7 @@ from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
 from headrace.runtime.streaming.streamer import StreamCounters, wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
+from headrace.runtime.verification import verified
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
 
@@ -320,8 +322,8 @@ class Stage:
             kv_cold_bytes=brought.nbytes,
             kv_sunk_bytes=brought.sunk_bytes,
         )
-        drawn = (some for travel in travels for some in travel.drawn)
-        samples = tuple(sample for some in drawn for sample in some.collect())
+        found = (verified(travel.micro_batch, travel.drawn) for travel in travels if travel.drawn)
+        samples = tuple(chain.from_iterable(found))
         return PassResult(step, samples, times, ended.moved, ended.lost, brought.spoiled)
 
     def _check_streamed(self, step: int, layers: StreamCounters, *, computed: bool) -> None:

@@ -27,6 +27,19 @@ class KVCosts:
         return PAGE_TOKENS * self.token
 
 
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """Up to `most` drafts a slice (0: there are none), as long as a pass has no more than `most_tokens`
+    tokens with them, and where it has at least `least_tokens` without. Where passes are made ahead, one
+    that drafts has to be worth `least_gain` tokens more for each sequence: a request cannot be drafted
+    before its token is known, and the pass waits for it."""
+
+    most: int = 0
+    most_tokens: int = 0
+    least_tokens: int = 0
+    least_gain: float = 0.0
+
+
 _OPTIONAL = (
     "ahead",
     "num_tails",
@@ -56,7 +69,7 @@ class SchedulerConfig:
 
     Full pages go to `host_pages` slots in host RAM and from there to NVMe, which has room for
     `nvme_pages`; at most `write_backs` a pass to each while there is time, and as `costs` say.
-    `identity` names all that keys and values depend on besides tokens (model, formats, adapter):
+    Decodes carry `drafts`. `identity` names all that keys and values depend on besides tokens (model, formats, adapter):
     what a run finds on NVMe of an earlier one is of the same identity or not found.
 
     Raises HeadraceError for a limit that no request could meet.
@@ -79,6 +92,7 @@ class SchedulerConfig:
     hot_window: int = 0
     write_backs: int = 16
     costs: KVCosts = field(default_factory=KVCosts)
+    drafts: DraftLimits = field(default_factory=DraftLimits)
     identity: str = ""
 
     def __post_init__(self) -> None:

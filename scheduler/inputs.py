@@ -175,7 +175,8 @@ class Choices:
     are streamed, whatever room there is; 0 streams everything. Of layers that are split, they stay
     without their experts, which have the room that is left; with 0, room for one layer's to be
     loaded ahead. Of sequences that decode over pages that are not on the device, those older than
-    `kv_hot_window` tokens may lie on NVMe; None: none may. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
+    `kv_hot_window` tokens may lie on NVMe; None: none may. `drafts` a decode carries at most; None: a few, where they cost
+    nothing. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
     the device's memory.
     """
 
@@ -186,3 +187,4 @@ class Choices:
     resident_layers: int | None = None
     graphs: bool | None = None
     kv_hot_window: int | None = None
+    drafts: int | None = None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from headrace.scheduler.config import KVCosts
+from headrace.scheduler.config import DraftLimits, KVCosts
 
 
 class Tier(str, Enum):
@@ -193,7 +193,7 @@ class Plan:
     ids on every stage, and `num_tails` in the compute type for requests' newest ones (0 where pages
     are not quantized: there is no need), and `host_pages` slots in each stage's host RAM, with the same
     ids, for full pages that have to leave the device, and room for `nvme_pages` of them on each stage's
-    drive, at `kv_costs`; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
+    drive, at `kv_costs`; decodes carry `drafts`; at most `token_budget` tokens and `max_sequences` requests a pass, in at most
     `micro_batches` micro-batches of at most `micro_batch_tokens` tokens; logits of `logit_rows` rows
     at a time, sampled `sample_rows` at a time; `passes_in_flight` passes, and `ahead` (0 or 1) that
     are submitted before the tokens of the pass they follow are known. Micro-batches of at most
@@ -242,3 +242,4 @@ class Plan:
     cold_micro_batches: int = 0
     window_pages: int = 0
     hot_window: int = 0
+    drafts: DraftLimits = field(default_factory=DraftLimits)

@@ -22,7 +22,7 @@ class Sampling:
 
     `history` carries the request's tokens so far (prompt and output) when a penalty needs them and
     is empty otherwise; `num_prompt` says how many of them are prompt. Where the slice's token
-    FOLLOWS, it is missing at the end of `history`, too. The random number is a function of (seed,
+    FOLLOWS, it is missing at the end of `history`, too, as drafts are. The random number is a function of (seed,
     position) alone, so that running a pass again draws the same token. `logit_bias` holds (token, what
     is added to its logit). A token may be drawn where its bit in `mask` is set, counted from the lowest
     bit of the first byte; those behind its end may not. Empty where all may.
@@ -52,7 +52,8 @@ class Slice:
     and what the slice writes is in the latter. Slots below the plan's `host_pages` are in host RAM,
     those from there on on NVMe.
     `sampling` is None while the slice does not reach the end of the request's tokens. A decode's
-    token may be FOLLOWS. `tail` is the request's own slot for its newest page, where full pages are
+    token may be FOLLOWS. The last `num_drafts` tokens are guesses; one is drawn after each of them, and
+    after the last token that is known. `tail` is the request's own slot for its newest page, where full pages are
     quantized.
     """
 
@@ -63,6 +64,7 @@ class Slice:
     sampling: Sampling | None
     tail: int = 0
     cold: tuple[int, ...] = ()
+    num_drafts: int = 0
 
     @property
     def num_pages(self) -> int:
@@ -71,6 +73,20 @@ class Slice:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+    @property
+    def known_end(self) -> int:
+        """Where its drafts begin."""
+        return self.end - self.num_drafts
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        return self.tokens[len(self.tokens) - self.num_drafts :]
+
+    @property
+    def num_drawn(self) -> int:
+        """Rows that a token is drawn after: its last ones."""
+        return 0 if self.sampling is None else 1 + self.num_drafts
 
     @property
     def follows(self) -> bool:
@@ -225,6 +241,8 @@ class StageTimes:
 @dataclass(frozen=True, slots=True)
 class PassResult:
     """What a stage returns: samples only from the stage of the last visit, times from every one.
+
+    A slice that draws has one sample, and with drafts one more for each that was right, in order.
 
     `moved` and `lost` are the moves of this and earlier passes that ended since the last result, with
     their page or without it. `spoiled` are requests of the pass of which a page on NVMe could not be

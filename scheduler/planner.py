@@ -10,8 +10,11 @@ headrace.scheduler.inputs.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
+from headrace.scheduler.config import DraftLimits
 from headrace.scheduler.decode import Decode
+from headrace.scheduler.draft_room import draft_limits
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.experts import loads_ahead
 from headrace.scheduler.inputs import (
@@ -185,8 +188,13 @@ def _spare(candidate: Candidate) -> tuple[bool, bool, int, int]:
 
 
 def _simulated_rate(problem: Problem, candidate: Candidate) -> float:
+    decode = Decode.of(candidate.layout, candidate.cache, problem.context)
+    return decode.sequences / _simulated_seconds(problem, candidate, decode)
+
+
+def _simulated_seconds(problem: Problem, candidate: Candidate, decode: Decode) -> float:
+    """Of a round of passes."""
     layout, filling = candidate.layout, candidate.filling
-    decode = Decode.of(layout, candidate.cache, problem.context)
     times = timing(
         problem.shape,
         problem.profiles,
@@ -200,14 +208,25 @@ def _simulated_rate(problem: Problem, candidate: Candidate) -> float:
         slots = loads_ahead(
             problem.shape, filling.placement, filling.pools, slots, decode.micro_batches
         )
-    seconds = simulate(
+    return simulate(
         filling.placement,
         times,
         ring_slots=slots,
         micro_batches=decode.micro_batches,
         passes_in_flight=layout.passes_in_flight,
     )
-    return decode.sequences / seconds
+
+
+def _drafts(problem: Problem, candidate: Candidate) -> DraftLimits:
+    return draft_limits(
+        problem.shape,
+        candidate.prediction,
+        Decode.of(candidate.layout, candidate.cache, problem.context),
+        candidate.layout.token_budget,
+        split=candidate.filling.pools is not None,
+        asked=problem.choices.drafts,
+        seconds=partial(_simulated_seconds, problem, candidate),
+    )
 
 
 def _plan(problem: Problem, candidate: Candidate) -> Plan:
@@ -258,6 +277,7 @@ def _plan(problem: Problem, candidate: Candidate) -> Plan:
         cold_micro_batches=cache.cold_batches,
         window_pages=cache.window_pages,
         hot_window=(problem.choices.kv_hot_window or 0) if cache.window_pages else 0,
+        drafts=_drafts(problem, candidate),
     )
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from headrace.scheduler.errors import RequestError
-from headrace.scheduler.plan import Sampling
+from headrace.scheduler.pages import pages_for
+from headrace.scheduler.plan import FOLLOWS, Sampling, Slice
 from headrace.scheduler.structured import StructuredOutputsParams
 
 MAX_BIASES = 1024
@@ -116,7 +117,8 @@ class Request:
 
     The pages hold the keys and values of the first `num_scheduled` tokens, once `passes` have run:
     the steps of those in flight that compute some of them. They draw `num_drawing` more tokens.
-    `tail` is the slot of the newest page while the request runs.
+    `tail` is the slot of the newest page while the request runs. Behind `num_scheduled` the pass in flight
+    computes `num_drafts` guesses: those that prove right are scheduled by then.
     Whatever lies beyond `num_scheduled` is pending, so prefill, decode, a decode whose token is still
     being drawn and recompute after a preemption are the same subtraction.
     The first `num_named` pages are full, computed and found by others under `keys`; those that are
@@ -154,6 +156,7 @@ class Request:
     num_prompt: int = field(init=False)
     num_scheduled: int = field(init=False, default=0)
     num_drawing: int = field(init=False, default=0)
+    num_drafts: int = field(init=False, default=0)
     passes: list[int] = field(init=False, default_factory=list)
     pages: list[int] = field(init=False, default_factory=list)
     tail: int | None = field(init=False, default=None)
@@ -197,6 +200,25 @@ class Request:
     @property
     def output(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    def truncate(self, num_output: int) -> None:
+        """Keep the first tokens of the output: it ends there."""
+        assert 0 <= num_output <= self.num_output, (num_output, self.num_output)
+        del self.tokens[self.num_prompt + num_output :]
+
+    def slice_of(self, count: int) -> Slice:
+        """Its next `count` pending tokens, for a pass. It has pages for them and a tail."""
+        assert self.tail is not None, self.request_id
+        start, end = self.num_scheduled, self.num_scheduled + count
+        return Slice(
+            request=self.request_id,
+            start=start,
+            tokens=tuple(self.tokens[start:end]) or (FOLLOWS,),
+            pages=tuple(self.pages[: pages_for(end) - self.num_cold]),
+            sampling=self.sampling() if count == self.num_pending else None,
+            tail=self.tail,
+            cold=tuple(self.slots[: self.num_cold]),
+        )
 
     def sampling(self) -> Sampling:
         """What the last stage needs to draw this request's next token."""

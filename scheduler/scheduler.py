@@ -2,7 +2,6 @@
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
@@ -11,20 +10,14 @@ from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request, token_limit
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, PageMove, Pass, Sample, Slice
+from headrace.scheduler.plan import PAGE_TOKENS, PageMove, Pass, Sample, Slice
 from headrace.scheduler.policy import service_order, watermark
 from headrace.scheduler.request import FinishReason, Priority, Request
 from headrace.scheduler.room import Room
 from headrace.scheduler.roster import Roster
 from headrace.scheduler.shares import BATCH_PART, Guarantee
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What a returned pass brought: the tokens it committed and the requests that these ended."""
-
-    committed: list[tuple[Request, Sample]]
-    finished: list[Request]
+from headrace.scheduler.speculation import Speculation
+from headrace.scheduler.update import Update, by_request
 
 
 class Scheduler:
@@ -59,6 +52,7 @@ class Scheduler:
         self.pool, self.tails = self.holdings.pool, self.holdings.tails
         self._roster = Roster()
         self._room = Room(config, self.holdings, self._roster)
+        self.speculation = Speculation(config, self.holdings)
         self._step = 0
         self._steps: deque[int] = deque()  # of the passes in flight
         self._guarantee = Guarantee(config.max_context)
@@ -114,8 +108,7 @@ class Scheduler:
         request = self._roster.live.get(request_id)
         if request is None:
             return None
-        assert 0 <= num_output <= request.num_output, (num_output, request.num_output)
-        del request.tokens[request.num_prompt + num_output :]
+        request.truncate(num_output)
         self._end(request, reason)
         return request
 
@@ -131,6 +124,8 @@ class Scheduler:
         # Every group gets its pass before the requests of one get a second.
         can_follow = bool(self.config.ahead and self._steps)
         is_ahead = can_follow and len(self._steps) >= self.config.passes_in_flight
+        if is_ahead and self.speculation.waits(self._roster.running.values()):
+            return None
         self._taken.clear()
         self._keep_guarantee(draft, may_follow=is_ahead)
         for rank in (0, 1):
@@ -147,6 +142,7 @@ class Scheduler:
         assert draft.num_slices or self.holdings.is_moving, "idle with work to do"
         batches = draft.pack()
         ahead = any(piece.follows for batch in batches for piece in batch.slices)
+        batches = self.speculation.extend(batches, self._roster.in_flight, ahead=ahead)
         follows = self._steps[0] if ahead else None
         self._step += 1
         self._steps.append(self._step)
@@ -203,13 +199,14 @@ class Scheduler:
         lost: Sequence[int] = (),
         spoiled: Collection[int] = (),
     ) -> Update:
-        """Commit what the oldest pass in flight computed: one sample for each slice that asks for one.
+        """Commit what the oldest pass in flight computed: one sample for each slice that asks for one,
+        and one more for each of its drafts that was right.
 
         `moved` and `lost` are the moves that have ended on every stage since the last update. Nothing
         is taken that the pass computed of requests that are `spoiled` on any stage, nor what later ones
         did that are in flight: these requests wait again when none of them is.
         """
-        drawn = {sample.request: sample for sample in samples}
+        drawn = by_request(samples)
         pieces = [piece for batch in a_pass.micro_batches for piece in batch.slices]
         asked = {piece.request for piece in pieces if piece.sampling is not None}
         assert drawn.keys() == asked, (a_pass.step, drawn.keys() ^ asked)
@@ -223,8 +220,9 @@ class Scheduler:
             if request.is_spoiled:
                 request.num_drawing -= piece.sampling is not None
             else:
-                self._take_in(request, piece, drawn.get(piece.request), update)
+                self._take_in(request, piece, drawn.get(piece.request, ()), update)
             request.passes.remove(step)
+            request.num_drafts -= piece.num_drafts
             if not request.passes:
                 self._land(request)
         if moved or lost:
@@ -278,7 +276,9 @@ class Scheduler:
             return False
         if not request.passes:
             return True
-        if self._room.is_due(request) or (request.mask and request.num_drawing):
+        if request.num_drafts or self._room.is_due(request):
+            return False
+        if request.mask and request.num_drawing:
             return False
         ends = len(request.tokens) + request.num_drawing >= token_limit(request, self.config)
         return may_follow and request.passes == [self._steps[0]] and not ends
@@ -302,46 +302,47 @@ class Scheduler:
                 self._take(request, draft, min(request.num_pending, draft.room))
 
     def _take(self, request: Request, draft: Draft, count: int) -> None:
-        draws = count == request.num_pending
-        assert request.tail is not None, request.request_id
-        start, end = request.num_scheduled, request.num_scheduled + count
-        draft.add(
-            Slice(
-                request=request.request_id,
-                start=start,
-                tokens=tuple(request.tokens[start:end]) or (FOLLOWS,),
-                pages=tuple(request.pages[: pages_for(end) - request.num_cold]),
-                sampling=request.sampling() if draws else None,
-                tail=request.tail,
-                cold=tuple(request.slots[: request.num_cold]),
-            )
-        )
+        piece = request.slice_of(count)
+        draft.add(piece)
         self._taken[request.priority] += count
-        self._roster.shares.charge(request, end)
-        request.num_scheduled = end
-        request.num_drawing += draws
+        self._roster.shares.charge(request, piece.end)
+        request.num_scheduled = piece.end
+        request.num_drawing += piece.sampling is not None
         request.passes.append(self._step + 1)
         self._roster.in_flight[request.request_id] = request
 
     def _take_in(
-        self, request: Request, piece: Slice, sample: Sample | None, update: Update
+        self, request: Request, piece: Slice, samples: Sequence[Sample], update: Update
     ) -> None:
         """What a pass computed of a request."""
-        if piece.end >= (request.num_named + 1) * PAGE_TOKENS:
-            self.holdings.name(request, piece.end)
-        if sample is not None and request.finish_reason is None:
+        self._name(request, piece.known_end)
+        if not samples or request.finish_reason is not None:
+            return
+        assert len(samples) <= piece.num_drawn, piece
+        request.num_drawing -= 1
+        before = request.num_output
+        for sample in samples:
+            # The draft that proved right is computed, too.
+            request.num_scheduled += request.num_output > before
             self._commit(request, sample, update)
+            if request.finish_reason is not None:
+                update.finished.append(request)
+                break
+        self.speculation.count(piece, request.num_output - before)
+        if piece.num_drafts:
+            self._name(request, request.num_scheduled)
+
+    def _name(self, request: Request, end: int) -> None:
+        if end >= (request.num_named + 1) * PAGE_TOKENS:
+            self.holdings.name(request, end)
 
     def _commit(self, request: Request, sample: Sample, update: Update) -> None:
         request.tokens.append(sample.token)
-        request.num_drawing -= 1
         update.committed.append((request, sample))
         if sample.token in request.stop_ids:
             self._end(request, FinishReason.STOP)
         elif len(request.tokens) >= token_limit(request, self.config):
             self._end(request, FinishReason.LENGTH)
-        if request.finish_reason is not None:
-            update.finished.append(request)
 
     def _land(self, request: Request) -> None:
         """No pass in flight holds the request any more."""
@@ -353,6 +354,7 @@ class Scheduler:
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         request.finish_reason = reason
+        self.speculation.forget(request)
         self._room.end(request)
         self._roster.end(request)
         if request.request_id not in self._roster.in_flight:

@@ -17,6 +17,7 @@ from headrace.runtime.recording import Capture
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
+from headrace.scheduler.config import DraftLimits
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.moves import MoveReports
@@ -29,7 +30,7 @@ from headrace.scheduler.placement import (
     contiguous_visits,
     cyclic_visits,
 )
-from headrace.scheduler.plan import Pass
+from headrace.scheduler.plan import Pass, Sample
 from headrace.scheduler.request import Request
 from headrace.scheduler.scheduler import Scheduler
 
@@ -89,6 +90,8 @@ class CallAgain:
         return again
 
 
+NO_DRAFTS = DraftLimits()
+
 NO_PREDICTION = Prediction(
     sequences=1,
     pass_seconds=1.0,
@@ -124,6 +127,7 @@ def manual_plan(
     hot_window: int = 0,
     micro_batches: int = 0,
     max_context: int = 0,
+    drafts: DraftLimits = NO_DRAFTS,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
@@ -179,6 +183,7 @@ def manual_plan(
         cold_micro_batches=cold_micro_batches,
         window_pages=window_pages,
         hot_window=hot_window,
+        drafts=drafts,
     )
 
 
@@ -230,10 +235,14 @@ def local_ring(
 
 
 def run_all(
-    plan: Plan, pipeline: LocalPipeline, requests: Sequence[Request]
+    plan: Plan,
+    pipeline: LocalPipeline,
+    requests: Sequence[Request],
+    scheduler: Scheduler | None = None,
+    seen: dict[int, list[Sample]] | None = None,
 ) -> dict[int, list[int]]:
-    """Serve `requests` to their end; their outputs by id."""
-    scheduler = Scheduler(scheduler_config(plan))
+    """Serve `requests` to their end; their outputs by id, and what was `seen` of them pass by pass."""
+    scheduler = scheduler or Scheduler(scheduler_config(plan))
     reports = MoveReports(plan.placement.num_stages)
     for request in requests:
         scheduler.add(request)
@@ -250,6 +259,8 @@ def run_all(
         samples = [sample for result in results for sample in result.samples]
         spoiled = {request for result in results for request in result.spoiled}
         update = scheduler.update(a_pass, samples, *reports.merge(results), spoiled)
+        for request, sample in update.committed if seen is not None else ():
+            seen.setdefault(request.request_id, []).append(sample)
         for request in update.finished:
             outputs[request.request_id] = request.output
     return outputs

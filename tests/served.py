@@ -23,6 +23,7 @@ from headrace.scheduler.errors import ContextLengthError, HeadraceError
 from headrace.scheduler.kv_stats import KVStats, PageCounts
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import Priority, SamplingParams
+from headrace.scheduler.speculation import DraftCounts
 
 MODEL = "stories"
 
@@ -161,6 +162,10 @@ class EchoEngine:
     def limits(self) -> SchedulerConfig:
         most = self.max_running
         return SchedulerConfig(10_000, self.max_context, 10_000, most, 1, 10_000)
+
+    @property
+    def drafts(self) -> DraftCounts:
+        return DraftCounts()
 
     @property
     def has_work(self) -> bool:

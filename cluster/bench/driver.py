@@ -13,6 +13,7 @@ from headrace.cluster.engine import Engine
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.plan import StageTimes
 from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.speculation import DraftCounts
 
 
 def random_prompts(count: int, tokens: int, vocabulary: int, *, seed: int = 0) -> list[list[int]]:
@@ -23,12 +24,18 @@ def random_prompts(count: int, tokens: int, vocabulary: int, *, seed: int = 0) -
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass as the engine saw it: wall seconds, tokens committed, requests that ended."""
+    """One pass as the engine saw it: wall seconds, tokens committed, requests that ended, guesses."""
 
     seconds: float
     committed: int
     ended: int
     stages: tuple[StageTimes, ...]
+    drafts: DraftCounts = field(default_factory=DraftCounts)
+
+    @property
+    def drew(self) -> int:
+        """Sequences that it gave a token."""
+        return self.drafts.decodes or self.committed
 
 
 @dataclass(slots=True)
@@ -77,12 +84,13 @@ class Driver:
 
     def step(self) -> Step:
         stats = self._engine.stats
-        tokens, before = stats.output_tokens, list(stats.stages)
+        tokens, before, drafts = stats.output_tokens, list(stats.stages), stats.drafts
         started = time.perf_counter()
         ended = len(self._engine.step())
         seconds = time.perf_counter() - started
         stages = tuple(new.since(old) for new, old in zip(stats.stages, before, strict=True))
-        step = Step(seconds, stats.output_tokens - tokens, ended, stages)
+        drafted = stats.drafts.since(drafts)
+        step = Step(seconds, stats.output_tokens - tokens, ended, stages, drafted)
         self.steps.append(step)
         if self._meter is not None and len(self.steps) % 4 == 1:
             self._meter.sample()
@@ -94,7 +102,8 @@ class Steady:
     """Rounds in which sequences advance by one token, and what came before.
 
     A round is as many passes as there are in flight. `rounds` are seconds, `tokens` what one commits on
-    average: one a sequence, or fewer where some of them gave up turns for their pages. `stages` the medians of
+    average: one a sequence and more where guesses, `drafts`, were right, or fewer where some of them gave
+    up turns for their pages. `stages` the medians of
     each stage's times and bytes over them, `prefill_stages` their sums over what came before.
     """
 
@@ -104,6 +113,7 @@ class Steady:
     prefill_stages: tuple[StageTimes, ...]
     prefill_passes: int
     tokens: float
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
     @property
     def seconds(self) -> float:
@@ -122,7 +132,7 @@ def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
         (
             end
             for end in range(width, len(steps) + 1)
-            if sum(step.committed for step in steps[end - width : end]) >= batch
+            if sum(step.drew for step in steps[end - width : end]) >= batch
         ),
         len(steps),
     )
@@ -141,6 +151,7 @@ def steady(steps: Sequence[Step], batch: int, passes_in_flight: int) -> Steady:
         tuple(reduce(StageTimes.plus, of_one) for of_one in zip(*before, strict=True)),
         len(before),
         statistics.mean(sum(step.committed for step in one) for one in rounds),
+        reduce(DraftCounts.plus, (step.drafts for one in rounds for step in one)),
     )
 
 

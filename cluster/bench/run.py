@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import torch
 
+from headrace.cluster.bench.blind_drafts import BlindDrafter
 from headrace.cluster.bench.driver import DeviceMeter, Driver, random_prompts, steady
 from headrace.cluster.bench.hops import Hop, hop_actors, measure_hop
 from headrace.cluster.bench.local import InlinePipeline, local_engine
@@ -44,6 +45,7 @@ from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import PAGE_TOKENS, StageTimes
 from headrace.scheduler.sizes import format_size
+from headrace.scheduler.speculation import DraftCounts
 
 MOST_SEQUENCES = 256
 WARMUP_SEQUENCES, WARMUP_TOKENS = 8, 2
@@ -79,7 +81,7 @@ class Work:
 class Result:
     """`decode` is a round in which all `batch` sequences advance: the median of `rounds` of them.
 
-    `stages` are medians, too. `kv` and `logs` say what became of KV pages. `profile` is what was measured beside the run.
+    `stages` are medians, too, and `drafts` what was guessed in those rounds. `kv` and `logs` say what became of KV pages. `profile` is what was measured beside the run.
     """
 
     plan: Plan
@@ -93,6 +95,7 @@ class Result:
     peak_device_bytes: int
     kv: KVStats
     logs: Sequence[LogReport | None]
+    drafts: DraftCounts
 
 
 @contextmanager
@@ -232,6 +235,8 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
         engine = stack.enter_context(_open_engine(work, options))
         ready = time.perf_counter() - started
         engine.wait_host_tier()
+        if options.ngram_speculation:
+            engine.draft_with(BlindDrafter)
         batch, driver = batch_of(engine.plan, work), Driver(engine, meter)
         _generate(driver, min(WARMUP_SEQUENCES, batch), work.prompt, WARMUP_TOKENS, store)
         driver.steps.clear()
@@ -256,6 +261,7 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
         peak_device_bytes=meter.most,
         kv=kv,
         logs=logs,
+        drafts=found.drafts,
     )
 
 
@@ -274,7 +280,7 @@ def run_profile(given: EngineOptions, work: Work, store: Store, trace: Path) -> 
         engine.wait_host_tier()
         driver, batch = Driver(engine), batch_of(engine.plan, work)
         driver.add(random_prompts(batch, work.prompt, store.config["vocab_size"]), work.new)
-        while driver.step().committed < batch:
+        while driver.step().drew < batch:
             if not engine.has_work:
                 raise HeadraceError("no pass decodes all sequences; give more --new tokens")
         driver.step()

@@ -20,6 +20,7 @@ from headrace.cluster.cli.plan import describe, plan_json
 from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.launch import resolve_device
 from headrace.scheduler.sizes import format_size
+from headrace.scheduler.speculation import DraftCounts
 
 GIGA = 1e9
 
@@ -92,6 +93,8 @@ def _setting(work: Work, result: Result) -> Table:
         for stage in result.stages
     )
     grid.add_row("waits", waits)
+    if result.drafts.drafts:
+        grid.add_row("drafts", _drafts(result.drafts))
     if result.peak_device_bytes:
         planned = max(memory.device for memory in plan.memory)
         grid.add_row(
@@ -99,6 +102,15 @@ def _setting(work: Work, result: Result) -> Table:
             f"{format_size(result.peak_device_bytes)} at most, {format_size(planned)} planned",
         )
     return grid
+
+
+def _drafts(counts: DraftCounts) -> str:
+    """Random weights say nothing that could be guessed: this is what guesses cost."""
+    guesses = counts.drafts / counts.decodes
+    return (
+        f"{guesses:.1f} blind guesses a sequence and pass, {counts.acceptance:.0%} right: "
+        f"{counts.tokens_a_pass:.2f} tokens"
+    )
 
 
 def _experts(result: Result) -> Iterator[str]:
@@ -132,6 +144,7 @@ def run_json(
         "prefill": _phase_json(result.prefill),
         "decode": _phase_json(result.decode) | {"rounds": result.rounds},
         "stages": [asdict(stage) for stage in result.stages],
+        "drafts": asdict(result.drafts),
         "start_seconds": result.start_seconds,
         "peak_device_bytes": result.peak_device_bytes,
         "kv": kv_json(result.kv, result.logs),

@@ -22,6 +22,7 @@ from headrace.cluster.jobs import Job
 from headrace.scheduler.errors import HeadraceError, JobError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.sizes import format_size
+from headrace.scheduler.speculation import DraftCounts
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,8 @@ def final_table(
     summary.add_row("tokens", f"{work.output_tokens} generated, {work.prompt_tokens} prompt")
     summary.add_row("time", f"{duration(report.seconds)}, {work.passes} passes")
     summary.add_row("speed", f"{rates.tokens_per_second:.1f} tokens/s")
+    if work.drafts.drafts:
+        summary.add_row("drafts", drafted(work.drafts))
     if setting.streams:
         summary.add_row("streamed", _streamed(work, rates))
     if not work.passes:
@@ -158,6 +161,14 @@ def final_table(
     told = Text(f"{_fitted(setting)} {_bound(report, setting)}")
     stages = stage_table(report, splits, expert_bytes=setting.plan.expert_slot_bytes)
     return Group(summary, stages, *(() if kv is None else (kv,)), told)
+
+
+def drafted(counts: DraftCounts) -> str:
+    """What guessed tokens brought."""
+    return (
+        f"{counts.tokens_a_pass:.2f} tokens a sequence and pass; {counts.acceptance:.0%} of"
+        f" {counts.drafts:,} guesses were right"
+    )
 
 
 def _streamed(work: Work, rates: Rates) -> str:

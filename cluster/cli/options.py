@@ -12,6 +12,7 @@ import typer
 from headrace.cluster.cli.sizes import parse_duration, parse_size
 from headrace.cluster.engine_options import EngineOptions
 from headrace.runtime.stage_config import TENANT
+from headrace.scheduler.errors import HeadraceError
 
 SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
 
@@ -158,6 +159,16 @@ class RunOptions:
         ),
     ] = None
 
+    ngram_speculation: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off|N",
+            help="Guess tokens from what the prompt and the answer said before, up to N at a time, and "
+            "have passes verify them: answers are the same, repetitive ones come faster. auto: where "
+            "weights stream and it costs nothing.",
+        ),
+    ] = "auto"
+
     def engine(self, store: Path, **more: Any) -> EngineOptions:
         """What the engine takes, with sizes in bytes. HeadraceError for a malformed one."""
         given = asdict(self)
@@ -175,9 +186,27 @@ def parsed(given: dict[str, Any]) -> dict[str, Any]:
             given[name] = parse_size(given[name])
     if isinstance(given.get("kv_ttl"), str):
         given["kv_ttl"] = parse_duration(given["kv_ttl"])
+    if "ngram_speculation" in given:
+        given["ngram_speculation"] = parse_speculation(given["ngram_speculation"])
     if given.get("kv_disk", 0) is None:
         del given["kv_disk"]
     return given
+
+
+MOST_SPECULATION = 32
+
+
+def parse_speculation(given: str | int | None) -> int | None:
+    """Guessed tokens at a time; None leaves it to the planner."""
+    text = "auto" if given is None else str(given)
+    if text in ("auto", "off"):
+        return None if text == "auto" else 0
+    if text.isdecimal() and int(text) <= MOST_SPECULATION:
+        return int(text)
+    raise HeadraceError(
+        f"--ngram-speculation must be auto, off or how many tokens to guess (1 to {MOST_SPECULATION}),"
+        f" not {text!r}"
+    )
 
 
 def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -129,6 +129,8 @@ def _summary(plan: Plan) -> Table:
         table.add_row("ring", f"{slots} on each stage that streams")
     for i, line in enumerate(_experts(plan)):
         table.add_row("" if i else "experts", line)
+    if plan.drafts.most:
+        table.add_row("drafts", _drafts(plan))
     table.add_row("predicted", Text(f"{prediction.tokens_per_second:.1f} tokens/s", style="bold"))
     table.add_row("", f"{prediction.sequences} sequences every {_seconds(prediction.pass_seconds)}")
     table.add_row("bound by", TERMS[prediction.bound_by])
@@ -136,6 +138,15 @@ def _summary(plan: Plan) -> Table:
         if seconds:
             table.add_row("", f"{_seconds(seconds):>9}  {TERMS[name]}")
     return table
+
+
+def _drafts(plan: Plan) -> str:
+    drafts = plan.drafts
+    least = f" and at least {drafts.least_tokens} without" if drafts.least_tokens else ""
+    return (
+        f"up to {drafts.most} guessed tokens a sequence, in passes of at most {drafts.most_tokens} tokens"
+        f" with them{least}"
+    )
 
 
 def _cold(plan: Plan) -> str:

@@ -16,6 +16,7 @@ from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import Priority, SamplingParams
+from headrace.scheduler.speculation import DraftCounts
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ class EngineStats(Protocol):
 
     @property
     def tokens(self) -> int: ...
+
+    @property
+    def drafts(self) -> DraftCounts: ...
 
 
 class ServedEngine(Protocol):
@@ -89,6 +93,7 @@ class EngineState:
     waiting: int = 0
     kv: KVStats = field(default_factory=KVStats)
     pace: Pace = field(default_factory=Pace)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 @dataclass(slots=True)
@@ -225,8 +230,9 @@ class EngineLoop:
 
     def _hand_out(self) -> None:
         engine = self._engine
+        stats, pace = engine.stats, self._model.pace
         self.state = EngineState(
-            engine.num_running, engine.num_waiting, engine.stats.kv, self._model.pace
+            engine.num_running, engine.num_waiting, stats.kv, pace, stats.drafts
         )
         fresh = []
         for request_id, news in list(self._news.items()):

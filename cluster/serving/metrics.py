@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from headrace.cluster.serving.loop import EngineState
+from headrace.scheduler.speculation import DraftCounts
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -115,3 +116,14 @@ class _Engine(Collector):
                 pages.add_metric([tier, name], getattr(counts, name))
         pages.add_metric(["nvme", "cached"], kv.nvme)
         yield pages
+        yield from _drafts(state.drafts)
+
+
+def _drafts(counts: DraftCounts) -> Iterable[Metric]:
+    """Tokens a sequence and pass are (decodes + accepted) / decodes."""
+    for name, text, value in (
+        ("decodes", "Times that a pass drew for a sequence.", counts.decodes),
+        ("draft_tokens", "Guessed tokens that passes verified.", counts.drafts),
+        ("accepted_draft_tokens", "Guessed tokens that were right.", counts.accepted),
+    ):
+        yield CounterMetricFamily(f"headrace_{name}", text, value=value)

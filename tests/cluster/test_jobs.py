@@ -41,6 +41,7 @@ from headrace.scheduler.placement import (
 )
 from headrace.scheduler.plan import StageTimes
 from headrace.scheduler.request import SamplingParams
+from headrace.scheduler.speculation import DraftCounts
 
 DEFAULTS = SamplingParams(max_tokens=6)
 PLAN = Plan(
@@ -93,6 +94,7 @@ class FakeStats:
     output_tokens: int = 0
     busy_seconds: float = 0.0
     bound_seconds: float = 0.0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     stages: list[StageTimes] = field(default_factory=lambda: [StageTimes(0, 0, 0, 0, 0, 0)])
 
 
@@ -442,12 +444,24 @@ def test_the_status_line() -> None:
     assert line.endswith("stopping: finishing the rows that run")
 
 
+def test_the_final_table_says_what_guesses_brought() -> None:
+    drafts = DraftCounts(decodes=100, tokens=183, drafts=1300, accepted=83)
+    work = replace(make_report().work, drafts=drafts)
+    assert work.since(work).drafts == DraftCounts()
+    console = Console(file=StringIO(), width=80)
+    console.print(final_table(make_report(work=work), SETTING))
+    assert isinstance(console.file, StringIO)
+    said = "1.83 tokens a sequence and pass; 6% of 1,300 guesses were right"
+    assert said in console.file.getvalue()
+
+
 def test_the_final_table() -> None:
     console = Console(file=StringIO(), width=80)
     console.print(final_table(make_report(), SETTING))
     assert isinstance(console.file, StringIO)
     text = console.file.getvalue()
     assert "39 of 100 answered, 1 quarantined, 20 of them by earlier runs" in text
+    assert "guesses" not in text
     assert "…" not in text
     told = " ".join(text.split("Where the time went")[1].split("\n\n")[-1].split())
     assert "The model takes 9.00 MiB; 2 stages had 4.00 MiB each for weights, KV and work" in told

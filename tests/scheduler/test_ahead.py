@@ -5,7 +5,8 @@ import pytest
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
-from headrace.scheduler.scheduler import Scheduler, Update
+from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.update import Update
 
 EOS = 9
 

@@ -4,28 +4,18 @@ import logging
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
+from guessable import VOCABULARY, draw, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.config import DraftLimits, SchedulerConfig
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.plan import FOLLOWS, PAGE_TOKENS, Pass, Sample, Slice
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
-
-VOCABULARY = 50
-
-
-def next_token(context: Sequence[int]) -> int:
-    """The model: the next token depends on every token before it."""
-    value = 0
-    for token in context:
-        value = (31 * value + token + 1) % 1009
-    return value % VOCABULARY
 
 
 @dataclass
@@ -39,6 +29,7 @@ class FakePipeline:
     drawn: dict[int, dict[int, int]] = field(default_factory=dict)
     steps: int = 0
     followers: int = 0
+    drafts: int = 0
 
     def submit(self, a_pass: Pass) -> None:
         assert a_pass.step == self.steps + 1
@@ -82,23 +73,26 @@ class FakePipeline:
         assert all(0 < batch.num_tokens <= config.micro_batch_tokens for batch in batches)
 
     def compute(self, piece: Slice) -> list[Sample]:
-        """As a stage does that quantizes pages: the newest page is nowhere but in the tail."""
+        """As a stage does that quantizes pages, where there are tails: the newest page is nowhere but there."""
         assert piece.tokens
+        self.drafts += piece.num_drafts
         assert len(piece.pages) == pages_for(piece.end)
         before, first = piece.start // PAGE_TOKENS, piece.start % PAGE_TOKENS
         tail = self.tails.setdefault(piece.tail, {})
         past = [entry for page in piece.pages[:before] for entry in self.pages[page]]
-        past += [tail[at] for at in range(first)]
+        origin = 0 if self.config.num_tails else before * PAGE_TOKENS
+        past += [tail[origin + at] for at in range(first)]
         assert all(owner == piece.request for owner, _ in past), "keys were overwritten"
         known = past + [(piece.request, token) for token in piece.tokens]
         full = piece.end // PAGE_TOKENS
         for number in range(before, full):
             page = known[number * PAGE_TOKENS : (number + 1) * PAGE_TOKENS]
             self.pages[piece.pages[number]] = page
-        tail.update(enumerate(known[full * PAGE_TOKENS :]))
-        if piece.sampling is None:
-            return []
-        return [Sample(piece.request, next_token([token for _, token in known]), None, ())]
+        if self.config.num_tails:
+            tail.update(enumerate(known[full * PAGE_TOKENS :]))
+        else:
+            tail.update(enumerate(known[piece.start :], piece.start))
+        return draw(piece, [token for _, token in known])
 
 
 def alone(request: Request, max_context: int) -> tuple[list[int], FinishReason]:
@@ -126,7 +120,15 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         passes_in_flight=draw(st.integers(1, 3)),
         ahead=draw(st.integers(0, 1)),
         num_tails=draw(st.sampled_from([0, 4, 2, 1])),
+        drafts=draw(st.sampled_from([DraftLimits(), *SPECULATING])),
     )
+
+
+SPECULATING = [
+    DraftLimits(most=8, most_tokens=10_000),
+    DraftLimits(most=3, most_tokens=12, least_gain=0.3),
+    DraftLimits(most=20, most_tokens=10_000, least_tokens=2),
+]
 
 
 def make_requests(count: int, max_context: int, rng: random.Random) -> list[Request]:
@@ -267,9 +269,10 @@ def test_every_request_ends_with_exactly_its_tokens(
 
 @pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("interference", [0.0, 0.02])
+@pytest.mark.parametrize(("interference", "num_tails"), [(0.0, 0), (0.02, 4)])
+@pytest.mark.parametrize("speculating", [False, True])
 def test_scarce_pages_cost_preemptions_but_no_tokens(
-    depth: int, interference: float, ahead: int
+    depth: int, interference: float, num_tails: int, ahead: int, speculating: bool
 ) -> None:
     config = SchedulerConfig(
         num_pages=6,
@@ -279,16 +282,22 @@ def test_scarce_pages_cost_preemptions_but_no_tokens(
         micro_batches=2,
         micro_batch_tokens=64,
         ahead=ahead,
+        num_tails=num_tails,
+        drafts=SPECULATING[0] if speculating else DraftLimits(),
     )
-    preemptions = followers = 0
+    preemptions = followers = drafts = accepted = 0
     for seed in range(8):
         rng = random.Random(seed)
         driver = Driver(config, depth, rng)
         check_promises(driver, make_requests(10, config.max_context, rng), interference)
         preemptions += driver.scheduler.num_preemptions
         followers += driver.pipeline.followers
+        drafts += driver.pipeline.drafts
+        accepted += driver.scheduler.speculation.counts.accepted
     assert preemptions > 0
     assert (followers > 0) == (ahead > 0 and depth > 1)
+    assert (drafts > 0) == speculating
+    assert not speculating or accepted > 0.1 * drafts
 
 
 def test_a_pass_costs_what_runs_not_what_waits() -> None:

@@ -12,7 +12,8 @@ from headrace.scheduler.plan import NO_PAGE, PAGE_TOKENS, MoveKind, PageMove, Pa
 from headrace.scheduler.policy import best_prefix, swap_beats_recompute
 from headrace.scheduler.prefixes import extend_keys
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
-from headrace.scheduler.scheduler import Scheduler, Update
+from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.update import Update
 
 P = PAGE_TOKENS
 OUT, IN, SPILL, FETCH, _ = MoveKind

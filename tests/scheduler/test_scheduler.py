@@ -9,7 +9,8 @@ from headrace.scheduler.errors import HeadraceError, RequestError
 from headrace.scheduler.plan import PAGE_TOKENS, Pass, Sample, Slice
 from headrace.scheduler.policy import attention_work, pack
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
-from headrace.scheduler.scheduler import Scheduler, Update
+from headrace.scheduler.scheduler import Scheduler
+from headrace.scheduler.update import Update
 
 EOS = 9
 

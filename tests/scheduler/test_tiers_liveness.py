@@ -2,15 +2,16 @@
 
 import random
 from collections import Counter, deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import pytest
 from fake_tiers import GARBAGE, Content, FakeStage, FakeTiers
+from guessable import VOCABULARY, draw, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.scheduler.config import KVCosts, SchedulerConfig
+from headrace.scheduler.config import DraftLimits, KVCosts, SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.moves import MoveReports
@@ -20,13 +21,6 @@ from headrace.scheduler.prefixes import extend_keys
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
-VOCABULARY = 50
-
-
-def next_token(context: Sequence[object]) -> int:
-    """The model: the next token depends on every token before it, and on nothing else."""
-    return hash(tuple(context)) % VOCABULARY
-
 
 @dataclass
 class Ring:
@@ -35,6 +29,7 @@ class Ring:
     tiers: FakeTiers
     requests: dict[int, Request]
     host_pages: int
+    has_tails: bool
     tails: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
     in_flight: deque[tuple[Pass, list[Sample], set[int]]] = field(default_factory=deque)
     drawn: dict[int, dict[int, int]] = field(default_factory=dict)
@@ -42,6 +37,8 @@ class Ring:
     cold: int = 0
     sunk: int = 0
     spoiled: int = 0
+    drafts: int = 0
+    cold_drafts: int = 0
 
     def submit(self, a_pass: Pass) -> None:
         pieces = slices_of(a_pass)
@@ -112,18 +109,22 @@ class Ring:
         tail = self.tails.setdefault(piece.tail, {})
         if bad:
             return self.spoil(piece)
-        entries = [tail[at] for at in range(piece.start % PAGE_TOKENS)]
+        origin = 0 if self.has_tails else before * PAGE_TOKENS
+        entries = [tail[origin + at] for at in range(piece.start % PAGE_TOKENS)]
         assert all(owner == piece.request for owner, _ in entries)
         known += [token for _, token in entries] + new
         for number in range(before, piece.end // PAGE_TOKENS):
             content: Content = tuple(known[: 1 + (number + 1) * PAGE_TOKENS])
             self.tiers.write(piece.pages[number - hot], content)
-        rest = known[1 + piece.end // PAGE_TOKENS * PAGE_TOKENS :]
-        tail.update((at, (piece.request, token)) for at, token in enumerate(rest))  # type: ignore[misc]
+        first, origin = piece.end // PAGE_TOKENS * PAGE_TOKENS, 0
+        if not self.has_tails:
+            first = origin = piece.start
+        rest = enumerate(known[1 + first :], origin)
+        tail.update((at, (piece.request, token)) for at, token in rest)  # type: ignore[misc]
         assert piece.num_pages == pages_for(piece.end)
-        if piece.sampling is None:
-            return []
-        return [Sample(piece.request, next_token(known[1:]), None, ())]
+        self.drafts += piece.num_drafts
+        self.cold_drafts += piece.num_drafts if hot else 0
+        return draw(piece, known[1:])
 
     def spoil(self, piece: Slice) -> list[Sample]:
         """Garbage in all that the slice writes."""
@@ -162,7 +163,7 @@ class Driver:
         self.live: dict[int, Request] = {}
         tiers = FakeTiers(rng, loss=loss, lossy=lossy)
         self.loss, self.damage = loss, damage
-        self.ring = Ring(tiers, self.requests, config.host_pages)
+        self.ring = Ring(tiers, self.requests, config.host_pages, config.num_tails > 0)
         self.reports = MoveReports(len(tiers.stages))
         self.stories = [[rng.randrange(VOCABULARY) for _ in range(200)] for _ in range(2)]
         self.waiting: deque[Request] = deque()
@@ -284,6 +285,7 @@ class Driver:
         results = self.ring.tiers.report(a_pass.step, everything=not a_pass.micro_batches)
         ended = self.reports.merge(results)
         update = self.scheduler.update(a_pass, samples, *ended, spoiled=spoiled)
+        self.name_contents(a_pass)  # of drafts that proved right, too
         for request, _ in update.committed:
             assert request.request_id in self.live, "a token after the end"
         for request in update.finished:
@@ -326,6 +328,9 @@ class Driver:
         assert self.scheduler.tails.num_free == self.scheduler.tails.num_pages
 
 
+NO_DRAFTS, DRAFTS = DraftLimits(), DraftLimits(most=8, most_tokens=10_000)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> SchedulerConfig:
     num_pages = draw(st.sampled_from([8, 6, 5, 4, 3, 2]))
@@ -349,6 +354,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         window_pages=draw(st.sampled_from([40, 10, 3, 1, 0])) if ring else 0,
         hot_window=draw(st.sampled_from([0, 64, 100])),
         write_backs=draw(st.sampled_from([1, 3, 16])),
+        drafts=draw(st.sampled_from([NO_DRAFTS, DRAFTS, replace(DRAFTS, most_tokens=12)])),
         costs=draw(
             st.sampled_from(
                 [
@@ -436,6 +442,19 @@ HOSTING = SchedulerConfig(
     kv_ring_pages=12,
     cold_micro_batches=3,
 )
+
+
+@pytest.mark.parametrize("num_tails", [0, 12])
+def test_what_decodes_over_host_memory_carries_drafts(num_tails: int) -> None:
+    drafts = accepted = 0
+    for config in (HOSTING, replace(HOSTING, host_pages=8, window_pages=40, hot_window=64)):
+        for seed in range(3):
+            some = replace(config, num_tails=num_tails, drafts=DRAFTS)
+            driver = Driver(some, random.Random(seed), interference=0.01)
+            driver.run(20, 1)
+            drafts += driver.ring.cold_drafts
+            accepted += driver.scheduler.speculation.counts.accepted
+    assert drafts > 100 and accepted > 100
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

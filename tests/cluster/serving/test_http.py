@@ -273,6 +273,8 @@ def test_metrics(served: Served) -> None:
     tiers = {sample.labels["tier"] for sample in families["headrace_kv_pages"].samples}
     assert tiers == {"device", "host", "nvme"}
     assert {"headrace_running_sequences", "headrace_waiting_sequences"} <= families.keys()
+    guessed = {"headrace_decodes", "headrace_draft_tokens", "headrace_accepted_draft_tokens"}
+    assert guessed <= families.keys()
 
 
 def test_health(echoes: Served) -> None:
