@@ -122,7 +122,9 @@ def served(folder: Path, store: Path) -> Iterator[tuple[Command, openai.OpenAI]]
             120.0,
             lambda: command.stderr,
         )
-        with connected(command.stdout.strip().rpartition(" ")[2]) as client:
+        url = command.stdout.strip().rpartition(" ")[2]
+        assert url.startswith("http://127.0.0.1:"), command.stderr
+        with connected(url) as client:
             yield command, client
 
 
