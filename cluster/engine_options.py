@@ -51,7 +51,7 @@ class EngineOptions:
     context: int | None = None
     storage: str = "auto"
     graphs: bool | None = None
-    ngram_speculation: int | None = None
+    ngram_speculation: int | None = 0
     address: str | None = None
     deadline: float = 600.0
     trace: Path | None = None

@@ -165,9 +165,9 @@ class RunOptions:
             metavar="auto|off|N",
             help="Guess tokens from what the prompt and the answer said before, up to N at a time, and "
             "have passes verify them: answers are the same, repetitive ones come faster. auto: where "
-            "weights stream and it costs nothing.",
+            "weights stream and, by the plan, it costs nothing.",
         ),
-    ] = "auto"
+    ] = "off"
 
     def engine(self, store: Path, **more: Any) -> EngineOptions:
         """What the engine takes, with sizes in bytes. HeadraceError for a malformed one."""

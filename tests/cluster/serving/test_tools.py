@@ -191,7 +191,6 @@ def test_calls_among_text_whole_and_streamed(tokenizer: Any) -> None:
         ({"tool_choice": "required", "tools": [tool("a", {"not": {}})]}, "tools", "Unimplemented"),
         ({"response_format": {"type": "json_object"}}, "response_format", "exclude each other"),
     ],
-    ids=str,
 )
 def test_what_is_wrong_is_named(client: openai.OpenAI, given: Any, param: str, reason: str) -> None:
     with pytest.raises(openai.BadRequestError, match=reason) as caught:
