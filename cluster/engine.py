@@ -5,12 +5,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from headrace.cluster.completion import Completion
-from headrace.cluster.detokenize import StopStrings, decode
-from headrace.cluster.grammars import Followed, Grammars
+from headrace.cluster.engine_stats import EngineStats
+from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.replacement import Replacement, StageReplacer
@@ -18,15 +17,13 @@ from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.drafter import Guesses
-from headrace.scheduler.errors import RequestError, StageError
-from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.errors import StageError
 from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
-from headrace.scheduler.plan import Pass, PassResult, Sample, StageTimes
+from headrace.scheduler.plan import Pass, PassResult, Sample
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
-from headrace.scheduler.speculation import DraftCounts
 
 if TYPE_CHECKING:
     from headrace.cluster.stage_logs import StageLogs
@@ -34,36 +31,6 @@ if TYPE_CHECKING:
     from headrace.runtime.kv_log.stats import LogReport
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Totals since the engine started; `stages` sums each stage's times over all passes.
-
-    `passes` are those that computed something, and `tokens` what they computed; `kv` says where pages are
-    and what was found of them, `drafts` what was guessed and how much of it was right.
-    """
-
-    num_stages: int
-    passes: int = 0
-    tokens: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    busy_seconds: float = 0.0
-    bound_seconds: float = 0.0
-    kv: KVStats = field(default_factory=KVStats)
-    drafts: DraftCounts = field(default_factory=DraftCounts)
-    stages: list[StageTimes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(self.num_stages)]
-
-    def add(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
-        self.passes += bool(a_pass.micro_batches)
-        self.tokens += a_pass.num_tokens
-        for result in results:
-            stage = result.times.stage
-            self.stages[stage] = self.stages[stage].plus(result.times)
 
 
 class Engine:
@@ -100,14 +67,10 @@ class Engine:
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
         self._pipeline, self._stop_ids = pipeline, stop_ids
-        self._grammars = Grammars(tokenizer, stop_ids, vocabulary)
-        self._followed = Followed(self._grammars)
+        self._outputs = Outputs(tokenizer, stop_ids, vocabulary)
         self._replacer = replacer
         self._completed: list[Completion] = []  # by passes that `step` did not wait for
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
-        self._watchers: dict[int, StopStrings] = {}
-        self._logprobs: dict[int, list[Sample]] = {}
-        self._listeners: dict[int, Callable[[Sample], None]] = {}
         self._next_id = 0
         self._newest_started = -1
         self._busy_since: float | None = None
@@ -132,7 +95,7 @@ class Engine:
         by `step` with each of its tokens, once that is committed.
         """
         self._check_keep(keep)
-        self._check_params(params)
+        self._outputs.check(params)
         request_id, self._next_id = self._next_id, self._next_id + 1
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -142,14 +105,7 @@ class Engine:
             priority=priority, weight=weight,
         )  # fmt: skip
         self._scheduler.add(request)
-        if params.structured_outputs is not None:
-            self._followed.start(request, params.structured_outputs)
-        if params.stop:
-            self._watchers[request_id] = StopStrings(self.tokenizer, params)
-        if params.logprobs is not None:
-            self._logprobs[request_id] = []
-        if on_token is not None:
-            self._listeners[request_id] = on_token
+        self._outputs.start(request, on_token)
         return request_id
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
@@ -157,7 +113,7 @@ class Engine:
 
         It compiles the grammar that the answer is to follow, which may take a second.
         """
-        self._check_params(params)
+        self._outputs.check(params)
         check_request(Request(-1, token_ids, params, seed=0), self._scheduler.config)
 
     def abort(self, request_id: int) -> None:
@@ -166,7 +122,7 @@ class Engine:
         Its pages are free at once, or when the passes that hold it have returned.
         """
         self._scheduler.abort(request_id)
-        self._forget(request_id)
+        self._outputs.forget(request_id)
         self.stats.kv = self._scheduler.kv_stats()
 
     def draft_with(self, make: Callable[[int], Guesses]) -> None:
@@ -298,15 +254,6 @@ class Engine:
             if self.trace is not None:
                 last_first.callback(self.trace.close)
 
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.biases and params.biases[-1][0] >= len(self.tokenizer):
-            told = (
-                f"token {params.biases[-1][0]} is outside the vocabulary of {len(self.tokenizer)}"
-            )
-            raise RequestError(f"logit_bias: {told} tokens", "logit_bias")
-        if params.structured_outputs is not None:
-            self._grammars.compiled(params.structured_outputs)
-
     def _check_keep(self, keep: bool) -> None:
         if keep and not self.plan.host_pages and not self._warned_of_keep:
             self._warned_of_keep = True
@@ -342,7 +289,7 @@ class Engine:
             if number in texts:
                 continue  # behind the stop string, in the same pass
             self.stats.output_tokens += 1
-            if (text := self._watch(number, sample)) is None:
+            if (text := self._outputs.push(number, sample)) is None:
                 continue
             texts[number], kept = text, request.num_output - left[number]
             if self._scheduler.finish(number, FinishReason.STOP, kept) is None:
@@ -351,52 +298,18 @@ class Engine:
         errors = self._follow([r for r, _ in update.committed if r.request_id not in ended])
         ended |= {request.request_id: request for request in errors}
         reasons = {request.request_id: error for request, error in errors.items()}
-        return [self._complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
+        self.stats.prompt_tokens += sum(request.num_prompt for request in ended.values())
+        complete = self._outputs.complete
+        return [complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
 
     def _follow(self, requests: Sequence[Request]) -> dict[Request, str | None]:
         """Find out what may come next of those that follow a grammar. The ones that end now: with an error,
         or because their answer is complete."""
-        ended = self._followed.advance([request for request in requests if request.mask])
+        ended = self._outputs.follow([request for request in requests if request.mask])
         for request, error in ended.items():
             reason = FinishReason.STOP if error is None else FinishReason.ABORT
             self._scheduler.finish(request.request_id, reason, request.num_output)
         return ended
-
-    def _watch(self, request_id: int, sample: Sample) -> str | None:
-        """Hand the token on and note its logprobs; the request's final text if it completed a stop
-        string."""
-        if (listener := self._listeners.get(request_id)) is not None:
-            listener(sample)
-        if (noted := self._logprobs.get(request_id)) is not None:
-            noted.append(sample)
-        watcher = self._watchers.get(request_id)
-        return watcher.push(sample.token) if watcher else None
-
-    def _complete(self, request: Request, text: str | None, error: str | None) -> Completion:
-        tokens = request.output
-        assert request.finish_reason is not None
-        if text is None:
-            by_id = tokens[-1] in request.stop_ids | self._stop_ids
-            by_id &= request.finish_reason is FinishReason.STOP
-            text = decode(self.tokenizer, tokens[:-1] if by_id else tokens, request.params)
-        completion = Completion(
-            request_id=request.request_id,
-            token_ids=tokens,
-            text=text,
-            finish_reason=request.finish_reason.value,
-            logprobs=self._logprobs.get(request.request_id),
-            num_prompt=request.num_prompt,
-            error=error,
-        )
-        self.stats.prompt_tokens += request.num_prompt
-        self._forget(request.request_id)
-        return completion
-
-    def _forget(self, request_id: int) -> None:
-        self._watchers.pop(request_id, None)
-        self._logprobs.pop(request_id, None)
-        self._followed.drop(request_id)
-        self._listeners.pop(request_id, None)
 
 
 def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:

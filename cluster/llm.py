@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from headrace.cluster.completion import Completion
-from headrace.cluster.engine import EngineStats
 from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.launch import running_engine
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.rows import chat_tokens, prompt_tokens

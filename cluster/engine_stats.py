@@ -1,0 +1,38 @@
+"""What an engine has done since it started."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.plan import Pass, PassResult, StageTimes
+from headrace.scheduler.speculation import DraftCounts
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine started; `stages` sums each stage's times over all passes.
+
+    `passes` are those that computed something, and `tokens` what they computed; `kv` says where pages are
+    and what was found of them, `drafts` what was guessed and how much of it was right.
+    """
+
+    num_stages: int
+    passes: int = 0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    busy_seconds: float = 0.0
+    bound_seconds: float = 0.0
+    kv: KVStats = field(default_factory=KVStats)
+    drafts: DraftCounts = field(default_factory=DraftCounts)
+    stages: list[StageTimes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(self.num_stages)]
+
+    def add(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
+        self.passes += bool(a_pass.micro_batches)
+        self.tokens += a_pass.num_tokens
+        for result in results:
+            stage = result.times.stage
+            self.stages[stage] = self.stages[stage].plus(result.times)
