@@ -152,6 +152,11 @@ class Engine:
     def num_running(self) -> int:
         return self._scheduler.num_running
 
+    @property
+    def batch_counts(self) -> tuple[int, int]:
+        """How many batch requests run, and how many wait."""
+        return self._scheduler.batch_counts
+
     def has_started(self, request_id: int) -> bool:
         """Whether any token of the request was computed, or of a later one, for which it need not wait
         while its pages are loaded."""

@@ -33,6 +33,14 @@ class Roster:
     def runs_batch(self) -> bool:
         return any(each.priority is Priority.BATCH for each in self.running.values())
 
+    @property
+    def num_running_batch(self) -> int:
+        return sum(each.priority is Priority.BATCH for each in self.running.values())
+
+    @property
+    def num_waiting_batch(self) -> int:
+        return self._num_batch - self.num_running_batch
+
     def add(self, request: Request) -> None:
         assert request.request_id not in self.live, request.request_id
         assert request.request_id not in self.in_flight, request.request_id

@@ -73,6 +73,11 @@ class Scheduler:
         return len(self._roster.running)
 
     @property
+    def batch_counts(self) -> tuple[int, int]:
+        """How many batch requests run, and how many wait."""
+        return self._roster.num_running_batch, self._roster.num_waiting_batch
+
+    @property
     def num_preemptions(self) -> int:
         return self.holdings.num_preemptions
 

@@ -21,7 +21,8 @@ from headrace.cluster.serving.server import Listener, Server, ServerOptions
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import ContextLengthError, HeadraceError
 from headrace.scheduler.kv_stats import KVStats, PageCounts
-from headrace.scheduler.plan import Sample
+from headrace.scheduler.placement import Placement, Plan, Prediction, StageMemory, Tier, Visit
+from headrace.scheduler.plan import Sample, StageTimes
 from headrace.scheduler.request import Priority, SamplingParams
 from headrace.scheduler.speculation import DraftCounts
 
@@ -116,12 +117,38 @@ def stories_engine(store: Path, **options: Any) -> Iterator[Engine]:
         yield engine
 
 
+def one_stage(max_sequences: int) -> Plan:
+    """Of one layer that streams from NVMe; what the planner would say of it is made up."""
+    return Plan(
+        placement=Placement(1, (Visit(0, (0,)),), (Tier.NVME,)),
+        slot_bytes=4096,
+        ring_slots=(2,),
+        num_pages=10_000,
+        kv_format="fp32",
+        max_context=100,
+        token_budget=10_000,
+        max_sequences=max_sequences,
+        micro_batches=1,
+        micro_batch_tokens=10_000,
+        logit_rows=1,
+        sample_rows=1,
+        graph_rows=0,
+        passes_in_flight=1,
+        ahead=0,
+        memory=(StageMemory(0, 8192, 0, 0, 0, 0, 0, 0, 0),),
+        nvme_bytes_a_pass=(4096,),
+        host_bytes_a_pass=(0,),
+        prediction=Prediction(max_sequences, 0.5, 2.0, "nvme", {"nvme": 0.5}),
+    )
+
+
 @dataclass
 class _Echo:
     tokens: list[int]
     params: SamplingParams
     on_token: Callable[[Sample], None] | None
     stop: StopStrings | None
+    priority: Priority
     said: list[int] = field(default_factory=list)
 
 
@@ -144,6 +171,8 @@ class EchoEngine:
     classes: list[tuple[Priority, int]] = field(default_factory=list)
     passes: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
+    busy_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -153,6 +182,23 @@ class EchoEngine:
     @property
     def stats(self) -> "EchoEngine":
         return self
+
+    @property
+    def plan(self) -> Plan:
+        return one_stage(self.max_running)
+
+    @property
+    def output_tokens(self) -> int:
+        return self.tokens
+
+    @property
+    def bound_seconds(self) -> float:
+        return self.busy_seconds / 2
+
+    @property
+    def stages(self) -> list[StageTimes]:
+        """Half of the time its one stage computed, and waited for weights the rest of it."""
+        return [StageTimes(0, self.busy_seconds, self.bound_seconds, 0.0, 4096 * self.passes, 0)]
 
     @property
     def kv(self) -> KVStats:
@@ -179,6 +225,11 @@ class EchoEngine:
     def num_waiting(self) -> int:
         return len(self._live) - self.num_running
 
+    @property
+    def batch_counts(self) -> tuple[int, int]:
+        are_batch = [echo.priority is Priority.BATCH for echo in self._live.values()]
+        return sum(are_batch[: self.max_running]), sum(are_batch[self.max_running :])
+
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
         if len(token_ids) >= self.max_context:
             raise ContextLengthError("too long for an echo")
@@ -197,7 +248,7 @@ class EchoEngine:
     ) -> int:
         stop = StopStrings(self.tokenizer, params) if params.stop else None
         self._next_id += 1
-        self._live[self._next_id] = _Echo(token_ids, params, on_token, stop)
+        self._live[self._next_id] = _Echo(token_ids, params, on_token, stop, priority)
         self.tenants.append(tenant)
         self.classes.append((priority, weight))
         return self._next_id
@@ -209,6 +260,7 @@ class EchoEngine:
     def step(self) -> list[Completion]:
         assert self.gate.wait(30.0)
         time.sleep(self.pace)
+        self.busy_seconds += max(self.pace, 0.001)
         if self.failure is not None:
             raise self.failure
         running = list(self._live.items())[: self.max_running]

@@ -30,9 +30,13 @@ from headrace.cluster.serving.http import (
     unless_gone,
 )
 from headrace.cluster.serving.metrics import CONTENT_TYPE, Metrics
+from headrace.cluster.serving.page import PATHS as PAGE_PATHS
+from headrace.cluster.serving.page import Page
 from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.cluster.serving.ring import ring_state
 from headrace.cluster.serving.terms import TIMEOUT_HEADER
 from headrace.scheduler.errors import RequestError
+from headrace.scheduler.placement import Plan
 
 T = TypeVar("T")
 
@@ -46,6 +50,8 @@ PATHS = frozenset(
         "/health/live",
         "/health/ready",
         "/metrics",
+        "/ring",
+        *PAGE_PATHS,
     }
 )
 
@@ -60,9 +66,11 @@ class Front:
         model: Model,
         metrics: Metrics,
         *,
+        plan: Plan,
         max_body: int,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
+        self._plan = plan
         self._max_body, self._created = max_body, int(time.time())
 
     async def models(self) -> Response:
@@ -96,6 +104,9 @@ class Front:
 
     async def metrics(self) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def ring(self) -> Response:
+        return JSON(ring_state(self._plan, self._engine.state, self._engine.now()))
 
     def _listed(self) -> dict[str, Any]:
         return {
@@ -146,7 +157,7 @@ def create_app(
 ) -> ASGIApp:
     """The whole server as an ASGI application; its engine is started by whoever runs it."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    get, post = ["GET"], ["POST"]
+    get, post, page = ["GET"], ["POST"], Page()
     for path, endpoint, methods in (
         ("/v1/models", front.models, get),
         ("/v1/completions", front.completions, post),
@@ -156,9 +167,12 @@ def create_app(
         ("/health/live", front.live, get),
         ("/health/ready", front.ready, get),
         ("/metrics", front.metrics, get),
+        ("/ring", front.ring, get),
         ("/v1/models/{name:path}", front.one_model, get),
     ):
         app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    for path in PAGE_PATHS:
+        app.add_api_route(path, page.asset, methods=["GET", "HEAD"], response_model=None)
     for method, path, endpoint in files.routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (ApiError, RequestError, ValidationError):

@@ -12,9 +12,14 @@ from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.http import refuse
 from headrace.cluster.serving.keys import ApiKey, ApiKeys
 from headrace.cluster.serving.metrics import Metrics
+from headrace.cluster.serving.page import PATHS as PAGE_PATHS
 
-OPEN = frozenset({"/health/live", "/health/ready"})
-"""What needs no key."""
+OPEN = frozenset({"/health/live", "/health/ready"}) | PAGE_PATHS
+"""What needs no key: it tells nothing of the model or of who uses it."""
+
+UNCOUNTED = frozenset({"/ring"})
+"""Answered at once from what is known, and asked for every second by a page that is open: not one of
+the requests that a key may have at once."""
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -64,11 +69,12 @@ class Guard:
             return
         name = "" if key is None else key.name
         scope.setdefault("state", {}).update(tenant=name, weight=1 if key is None else key.weight)
-        self._running[name] += 1
+        counts = scope["path"] not in UNCOUNTED
+        self._running[name] += counts
         try:
             await self._app(scope, receive, send)
         finally:
-            self._running[name] -= 1
+            self._running[name] -= counts
 
     def _check(self, scope: Scope) -> ApiKey | None:
         headers = Headers(scope=scope)
@@ -85,7 +91,8 @@ class Guard:
         key = self._rules.keys.find(secret.strip())
         if key is None:
             raise ApiError(401, "this API key is not known here", code="invalid_api_key")
-        if key.limit is not None and self._running[key.name] >= key.limit:
+        is_full = key.limit is not None and self._running[key.name] >= key.limit
+        if is_full and scope["path"] not in UNCOUNTED:
             raise ApiError(
                 429,
                 f"this API key has {key.limit} requests running, as many as it may",

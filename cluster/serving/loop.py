@@ -9,11 +9,14 @@ from time import monotonic
 from typing import Any, Protocol
 
 from headrace.cluster.completion import Completion
+from headrace.cluster.job_report import Stats, Work
 from headrace.cluster.serving.generation import Generation
 from headrace.cluster.serving.pass_model import Pace, PassModel
+from headrace.cluster.serving.recent_work import RecentWork, Span
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
+from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import Priority, SamplingParams
 from headrace.scheduler.speculation import DraftCounts
@@ -21,18 +24,12 @@ from headrace.scheduler.speculation import DraftCounts
 log = logging.getLogger(__name__)
 
 
-class EngineStats(Protocol):
+class EngineStats(Stats, Protocol):
     @property
     def kv(self) -> KVStats: ...
 
     @property
-    def passes(self) -> int: ...
-
-    @property
     def tokens(self) -> int: ...
-
-    @property
-    def drafts(self) -> DraftCounts: ...
 
 
 class ServedEngine(Protocol):
@@ -54,6 +51,9 @@ class ServedEngine(Protocol):
     def limits(self) -> SchedulerConfig: ...
 
     @property
+    def plan(self) -> Plan: ...
+
+    @property
     def has_work(self) -> bool: ...
 
     @property
@@ -61,6 +61,9 @@ class ServedEngine(Protocol):
 
     @property
     def num_running(self) -> int: ...
+
+    @property
+    def batch_counts(self) -> tuple[int, int]: ...
 
     @property
     def stats(self) -> EngineStats: ...
@@ -87,13 +90,17 @@ class ServedEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What the engine was doing between two passes, and how long these take."""
+    """What the engine was doing between two passes, and how long these take. Of the sequences,
+    `batch_running` and `batch_waiting` are of batch requests."""
 
     running: int = 0
     waiting: int = 0
+    batch_running: int = 0
+    batch_waiting: int = 0
     kv: KVStats = field(default_factory=KVStats)
     pace: Pace = field(default_factory=Pace)
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    span: Span | None = None
 
 
 @dataclass(slots=True)
@@ -123,6 +130,7 @@ class EngineLoop:
     ) -> None:
         self._engine, self._deliver, self._fail, self._clock = engine, deliver, fail, clock
         self._model, self._since, self._counted = PassModel(), 0.0, (0, 0)
+        self._recent = RecentWork(Work.of(engine.stats))
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
         self._is_closing = False
@@ -193,6 +201,7 @@ class EngineLoop:
         if passes:
             self._model.observe(round(tokens / passes), (now - self._since) / passes)
             self._counted, self._since = (stats.passes, stats.tokens), now
+            self._recent.note(now, Work.of(stats))
 
     def _add(self, generation: Generation) -> None:
         self._ids[generation] = ids = []
@@ -230,9 +239,15 @@ class EngineLoop:
 
     def _hand_out(self) -> None:
         engine = self._engine
-        stats, pace = engine.stats, self._model.pace
+        stats = engine.stats
         self.state = EngineState(
-            engine.num_running, engine.num_waiting, stats.kv, pace, stats.drafts
+            engine.num_running,
+            engine.num_waiting,
+            *engine.batch_counts,
+            kv=stats.kv,
+            pace=self._model.pace,
+            drafts=stats.drafts,
+            span=self._recent.span,
         )
         fresh = []
         for request_id, news in list(self._news.items()):

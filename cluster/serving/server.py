@@ -115,7 +115,9 @@ class Server:
         self._engine = AsyncEngine(engine, metrics, options.max_waiting, max_ttft=options.max_ttft)
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
-        front = Front(self._engine, reader, model, metrics, max_body=options.max_body)
+        front = Front(
+            self._engine, reader, model, metrics, plan=engine.plan, max_body=options.max_body
+        )
         files: FileRoutes | NoFiles = NoFiles()
         self._batches: Batches | None = None
         if (store := listener.files) is not None:

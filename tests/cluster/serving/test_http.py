@@ -119,7 +119,6 @@ def test_a_stream_that_has_nothing_to_say_says_so() -> None:
     ("method", "path", "body", "status", "code"),
     [
         ("GET", "/v1/nothing", None, 404, "unknown_url"),
-        ("GET", "/", None, 404, "unknown_url"),
         ("GET", "/docs", None, 404, "unknown_url"),
         ("GET", COMPLETIONS, None, 405, "method_not_allowed"),
         ("POST", COMPLETIONS, b"{", 400, "invalid_value"),
