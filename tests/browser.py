@@ -102,9 +102,9 @@ class Tab:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         await self.call("Emulation.setDeviceMetricsOverride", **size)
 
-    async def screenshot(self, file: Path, *, whole: bool = False) -> None:
-        told = await self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        file.write_bytes(base64.b64decode(told["data"]))
+    async def screenshot(self) -> bytes:
+        """A PNG of what is in view."""
+        return base64.b64decode((await self.call("Page.captureScreenshot"))["data"])
 
 
 @asynccontextmanager
@@ -141,7 +141,11 @@ async def tab(folder: Path) -> AsyncIterator[Tab]:
 
 async def _port(file: Path) -> str:
     for _ in range(600):
-        if file.exists() and (lines := file.read_text().split()):
+        if lines := _lines(file):
             return lines[0]
         await asyncio.sleep(0.05)
     raise AssertionError("the browser did not start")
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().split() if file.exists() else []

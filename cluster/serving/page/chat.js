@@ -57,6 +57,22 @@ function addTurn(role, text) {
   return { turn, node };
 }
 
+// What a model thinks before it answers is folded away.
+function think(turn, thought) {
+  let text = turn.querySelector(".thinking .content");
+  if (!text) {
+    const folded = document.createElement("details");
+    const summary = document.createElement("summary");
+    text = document.createElement("p");
+    folded.className = "thinking";
+    summary.textContent = "Thinking";
+    text.className = "content";
+    folded.append(summary, text);
+    turn.querySelector("h3").after(folded);
+  }
+  text.append(thought);
+}
+
 // How an answer is doing; `usage` has its tokens, which only the end of a stream tells.
 class Progress {
   constructor(turn) {
@@ -129,18 +145,21 @@ async function read(body, controller, { turn, node }) {
       const choice = chunk.choices[0];
       if (!choice) continue;
       reason = choice.finish_reason ?? reason;
-      const piece = choice.delta.content;
-      if (!piece) continue;
+      const { content, reasoning_content: thought } = choice.delta;
+      if (!content && !thought) continue;
       const follow = isAtEnd();
-      node.appendData(piece);
+      if (thought) think(turn, thought);
+      if (content) node.appendData(content);
       progress.piece();
       if (follow) talk.scrollTop = talk.scrollHeight;
     }
   } catch (failure) {
     error = failure;
   }
-  const how = controller.signal.aborted ? "stopped" : error ? "ended by an error" : REASONS[reason];
-  return { summary: progress.end(how, usage), error: controller.signal.aborted ? null : error };
+  const isStopped = controller.signal.aborted;
+  const how = isStopped ? "stopped" : error ? "ended by an error" : REASONS[reason];
+  const isLost = !node.data && (isStopped || error !== undefined);
+  return { summary: progress.end(how, usage), error: isStopped ? undefined : error, isLost };
 }
 
 async function send() {
@@ -156,19 +175,18 @@ async function send() {
   const controller = new AbortController();
   setBusy(controller);
   at("status").textContent = "Answering";
-  const { summary, error } = await read(body, controller, answer);
+  const { summary, error, isLost } = await read(body, controller, answer);
   answer.turn.removeAttribute("aria-busy");
   if (stopping !== controller) return; // another conversation has begun
   setBusy(null);
   at("status").textContent = error ? "" : `Answered: ${summary}`;
   if (error) fail(error);
-  if (answer.node.data || !error) {
-    messages = [...turns, { role: "assistant", content: answer.node.data }];
-  } else {
+  if (isLost) {
     asked.turn.remove();
     answer.turn.remove();
+    at("hint").hidden = messages.length > 0;
     draft.value ||= text; // to be sent again
-  }
+  } else messages = [...turns, { role: "assistant", content: answer.node.data }];
   showCommand();
 }
 

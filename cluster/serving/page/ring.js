@@ -5,7 +5,6 @@ import { ask } from "./client.js";
 const at = (id) => document.getElementById(id);
 const PERIOD = 1000; // ms
 const POINTS = 60;
-const IDLE = 5; // s without a pass
 
 const BOUNDS = {
   nvme: "reading from NVMe",
@@ -17,9 +16,9 @@ const BOUNDS = {
 
 const TIMES = [
   ["computing", "computing", "computing"],
-  ["weights", "waiting_for_weights", "waiting for weights"],
-  ["link", "waiting_for_link", "waiting for links"],
-  ["kv", "waiting_for_kv", "waiting for KV"],
+  ["weights", "waiting_for_weights", "weights"],
+  ["link", "waiting_for_link", "links"],
+  ["kv", "waiting_for_kv", "KV"],
   ["between", "between_passes", "between passes"],
 ];
 
@@ -72,6 +71,7 @@ class StageRow {
     this.bar = new Bar(TIMES.map(([name]) => name));
     const resident = stage.resident_layers;
     const count = stage.layers.length;
+    const row = made("div", "spread");
     const layers = made("div", "layers");
     layers.setAttribute("role", "img");
     const told = `${count} layers: ${resident} resident, ${count - resident} streamed`;
@@ -80,21 +80,18 @@ class StageRow {
       layers.append(made("span", tier));
       layers.lastChild.title = `layer ${layer}: ${tier}`;
     }
-    this.words = made("p", "muted spread");
-    this.waits = made("span", "");
-    this.words.append(this.waits, made("span", "", `${resident} of ${count} layers resident`));
-    this.element.append(line, this.bar.element, layers, this.words);
+    row.append(layers, made("span", "muted", `${resident} of ${count} layers resident`));
+    this.waits = made("p", "muted");
+    this.element.append(line, row, this.bar.element, this.waits);
   }
 
   show(times) {
     const shares = TIMES.map(([, field]) => times?.[field] ?? 0);
-    const words = TIMES.map(([, , text], i) => [text, shares[i]])
+    const told = TIMES.map(([, , text], i) => [text, shares[i]])
       .filter(([, share]) => share >= 0.005)
-      .map(([text, share]) => `${text} ${percent(share)}`)
-      .join(", ");
-    this.bar.show(shares, words || "nothing yet");
-    const busiest = shares.indexOf(Math.max(...shares));
-    this.waits.textContent = times ? `${TIMES[busiest][2]} ${percent(shares[busiest])}` : "";
+      .map(([text, share]) => `${text} ${percent(share)}`);
+    this.bar.show(shares, told.join(", ") || "no pass yet");
+    this.waits.textContent = told.join(" · ");
     this.rates.textContent = times ? rates(times) : "";
   }
 }
@@ -141,7 +138,7 @@ class PagesRow {
 class Ring {
   constructor() {
     this.rows = [];
-    this.pages = { device: "on the device", host: "in host RAM", nvme: "on NVMe" };
+    this.pages = { device: "device", host: "host RAM", nvme: "NVMe" };
     for (const tier of Object.keys(this.pages)) {
       this.pages[tier] = new PagesRow(this.pages[tier]);
       at("pages").append(this.pages[tier].element);
@@ -169,22 +166,24 @@ class Ring {
   showPasses({ passes, plan, sequences, seconds_since_pass: since }) {
     const { interactive, batch } = sequences;
     const works = interactive.running + batch.running + interactive.waiting + batch.waiting > 0;
-    const isIdle = !works && (since === null || since > IDLE);
-    const state = since === null ? "no pass yet" : `idle: the last passes, ${since.toFixed(0)} s ago`;
-    say(isIdle ? state : "running", isIdle ? "idle" : "running");
-    at("ring").classList.toggle("is-idle", isIdle);
-    const rate = passes && !isIdle ? passes.tokens_per_second : 0;
+    const idle = since === null ? "no pass yet" : `idle for ${since.toFixed(0)} s`;
+    say(works ? "running" : idle, works ? "running" : "idle");
+    at("ring").classList.toggle("is-idle", !works);
+    // What came and went between two looks is shown, too.
+    const rate = passes && (works || since < PERIOD / 1000) ? passes.tokens_per_second : 0;
     at("rate").textContent = number(rate);
     at("pass").textContent = passes ? seconds(passes.pass_seconds) : "–";
     at("share").textContent = passes?.share_of_bound == null ? "–" : percent(passes.share_of_bound);
     this.history = [...this.history, rate].slice(-POINTS);
     this.showHistory();
-    const full = `${number(plan.tokens_per_second)} tokens/s with ${plan.sequences} sequences`;
-    at("spark-text").textContent = `The plan: ${full}, bound by ${BOUNDS[plan.bound_by]}.`;
+    const many = `${plan.sequences} sequence${plan.sequences === 1 ? "" : "s"}`;
+    const full = `${number(plan.tokens_per_second)} tokens/s with ${many}`;
+    at("planned").textContent = `Planned: ${full}, bound by ${BOUNDS[plan.bound_by]}.`;
   }
 
   showHistory() {
-    const most = Math.max(...this.history, 1);
+    const peak = Math.max(...this.history);
+    const most = Math.max(peak, 1);
     const left = POINTS - this.history.length;
     const points = this.history.map(
       (rate, i) => `${(300 * (left + i)) / (POINTS - 1)},${(42 - 38 * (rate / most)).toFixed(1)}`,
@@ -193,8 +192,7 @@ class Ring {
     const start = (300 * left) / (POINTS - 1);
     at("spark").querySelector(".line").setAttribute("d", line);
     at("spark").querySelector(".area").setAttribute("d", `${line}V44H${start}Z`);
-    const told = `tokens a second in the last minute: ${number(most)} at most`;
-    at("spark-title").textContent = told;
+    at("peak").textContent = `at most ${number(peak)}`;
   }
 }
 
