@@ -80,7 +80,7 @@ def _passes(work: Work) -> dict[str, Any]:
         "share_of_bound": work.share_of_bound,
         "tokens_per_second": _rate(work.output_tokens, busy),
         "nvme_bytes_per_second": _rate(work.nvme_bytes, busy),
-        "link_bytes_per_second": _rate(work.pcie_bytes, busy),
+        "pcie_bytes_per_second": _rate(work.pcie_bytes, busy),
     }
 
 

@@ -86,10 +86,12 @@ def test_a_batch_gives_its_pages_to_whoever_asks_in_the_same_pass() -> None:
     for _ in range(3):
         step(scheduler)
     assert scheduler.num_running == 4
+    assert scheduler.batch_counts == (4, 0)
     scheduler.add(make(4, prompt=200))
     assert step(scheduler)[4] == 200
     assert scheduler.num_preemptions == 2  # the two youngest, which had two pages each
     assert scheduler.num_running == 3
+    assert scheduler.batch_counts == (2, 2)
     while scheduler.has_work:
         step(scheduler)
 

@@ -252,6 +252,7 @@ function askForKey(why) {
   model = null;
   setBusy(null);
   at("key-form").hidden = false;
+  at("main").hidden = messages.length === 0;
   at("key-error").textContent = had ? why : "";
   at("key").focus();
 }
@@ -265,6 +266,7 @@ async function connect() {
     at("model").textContent = `${model} · ${listed.data[0].max_model_len} tokens of context`;
     document.title = `${model} · Headrace`;
     at("key-form").hidden = true;
+    at("main").hidden = false;
     setBusy(null);
     showCommand();
     ring.start();
