@@ -146,8 +146,8 @@ class Server:
         if listener.grpc_address is not None:
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
-            limits = rpc.Limits(options.max_waiting, options.max_body)
-            self._rpc = rpc.RpcServer(self._engine, reader, model, gate, metrics, limits)
+            limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
+            self._rpc = rpc.RpcServer(self._engine, reader, model, gate, metrics, **limits)
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()

@@ -15,8 +15,7 @@ from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
 from headrace.cluster.serving.rpc.calls import Calls
 from headrace.cluster.serving.rpc.door import Door
-from headrace.cluster.serving.rpc.inference import NAME, Inference
-from headrace.cluster.serving.rpc.inference import Limits as Limits
+from headrace.cluster.serving.rpc.inference import NAME, Inference, Limits
 from headrace.cluster.serving.rpc.inference_pb2_grpc import add_InferenceServicer_to_server
 from headrace.scheduler.errors import HeadraceError
 
@@ -38,11 +37,16 @@ class RpcServer:
         model: Model,
         gate: Gate,
         metrics: Metrics,
-        limits: Limits,
+        *,
+        max_waiting: int,
+        max_body: int,
     ) -> None:
-        self._max_body, self._calls = limits.max_body, Calls(engine)
+        """As many sequences of a key may wait and requests have as many bytes as over HTTP."""
+        self._max_body, self._calls = max_body, Calls(engine)
         self._door = Door(gate, metrics)
-        self._inference = Inference(engine, reader, model, gate, self._door, self._calls, limits)
+        self._inference = Inference(
+            engine, reader, model, gate, self._door, self._calls, Limits(max_waiting, max_body)
+        )
         self._health = health.aio.HealthServicer()
         self._server: Any = None
         self._hurrying = asyncio.Event()
