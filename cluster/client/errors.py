@@ -91,7 +91,10 @@ def server_error(error: Any, address: str) -> ServerError:
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
     if reason is None:  # not of the server's own making
         message = f"{address}: {message or code}"
-    kind = _KINDS.get(code, ServerError)
+    is_large = (
+        code == "RESOURCE_EXHAUSTED" and reason is None
+    )  # gRPC's own limit: it is no use later
+    kind = InvalidRequestError if is_large else _KINDS.get(code, ServerError)
     return kind(message, code=code, reason=reason, param=param, retry_after=retry_after)
 
 

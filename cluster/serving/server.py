@@ -26,6 +26,7 @@ from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
     from headrace.cluster.serving.rpc.server import RpcServer
@@ -70,6 +71,8 @@ class Listener:
         self.options = options
         check_protected(options.host, options.api_keys, options.tls_cert, insecure=options.insecure)
         check_tls(options.tls_cert, options.tls_key)
+        if options.port and options.port == options.grpc_port:
+            raise HeadraceError(f"--port and --grpc-port are both {options.port}: choose another")
         self.keys: ApiKeys | None = (
             None if options.api_keys is None else load_keys(options.api_keys)
         )
@@ -160,14 +163,14 @@ class Server:
         self._engine.start()
         if self._batches is not None:
             await self._batches.start()
-        if self._rpc is not None:
-            assert self._listener.grpc_address is not None
-            await self._rpc.start(self._listener.grpc_address, self._listener.tls)
         http = _Uvicorn(self._config, lambda: on_ready(self._listener.url))
         ending = asyncio.ensure_future(self._end(http))
         try:
             with _handling(self.stop) if signals else nullcontext():
                 try:
+                    if self._rpc is not None:
+                        assert self._listener.grpc_address is not None
+                        await self._rpc.start(self._listener.grpc_address, self._listener.tls)
                     await http.serve([self._listener.socket])
                 finally:
                     if self._rpc is not None:

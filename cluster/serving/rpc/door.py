@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import aio
 from pydantic import ValidationError
 
@@ -19,6 +20,8 @@ from headrace.cluster.serving.rpc.statuses import status_of
 from headrace.scheduler.errors import RequestError
 
 log = logging.getLogger(__name__)
+
+OURS = "/headrace.v1."
 
 OPEN = "/grpc.health.v1.Health/"
 """What needs no key."""
@@ -40,18 +43,21 @@ class Door(aio.ServerInterceptor):  # type: ignore[misc]
             except ApiError as error:
                 self._metrics.answered("grpc", status_of(error).code.name)
                 return _refusing(error)
-        return await continuation(details)
+        handler = await continuation(details)
+        return _lenient(handler) if details.method.startswith(OURS) else handler
 
     def key(self, context: Any) -> ApiKey | None:
         """Of a call that was let in."""
         return self._gate.check(authorization(context.invocation_metadata()))
 
     @asynccontextmanager
-    async def call(self, context: Any, method: str) -> AsyncIterator[None]:
+    async def call(self, context: Any, method: str, request: object) -> AsyncIterator[None]:
         """Ends a call with what was raised in it, and counts it."""
         code = grpc.StatusCode.CANCELLED.name
         try:
             try:
+                if request is None:
+                    raise ApiError(400, f"this is no message of {method}", code="invalid_value")
                 yield
                 code = grpc.StatusCode.OK.name
             except (ApiError, RequestError, ValidationError) as error:
@@ -73,6 +79,21 @@ def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """What a call says of who it is; nothing where it says so twice."""
     found = [value for name, value in metadata or () if name == "authorization"]
     return found[0] if len(found) == 1 and isinstance(found[0], str) else ""
+
+
+def _lenient(handler: Any) -> Any:
+    """With None for a message that cannot be read: gRPC would log it as a failure of the server's."""
+    if handler is None:
+        return None
+    parse = handler.request_deserializer
+
+    def read(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError:
+            return None
+
+    return handler._replace(request_deserializer=read)
 
 
 def _refusing(error: ApiError) -> Any:

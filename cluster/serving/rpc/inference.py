@@ -47,7 +47,7 @@ class Inference(InferenceServicer):
         self._calls, self._since = calls, monotonic()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
-        async with self._door.call(context, f"{NAME}/Generate"):
+        async with self._door.call(context, f"{NAME}/Generate", request):
             with self._gate.running(self._door.key(context)) as caller:
                 await self._generate(request, context, caller)
 
@@ -73,14 +73,14 @@ class Inference(InferenceServicer):
         return piece_message(piece, reason, self._model.tokenizer, logprobs=logprobs)
 
     async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
-        async with self._door.call(context, f"{NAME}/Abort"):
+        async with self._door.call(context, f"{NAME}/Abort", request):
             # Not counted: a key with as many requests as it may have can still give one up.
             key = self._door.key(context)
             tenant = "" if key is None else key.name
             return pb.AbortResponse(was_running=self._calls.abort(tenant, request.request_id))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: Any) -> pb.ModelInfo:
-        async with self._door.call(context, f"{NAME}/GetModelInfo"):
+        async with self._door.call(context, f"{NAME}/GetModelInfo", request):
             model = self._model
             return pb.ModelInfo(
                 name=model.name,
@@ -91,7 +91,7 @@ class Inference(InferenceServicer):
             )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.ServerInfo:
-        async with self._door.call(context, f"{NAME}/GetServerInfo"):
+        async with self._door.call(context, f"{NAME}/GetServerInfo", request):
             return pb.ServerInfo(
                 version=__version__,
                 is_ready=self._engine.is_ready,
@@ -101,5 +101,5 @@ class Inference(InferenceServicer):
             )
 
     async def GetLoads(self, request: pb.GetLoadsRequest, context: Any) -> pb.Loads:
-        async with self._door.call(context, f"{NAME}/GetLoads"):
+        async with self._door.call(context, f"{NAME}/GetLoads", request):
             return loads_message(self._engine.state, self._engine.num_open)

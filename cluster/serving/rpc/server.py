@@ -22,6 +22,9 @@ from headrace.scheduler.errors import HeadraceError
 _LAST_SECONDS = 0.5
 """For the ends of calls to be sent, and for those who watch the server's health."""
 
+_LARGEST = 2**31 - 1
+"""Bytes that protobuf can hold in a message."""
+
 _IDENTITY = 1
 """The only compression that is understood: a small message can become a very large one, which is measured
 when it has."""
@@ -94,7 +97,7 @@ class RpcServer:
 
 def _options(max_body: int) -> list[tuple[str, int]]:
     return [
-        ("grpc.max_receive_message_length", max_body),
+        ("grpc.max_receive_message_length", min(max_body, _LARGEST)),
         ("grpc.max_send_message_length", -1),
         ("grpc.compression_enabled_algorithms_bitset", _IDENTITY),
         (

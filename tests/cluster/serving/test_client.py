@@ -215,6 +215,8 @@ def test_errors_have_types(tokenizer: Any, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError) as wrong:
             client.generate("a", top_p=3.0).whole()
         assert (wrong.value.param, wrong.value.reason) == ("top_p", "invalid_value")
+        with pytest.raises(InvalidRequestError, match="larger than max"):
+            client.generate("a" * 5_000_000).whole()
         engine.gate.clear()
         with pytest.raises(DeadlineError):
             client.generate("a b", timeout=0.1).whole()
