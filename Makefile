@@ -1,11 +1,12 @@
 # make demo   set up and run the main job on the bundled model          make test   the test suite
 # make check  ruff, mypy, import-linter                                  make bench  the benchmarks that need no GPU
+# make proto  the code that is generated of inference.proto
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check proto bench clean
 
 $(BIN)/headrace: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +25,10 @@ check: $(BIN)/headrace
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+proto: $(BIN)/headrace
+	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src --grpc_python_out=src \
+		src/headrace/cluster/serving/rpc/inference.proto
 
 bench: $(BIN)/headrace
 	$(BIN)/python benchmarks/perplexity.py

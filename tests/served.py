@@ -36,6 +36,7 @@ class Served:
     url: str
     engine: Any
     stop: Callable[[], None]
+    grpc: str | None = None
 
     @property
     def address(self) -> tuple[str, int]:
@@ -99,7 +100,9 @@ def serving(engine: Any, **options: Any) -> Iterator[Served]:
         try:
             assert ready.wait(30.0)
             assert urls, failures
-            yield Served(urls[0], engine, lambda: loop.call_soon_threadsafe(server.stop))
+            yield Served(
+                urls[0], engine, lambda: loop.call_soon_threadsafe(server.stop), at.grpc_address
+            )
         finally:
             loop.call_soon_threadsafe(server.stop)
             thread.join(30.0)

@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, serve, bench, kv."""
+"""`headrace`: convert, inspect, plan, generate, serve, client, bench, kv."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ from rich.console import Console
 from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
+from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
 from headrace.cluster.cli.serve import serve, serve_key
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
+app.add_typer(client_app, name="client")
 
 
 class Format(str, Enum):

@@ -20,6 +20,10 @@ def serve(
         ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Serve gRPC, too, at this port. 0 takes a free one."),
+    ] = None,
     model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. [default: the store's folder]")
     ] = None,
@@ -86,6 +90,7 @@ def serve(
         model_name=store.resolve().name if model_name is None else model_name,
         host=host,
         port=port,
+        grpc_port=grpc_port,
         api_keys=api_keys,
         tls_cert=tls_cert,
         tls_key=tls_key,
@@ -103,7 +108,9 @@ def serve(
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)
-        asyncio.run(server.run(lambda url: typer.echo(f"{options.model_name} is served at {url}")))
+        served = f"{options.model_name} is served at"
+        grpc = "" if listener.grpc_address is None else f" and over gRPC at {listener.grpc_address}"
+        asyncio.run(server.run(lambda url: typer.echo(f"{served} {url}{grpc}")))
 
 
 def serve_key(

@@ -18,7 +18,7 @@ from headrace.cluster.serving.batches.routes import PATHS as FILE_PATHS
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.choices import Answer
 from headrace.cluster.serving.errors import ApiError
-from headrace.cluster.serving.guard import CLIENT_GONE, Guard, Rules
+from headrace.cluster.serving.guard import CLIENT_GONE, Gate, Guard
 from headrace.cluster.serving.http import (
     JSON,
     api_error,
@@ -152,9 +152,7 @@ class _Answering(Response):
         await response(scope, receive, send)
 
 
-def create_app(
-    front: Front, files: FileRoutes | NoFiles, rules: Rules, metrics: Metrics
-) -> ASGIApp:
+def create_app(front: Front, files: FileRoutes | NoFiles, gate: Gate, metrics: Metrics) -> ASGIApp:
     """The whole server as an ASGI application; its engine is started by whoever runs it."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     get, post, page = ["GET"], ["POST"], Page()
@@ -180,7 +178,7 @@ def create_app(
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
-    return Guard(app, rules, metrics, PATHS | FILE_PATHS)
+    return Guard(app, gate, metrics, PATHS | FILE_PATHS)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -90,6 +90,11 @@ class AsyncEngine:
         for generation in list(self._open):
             generation.fail(ApiError(503, "the server is stopping", code="server_stopping"))
 
+    def end(self, generation: Generation, error: ApiError) -> None:
+        """Give a request up, whether or not its reader keeps up."""
+        generation.fail(error)
+        self._loop.abort(generation)
+
     async def close(self) -> None:
         """Return when the engine is left alone."""
         self.drain()

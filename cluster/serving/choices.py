@@ -85,7 +85,7 @@ class Answer:
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The answer, when all of its sequences have ended."""
-        async for _ in self._pieces(generation):
+        async for _ in self.pieces(generation):
             pass
         return await asyncio.to_thread(
             self._assemble
@@ -96,10 +96,10 @@ class Answer:
         if self._work.kind is Kind.CHAT:
             for index in range(len(self._choices)):
                 yield self._chunk([_delta(index, {"role": "assistant", "content": ""})])
-        async for piece in self._pieces(generation):
+        async for piece in self.pieces(generation):
             yield self._chunk([self._listed(piece)])
         if self._work.include_usage:
-            yield {**self._chunk([]), "usage": self._usage()}
+            yield {**self._chunk([]), "usage": self.usage()}
 
     def _assemble(self) -> dict[str, Any]:
         # As it would have been streamed, to the letter.
@@ -108,9 +108,10 @@ class Answer:
             answers.choice(kind, i, self._done[i], tokenizer, choice.said)
             for i, choice in enumerate(self._choices)
         ]
-        return {**self._envelope, "choices": choices, "usage": self._usage()}
+        return {**self._envelope, "choices": choices, "usage": self.usage()}
 
-    async def _pieces(self, generation: Generation) -> AsyncIterator[Piece]:
+    async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
+        """What comes of all choices, as it comes."""
         while news := await generation.read():
             for progress in news:
                 piece = self._choices[progress.index].take(progress)
@@ -128,12 +129,9 @@ class Answer:
         return chunk
 
     def _listed(self, piece: Piece) -> dict[str, Any]:
-        done = piece.completion
-        calls = self._choices[piece.index].said.calls
-        reason = None if done is None else answers.finish_reason(done, bool(calls))
-        logprobs = self._logprobs(piece)
+        reason, logprobs = self.finish_reason(piece), self._logprobs(piece)
         if self._work.kind is Kind.CHAT:
-            delta = _fields(piece.said, len(calls))
+            delta = _fields(piece.said, len(self._choices[piece.index].said.calls))
             return _delta(piece.index, delta, logprobs, reason)
         return {
             "index": piece.index,
@@ -152,7 +150,14 @@ class Answer:
         self._offsets[piece.index] += sum(map(len, listed["tokens"]))
         return listed
 
-    def _usage(self) -> dict[str, int]:
+    def finish_reason(self, piece: Piece) -> str | None:
+        """None while its sequence goes on."""
+        if piece.completion is None:
+            return None
+        return answers.finish_reason(piece.completion, bool(self._choices[piece.index].said.calls))
+
+    def usage(self) -> dict[str, int]:
+        """When all has been read."""
         done = [self._done[index] for index in range(len(self._choices))]
         return answers.usage_of(done[:: self._work.n], done)
 

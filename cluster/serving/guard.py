@@ -1,6 +1,8 @@
 """Who is let in: before a route is looked for, and for as long as an answer takes."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -36,12 +38,61 @@ class Rules:
     hosts: frozenset[str] | None = None
 
 
-class Guard:
-    """Checks keys and counts the requests of each, and all answers by path and status."""
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is, and its share."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app, self._rules, self._metrics, self._paths = app, rules, metrics, paths
+    tenant: str = ""
+    weight: int = 1
+
+
+class Gate:
+    """Checks keys and counts the requests of each, however they come."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
         self._running: Counter[str] = Counter()
+
+    def check(self, authorization: str) -> ApiKey | None:
+        """Whose key this is; None where none is needed. ApiError 401 for one that is not known."""
+        if self.rules.keys is None:
+            return None
+        scheme, _, secret = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise ApiError(
+                401, "give an API key: Authorization: Bearer KEY", code="missing_api_key"
+            )
+        key = self.rules.keys.find(secret.strip())
+        if key is None:
+            raise ApiError(401, "this API key is not known here", code="invalid_api_key")
+        return key
+
+    @contextmanager
+    def running(self, key: ApiKey | None, *, counts: bool = True) -> Iterator[Caller]:
+        """For as long as a request runs. ApiError 429 when it `counts` and its key has as many as it may."""
+        caller = Caller() if key is None else Caller(key.name, key.weight)
+        if not counts:
+            yield caller
+            return
+        if key is not None and key.limit is not None and self._running[key.name] >= key.limit:
+            raise ApiError(
+                429,
+                f"this API key has {key.limit} requests running, as many as it may",
+                code="too_many_requests",
+                retry_after=RETRY_SECONDS,
+            )
+        self._running[caller.tenant] += 1
+        try:
+            yield caller
+        finally:
+            self._running[caller.tenant] -= 1
+
+
+class Guard:
+    """Lets HTTP requests through the gate, and counts answers by path and status."""
+
+    def __init__(self, app: ASGIApp, gate: Gate, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._gate, self._metrics, self._paths = app, gate, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,44 +113,24 @@ class Guard:
             self._metrics.answered(path, status if has_ended else CLIENT_GONE)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            key = self._check(scope)
-        except ApiError as error:
-            await refuse(error)(scope, receive, send)
-            return
-        name = "" if key is None else key.name
-        scope.setdefault("state", {}).update(tenant=name, weight=1 if key is None else key.weight)
         counts = scope["path"] not in UNCOUNTED
-        self._running[name] += counts
-        try:
+        with ExitStack() as stack:
+            try:
+                key = self._check(scope)
+                caller = stack.enter_context(self._gate.running(key, counts=counts))
+            except ApiError as error:
+                await refuse(error)(scope, receive, send)
+                return
+            scope.setdefault("state", {}).update(tenant=caller.tenant, weight=caller.weight)
             await self._app(scope, receive, send)
-        finally:
-            self._running[name] -= counts
 
     def _check(self, scope: Scope) -> ApiKey | None:
-        headers = Headers(scope=scope)
-        hosts = self._rules.hosts
+        headers, hosts = Headers(scope=scope), self._gate.rules.hosts
         if hosts is not None and _host(headers) not in hosts:
             raise ApiError(403, "this server answers to local names only", code="unknown_host")
-        if scope["path"] in OPEN or self._rules.keys is None:
+        if scope["path"] in OPEN:
             return None
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secret.strip():
-            raise ApiError(
-                401, "give an API key: Authorization: Bearer KEY", code="missing_api_key"
-            )
-        key = self._rules.keys.find(secret.strip())
-        if key is None:
-            raise ApiError(401, "this API key is not known here", code="invalid_api_key")
-        is_full = key.limit is not None and self._running[key.name] >= key.limit
-        if is_full and scope["path"] not in UNCOUNTED:
-            raise ApiError(
-                429,
-                f"this API key has {key.limit} requests running, as many as it may",
-                code="too_many_requests",
-                retry_after=RETRY_SECONDS,
-            )
-        return key
+        return self._gate.check(headers.get("authorization", ""))
 
 
 def _host(headers: Headers) -> str:

@@ -25,7 +25,7 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "headrace_requests",
-            "HTTP requests that have ended, by path and status (499: the client went away).",
+            "Requests that have ended, by path or method and status (499: the client went away).",
             ["path", "status"],
             registry=registry,
         )
@@ -63,7 +63,7 @@ class Metrics:
         """Show what the engine is doing, too."""
         self._registry.register(_Engine(state))
 
-    def answered(self, path: str, status: int) -> None:
+    def answered(self, path: str, status: int | str) -> None:
         self._requests.labels(path, str(status)).inc()
 
     def begun(self, prompt_tokens: int) -> None:

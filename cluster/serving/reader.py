@@ -85,7 +85,10 @@ class Reader:
         model.tokenizer("")
 
     def completion(self, raw: bytes, tenant: str) -> Work:
-        body = self._parse(CompletionRequest, raw)
+        return self.completion_of(_object(raw), tenant)
+
+    def completion_of(self, given: dict[str, Any], tenant: str) -> Work:
+        body = self._parse(CompletionRequest, given)
         self._check_count(len(body.prompts) * (body.n or 1))
         tokenizer = self._model.tokenizer
         prompts = [
@@ -96,8 +99,11 @@ class Reader:
         return self._work(Kind.COMPLETION, prompts, params, body, tenant)
 
     def chat(self, raw: bytes, tenant: str) -> Work:
+        return self.chat_of(_object(raw), tenant)
+
+    def chat_of(self, given: dict[str, Any], tenant: str) -> Work:
         """Without a limit of its own, an answer may fill the context."""
-        body = self._parse(ChatRequest, raw)
+        body = self._parse(ChatRequest, given)
         self._check_count(body.n or 1)
         tools = tool_use(body, self._model.tokenizer)
         told = None if tools is None else tools.told
@@ -110,7 +116,7 @@ class Reader:
         return replace(work, tools=tools.after(prompt, self._model.tokenizer))
 
     def tokenize(self, raw: bytes) -> dict[str, Any]:
-        body = self._parse(TokenizeRequest, raw)
+        body = self._parse(TokenizeRequest, _object(raw))
         if body.messages is not None:
             told = for_template(body.tools or ())
             if told:
@@ -122,7 +128,7 @@ class Reader:
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self._model.max_context}
 
     def detokenize(self, raw: bytes) -> dict[str, Any]:
-        tokens = self._parse(DetokenizeRequest, raw).tokens
+        tokens = self._parse(DetokenizeRequest, _object(raw)).tokens
         vocabulary = len(self._model.tokenizer)
         if max(tokens, default=0) >= vocabulary:
             raise RequestError(
@@ -130,8 +136,7 @@ class Reader:
             )
         return {"prompt": self._model.tokenizer.decode(tokens)}
 
-    def _parse(self, shape: type[B], raw: bytes) -> B:
-        given = load_object(raw, "the body")
+    def _parse(self, shape: type[B], given: dict[str, Any]) -> B:
         name = given.get("model")
         if name is not None and name != self._model.name:
             told = (
@@ -201,6 +206,10 @@ class Reader:
         """With a seed of the request's own, a prompt's samples are those of a batch row."""
         own = f"{name} {prompt}" if params.seed is None else params.seed
         return derive_seed(self._model.digest, own, index)
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    return load_object(raw, "the body")
 
 
 def _check_names(given: dict[str, Any]) -> None:

@@ -1,33 +1,35 @@
 """A server's life: what is checked before anything starts, its socket, signals and end."""
 
 import asyncio
-import ipaddress
 import logging
 import math
 import signal
 import socket
-import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from headrace.cluster.serving.addresses import address, bind, check_protected, check_tls
 from headrace.cluster.serving.app import Front, create_app
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
 from headrace.cluster.serving.batches.lane import BatchLane
 from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
-from headrace.cluster.serving.guard import LOCAL, Rules
+from headrace.cluster.serving.guard import LOCAL, Gate, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
 from headrace.scheduler.errors import HeadraceError
+
+if TYPE_CHECKING:
+    from headrace.cluster.serving.rpc.server import RpcServer
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,8 @@ _LAST_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """What a user chooses of a server. `port` 0 takes a free one; `max_body` is in bytes, `grace` in
+    """What a user chooses of a server. `port` 0 takes a free one, as `grpc_port` does, which is
+    None for no gRPC; `max_body` is in bytes, `grace` in
     seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
     is what interactive requests that do not say wait for their first token at most; None: for ever. `files` is the
     directory of what clients upload and batches write, None for none; its `limits` say how much that may be."""
@@ -45,6 +48,7 @@ class ServerOptions:
     model_name: str
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     api_keys: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -65,25 +69,40 @@ class Listener:
         """HeadraceError when others could reach the server unprotected, and for an address, a file of
         keys, a certificate or a directory that cannot be used."""
         self.options = options
-        _check_protected(options)
-        _check_tls(options)
+        check_protected(options.host, options.api_keys, options.tls_cert, insecure=options.insecure)
+        check_tls(options.tls_cert, options.tls_key)
+        if options.port and options.port == options.grpc_port:
+            raise HeadraceError(f"--port and --grpc-port are both {options.port}: choose another")
         self.keys: ApiKeys | None = (
             None if options.api_keys is None else load_keys(options.api_keys)
         )
-        self.socket = _bind(options.host, options.port)
+        self.socket = bind(options.host, options.port)
         self.files: FileStore | None = None
+        self._grpc: socket.socket | None = None
         try:
+            if options.grpc_port is not None:
+                self._grpc = bind(options.host, options.grpc_port, "--grpc-port")
             if options.files is not None:
                 self.files = FileStore(options.files, options.limits)
         except BaseException:
-            self.socket.close()
+            self.close()
             raise
 
     @property
     def url(self) -> str:
-        host, port = self.socket.getsockname()[:2]
         scheme = "http" if self.options.tls_cert is None else "https"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+        return f"{scheme}://{address(self.socket)}"
+
+    @property
+    def grpc_address(self) -> str | None:
+        """HOST:PORT, which is taken until gRPC listens there; None without gRPC."""
+        return None if self._grpc is None else address(self._grpc)
+
+    @property
+    def tls(self) -> tuple[Path, Path] | None:
+        """The certificate and its key."""
+        cert, key = self.options.tls_cert, self.options.tls_key
+        return None if cert is None or key is None else (cert, key)
 
     @property
     def rules(self) -> Rules:
@@ -95,6 +114,8 @@ class Listener:
     def close(self) -> None:
         """Safe to call twice."""
         self.socket.close()
+        if self._grpc is not None:
+            self._grpc.close()
         if self.files is not None:
             self.files.close()
 
@@ -124,7 +145,14 @@ class Server:
             lane = BatchLane(self._engine, model, engine.max_sequences)
             self._batches = Batches(store, lane, reader, model, options.max_body)
             files = FileRoutes(store, self._batches, options.max_body)
-        self._config = _config(options, create_app(front, files, listener.rules, metrics))
+        gate = Gate(listener.rules)
+        self._config = _config(options, create_app(front, files, gate, metrics))
+        self._rpc: RpcServer | None = None
+        if listener.grpc_address is not None:
+            from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
+
+            limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
+            self._rpc = rpc.RpcServer(self._engine, reader, model, gate, metrics, **limits)
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
@@ -142,8 +170,13 @@ class Server:
         try:
             with _handling(self.stop) if signals else nullcontext():
                 try:
+                    if self._rpc is not None:
+                        assert self._listener.grpc_address is not None
+                        await self._rpc.start(self._listener.grpc_address, self._listener.tls)
                     await http.serve([self._listener.socket])
                 finally:
+                    if self._rpc is not None:
+                        await self._rpc.close()
                     if self._batches is not None:
                         await self._batches.close()
                     await self._engine.close()
@@ -168,6 +201,8 @@ class Server:
         if self._batches is not None:
             self._batches.stop()
         self._engine.drain()
+        if self._rpc is not None:
+            await self._rpc.drain()
         http.should_exit = True
         if self._engine.error is None:
             if self._engine.num_open:
@@ -181,6 +216,8 @@ class Server:
         if self._engine.num_open:
             log.warning("%d requests are given up", self._engine.num_open)
         self._engine.give_up()
+        if self._rpc is not None:
+            self._rpc.give_up()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -240,58 +277,3 @@ def _handling(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         restore()
-
-
-def _check_protected(options: ServerOptions) -> None:
-    if options.insecure or _is_local(options.host):
-        return
-    lacking = [] if options.api_keys else ["--api-keys FILE (`headrace serve-key` makes one)"]
-    if not options.tls_cert:
-        lacking.append("--tls-cert and --tls-key")
-    if lacking:
-        raise HeadraceError(
-            f"--host {options.host} lets other machines in: give {' and '.join(lacking)}, or"
-            " --insecure where something else protects the server"
-        )
-
-
-def _is_local(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_tls(options: ServerOptions) -> None:
-    cert, key = options.tls_cert, options.tls_key
-    if (cert is None) != (key is None):
-        raise HeadraceError("--tls-cert and --tls-key go together: give both")
-    if cert is None or key is None:
-        return
-    try:
-        # With a password, which is wrong: else one would be asked for on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-    except OSError as error:  # ssl.SSLError is one
-        raise HeadraceError(
-            f"cannot use --tls-cert {cert} with --tls-key {key}: {error.strerror or error}"
-        ) from error
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    made = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        return made
-    except OSError as error:
-        if made is not None:
-            made.close()
-        raise HeadraceError(
-            f"cannot serve at --host {host} --port {port}: {error.strerror or error}"
-        ) from error

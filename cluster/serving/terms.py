@@ -42,7 +42,12 @@ class Terms:
                 param="X-Request-Timeout-Ms",
                 code="invalid_value",
             )
-        seconds = int(text) / 1e3
+        return self.within(int(text) / 1e3)
+
+    def within(self, seconds: float | None) -> "Terms":
+        """All has to be done in so many seconds, too; None adds nothing."""
+        if seconds is None:
+            return self
         if self.done_within is not None:
             seconds = min(seconds, self.done_within)
         return replace(self, done_within=seconds)

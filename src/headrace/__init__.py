@@ -25,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from headrace.scheduler.structured import StructuredOutputsParams
 
         return StructuredOutputsParams
+    if name == "client":
+        from importlib import import_module
+
+        return import_module("headrace.client")
     raise AttributeError(f"module 'headrace' has no attribute {name!r}")

@@ -88,7 +88,7 @@ def test_render_in_80_columns(memory: int, stages: int) -> None:
     assert f"{plan.prediction.tokens_per_second:.1f}" in text
     assert format_size(sum(plan.nvme_bytes_a_pass)) in text
     assert "\u2026" not in text  # nothing is cut
-    assert ("most" in text) == (stages > 6)
+    assert ("least" in text) == (stages > 6)
     for memory_of_stage in plan.memory[:6] if stages <= 6 else ():
         assert format_size(memory_of_stage.device) in text
 

@@ -1,5 +1,6 @@
 """`headrace serve` as users run it: two stages on Ray, signals and a stage that dies."""
 
+import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ def serve(folder: Path, store: Path, *more: object) -> Iterator[tuple[Command, o
             120.0,
             lambda: command.stderr,
         )
-        url = command.stdout.strip().rpartition(" ")[2]
+        url = command.stdout.partition(" served at ")[2].split()[0]
         assert url.startswith("http://127.0.0.1:"), command.stderr
         with openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client:
             yield command, client
@@ -97,3 +98,26 @@ def test_a_stage_that_dies_ends_the_server(stories: Path, tmp_path: Path) -> Non
         assert command.wait() == 1
         assert "stage 1 died" in command.stderr
         assert "Traceback" not in command.stderr
+
+
+def test_grpc_beside_http(stories: Path, tmp_path: Path) -> None:
+    with serve(tmp_path, stories, "--grpc-port", 0) as (command, client):
+        said = command.stdout.strip()
+        address = said.rpartition(" ")[2]
+        given = {"max_tokens": 12, "seed": 3}
+        want = client.completions.create(model="stories.nf4", prompt="Once", **given)
+        at = ("--address", address)
+        asked = ("generate", "Once", "--max-tokens", 12, "--seed", 3)
+        with headrace(tmp_path, "client", *asked, *at) as other:
+            assert other.wait() == 0, other.stderr
+        assert other.stdout == want.choices[0].text + "\n"
+        with headrace(tmp_path, "client", "generate", "Once", "--max-tokens", 500, *at) as left:
+            wait_for(lambda: bool(left.stdout), 30.0, lambda: left.stderr)
+            left.interrupt()
+            assert left.wait() == 130
+        with headrace(tmp_path, "client", "loads", "--json", *at) as looking:
+            assert looking.wait() == 0
+        assert json.loads(looking.stdout)["running_sequences"] == 0
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait() == 0
+        assert "Traceback" not in command.stderr + left.stderr

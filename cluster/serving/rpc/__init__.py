@@ -1,0 +1,1 @@
+"""The same requests over gRPC: `headrace serve --grpc-port`."""

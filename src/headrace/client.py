@@ -1,0 +1,53 @@
+"""Clients of `headrace serve --grpc-port`."""
+
+from headrace.cluster.client.answers import (
+    Answer,
+    Loads,
+    ModelInfo,
+    Output,
+    PageCounts,
+    Piece,
+    ServerInfo,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
+from headrace.cluster.client.async_client import AsyncClient, AsyncStream
+from headrace.cluster.client.client import Client, Stream
+from headrace.cluster.client.errors import (
+    AbortedError,
+    AuthenticationError,
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    RequestExistsError,
+    ServerError,
+    UnavailableError,
+)
+
+__all__ = [
+    "AbortedError",
+    "Answer",
+    "AsyncClient",
+    "AsyncStream",
+    "AuthenticationError",
+    "Client",
+    "DeadlineError",
+    "InvalidRequestError",
+    "Loads",
+    "ModelInfo",
+    "NotFoundError",
+    "Output",
+    "OverloadedError",
+    "PageCounts",
+    "Piece",
+    "RequestExistsError",
+    "ServerError",
+    "ServerInfo",
+    "Stream",
+    "TokenLogprob",
+    "ToolCall",
+    "UnavailableError",
+    "Usage",
+]
