@@ -41,6 +41,9 @@ def ray_cluster(stages: int, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray would point the workers of a driver started by `uv run` at a fresh environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # By default Ray's workers yield to all else on a machine (nice 15): a pass would wait for a core
+    # each time that it launches a kernel.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     arguments: dict[str, Any] = {"address": address}
     if address is not None:
         _knock(address)

@@ -1,5 +1,6 @@
 """Headrace runs language models that do not fit, on pools of GPUs that stream their weights."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -11,22 +12,17 @@ if TYPE_CHECKING:
     from headrace.scheduler.structured import StructuredOutputsParams
 
 
+_HOMES = {
+    "LLM": "headrace.cluster.llm",
+    "SamplingParams": "headrace.scheduler.request",
+    "StructuredOutputsParams": "headrace.scheduler.structured",
+}
+
+
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import headrace.scheduler` loads neither torch nor Ray.
-    if name == "LLM":
-        from headrace.cluster.llm import LLM
-
-        return LLM
-    if name == "SamplingParams":
-        from headrace.scheduler.request import SamplingParams
-
-        return SamplingParams
-    if name == "StructuredOutputsParams":
-        from headrace.scheduler.structured import StructuredOutputsParams
-
-        return StructuredOutputsParams
     if name == "client":
-        from importlib import import_module
-
         return import_module("headrace.client")
-    raise AttributeError(f"module 'headrace' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headrace' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

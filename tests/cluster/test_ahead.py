@@ -96,8 +96,9 @@ def ray_here() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("placement", "resident", "passes"),
-    [pytest.param("contiguous", None, 2, marks=pytest.mark.slow), ("cyclic", 0, 1)],
+    [("contiguous", None, 2), ("cyclic", 0, 1)],
 )
+@pytest.mark.slow
 def test_tokens_go_from_the_stage_that_draws_to_the_one_that_embeds(
     alone: dict[int, Completion],
     stories: Path,

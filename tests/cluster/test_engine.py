@@ -253,6 +253,7 @@ def check_ring(name: str, folder: Path, placement: str, resident: int | None) ->
     assert got == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "ring"), [("gemma3_text", RINGS[3])])
 def test_greedy_equals_transformers(
     name: str, ring: tuple[str, int | None], tmp_path: Path

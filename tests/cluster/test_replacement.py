@@ -111,6 +111,8 @@ def plan_of(store: Path, **room: Any) -> Plan:
     return manual_plan(Store.open(store), **(given | room))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_requests_go_on_with_all_their_pages(llama: Path, tmp_path: Path) -> None:
     """Pages on the device, in host RAM, held there by guests, and on NVMe under keys in no file; once
     through memory of the machine and once through the object store."""

@@ -32,6 +32,8 @@ def ray_here() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_answers_are_the_same_in_fewer_passes(stories: Path) -> None:
     with LLM(stories, device_memory="60MiB", resident_layers=12, **ROOM) as llm:
         assert llm.plan.drafts.most == 0, "nothing streams"

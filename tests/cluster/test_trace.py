@@ -266,6 +266,7 @@ def test_a_stage_that_dies_leaves_the_others_traces(stories: Path, tmp_path: Pat
     assert {process for process, _ in tracks} == {"driver", "stage 0"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ctrl_c_leaves_a_whole_trace(stories: Path, tmp_path: Path) -> None:
     rows = [json.dumps({"prompt": f"Once there were {i}"}) for i in range(300)]
