@@ -62,7 +62,8 @@ def _speeds(result: Result) -> dict[str, str]:
     return {
         "nvme": f"{profile.nvme_gbps:.2f} GB/s",
         "pcie": f"{profile.host_gbps:.1f} GB/s",
-        "compute": f"{profile.tflops:.3g} TFLOP/s",
+        # 80 columns have no room for more.
+        "compute": f"{profile.tflops:.{2 if profile.tflops < 0.1 else 3}g} TFLOP/s",
         "hbm": f"{profile.hbm_gbps:.0f} GB/s",
         "hops": hops if plan.placement.num_stages > 1 else "",
     }
