@@ -37,9 +37,9 @@ IDLE = 64
 So a run whose sizes change for ever spends its time on replaying, not on recording."""
 
 SELDOM = 64
-"""So many micro-batches of a new size are padded to a lane that there is. To record one takes some 0.5 s, a pass
-without graphs 0.2 s, and one with more rows than it needs a few milliseconds more; batches that shrink
-at a run's end have each size for a few passes."""
+"""So many micro-batches of a new size are padded to a lane that there is. A lane of its own costs a pass that is
+launched kernel by kernel and a recording, rows too many a little more of each pass; batches that shrink at a
+run's end have each size for a few passes."""
 
 Layers = Sequence[tuple[int, Tensor]]
 
