@@ -28,12 +28,6 @@ def served(stories: Path, files: Path) -> Iterator[Served]:
         yield made
 
 
-@pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as made:
-        yield made
-
-
 def line(custom_id: str, url: str = TEXT, **body: Any) -> dict[str, Any]:
     given = {"model": MODEL, "max_tokens": 4, **body}
     if url == TEXT:

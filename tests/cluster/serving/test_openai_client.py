@@ -1,6 +1,5 @@
 """A stranger's client, unchanged, against the bundled model."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 from commands import wait_for
-from served import MODEL, Served, serving, stories_engine
+from served import MODEL, Served, stories_engine
 
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.request import SamplingParams
@@ -16,18 +15,6 @@ from headrace.scheduler.request import SamplingParams
 PROMPT = "Once upon a time"
 TALK: Any = [{"role": "user", "content": "Tell me a story."}]
 CONTEXT = 1024
-
-
-@pytest.fixture(scope="module")
-def served(stories: Path) -> Iterator[Served]:
-    with stories_engine(stories) as engine, serving(engine) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def complete(client: openai.OpenAI, **given: Any) -> Any:

@@ -1,15 +1,13 @@
 """Answers of a form that a client asks for, by the client's own means."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
-from served import MODEL, EchoEngine, Served, serving, stories_engine
+from served import MODEL, EchoEngine, Served, serving
 
 TALK: Any = [{"role": "user", "content": "Who lives here?"}]
 
@@ -34,18 +32,6 @@ SCHEMA: dict[str, Any] = {
 
 def json_schema(schema: Any) -> Any:
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
-
-
-@pytest.fixture(scope="module")
-def served(stories: Path) -> Iterator[Served]:
-    with stories_engine(stories) as engine, serving(engine) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def chat(client: openai.OpenAI, **given: Any) -> Any:
