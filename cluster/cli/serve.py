@@ -54,6 +54,10 @@ def serve(
         ),
     ] = None,
     max_body: Annotated[str, typer.Option(help="The largest request.")] = "4MiB",
+    max_connections: Annotated[
+        int,
+        typer.Option(min=1, help="Of clients at once at each port; those that idle make room."),
+    ] = 1000,
     grace: Annotated[
         float,
         typer.Option(min=0, help="Seconds for requests that run to finish, once told to stop."),
@@ -98,6 +102,7 @@ def serve(
         max_waiting=max_waiting,
         max_ttft=max_ttft,
         max_body=parse_size(max_body),
+        max_connections=max_connections,
         grace=grace,
         files=files,
         limits=FileLimits(

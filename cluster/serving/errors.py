@@ -41,6 +41,8 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status == 408:
+            headers["Connection"] = "close"
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
         if self._is_final:

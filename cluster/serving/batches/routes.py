@@ -112,7 +112,8 @@ class FileRoutes:
 
     async def create(self, request: Request) -> Response:
         require_json(request)
-        given = load_object(await read_body(request, self._max_body), "the body")
+        raw = await read_body(request, self._max_body)
+        given = await asyncio.to_thread(load_object, raw, "the body")
         present = {name: value for name, value in given.items() if value is not None}
         wanted = BatchRequest.model_validate(present)
         return JSON((await self._batches.create(_tenant(request), wanted)).shown)
