@@ -14,9 +14,10 @@ from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.http import patient, refuse
 from headrace.cluster.serving.keys import ApiKey, ApiKeys
 from headrace.cluster.serving.metrics import Metrics
+from headrace.cluster.serving.openapi import PATH as DESCRIPTION
 from headrace.cluster.serving.page import PATHS as PAGE_PATHS
 
-OPEN = frozenset({"/health/live", "/health/ready"}) | PAGE_PATHS
+OPEN = frozenset({"/health/live", "/health/ready", DESCRIPTION}) | PAGE_PATHS
 """What needs no key: it tells nothing of the model or of who uses it."""
 
 UNCOUNTED = frozenset({"/ring"})

@@ -94,7 +94,9 @@ def patient(receive: Receive) -> Receive:
             async with asyncio.timeout_at(until):
                 message = await receive()
         except TimeoutError:
-            told = f"a body has to come within {BODY_SECONDS:g} s and a second for each {_PACE} bytes"
+            told = (
+                f"a body has to come within {BODY_SECONDS:g} s and a second for each {_PACE} bytes"
+            )
             raise ApiError(408, told, code="body_too_slow") from None
         until += len(message.get("body", b"")) / _PACE
         is_whole = not message.get("more_body", False)
