@@ -216,7 +216,8 @@ class _Answering(Response):
 
 def create_app(front: Front, files: FileRoutes | NoFiles, gate: Gate, metrics: Metrics) -> ASGIApp:
     """The whole server as an ASGI application; its engine is started by whoever runs it."""
-    app, page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None), Page()
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    page = Page()
     routes = [*front.routes, *files.routes]
     described = encode(describe(routes, with_keys=gate.rules.keys is not None))
 
