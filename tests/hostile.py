@@ -212,6 +212,7 @@ def bomb() -> bytes:
     """Small, until it is unpacked."""
     return gzip.compress(b'{"prompt":"' + bytes(100 << 20) + b'"}', 1)
 
+
 MESSAGES = [
     pb.GenerateRequest(text="Once", max_tokens=2, temperature=0.5, stop=["x"], seed=3),
     pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3]), max_tokens=1, logit_bias={5: 1.0}),

@@ -1,7 +1,6 @@
 """`headrace serve` before those who mean no good, as many as come: it stays quick, and as small as it was."""
 
 import json
-import os
 import random
 import socket
 import subprocess
@@ -75,7 +74,9 @@ class Target:
             40.0,
             lambda: f"{self.process.num_fds() - files} files, {self.pages()} pages",
         )
-        print(f"\nprobes: {len(late)}, the worst {worst:.3f} s; {grown() / 2**20:+.1f} MiB", end=" ")
+        print(
+            f"\nprobes: {len(late)}, the worst {worst:.3f} s; {grown() / 2**20:+.1f} MiB", end=" "
+        )
         assert worst < lag
         assert grown() < 100 << 20
 
@@ -145,9 +146,25 @@ def test_frames_and_heads_that_are_none(target: Target) -> None:
 def test_schemathesis(target: Target, tmp_path: Path) -> None:
     """Requests made of the server's own description, right and wrong ones."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    more = ("--checks", checks, "--max-examples", "60", "--seed", "1", "--generation-database", "none")
+    more = (
+        "--checks",
+        checks,
+        "--max-examples",
+        "60",
+        "--seed",
+        "1",
+        "--generation-database",
+        "none",
+    )
     url = f"{target.served.url}/openapi.json"
-    run = [Path(sys.executable).with_name("schemathesis"), "run", url, *more, "--request-timeout", "60"]
+    run = [
+        Path(sys.executable).with_name("schemathesis"),
+        "run",
+        url,
+        *more,
+        "--request-timeout",
+        "60",
+    ]
     with target.watched(), (tmp_path / "out").open("wb") as out:
         ended = subprocess.run(run, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, check=False)
     told = (tmp_path / "out").read_text()
@@ -163,14 +180,18 @@ def test_clients_that_vanish(target: Target) -> None:
         for _ in range(100):
             with socket.create_connection(address, timeout=10) as client:  # in its upload
                 kind = "multipart/form-data; boundary=edge"
-                client.sendall(head("/v1/files", 1 << 20, kind) + b"--edge\r\n" + draw.randbytes(999))
+                client.sendall(
+                    head("/v1/files", 1 << 20, kind) + b"--edge\r\n" + draw.randbytes(999)
+                )
             with socket.create_connection(address, timeout=10) as client:  # in its stream
                 raw = json.dumps(STREAM).encode()
                 client.sendall(head("/v1/completions", len(raw)) + raw)
                 if draw.random() < 0.5:
                     client.recv(draw.choice([1, 500]))
             with grpc.insecure_channel(target.served.grpc) as channel:
-                stream = InferenceStub(channel).Generate(pb.GenerateRequest(text="a", max_tokens=400))
+                stream = InferenceStub(channel).Generate(
+                    pb.GenerateRequest(text="a", max_tokens=400)
+                )
                 if draw.random() < 0.5:
                     next(stream)
                 stream.cancel()
@@ -207,7 +228,9 @@ def test_slow_and_idle_clients(target: Target) -> None:
                     client.sendall(bytes([byte]))
                 except OSError:
                     continue
-            assert target.served.ask("POST", "/v1/completions", {**STREAM, "stream": False})[0] == 200
+            assert (
+                target.served.ask("POST", "/v1/completions", {**STREAM, "stream": False})[0] == 200
+            )
             time.sleep(0.9)
         assert time.monotonic() - began > SLOW
         for client in bodies:
@@ -270,7 +293,11 @@ def test_wrong_keys(stories: Path, tmp_path: Path) -> None:
                     came[target.served.ask("POST", "/v1/completions", STREAM, headers)[0]] += 1
                     try:
                         told = (("authorization", f"Bearer {wrong}"),)
-                        list(InferenceStub(channel).Generate(pb.GenerateRequest(text="a"), metadata=told))
+                        list(
+                            InferenceStub(channel).Generate(
+                                pb.GenerateRequest(text="a"), metadata=told
+                            )
+                        )
                     except grpc.RpcError as error:
                         came[error.code()] += 1
             return came
