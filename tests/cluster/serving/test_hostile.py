@@ -1,16 +1,20 @@
 """Input that nobody means well with: all of it is refused, and nothing stays behind."""
 
 import gc
+import http.client
 import json
 import random
 import socket
+import ssl
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import hostile
 import psutil
 import pytest
+from certificates import make_certificate
 from commands import wait_for
 from served import MODEL, EchoEngine, Served, serving, stories_engine
 
@@ -107,15 +111,33 @@ def test_who_waits_longest_makes_room(few: Served) -> None:
         client.close()
 
 
+def test_handshakes_that_do_not_come_make_room(tokenizer: Any, tmp_path: Path) -> None:
+    cert, key = make_certificate(tmp_path)
+    made = EchoEngine(tokenizer)
+    with (
+        serving(made, max_connections=4, tls_cert=cert, tls_key=key) as served,
+        ExitStack() as stack,
+    ):
+        idle = [stack.enter_context(socket.create_connection(served.address)) for _ in range(9)]
+        trusted = ssl.create_default_context(cafile=cert)
+        asked = http.client.HTTPSConnection(*served.address, timeout=30, context=trusted)
+        asked.request("GET", "/health/live")
+        assert asked.getresponse().status == 200
+        asked.close()
+        assert sum(map(closed, idle)) == 6
+
+
 def test_requests_under_way_are_not_cut_off_for_others(few: Served) -> None:
     body = b'{"prompt": "a"}'
     working = [socket.create_connection(few.address) for _ in range(4)]
     for client in working:
-        client.sendall(HEAD + b"Content-Type: application/json\r\nContent-Length: 15\r\n\r\n{")
+        client.sendall(HEAD + b"Content-Type: application/json\r\nContent-Length: 15\r\n")
+        client.sendall(b"Expect: 100-continue\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 100")
     with socket.create_connection(few.address) as fifth:
         wait_for(lambda: closed(fifth), 5.0, lambda: "a fifth came in")
     for client in working:
-        client.sendall(body[1:])
+        client.sendall(body)
         client.settimeout(10.0)
         assert client.recv(100).startswith(b"HTTP/1.1 200")
         client.close()
