@@ -222,7 +222,9 @@ MESSAGES = [
         chat_template_kwargs='{"a": 1}',
         tools=[pb.Tool(name="look", parameters='{"type": "object"}')],
     ),
-    pb.GenerateRequest(text="a", structured_outputs=pb.StructuredOutputs(regex="[ab]+")),
+    pb.GenerateRequest(
+        text="a", max_tokens=2, structured_outputs=pb.StructuredOutputs(regex="[ab]+")
+    ),
 ]
 
 _METHODS = [

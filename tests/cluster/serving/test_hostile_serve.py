@@ -92,7 +92,7 @@ class Target:
 
 @contextmanager
 def serve(folder: Path, store: Path, *more: object) -> Iterator[Target]:
-    ring = ("--device", "cpu", "--device-memory", "64MiB", "--context", 128, "--grpc-port", 0)
+    ring = ("--device", "cpu", "--device-memory", "64MiB", "--context", 64, "--grpc-port", 0)
     named = ("--port", 0, "--model-name", hostile.MODEL, "--files", folder / "files")
     with headrace(folder, "serve", store, *ring, *named, *more) as command:
         wait_for(
@@ -121,7 +121,7 @@ def test_ten_thousand_bodies(target: Target) -> None:
     address = target.served.address
     together(lambda seed: hostile.requests(address, -seed, 500, 60.0))
     with target.watched():
-        came = together(lambda seed: hostile.requests(address, seed, 2500, 60.0))
+        came = together(lambda seed: hostile.requests(address, seed, 2500, 120.0))
     log.info("%s", came)
     assert sum(came.values()) == 10_000
 
