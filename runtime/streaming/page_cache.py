@@ -22,11 +22,13 @@ def available_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path | None = N
     lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
     machine = int(lines["MemAvailable"].split()[0]) * 1024
     limit = cgroup or Path("/sys/fs/cgroup/memory.max")
-    used = limit.with_name("memory.current")
     try:
-        return min(machine, int(limit.read_text()) - int(used.read_text()))
+        room = int(limit.read_text()) - int(limit.with_name("memory.current").read_text())
+        lines = dict(line.split() for line in limit.with_name("memory.stat").open())
     except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
         return machine
+    cached = int(lines["active_file"]) + int(lines["inactive_file"])  # counted as used
+    return min(machine, room + cached)
 
 
 def cached_share(file: Path, offset: int, nbytes: int, samples: int = 64) -> float | None:

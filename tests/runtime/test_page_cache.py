@@ -35,7 +35,8 @@ def test_available_memory_obeys_a_container_limit(tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
     assert available_memory(meminfo, limit) == 50 * 1024
     limit.write_text("30000\n")
-    (tmp_path / "memory.current").write_text("10000\n")
+    (tmp_path / "memory.current").write_text("20000\n")
+    (tmp_path / "memory.stat").write_text("anon 9000\ninactive_file 6000\nactive_file 4000\n")
     assert available_memory(meminfo, limit) == 20000
     limit.write_text("max\n")
     assert available_memory(meminfo, limit) == 50 * 1024
