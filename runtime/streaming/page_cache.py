@@ -24,10 +24,11 @@ def available_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path | None = N
     limit = cgroup or Path("/sys/fs/cgroup/memory.max")
     try:
         room = int(limit.read_text()) - int(limit.with_name("memory.current").read_text())
-        lines = dict(line.split() for line in limit.with_name("memory.stat").open())
+        used = limit.with_name("memory.stat").read_text()
     except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
         return machine
-    cached = int(lines["active_file"]) + int(lines["inactive_file"])  # counted as used
+    sizes = dict(line.split() for line in used.splitlines())
+    cached = int(sizes["active_file"]) + int(sizes["inactive_file"])  # counted as used
     return min(machine, room + cached)
 
 
