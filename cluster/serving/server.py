@@ -156,7 +156,9 @@ class Server:
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
             limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
-            self._rpc = rpc.RpcServer(self._engine, reader, model, gate, metrics, **limits)
+            self._rpc = rpc.RpcServer(
+                self._engine, reader, model, gate, metrics, self._batches, **limits
+            )
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()

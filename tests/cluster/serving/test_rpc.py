@@ -491,14 +491,15 @@ def test_calls_are_counted(served: Served) -> None:
     wait_for(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (1, 1), 5.0, lambda: "not counted")
 
 
-def test_generated_code_is_of_the_proto(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proto", ["inference", "batch"])
+def test_generated_code_is_of_the_proto(tmp_path: Path, proto: str) -> None:
     protoc = pytest.importorskip("grpc_tools.protoc")
     source = Path(pb.__file__).parent
     made = source.resolve().parents[2] / "src"
-    name = "headrace/cluster/serving/rpc/inference.proto"
+    name = f"headrace/cluster/serving/rpc/{proto}.proto"
     outs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     assert protoc.main(["protoc", f"-I{made}", *outs, f"{made}/{name}"]) == 0
-    for each in ("inference_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py"):
+    for each in (f"{proto}_pb2.py", f"{proto}_pb2.pyi", f"{proto}_pb2_grpc.py"):
         generated = tmp_path / name
         assert (generated.parent / each).read_text() == (source / each).read_text(), each
 
