@@ -115,13 +115,13 @@ class Batches:
         stops."""
         batch = await self.find(owner, batch_id)
         if wait and (run := self._live.get(batch_id)) is not None:
-            await run.finished.wait()
+            await _first_of(run.finished, self._stopping)
             batch = run.batch
         if batch.status.has_ended:
             return batch
         told = f"the batch is {batch.status.value}: there are results when it has ended"
         if wait:
-            raise ApiError(503, f"{told}, after the server's next start", code="server_stopping")
+            raise ApiError(503, f"{told}, and the server is stopping", code="server_stopping")
         raise ApiError(412, told, code="batch_not_ended")
 
     async def results(self, batch: Batch, offset: int) -> Results:
@@ -195,6 +195,8 @@ class Batches:
                 run.is_complete or run.is_stopped
             ):
                 await self._persist(run, self._generate(run))
+            if run.batch.status is Status.CANCELLING:
+                await run.ended.wait()  # until that is on the disk
             while self._can_end(run):
                 await self._persist(run, self._finalize(run))
         except Exception:
@@ -299,14 +301,21 @@ class Batches:
     async def _turn(self, turns: Turns, run: BatchRun) -> AsyncIterator[bool]:
         """Wait for a turn, or for the run to be stopped; whether it may go on."""
         turn = turns.ask(run.batch.owner)
-        told = [asyncio.ensure_future(each.wait()) for each in (turn.given, run.ended)]
         try:
-            await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(turn.given, run.ended)
             yield turn.given.is_set() and not run.is_stopped
         finally:
-            for each in told:
-                each.cancel()
             turns.leave(turn)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Wait for any of them."""
+    told = [asyncio.ensure_future(each.wait()) for each in events]
+    try:
+        await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in told:
+            each.cancel()

@@ -378,7 +378,7 @@ def test_reflection_is_all_that_a_stranger_needs(echoes: Served) -> None:
     with grpc.insecure_channel(echoes.grpc) as channel:
         (listed,) = reflected(channel)
         names = {each.name for each in listed.list_services_response.service}
-        assert {NAME, "grpc.health.v1.Health"} <= names
+        assert {NAME, "headrace.v1.Batch", "grpc.health.v1.Health"} <= names
         (found,) = reflected(channel, file_containing_symbol=NAME)
         pool = descriptor_pool.DescriptorPool()
         for raw in found.file_descriptor_response.file_descriptor_proto:
