@@ -15,8 +15,13 @@ from headrace.scheduler.errors import HeadraceError
 PREFIX = "hr-"
 
 _LINE = re.compile(
-    r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})"
-    + "".join(rf"(?::([1-9][0-9]{{0,{digits - 1}}})?)?" for digits in (6, 3, 6, 9))
+    r"""([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})
+    (?::([1-9][0-9]{0,5})?
+    (?::([1-9][0-9]{0,2})?
+    (?::([1-9][0-9]{0,5})?
+    (?::([1-9][0-9]{0,8})?
+    )?)?)?)?(?<!:)""",
+    re.VERBOSE,
 )
 
 _WHAT = "API keys"
