@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from headrace.cluster.serving.rpc import batch_pb2
 from headrace.cluster.serving.rpc import inference_pb2 as pb
 
 MODEL = "stories"
@@ -225,11 +226,16 @@ MESSAGES = [
     pb.GenerateRequest(
         text="a", max_tokens=2, structured_outputs=pb.StructuredOutputs(regex="[ab]+")
     ),
+    batch_pb2.SubmitRequest(
+        options=batch_pb2.BatchOptions(endpoint="/v1/completions"), lines=["{}"]
+    ),
+    batch_pb2.ListBatchesRequest(limit=5, after="batch_0"),
 ]
 
 _METHODS = [
     *["/headrace.v1.Inference/Generate"] * 12,
     *[f"/headrace.v1.Inference/{name}" for name in ("Abort", "GetModelInfo", "GetLoads", "None")],
+    *[f"/headrace.v1.Batch/{name}" for name in ("Submit", "Get", "List", "Cancel", "Results")],
     "/grpc.health.v1.Health/Check",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
 ]

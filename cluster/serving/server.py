@@ -26,6 +26,7 @@ from headrace.cluster.serving.guard import LOCAL, Gate, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
+from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.reader import Model, Reader
 from headrace.scheduler.errors import HeadraceError
 
@@ -136,7 +137,10 @@ class Server:
         options, metrics = listener.options, Metrics()
         self._listener, self._grace = listener, options.grace
         model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
-        self._engine = AsyncEngine(engine, metrics, options.max_waiting, max_ttft=options.max_ttft)
+        rates = Rates(listener.keys or ())
+        self._engine = AsyncEngine(
+            engine, metrics, options.max_waiting, max_ttft=options.max_ttft, rates=rates
+        )
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
         front = Front(
@@ -148,7 +152,7 @@ class Server:
             lane = BatchLane(self._engine, model, engine.max_sequences)
             self._batches = Batches(store, lane, reader, model, options.max_body)
             files = FileRoutes(store, self._batches, options.max_body)
-        gate = Gate(listener.rules)
+        gate = Gate(listener.rules, rates, metrics)
         self._config = _config(options, create_app(front, files, gate, metrics))
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
@@ -159,7 +163,9 @@ class Server:
                 "max_body": options.max_body,
                 "max_connections": options.max_connections,
             }
-            self._rpc = rpc.RpcServer(self._engine, reader, model, gate, metrics, **limits)
+            self._rpc = rpc.RpcServer(
+                self._engine, reader, model, gate, metrics, self._batches, **limits
+            )
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()

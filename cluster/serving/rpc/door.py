@@ -46,7 +46,8 @@ class Door(aio.ServerInterceptor):  # type: ignore[misc]
         handler = await continuation(details)
         if handler is None:
             return None
-        return _lenient(handler) if details.method.startswith(OURS) else _checking(handler)
+        method = details.method
+        return _lenient(handler) if method.startswith(OURS) else _checking(handler, method)
 
     def key(self, context: Any) -> ApiKey | None:
         """Of a call that was let in."""
@@ -59,7 +60,7 @@ class Door(aio.ServerInterceptor):  # type: ignore[misc]
         try:
             try:
                 if request is None:
-                    raise ApiError(400, f"this is no message of {method}", code="invalid_value")
+                    raise unreadable(method)
                 yield
                 code = grpc.StatusCode.OK.name
             except (ApiError, RequestError, ValidationError) as error:
@@ -75,6 +76,10 @@ class Door(aio.ServerInterceptor):  # type: ignore[misc]
             await context.abort(status.code, status.message, status.trailers)
         finally:
             self._metrics.answered(method, code)
+
+
+def unreadable(method: str) -> ApiError:
+    return ApiError(400, f"this is no message of {method}", code="invalid_value")
 
 
 def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
@@ -96,9 +101,9 @@ def _lenient(handler: Any) -> Any:
     return handler._replace(request_deserializer=read)
 
 
-def _checking(handler: Any) -> Any:
+def _checking(handler: Any, method: str) -> Any:
     """Of a service that is not ours, and knows of no such message."""
-    status = status_of(ApiError(400, "this is no message of this method", code="invalid_value"))
+    status = status_of(unreadable(method))
 
     async def check(request: Any, context: Any) -> Any:
         if request is None:
