@@ -24,6 +24,9 @@ STATED = {
 }
 """Statuses of 500 and more that the server's documentation knows of; no other is right."""
 
+DEADLINE = {"X-Request-Timeout-Ms": "20000"}
+"""So that a request may well ask for much, on a slow machine, too."""
+
 _DEEP = 100_000
 
 VALUES: list[Callable[[random.Random], str]] = [
@@ -140,7 +143,7 @@ def _without_body(draw: random.Random) -> Request:
 
 
 def _headers(draw: random.Random) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **DEADLINE}
     chance = draw.random()
     if chance < 0.03:
         headers["Content-Type"] = draw.choice(_TYPES)
@@ -256,7 +259,7 @@ def send_message(channel: grpc.Channel, draw: random.Random) -> tuple[str, grpc.
         ).SerializeToString()
     method = draw.choice(_METHODS)
     try:
-        for _ in channel.stream_stream(method)(iter([raw]), timeout=60):
+        for _ in channel.stream_stream(method)(iter([raw]), timeout=20):
             pass
     except grpc.RpcError as error:
         return method, error.code()

@@ -121,7 +121,7 @@ def test_ten_thousand_bodies(target: Target) -> None:
     address = target.served.address
     together(lambda seed: hostile.requests(address, -seed, 500, 60.0))
     with target.watched():
-        came = together(lambda seed: hostile.requests(address, seed, 2500, 120.0))
+        came = together(lambda seed: hostile.requests(address, seed, 2500, 60.0))
     log.info("%s", came)
     assert sum(came.values()) == 10_000
 
@@ -155,7 +155,9 @@ def test_frames_and_heads_that_are_none(target: Target) -> None:
 def test_schemathesis(target: Target, tmp_path: Path) -> None:
     """Requests made of the server's own description, right and wrong ones."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    deadline = ("--header", ": ".join(*hostile.DEADLINE.items()))
     more = (
+        *deadline,
         "--checks",
         checks,
         "--max-examples",
