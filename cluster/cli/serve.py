@@ -85,6 +85,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients know it. Ctrl-C lets running requests finish."""
     import asyncio
+    import gc
 
     from headrace.cluster.launch import running_engine
     from headrace.cluster.serving.batches.file_store import FileLimits
@@ -113,6 +114,9 @@ def serve(
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)
+        # Hundreds of thousands of objects that stay: a body of many would have them all looked through, and
+        # clients would wait.
+        gc.freeze()
         served = f"{options.model_name} is served at"
         grpc = "" if listener.grpc_address is None else f" and over gRPC at {listener.grpc_address}"
         asyncio.run(server.run(lambda url: typer.echo(f"{served} {url}{grpc}")))

@@ -37,15 +37,13 @@ SLOW = 20.0
 
 _PROBE = """
 import http.client, select, sys, time
-count, worst = 0, 0.0
 while not select.select([sys.stdin], [], [], 0.05)[0]:
     began = time.monotonic()
     asking = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=60)
     asking.request("GET", "/health/live")
     assert asking.getresponse().status == 200
     asking.close()
-    count, worst = count + 1, max(worst, time.monotonic() - began)
-print(count, worst)
+    print(time.monotonic() - began)
 """
 """In a process of its own: those who send much hold the interpreter here."""
 
@@ -65,9 +63,9 @@ class Target:
         return self.served.metric('headrace_kv_pages{state="used",tier="device"}')
 
     @contextmanager
-    def watched(self, lag: float = 1.0) -> Iterator[None]:
-        """Meanwhile it says within `lag` seconds that it lives; afterwards it has as many descriptors and
-        pages as before, and not much more memory."""
+    def watched(self) -> Iterator[None]:
+        """Meanwhile it says within a second that it lives, but for one time in a thousand: a busy machine lets
+        it wait. Afterwards it has as many descriptors and pages as before, and not much more memory."""
         files, pages, memory = self.process.num_fds(), self.pages(), self.process.memory_info().rss
         probe = [sys.executable, "-c", _PROBE, *map(str, self.served.address)]
         with subprocess.Popen(probe, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as probing:
@@ -75,7 +73,8 @@ class Target:
                 yield
             finally:
                 told, _ = probing.communicate()
-        count, worst = map(float, told.split())
+        took = sorted(map(float, told.split()))
+        most, worst = took[int(0.999 * (len(took) - 1))], took[-1]
 
         def grown() -> int:
             return int(self.process.memory_info().rss - memory)
@@ -85,8 +84,10 @@ class Target:
             40.0,
             lambda: f"{self.process.num_fds() - files} files, {self.pages()} pages",
         )
-        log.info("%d probes, the worst %.3f s; %+.1f MiB", count, worst, grown() / 2**20)
-        assert worst < lag
+        told_of = len(took), most, worst, grown() / 2**20
+        log.info("%d probes, 99.9%% within %.3f s, the worst %.3f s; %+.1f MiB", *told_of)
+        assert most < 1.0
+        assert worst < 5.0
         assert grown() < 100 << 20
 
 
@@ -119,7 +120,7 @@ def together(work: Callable[[int], Counter[Any]], workers: int = 4) -> Counter[A
 
 def test_ten_thousand_bodies(target: Target) -> None:
     address = target.served.address
-    together(lambda seed: hostile.requests(address, -seed, 500, 60.0))
+    together(lambda seed: hostile.requests(address, 10 + seed, 1000, 60.0))
     with target.watched():
         came = together(lambda seed: hostile.requests(address, seed, 2500, 60.0))
     log.info("%s", came)
@@ -128,7 +129,7 @@ def test_ten_thousand_bodies(target: Target) -> None:
 
 def test_ten_thousand_messages(target: Target) -> None:
     address = target.served.grpc or ""
-    together(lambda seed: hostile.messages(address, -seed, 200))
+    together(lambda seed: hostile.messages(address, 10 + seed, 200))
     with target.watched():
         came = together(lambda seed: hostile.messages(address, seed, 2500))
     log.info("%s", came)
