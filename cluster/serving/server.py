@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -156,6 +157,8 @@ class Server:
         self._config = _config(options, create_app(front, files, gate, metrics))
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
+            # gRPC would write what clients send to stderr, as it is.
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
             limits = {
@@ -267,6 +270,8 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:
+    # A line for each request that is malformed: clients could fill disks with them.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
         http="h11",
@@ -274,7 +279,7 @@ def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:
         loop="asyncio",
         lifespan="off",
         log_config=None,
-        log_level="info" if log.isEnabledFor(logging.INFO) else "warning",
+        log_level="info" if log.isEnabledFor(logging.INFO) else "error",
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(options.grace + _LAST_SECONDS),
