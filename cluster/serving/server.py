@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -157,8 +156,6 @@ class Server:
         self._config = _config(options, create_app(front, files, gate, metrics))
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
-            # gRPC would write what clients send to stderr, as it is.
-            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
             limits = {
