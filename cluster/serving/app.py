@@ -89,7 +89,8 @@ class Front:
         return await self._answer(request, self._reader.chat)
 
     async def tokenize(self, request: Request) -> Response:
-        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw)))
+        tenant = str(request.state.tenant)
+        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw, tenant)))
 
     async def detokenize(self, request: Request) -> Response:
         return await self._read(request, lambda raw: JSON(self._reader.detokenize(raw)))
