@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -29,6 +30,7 @@ from headrace.cluster.serving.http import (
     send_events,
     unless_gone,
 )
+from headrace.cluster.serving.intake import Intake
 from headrace.cluster.serving.metrics import CONTENT_TYPE, Metrics
 from headrace.cluster.serving.page import PATHS as PAGE_PATHS
 from headrace.cluster.serving.page import Page
@@ -63,6 +65,7 @@ class Front:
         self,
         engine: AsyncEngine,
         reader: Reader,
+        intake: Intake,
         model: Model,
         metrics: Metrics,
         *,
@@ -70,7 +73,7 @@ class Front:
         max_body: int,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
-        self._plan = plan
+        self._intake, self._plan = intake, plan
         self._max_body, self._created = max_body, int(time.time())
 
     async def models(self) -> Response:
@@ -128,8 +131,9 @@ class Front:
 
     async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
         require_json(request)
-        raw = await read_body(request, self._max_body)
-        return await asyncio.to_thread(read, raw)
+        with self._intake.holding() as held:
+            raw = await read_body(request, self._max_body, held)
+            return await self._intake.run(len(raw), partial(read, raw))
 
 
 class _Answering(Response):

@@ -22,6 +22,7 @@ from headrace.cluster.serving.batches.lane import BatchLane
 from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.guard import LOCAL, Gate, Rules
+from headrace.cluster.serving.intake import Intake
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from headrace.cluster.serving.rpc.server import RpcServer
 
 log = logging.getLogger(__name__)
+
+_BODIES = 32
+"""How many of the largest bodies there is room for, from when they come in until they are tokens."""
 
 _LAST_SECONDS = 10.0
 """For answers to end in, once their requests have been given up."""
@@ -136,8 +140,15 @@ class Server:
         self._engine = AsyncEngine(engine, metrics, options.max_waiting, max_ttft=options.max_ttft)
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
+        self._intake = Intake(_BODIES * options.max_body)
         front = Front(
-            self._engine, reader, model, metrics, plan=engine.plan, max_body=options.max_body
+            self._engine,
+            reader,
+            self._intake,
+            model,
+            metrics,
+            plan=engine.plan,
+            max_body=options.max_body,
         )
         files: FileRoutes | NoFiles = NoFiles()
         self._batches: Batches | None = None
@@ -152,7 +163,9 @@ class Server:
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
             limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
-            self._rpc = rpc.RpcServer(self._engine, reader, model, gate, metrics, **limits)
+            self._rpc = rpc.RpcServer(
+                self._engine, reader, self._intake, model, gate, metrics, **limits
+            )
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
@@ -181,6 +194,7 @@ class Server:
                         await self._batches.close()
                     await self._engine.close()
         finally:
+            self._intake.close()
             ending.cancel()
         if self._engine.error is not None:
             raise self._engine.error

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.guard import Gate
+from headrace.cluster.serving.intake import Intake
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
 from headrace.cluster.serving.rpc.calls import Calls
@@ -37,6 +38,7 @@ class RpcServer:
         self,
         engine: AsyncEngine,
         reader: Reader,
+        intake: Intake,
         model: Model,
         gate: Gate,
         metrics: Metrics,
@@ -47,8 +49,9 @@ class RpcServer:
         """As many sequences of a key may wait and requests have as many bytes as over HTTP."""
         self._max_body, self._calls = max_body, Calls(engine)
         self._door = Door(gate, metrics)
+        limits = Limits(max_waiting, max_body)
         self._inference = Inference(
-            engine, reader, model, gate, self._door, self._calls, Limits(max_waiting, max_body)
+            engine, reader, intake, model, gate, self._door, self._calls, limits
         )
         self._health = health.aio.HealthServicer()
         self._server: Any = None
