@@ -57,7 +57,7 @@ class Encoder:
 def _joined(parts: Iterable[array[int]], context: int | None) -> array[int]:
     token_ids = array("i")
     for part in parts:
-        if context is not None and len(token_ids) > context:
+        if part and context is not None and len(token_ids) > context:
             raise ContextLengthError(
                 f"the prompt has more than {context} tokens, which is all of the context: shorten it or"
                 " raise --context"
