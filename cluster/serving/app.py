@@ -30,11 +30,11 @@ from headrace.cluster.serving.http import (
     send_events,
     unless_gone,
 )
-from headrace.cluster.serving.intake import Intake
 from headrace.cluster.serving.metrics import CONTENT_TYPE, Metrics
 from headrace.cluster.serving.page import PATHS as PAGE_PATHS
 from headrace.cluster.serving.page import Page
 from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.ring import ring_state
 from headrace.cluster.serving.terms import TIMEOUT_HEADER
 from headrace.scheduler.errors import RequestError
@@ -65,7 +65,7 @@ class Front:
         self,
         engine: AsyncEngine,
         reader: Reader,
-        intake: Intake,
+        room: ReadingRoom,
         model: Model,
         metrics: Metrics,
         *,
@@ -73,7 +73,7 @@ class Front:
         max_body: int,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
-        self._intake, self._plan = intake, plan
+        self._room, self._plan = room, plan
         self._max_body, self._created = max_body, int(time.time())
 
     async def models(self) -> Response:
@@ -131,9 +131,9 @@ class Front:
 
     async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
         require_json(request)
-        with self._intake.holding() as held:
+        with self._room.holding() as held:
             raw = await read_body(request, self._max_body, held)
-            return await self._intake.run(len(raw), partial(read, raw))
+            return await self._room.run(len(raw), partial(read, raw))
 
 
 class _Answering(Response):

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Send
 
 from headrace.cluster.serving.errors import ApiError, of_request, of_validation
-from headrace.cluster.serving.intake import Held
+from headrace.cluster.serving.reading_room import Held
 from headrace.scheduler.errors import RequestError
 
 _DRAINED = 4

@@ -22,11 +22,12 @@ from headrace.cluster.serving.batches.lane import BatchLane
 from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.guard import LOCAL, Gate, Rules
-from headrace.cluster.serving.intake import Intake
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
+from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
@@ -137,14 +138,17 @@ class Server:
         options, metrics = listener.options, Metrics()
         self._listener, self._grace = listener, options.grace
         model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
-        self._engine = AsyncEngine(engine, metrics, options.max_waiting, max_ttft=options.max_ttft)
+        rates = Rates(listener.keys or ())
+        self._engine = AsyncEngine(
+            engine, metrics, options.max_waiting, max_ttft=options.max_ttft, rates=rates
+        )
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
-        self._intake = Intake(_BODIES * options.max_body)
+        self._room = ReadingRoom(_BODIES * options.max_body)
         front = Front(
             self._engine,
             reader,
-            self._intake,
+            self._room,
             model,
             metrics,
             plan=engine.plan,
@@ -156,7 +160,7 @@ class Server:
             lane = BatchLane(self._engine, model, engine.max_sequences)
             self._batches = Batches(store, lane, reader, model, options.max_body)
             files = FileRoutes(store, self._batches, options.max_body)
-        gate = Gate(listener.rules)
+        gate = Gate(listener.rules, rates, metrics)
         self._config = _config(options, create_app(front, files, gate, metrics))
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
@@ -164,7 +168,14 @@ class Server:
 
             limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
             self._rpc = rpc.RpcServer(
-                self._engine, reader, self._intake, model, gate, metrics, **limits
+                self._engine,
+                reader,
+                self._room,
+                model,
+                gate,
+                metrics,
+                self._batches,
+                **limits,
             )
         self._stops = 0
         self._stopping = asyncio.Event()
@@ -194,7 +205,7 @@ class Server:
                         await self._batches.close()
                     await self._engine.close()
         finally:
-            self._intake.close()
+            self._room.close()
             ending.cancel()
         if self._engine.error is not None:
             raise self._engine.error

@@ -10,8 +10,8 @@ from headrace import __version__
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.choices import Answer, Piece
 from headrace.cluster.serving.guard import Caller, Gate
-from headrace.cluster.serving.intake import Intake
 from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.rpc import inference_pb2 as pb
 from headrace.cluster.serving.rpc.answers import loads_message, piece_message
 from headrace.cluster.serving.rpc.calls import Calls
@@ -37,20 +37,20 @@ class Inference(InferenceServicer):
         self,
         engine: AsyncEngine,
         reader: Reader,
-        intake: Intake,
+        room: ReadingRoom,
         model: Model,
         gate: Gate,
         door: Door,
         calls: Calls,
         limits: Limits,
     ) -> None:
-        self._engine, self._reader, self._intake = engine, reader, intake
+        self._engine, self._reader, self._room = engine, reader, room
         self._model, self._gate, self._door, self._limits = model, gate, door, limits
         self._calls, self._since = calls, monotonic()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         async with self._door.call(context, f"{NAME}/Generate", request):
-            with self._gate.running(self._door.key(context)) as caller:
+            with self._gate.running(self._door.key(context), is_rated=True) as caller:
                 await self._generate(request, context, caller)
 
     async def _generate(self, request: pb.GenerateRequest, context: Any, caller: Caller) -> None:
@@ -71,11 +71,11 @@ class Inference(InferenceServicer):
 
     async def _read(self, request: pb.GenerateRequest, tenant: str) -> Work:
         num_bytes = request.ByteSize()
-        with self._intake.holding() as held:
+        with self._room.holding() as held:
             if not held.grow(num_bytes):
                 raise held.refusal()
             read = partial(read_request, self._reader, request, tenant)
-            return await self._intake.run(num_bytes, read)
+            return await self._room.run(num_bytes, read)
 
     def _message(self, work: Work, answer: Answer, piece: Piece) -> pb.Piece:
         logprobs = work.orders[piece.index].params.logprobs is not None

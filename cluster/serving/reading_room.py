@@ -20,7 +20,7 @@ _RETRY_SECONDS = 2
 T = TypeVar("T")
 
 
-class Intake:
+class ReadingRoom:
     """Does the work that comes before a request can run, on threads of its own: short ones never wait for
     long ones. Everything else is called on one event loop.
 
@@ -61,26 +61,26 @@ class Intake:
 
 
 class Held:
-    """What one request has of an intake's room."""
+    """What one request has of that room."""
 
-    def __init__(self, intake: Intake) -> None:
-        self._intake, self.num_bytes = intake, 0
+    def __init__(self, room: ReadingRoom) -> None:
+        self._room, self.num_bytes = room, 0
 
     def grow(self, num_bytes: int) -> bool:
         """Whether there is room for it to have so many bytes."""
         if num_bytes <= SHORT:
             return True
-        has_room = self._intake.take(num_bytes - self.num_bytes)
+        has_room = self._room.take(num_bytes - self.num_bytes)
         self.num_bytes = num_bytes if has_room else self.num_bytes
         return has_room
 
     def refusal(self) -> ApiError:
         """What a client is told when there is none."""
-        intake = self._intake
+        room = self._room
         return ApiError(
             429,
-            f"long requests of {intake.num_bytes} bytes are being read, of at most"
-            f" {intake.max_bytes} at once: try again later",
+            f"long requests of {room.num_bytes} bytes are being read, of at most"
+            f" {room.max_bytes} at once: try again later",
             code="too_many_bytes",
             retry_after=_RETRY_SECONDS,
         )
