@@ -27,12 +27,16 @@ from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
     from headrace.cluster.serving.rpc.server import RpcServer
 
 log = logging.getLogger(__name__)
+
+_BODIES = 32
+"""How many of the largest bodies there is room for, from when they come in until they are tokens."""
 
 _LAST_SECONDS = 10.0
 """For answers to end in, once their requests have been given up."""
@@ -140,8 +144,15 @@ class Server:
         )
         metrics.watch(lambda: self._engine.state)
         reader = Reader(model, engine, options.max_waiting)
+        self._room = ReadingRoom(_BODIES * options.max_body)
         front = Front(
-            self._engine, reader, model, metrics, plan=engine.plan, max_body=options.max_body
+            self._engine,
+            reader,
+            self._room,
+            model,
+            metrics,
+            plan=engine.plan,
+            max_body=options.max_body,
         )
         files: FileRoutes | NoFiles = NoFiles()
         self._batches: Batches | None = None
@@ -157,7 +168,14 @@ class Server:
 
             limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
             self._rpc = rpc.RpcServer(
-                self._engine, reader, model, gate, metrics, self._batches, **limits
+                self._engine,
+                reader,
+                self._room,
+                model,
+                gate,
+                metrics,
+                self._batches,
+                **limits,
             )
         self._stops = 0
         self._stopping = asyncio.Event()
@@ -187,6 +205,7 @@ class Server:
                         await self._batches.close()
                     await self._engine.close()
         finally:
+            self._room.close()
             ending.cancel()
         if self._engine.error is not None:
             raise self._engine.error

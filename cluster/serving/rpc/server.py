@@ -14,6 +14,7 @@ from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.guard import Gate
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.rpc import batch
 from headrace.cluster.serving.rpc.batch_pb2_grpc import add_BatchServicer_to_server
 from headrace.cluster.serving.rpc.calls import Calls
@@ -40,6 +41,7 @@ class RpcServer:
         self,
         engine: AsyncEngine,
         reader: Reader,
+        room: ReadingRoom,
         model: Model,
         gate: Gate,
         metrics: Metrics,
@@ -52,8 +54,9 @@ class RpcServer:
         `batches` the service for them refuses all calls."""
         self._max_body, self._calls = max_body, Calls(engine)
         self._door = Door(gate, metrics)
+        limits = Limits(max_waiting, max_body)
         self._inference = Inference(
-            engine, reader, model, gate, self._door, self._calls, Limits(max_waiting, max_body)
+            engine, reader, room, model, gate, self._door, self._calls, limits
         )
         self._batch = batch.BatchService(batches, gate, self._door)
         self._names = [NAME] if batches is None else [NAME, batch.NAME]
