@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from headrace.cluster.encoding.encoder import Encoder
+from headrace.cluster.json_text import read_json
 from headrace.cluster.row_models import (
     PARAMETERS,
     ChatBody,
@@ -164,8 +165,8 @@ def digest64(*parts: bytes) -> int:
 def load_object(raw: bytes, what: str = "a row") -> dict[str, Any]:
     """A JSON object. RequestError when `raw` is none."""
     try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        data = read_json(raw)
+    except ValueError as error:
         raise RequestError(f"not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise RequestError(f"{what} must be a JSON object, not {type(data).__name__}")

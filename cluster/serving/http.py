@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from headrace.cluster.serving.errors import ApiError, of_request, of_validation
 from headrace.cluster.serving.reading_room import Held
@@ -18,6 +18,11 @@ from headrace.scheduler.errors import RequestError
 _DRAINED = 4
 """How much of a body that is too large is read all the same, as a multiple of what may be: a client
 that is still sending would not see the answer."""
+
+BODY_SECONDS = 20.0
+"""For a body to come in, and `_PACE` bytes a second more."""
+
+_PACE = 1024
 
 IDLE_SECONDS = 15.0
 """How long a stream is silent at most: a pass may take longer than proxies wait."""
@@ -78,6 +83,30 @@ async def read_body(request: Request, limit: int, held: Held | None = None) -> b
     if held is not None and not is_kept:
         raise held.refusal()
     return b"".join(parts)
+
+
+def patient(receive: Receive) -> Receive:
+    """Raises ApiError when the body of a request comes too slowly."""
+    clock = asyncio.get_running_loop().time
+    until, is_whole = clock() + BODY_SECONDS, False
+
+    async def read() -> Message:
+        nonlocal until, is_whole
+        if is_whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError:
+            told = (
+                f"a body has to come within {BODY_SECONDS:g} s and a second for each {_PACE} bytes"
+            )
+            raise ApiError(408, told, code="body_too_slow") from None
+        until += len(message.get("body", b"")) / _PACE
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return read
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

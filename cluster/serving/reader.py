@@ -217,7 +217,8 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 def _check_names(given: dict[str, Any]) -> None:
     """An error is made of each name that is unknown, so there must not be millions."""
-    if len(given.get("logit_bias") or ()) > MAX_BIASES:
+    biases = given.get("logit_bias")
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         raise RequestError(f"logit_bias may have {MAX_BIASES} tokens at most", "logit_bias")
     if any(len(each) > _MAX_NAMES for each in _options(given, depth=4)):
         raise RequestError(f"an object in the body has more than {_MAX_NAMES} names")

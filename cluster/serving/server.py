@@ -21,6 +21,7 @@ from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
 from headrace.cluster.serving.batches.lane import BatchLane
 from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
+from headrace.cluster.serving.connections import Acceptor, Connections, check_room
 from headrace.cluster.serving.guard import LOCAL, Gate, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
@@ -45,8 +46,8 @@ _LAST_SECONDS = 10.0
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a user chooses of a server. `port` 0 takes a free one, as `grpc_port` does, which is
-    None for no gRPC; `max_body` is in bytes, `grace` in
-    seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
+    None for no gRPC; `max_body` is in bytes, `max_connections`
+    are of each port, `grace` is in seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
     is what interactive requests that do not say wait for their first token at most; None: for ever. `files` is the
     directory of what clients upload and batches write, None for none; its `limits` say how much that may be."""
 
@@ -61,6 +62,7 @@ class ServerOptions:
     max_waiting: int = 256
     max_ttft: float | None = None
     max_body: int = 4 << 20
+    max_connections: int = 1000
     grace: float = 30.0
     files: Path | None = None
     limits: FileLimits = field(default_factory=FileLimits)
@@ -78,6 +80,7 @@ class Listener:
         check_tls(options.tls_cert, options.tls_key)
         if options.port and options.port == options.grpc_port:
             raise HeadraceError(f"--port and --grpc-port are both {options.port}: choose another")
+        check_room(options.max_connections, 1 if options.grpc_port is None else 2)
         self.keys: ApiKeys | None = (
             None if options.api_keys is None else load_keys(options.api_keys)
         )
@@ -166,7 +169,11 @@ class Server:
         if listener.grpc_address is not None:
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
-            limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
+            limits = {
+                "max_waiting": options.max_waiting,
+                "max_body": options.max_body,
+                "max_connections": options.max_connections,
+            }
             self._rpc = rpc.RpcServer(
                 self._engine,
                 reader,
@@ -189,7 +196,8 @@ class Server:
         self._engine.start()
         if self._batches is not None:
             await self._batches.start()
-        http = _Uvicorn(self._config, lambda: on_ready(self._listener.url))
+        most = self._listener.options.max_connections
+        http = _Uvicorn(self._config, most, lambda: on_ready(self._listener.url))
         ending = asyncio.ensure_future(self._end(http))
         try:
             with _handling(self.stop) if signals else nullcontext():
@@ -246,10 +254,15 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us: it would raise them again at its end, and the exit code would be another."""
+    """Leaves signals to us: it would raise them again at its end, and the exit code would be another. And
+    clients: it would take in any number of them."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, max_connections: int, on_ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self._acceptor = Acceptor(Connections(max_connections), self)
+        self._accepting: list[asyncio.Task[None]] = []
         self._on_ready = on_ready
 
     @contextmanager
@@ -257,9 +270,19 @@ class _Uvicorn(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        for each in sockets or []:
+            each.setblocking(False)
+            each.listen(self.config.backlog)
+            self._accepting.append(asyncio.create_task(self._acceptor.run(each)))
         if self.started:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await super().shutdown(sockets)
 
 
 def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:
