@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import get_4bit_type
 from interpreter import run_interpreted
 from torch import Tensor
 
+from headrace.runtime.bnb import functional
 from headrace.runtime.matmul.configs import (
     BUCKETS,
     Codes,
@@ -61,7 +61,7 @@ def values(codes: Codes) -> Tensor:
 
     if codes.kind == "int4":
         return (code - (8 if codes.zeros is None else wide(codes.zeros))) * wide(codes.scales)
-    entries = get_4bit_type(codes.kind, device=code.device).double()
+    entries = functional.get_4bit_type(codes.kind, device=code.device).double()
     return entries[code] * wide(codes.scales)
 
 
@@ -210,7 +210,8 @@ def test_table_is_the_formats_own() -> None:
     for dtype in (BF16, F16):
         raw = table("nf4", dtype).view(torch.uint8).view(2, 16)
         assert torch.equal(
-            raw.T.contiguous().view(dtype).view(16), get_4bit_type("nf4", device="cpu").to(dtype)
+            raw.T.contiguous().view(dtype).view(16),
+            functional.get_4bit_type("nf4", device="cpu").to(dtype),
         )
 
 
