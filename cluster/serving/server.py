@@ -60,6 +60,11 @@ class ServerOptions:
     files: Path | None = None
     limits: FileLimits = field(default_factory=FileLimits)
 
+    def rules(self, keys: ApiKeys | None) -> Rules:
+        """A local server without keys answers to local names alone."""
+        is_open = keys is not None or self.insecure
+        return Rules(keys, None if is_open else LOCAL | {self.host})
+
 
 class Listener:
     """A server's address, keys, certificate and files: checked and taken before the model is loaded, which
@@ -104,13 +109,6 @@ class Listener:
         cert, key = self.options.tls_cert, self.options.tls_key
         return None if cert is None or key is None else (cert, key)
 
-    @property
-    def rules(self) -> Rules:
-        """A local server without keys answers to local names alone."""
-        options = self.options
-        is_open = self.keys is not None or options.insecure
-        return Rules(self.keys, None if is_open else LOCAL | {options.host})
-
     def close(self) -> None:
         """Safe to call twice."""
         self.socket.close()
@@ -126,33 +124,59 @@ class Listener:
         self.close()
 
 
+class Service:
+    """One engine as clients see it, wherever they come in: `app` for HTTP, and what gRPC shares with it."""
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        options: ServerOptions,
+        rules: Rules,
+        store: FileStore | None = None,
+    ) -> None:
+        self.gate, self.metrics = Gate(rules), Metrics()
+        self.model = Model(
+            options.model_name, engine.tokenizer, engine.model_digest, engine.max_context
+        )
+        self.engine = AsyncEngine(
+            engine, self.metrics, options.max_waiting, max_ttft=options.max_ttft
+        )
+        self.metrics.watch(lambda: self.engine.state)
+        self.reader = Reader(self.model, engine, options.max_waiting)
+        front = Front(
+            self.engine,
+            self.reader,
+            self.model,
+            self.metrics,
+            plan=engine.plan,
+            max_body=options.max_body,
+        )
+        files: FileRoutes | NoFiles = NoFiles()
+        self.batches: Batches | None = None
+        if store is not None:
+            lane = BatchLane(self.engine, self.model, engine.max_sequences)
+            self.batches = Batches(store, lane, self.reader, self.model, options.max_body)
+            files = FileRoutes(store, self.batches, options.max_body)
+        self.app = create_app(front, files, self.gate, self.metrics)
+
+
 class Server:
     """Serves one engine at one address until it is told to stop, or the engine fails."""
 
     def __init__(self, listener: Listener, engine: ServedEngine) -> None:
-        options, metrics = listener.options, Metrics()
+        options = listener.options
+        served = Service(engine, options, options.rules(listener.keys), listener.files)
         self._listener, self._grace = listener, options.grace
-        model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
-        self._engine = AsyncEngine(engine, metrics, options.max_waiting, max_ttft=options.max_ttft)
-        metrics.watch(lambda: self._engine.state)
-        reader = Reader(model, engine, options.max_waiting)
-        front = Front(
-            self._engine, reader, model, metrics, plan=engine.plan, max_body=options.max_body
-        )
-        files: FileRoutes | NoFiles = NoFiles()
-        self._batches: Batches | None = None
-        if (store := listener.files) is not None:
-            lane = BatchLane(self._engine, model, engine.max_sequences)
-            self._batches = Batches(store, lane, reader, model, options.max_body)
-            files = FileRoutes(store, self._batches, options.max_body)
-        gate = Gate(listener.rules)
-        self._config = _config(options, create_app(front, files, gate, metrics))
+        self._engine, self._batches = served.engine, served.batches
+        self._config = _config(options, served.app)
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
             limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
-            self._rpc = rpc.RpcServer(self._engine, reader, model, gate, metrics, **limits)
+            self._rpc = rpc.RpcServer(
+                served.engine, served.reader, served.model, served.gate, served.metrics, **limits
+            )
         self._stops = 0
         self._stopping = asyncio.Event()
         self._hurrying = asyncio.Event()
