@@ -7,9 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
+from uuid import uuid4
 
 import ray
 from ray.util.placement_group import (
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -92,7 +94,8 @@ class StageProcesses:
             self._bundle["GPU"] = 1.0
         self._stages, self._model = stages, model
         self._check_resources()
-        self._group = placement_group([self._bundle] * stages, strategy="PACK")
+        name = f"{_groups_of_actor()}{uuid4().hex}"
+        self._group = placement_group([self._bundle] * stages, strategy="PACK", name=name)
         self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
         self._all: list[Any] = []
         self.actors: list[Any] = []
@@ -175,6 +178,19 @@ class StageProcesses:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _groups_of_actor() -> str:
+    """How the names of placement groups begin that the actor which this process is has made."""
+    return f"headrace {ray.get_runtime_context().get_actor_id() or 'driver'} "
+
+
+def remove_left_groups() -> None:
+    """Called by an actor before it has stages: where Ray has started it again, the groups of its process before are
+    still there. Stages end with the process that drives them, groups not before the whole job does."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(_groups_of_actor()) and group["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(group["name"]))
 
 
 def find_node(name: str) -> str:

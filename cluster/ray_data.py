@@ -97,8 +97,13 @@ class RingUDF(StatefulStageUDF):  # type: ignore[misc]
         if not self._is_started:
             self._is_started = True
             self._engine.start()
-        for answered in asyncio.as_completed([self._answered(row) for row in rows]):
-            yield await answered
+        answering = [asyncio.ensure_future(self._answered(row)) for row in rows]
+        try:
+            for answered in asyncio.as_completed(answering):
+                yield await answered
+        finally:  # or an error of one row would leave the others in the ring
+            for each in answering:
+                each.cancel()
 
     async def _answered(self, given: dict[str, Any]) -> dict[str, Any]:
         index = {self.IDX_IN_BATCH_COLUMN: given[self.IDX_IN_BATCH_COLUMN]}
@@ -238,7 +243,7 @@ def _columns(
 
 def _logprobs(sample: Sample, tokenizer: Any) -> dict[int, dict[str, Any]]:
     """By token. The drawn one has no rank when it is none of the most likely."""
-    ranked = {
+    ranked: dict[int, tuple[float | None, int | None]] = {
         token: (logprob, rank) for rank, (token, logprob) in enumerate(sample.top, start=1)
     }
     ranked.setdefault(sample.token, (sample.logprob, None))

@@ -68,7 +68,9 @@ class AppArgs(BaseModel):
 class Ring:
     """A replica: an engine, whose stages are in a placement group of their own, and its routes."""
 
-    async def __init__(self, engine: EngineOptions, server: ServerOptions) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, engine: EngineOptions, server: ServerOptions
+    ) -> None:
         keys = None if server.api_keys is None else load_keys(server.api_keys)
         with ExitStack() as stack:
             running = await asyncio.to_thread(stack.enter_context, actor_engine(engine))
