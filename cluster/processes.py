@@ -5,11 +5,12 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 from uuid import uuid4
 
 import ray
+from ray._private.state import actors
 from ray.util.placement_group import (
     get_placement_group,
     placement_group,
@@ -26,6 +27,8 @@ from headrace.scheduler.errors import HeadraceError
 
 START_SECONDS = 180.0
 """How long stage processes may take to start; loading weights has its own, longer deadline."""
+
+_GROUPS = "headrace"
 
 CLOSE_SECONDS = 10.0
 """How long Ray may take to let go of stages."""
@@ -94,8 +97,7 @@ class StageProcesses:
             self._bundle["GPU"] = 1.0
         self._stages, self._model = stages, model
         self._check_resources()
-        name = f"{_groups_of_actor()}{uuid4().hex}"
-        self._group = placement_group([self._bundle] * stages, strategy="PACK", name=name)
+        self._group = placement_group([self._bundle] * stages, strategy="PACK", name=_group_name())
         self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
         self._all: list[Any] = []
         self.actors: list[Any] = []
@@ -180,17 +182,26 @@ class StageProcesses:
         self.close()
 
 
-def _groups_of_actor() -> str:
-    """How the names of placement groups begin that the actor which this process is has made."""
-    return f"headrace {ray.get_runtime_context().get_actor_id() or 'driver'} "
+def _group_name() -> str:
+    """A placement group's, with the actor in it that this process is, if it is one."""
+    return f"{_GROUPS} {ray.get_runtime_context().get_actor_id()} {uuid4().hex}"
 
 
 def remove_left_groups() -> None:
-    """Called by an actor before it has stages: where Ray has started it again, the groups of its process before are
-    still there. Stages end with the process that drives them, groups not before the whole job does."""
+    """Remove what killed actors had reserved. Called by an actor before it reserves anything itself.
+
+    Stages end with the actor that drives them, but their placement group only with the whole job, and Ray
+    starts a killed actor again under its id.
+    """
+    own = ray.get_runtime_context().get_actor_id()
     for group in placement_group_table().values():
-        if group["name"].startswith(_groups_of_actor()) and group["state"] != "REMOVED":
-            remove_placement_group(get_placement_group(group["name"]))
+        kind, _, rest = group["name"].partition(" ")
+        actor = rest.partition(" ")[0]
+        if kind != _GROUPS or actor == "None" or group["state"] == "REMOVED":
+            continue
+        if actor == own or actors(actor_id=actor).get("State") == "DEAD":
+            with suppress(ValueError):  # another one removed it, or it is of another namespace
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def find_node(name: str) -> str:

@@ -5,6 +5,7 @@ row keeps the ring from others.
 """
 
 import asyncio
+import atexit
 import logging
 import os
 import time
@@ -82,6 +83,8 @@ class RingUDF(StatefulStageUDF):  # type: ignore[misc]
         self._engine = engine = AsyncEngine(self._ring, Metrics(), max_waiting=0)
         # Not through self, or there would be a cycle, and nothing would call __del__.
         self._stack.callback(lambda: asyncio.run(engine.close()))
+        # An error's traceback may refer to this object, so that __del__ is not called before the process ends.
+        atexit.register(self._stack.close)
         self._is_started = False
         # A fast tokenizer is safe to use by several threads once it was called.
         self._ring.tokenizer("")
