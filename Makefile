@@ -1,6 +1,6 @@
 # make demo   set up and run the main job on the bundled model          make test   the test suite
 # make check  ruff, mypy, import-linter                                  make bench  the benchmarks that need no GPU
-# make proto  the code that is generated of inference.proto
+# make proto  the code that is generated of the .proto files
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -28,7 +28,7 @@ check: $(BIN)/headrace
 
 proto: $(BIN)/headrace
 	$(BIN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src --grpc_python_out=src \
-		src/headrace/cluster/serving/rpc/inference.proto
+		$(wildcard src/headrace/cluster/serving/rpc/*.proto)
 
 bench: $(BIN)/headrace
 	$(BIN)/python benchmarks/perplexity.py

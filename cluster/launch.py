@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from headrace.cluster.discovery import Discovery, discover
@@ -24,6 +25,7 @@ from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
+from headrace.runtime.streaming.page_cache import ReadAhead, available_memory
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, ModelShape, Workload
 from headrace.scheduler.kv_format import check_kv_format, resolve_kv_format
@@ -148,16 +150,31 @@ def stage_device(device: str) -> str:
     return "cuda:0" if device == "cuda" else "cpu"
 
 
-def _discover(actors: Sequence[Any], store: Store, device: str) -> list[Discovery]:
+def _wanted_soon(options: EngineOptions, store: Store) -> list[Path]:
+    """What to read into the page cache while processes start, which takes as long as reading 10 GB.
+
+    Nothing where the stages are elsewhere or won't read through the cache, and nothing of a store for
+    which memory has no room twice: in the cache, and pinned.
+    """
+    through_cache = options.storage in ("auto", "buffered")
+    if options.address is not None or not through_cache or 2 * store.nbytes > available_memory():
+        return []
+    return [block.file for block in store.blocks]
+
+
+def _discover(
+    actors: Sequence[Any], store: Store, device: str, ahead: ReadAhead
+) -> list[Discovery]:
     """One after the other, when all are there: stages of one machine would measure each other."""
     opening = [actor.open.remote(stage_device(device)) for actor in actors]
     gather(opening, START_SECONDS, doing="starting")
     arguments = (stage_device(device), str(store.path.resolve()))
     found = []
-    for i, actor in enumerate(actors):
-        ref = actor.discover.remote(*arguments)
-        payload = gather([ref], START_SECONDS, doing="measuring the machine", first=i)[0]
-        found.append(decode(payload, Discovery))
+    with ahead.paused():
+        for i, actor in enumerate(actors):
+            ref = actor.discover.remote(*arguments)
+            payload = gather([ref], START_SECONDS, doing="measuring the machine", first=i)[0]
+            found.append(decode(payload, Discovery))
     return found
 
 
@@ -219,6 +236,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         store = Store.open(options.store)
         _check(options)
         times = StartTimes()
+        ahead = stack.enter_context(ReadAhead(_wanted_soon(options, store)))
         beside = stack.enter_context(_beside())
         resolving = beside.submit(_resolve, options, store)
         measuring = beside.submit(lambda: shape_in(store, resolving.result()[1], options.kv_format))
@@ -228,7 +246,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         device, dtype = resolving.result()
         processes = StageProcesses(options.stages, device, store.path.name)
         actors = stack.enter_context(processes).actors
-        found = _discover(actors, store, device)
+        found = _discover(actors, store, device, ahead)
         times.ended("stages")
         tokenizer = loading.result()
         shape = measuring.result()
@@ -241,6 +259,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         log_kv(plan, options.kv_hot_window)
         configs = _stage_configs(plan, options, device, dtype, found)
         _load(actors, configs)
+        ahead.close()
         times.ended(f"loading {read_at_start(plan)} and models' code")
         edges = None
         if plan.placement.edges:  # a single stage has none

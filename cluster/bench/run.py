@@ -35,7 +35,7 @@ from headrace.cluster.processes import ray_cluster
 from headrace.runtime.kv_log.stats import LogReport
 from headrace.runtime.shape import model_shape
 from headrace.runtime.store import Store
-from headrace.runtime.streaming.storage import available_memory
+from headrace.runtime.streaming.page_cache import available_memory
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.experts import num_experts
 from headrace.scheduler.inputs import DeviceProfile

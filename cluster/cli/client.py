@@ -56,7 +56,7 @@ def generate(
     """Print an answer as it comes. Ctrl-C gives it up."""
     asked = [{"role": "user", "content": prompt}] if chat else prompt
     with (
-        _client(address, key_file, tls, ca_file) as client,
+        connect(address, key_file, tls, ca_file) as client,
         client.generate(
             asked,
             timeout=timeout,
@@ -94,7 +94,7 @@ def info(
     json: Json = False,
 ) -> None:
     """Print what is served, and its limits."""
-    with _client(address, key_file, tls, ca_file) as client:
+    with connect(address, key_file, tls, ca_file) as client:
         _show({**asdict(client.model_info()), **asdict(client.server_info())}, as_json=json)
 
 
@@ -107,7 +107,7 @@ def loads(
     json: Json = False,
 ) -> None:
     """Print what the server is doing."""
-    with _client(address, key_file, tls, ca_file) as client:
+    with connect(address, key_file, tls, ca_file) as client:
         _show(asdict(client.loads()), as_json=json)
 
 
@@ -120,12 +120,12 @@ def abort(
     ca_file: CaFile = None,
 ) -> None:
     """Give up a request of the same key. Exit code 1 when there is none."""
-    with _client(address, key_file, tls, ca_file) as client:
+    with connect(address, key_file, tls, ca_file) as client:
         if not client.abort(request_id):
             raise HeadraceError(f"no request {request_id!r} of this key is running")
 
 
-def _client(address: str, key_file: Path | None, tls: bool, ca_file: Path | None) -> "Client":
+def connect(address: str, key_file: Path | None, tls: bool, ca_file: Path | None) -> "Client":
     from headrace.cluster.client.client import Client
 
     key = None if key_file is None else _read_key(key_file)

@@ -16,6 +16,7 @@ from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
+from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
 from headrace.cluster.cli.serve import serve, serve_key
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
+client_app.add_typer(client_batch_app, name="batch")
 app.add_typer(client_app, name="client")
 
 

@@ -124,8 +124,26 @@ def serve_key(
         int,
         typer.Option(min=1, max=999, help="Its share where keys wait for each other, in parts."),
     ] = 1,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, max=999_999, help="RPM. [default: any number]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=999_999_999, help="TPM, of prompts and answers. [default: any number]"
+        ),
+    ] = None,
 ) -> None:
     """Make an API key and print it, once: the file keeps a hash of it."""
     from headrace.cluster.serving.keys import add_key
 
-    typer.echo(add_key(file, name, requests, weight))
+    typer.echo(
+        add_key(
+            file,
+            name,
+            requests,
+            weight,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+        )
+    )

@@ -18,6 +18,7 @@ from headrace.cluster.client.answers import (
     model_info,
     server_info,
 )
+from headrace.cluster.client.batches import AsyncBatches
 from headrace.cluster.client.channel import Target
 from headrace.cluster.client.errors import server_error
 from headrace.cluster.client.requests import Prompt, generate_request
@@ -87,6 +88,7 @@ class AsyncClient:
         self._target = Target(address, api_key, tls, None if ca_file is None else Path(ca_file))
         self._channel = self._target.aio_channel()
         self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.batches = AsyncBatches(self._channel, self._target)
 
     def generate(
         self,

@@ -18,6 +18,7 @@ from headrace.cluster.client.answers import (
     model_info,
     server_info,
 )
+from headrace.cluster.client.batches import Batches
 from headrace.cluster.client.channel import Target
 from headrace.cluster.client.errors import server_error
 from headrace.cluster.client.requests import Prompt, generate_request
@@ -88,6 +89,7 @@ class Client:
         self._target = Target(address, api_key, tls, None if ca_file is None else Path(ca_file))
         self._channel = self._target.channel()
         self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self.batches = Batches(self._channel, self._target)
 
     def generate(self, prompt: Prompt, *, timeout: float | None = None, **params: Any) -> Stream:
         """Continue a text, token ids or a conversation; `timeout` seconds are all that it may take.

@@ -36,7 +36,7 @@ class AuthenticationError(ServerError):
 
 
 class NotFoundError(ServerError):
-    """There is no such model."""
+    """There is no such model, or batch of this key."""
 
 
 class RequestExistsError(ServerError):
@@ -49,6 +49,10 @@ class OverloadedError(ServerError):
 
 class DeadlineError(ServerError):
     """A time has passed."""
+
+
+class PreconditionError(ServerError):
+    """A batch that has not ended has no results yet, or the server has no room for files."""
 
 
 class AbortedError(ServerError):
@@ -64,6 +68,7 @@ _KINDS: dict[str, type[ServerError]] = {
     "UNAUTHENTICATED": AuthenticationError,
     "PERMISSION_DENIED": AuthenticationError,
     "NOT_FOUND": NotFoundError,
+    "FAILED_PRECONDITION": PreconditionError,
     "ALREADY_EXISTS": RequestExistsError,
     "RESOURCE_EXHAUSTED": OverloadedError,
     "DEADLINE_EXCEEDED": DeadlineError,

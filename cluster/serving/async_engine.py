@@ -12,6 +12,7 @@ from headrace.cluster.serving.admission import Admission
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Generation, Order
 from headrace.cluster.serving.loop import EngineLoop, EngineState, News, ServedEngine
+from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.errors import HeadraceError, RequestError
 from headrace.scheduler.request import Priority
@@ -52,10 +53,12 @@ class AsyncEngine:
         clock: Callable[[], float] = monotonic,
         *,
         max_ttft: float | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self._loop = EngineLoop(engine, self._post_news, self._post_failure, clock)
         self._admission, self._max_ttft = Admission(engine.limits), max_ttft
         self._meter, self._max_waiting, self._clock = meter, max_waiting, clock
+        self._rates = rates or Rates()
         self._open: dict[Generation, list[float]] = {}  # when each sequence last had a token
         self._waiting: Counter[tuple[str, Priority]] = Counter()
         self._events: asyncio.AbstractEventLoop | None = None
@@ -117,7 +120,8 @@ class AsyncEngine:
 
         `terms` say in which class and by when, counted from `since`, on the clock, or else from now. The
         generation fails with ApiError 504 when a time is over. Those `of_batch` are heard of when they have
-        ended, and have their place from somebody else: they do not count among those that wait.
+        ended, and have their place from somebody else: they do not count among those that wait, nor among
+        the tokens that a key may have a minute.
 
         ApiError when the engine takes no requests, or no more at the moment, or when it could not keep to
         the terms.
@@ -129,6 +133,8 @@ class AsyncEngine:
             queue = orders[0].tenant, terms.priority
             self._admit(0 if of_batch else len(orders), queue)
             promise = self._admission.promise(orders, terms, self.state.pace, now)
+            if not of_batch:
+                self._rates.take_prompt(orders[0].tenant, _prompt_tokens(orders))
         except ApiError as error:
             self._meter.turned_away(error.code or "")
             raise
@@ -216,7 +222,9 @@ class AsyncEngine:
             before = each.generation.num_waiting
             each.generation.feed(each.index, each.samples, each.completion)
             begun = before - each.generation.num_waiting
-            queue = each.generation.orders[0].tenant, each.generation.terms.priority
+            tenant = each.generation.orders[0].tenant
+            queue = tenant, each.generation.terms.priority
+            self._rates.take_output(tenant, len(each.samples))
             self._waiting[queue] -= begun
             self._follow(each, bool(begun), now)
             self._measure(len(each.samples), bool(begun), now - times[each.index])
@@ -246,6 +254,11 @@ class AsyncEngine:
             # What happened is for whoever runs the server; clients cannot act upon it.
             generation.fail(ApiError(500, "the engine failed", code="engine_failed"))
         self.failed.set()
+
+
+def _prompt_tokens(orders: Sequence[Order]) -> int:
+    """As `usage` counts them: once for all the sequences of a prompt, which have one list."""
+    return sum({id(order.token_ids): len(order.token_ids) for order in orders}.values())
 
 
 def _refusal(error: HeadraceError) -> Exception:

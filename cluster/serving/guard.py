@@ -1,9 +1,10 @@
 """Who is let in: before a route is looked for, and for as long as an answer takes."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -15,6 +16,7 @@ from headrace.cluster.serving.http import refuse
 from headrace.cluster.serving.keys import ApiKey, ApiKeys
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.page import PATHS as PAGE_PATHS
+from headrace.cluster.serving.rates import Rates
 
 OPEN = frozenset({"/health/live", "/health/ready"}) | PAGE_PATHS
 """What needs no key: it tells nothing of the model or of who uses it."""
@@ -22,6 +24,10 @@ OPEN = frozenset({"/health/live", "/health/ready"}) | PAGE_PATHS
 UNCOUNTED = frozenset({"/ring"})
 """Answered at once from what is known, and asked for every second by a page that is open: not one of
 the requests that a key may have at once."""
+
+RATED = frozenset({"/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
+"""What counts as one of the requests that a key may have a minute: what takes work, and not looking after
+batches, whose lines have shares of their own."""
 
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -49,8 +55,8 @@ class Caller:
 class Gate:
     """Checks keys and counts the requests of each, however they come."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+    def __init__(self, rules: Rules, rates: Rates, metrics: Metrics) -> None:
+        self.rules, self.rates, self._metrics = rules, rates, metrics
         self._running: Counter[str] = Counter()
 
     def check(self, authorization: str) -> ApiKey | None:
@@ -68,24 +74,37 @@ class Gate:
         return key
 
     @contextmanager
-    def running(self, key: ApiKey | None, *, counts: bool = True) -> Iterator[Caller]:
-        """For as long as a request runs. ApiError 429 when it `counts` and its key has as many as it may."""
+    def running(
+        self, key: ApiKey | None, *, counts: bool = True, is_rated: bool = False
+    ) -> Iterator[Caller]:
+        """For as long as a request runs. ApiError 429 when it `counts` and its key has as many as it may,
+        or when it `is_rated` and its key has had as many in the last minute."""
         caller = Caller() if key is None else Caller(key.name, key.weight)
         if not counts:
             yield caller
             return
-        if key is not None and key.limit is not None and self._running[key.name] >= key.limit:
+        if key is not None:
+            try:
+                self._admit(key, is_rated=is_rated)
+            except ApiError as error:
+                self._metrics.turned_away(error.code or "")
+                raise
+        self._running[caller.tenant] += 1
+        try:
+            yield caller
+        finally:
+            self._running[caller.tenant] -= 1
+
+    def _admit(self, key: ApiKey, *, is_rated: bool) -> None:
+        if key.limit is not None and self._running[key.name] >= key.limit:
             raise ApiError(
                 429,
                 f"this API key has {key.limit} requests running, as many as it may",
                 code="too_many_requests",
                 retry_after=RETRY_SECONDS,
             )
-        self._running[caller.tenant] += 1
-        try:
-            yield caller
-        finally:
-            self._running[caller.tenant] -= 1
+        if is_rated:
+            self.rates.take_request(key.name)
 
 
 class Guard:
@@ -113,11 +132,14 @@ class Guard:
             self._metrics.answered(path, status if has_ended else CLIENT_GONE)
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
-        counts = scope["path"] not in UNCOUNTED
+        counts, is_rated = scope["path"] not in UNCOUNTED, scope["path"] in RATED
         with ExitStack() as stack:
             try:
                 key = self._check(scope)
-                caller = stack.enter_context(self._gate.running(key, counts=counts))
+                if key is not None:
+                    send = _telling(send, partial(self._gate.rates.headers, key.name))
+                running = self._gate.running(key, counts=counts, is_rated=is_rated)
+                caller = stack.enter_context(running)
             except ApiError as error:
                 await refuse(error)(scope, receive, send)
                 return
@@ -131,6 +153,18 @@ class Guard:
         if scope["path"] in OPEN:
             return None
         return self._gate.check(headers.get("authorization", ""))
+
+
+def _telling(send: Send, headers: Callable[[], dict[str, str]]) -> Send:
+    """Sends answers with headers that are asked for when they begin."""
+
+    async def told(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            more = [(name.encode(), value.encode()) for name, value in headers().items()]
+            message["headers"] = [*message["headers"], *more]
+        await send(message)
+
+    return told
 
 
 def _host(headers: Headers) -> str:

@@ -5,6 +5,7 @@ import hmac
 import os
 import re
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,28 +15,36 @@ from headrace.scheduler.errors import HeadraceError
 PREFIX = "hr-"
 
 _LINE = re.compile(
-    r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})(?::(?=.)([1-9][0-9]{0,5})?(?::([1-9][0-9]{0,2}))?)?"
+    r"""([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})
+    (?::([1-9][0-9]{0,5})?
+    (?::([1-9][0-9]{0,2})?
+    (?::([1-9][0-9]{0,5})?
+    (?::([1-9][0-9]{0,8})?
+    )?)?)?)?(?<!:)""",
+    re.VERBOSE,
 )
-
 
 _WHAT = "API keys"
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """`digest` is the secret's SHA-256; at most `limit` requests at once, None any number. Where keys are
-    short of something their shares of it are as their `weight`."""
+    """`digest` is the secret's SHA-256; at most `limit` requests at once, and so many requests and tokens a
+    minute, None any number. Where keys are short of something their shares of it are as their `weight`."""
 
     name: str
     digest: bytes
     limit: int | None = None
     weight: int = 1
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
     @property
     def line(self) -> str:
-        limit = "" if self.limit is None else f"{self.limit}"
-        more = f":{limit}:{self.weight}" if self.weight != 1 else f":{limit}" if limit else ""
-        return f"{self.name}:{self.digest.hex()}{more}"
+        weight = None if self.weight == 1 else self.weight
+        numbers = (self.limit, weight, self.requests_per_minute, self.tokens_per_minute)
+        fields = ["" if number is None else str(number) for number in numbers]
+        return ":".join([self.name, self.digest.hex(), *fields]).rstrip(":")
 
 
 class ApiKeys:
@@ -43,6 +52,9 @@ class ApiKeys:
 
     def __init__(self, keys: list[ApiKey]) -> None:
         self._keys = keys
+
+    def __iter__(self) -> Iterator[ApiKey]:
+        return iter(self._keys)
 
     def find(self, secret: str) -> ApiKey | None:
         """The key that a client has shown. Takes the same time for any secret."""
@@ -66,13 +78,22 @@ def load_keys(file: Path) -> ApiKeys:
     return ApiKeys(keys)
 
 
-def add_key(file: Path, name: str, limit: int | None, weight: int = 1) -> str:
+def add_key(
+    file: Path,
+    name: str,
+    limit: int | None,
+    weight: int = 1,
+    *,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+) -> str:
     """Add a key to a file, which is made if need be; returns its secret, which is nowhere else.
 
     HeadraceError for a name that is taken or is none, and for a file that cannot be used.
     """
     secret = PREFIX + secrets.token_urlsafe(32)
-    key = ApiKey(name, hashlib.sha256(secret.encode()).digest(), limit, weight)
+    digest = hashlib.sha256(secret.encode()).digest()
+    key = ApiKey(name, digest, limit, weight, requests_per_minute, tokens_per_minute)
     if not _LINE.fullmatch(key.line):
         raise HeadraceError(
             f"{name!r} is no name for a key: use up to 64 letters, digits, dots, dashes, underscores"
@@ -97,13 +118,18 @@ def _parse(file: Path, content: bytes) -> list[ApiKey]:
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise HeadraceError(
-                f"{file}, line {number}: not NAME:SHA256[:[REQUESTS][:WEIGHT]], the hash in 64 small hex"
-                " digits, at most 999999 requests at once and a weight of 1 to 999"
+                f"{file}, line {number}: not NAME:SHA256[:[REQUESTS][:[WEIGHT][:[RPM][:TPM]]]], the hash in"
+                " 64 small hex digits, at most 999999 requests at once, a weight of 1 to 999, and at most"
+                " 999999 requests and 999999999 tokens a minute"
             )
         if match[1] in keys:
             raise HeadraceError(f"{file}, line {number}: there are two keys named {match[1]!r}")
-        limit, weight = int(match[3]) if match[3] else None, int(match[4] or 1)
-        keys[match[1]] = ApiKey(match[1], bytes.fromhex(match[2]), limit, weight)
+        limit, weight, requests, tokens = (
+            int(field) if field else None for field in match.groups()[2:]
+        )
+        keys[match[1]] = ApiKey(
+            match[1], bytes.fromhex(match[2]), limit, weight or 1, requests, tokens
+        )
     return list(keys.values())
 
 

@@ -48,7 +48,8 @@ class Metrics:
 
         self._turned_away = Counter(
             "headrace_turned_away",
-            "Requests that were refused or ended early for want of time or room, by code.",
+            "Requests that were refused or ended early for want of time or room, or for a limit of their"
+            " key's, by code.",
             ["code"],
             registry=registry,
         )

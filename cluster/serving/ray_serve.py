@@ -14,7 +14,8 @@ from headrace.cluster.actor_engine import actor_engine, actor_options
 from headrace.cluster.cli.sizes import parse_size
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.serving.keys import load_keys
-from headrace.cluster.serving.server import ServerOptions, Service
+from headrace.cluster.serving.server import ServerOptions
+from headrace.cluster.serving.service import Service
 
 ONGOING = 1 << 16
 """Requests that Ray Serve lets into a replica: more than admission leaves there. Those beyond would wait with

@@ -15,17 +15,11 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from headrace.cluster.serving.addresses import address, bind, check_protected, check_tls
-from headrace.cluster.serving.app import Front, create_app
-from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
-from headrace.cluster.serving.batches.lane import BatchLane
-from headrace.cluster.serving.batches.manager import Batches
-from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
-from headrace.cluster.serving.guard import LOCAL, Gate, Rules
+from headrace.cluster.serving.guard import LOCAL, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
-from headrace.cluster.serving.metrics import Metrics
-from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.service import Service
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
@@ -124,42 +118,6 @@ class Listener:
         self.close()
 
 
-class Service:
-    """One engine as clients see it, wherever they come in: `app` for HTTP, and what gRPC shares with it."""
-
-    def __init__(
-        self,
-        engine: ServedEngine,
-        options: ServerOptions,
-        rules: Rules,
-        store: FileStore | None = None,
-    ) -> None:
-        self.gate, self.metrics = Gate(rules), Metrics()
-        self.model = Model(
-            options.model_name, engine.tokenizer, engine.model_digest, engine.max_context
-        )
-        self.engine = AsyncEngine(
-            engine, self.metrics, options.max_waiting, max_ttft=options.max_ttft
-        )
-        self.metrics.watch(lambda: self.engine.state)
-        self.reader = Reader(self.model, engine, options.max_waiting)
-        front = Front(
-            self.engine,
-            self.reader,
-            self.model,
-            self.metrics,
-            plan=engine.plan,
-            max_body=options.max_body,
-        )
-        files: FileRoutes | NoFiles = NoFiles()
-        self.batches: Batches | None = None
-        if store is not None:
-            lane = BatchLane(self.engine, self.model, engine.max_sequences)
-            self.batches = Batches(store, lane, self.reader, self.model, options.max_body)
-            files = FileRoutes(store, self.batches, options.max_body)
-        self.app = create_app(front, files, self.gate, self.metrics)
-
-
 class Server:
     """Serves one engine at one address until it is told to stop, or the engine fails."""
 
@@ -175,7 +133,13 @@ class Server:
 
             limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
             self._rpc = rpc.RpcServer(
-                served.engine, served.reader, served.model, served.gate, served.metrics, **limits
+                served.engine,
+                served.reader,
+                served.model,
+                served.gate,
+                served.metrics,
+                served.batches,
+                **limits,
             )
         self._stops = 0
         self._stopping = asyncio.Event()

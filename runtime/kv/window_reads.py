@@ -61,7 +61,7 @@ class WindowReads:
         self._buffer = AlignedBuffer(size, pinned=pinned, option="--kv-host-memory")
         self._staging = self._buffer.tensor.view(slots, num_pages * largest)
         # Else a thread's first CUDA call would open a context on device 0.
-        enter = partial(torch.cuda.set_device, device) if pinned else None
+        enter = partial(torch.cuda.set_device, torch.cuda.current_device()) if pinned else None
         self._threads = ThreadPoolExecutor(WINDOW_THREADS, "headrace-kv-window", enter)
 
     def begin(self, layer: int, slot: int, sunk: Sunk, after: torch.cuda.Event | None) -> Reading:

@@ -23,6 +23,7 @@ from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage, OpenFiles
 from headrace.runtime.streaming.kvikio_storage import KvikioStorage
 from headrace.runtime.streaming.loads import Load, Storage
+from headrace.runtime.streaming.page_cache import available_memory, cached_share
 from headrace.runtime.streaming.tiers import device_bytes
 from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
@@ -227,34 +228,3 @@ def _evict(extent: _Extent) -> float | None:
     with extent.file.open("rb", buffering=0) as opened:
         os.posix_fadvise(opened.fileno(), extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
     return cached_share(extent.file, extent.offset, extent.nbytes)
-
-
-def cached_share(file: Path, offset: int, nbytes: int, samples: int = 64) -> float | None:
-    """The share of evenly spread pages that a read finds without waiting; None if unknown."""
-    step = max(nbytes // samples // ALIGN_BLOCK, 1) * ALIGN_BLOCK
-    places = range(offset, offset + nbytes, step)
-    try:
-        with file.open("rb", buffering=0) as opened:
-            found = sum(_is_cached(opened.fileno(), place) for place in places)
-    except OSError:  # a filesystem that cannot tell
-        return None
-    return found / len(places)
-
-
-def _is_cached(descriptor: int, offset: int) -> bool:
-    try:
-        return os.preadv(descriptor, [bytearray(ALIGN_BLOCK)], offset, os.RWF_NOWAIT) > 0
-    except BlockingIOError:
-        return False
-
-
-def available_memory(proc: Path = Path("/proc/meminfo"), cgroup: Path | None = None) -> int:
-    """Bytes that the page cache may grow to: the machine's, or this container's if it is less."""
-    lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
-    machine = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = cgroup or Path("/sys/fs/cgroup/memory.max")
-    used = limit.with_name("memory.current")
-    try:
-        return min(machine, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        return machine

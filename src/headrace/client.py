@@ -13,6 +13,7 @@ from headrace.cluster.client.answers import (
     Usage,
 )
 from headrace.cluster.client.async_client import AsyncClient, AsyncStream
+from headrace.cluster.client.batch_values import BatchJob, BatchPage, LineError, Result
 from headrace.cluster.client.client import Client, Stream
 from headrace.cluster.client.errors import (
     AbortedError,
@@ -21,6 +22,7 @@ from headrace.cluster.client.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    PreconditionError,
     RequestExistsError,
     ServerError,
     UnavailableError,
@@ -32,9 +34,12 @@ __all__ = [
     "AsyncClient",
     "AsyncStream",
     "AuthenticationError",
+    "BatchJob",
+    "BatchPage",
     "Client",
     "DeadlineError",
     "InvalidRequestError",
+    "LineError",
     "Loads",
     "ModelInfo",
     "NotFoundError",
@@ -42,7 +47,9 @@ __all__ = [
     "OverloadedError",
     "PageCounts",
     "Piece",
+    "PreconditionError",
     "RequestExistsError",
+    "Result",
     "ServerError",
     "ServerInfo",
     "Stream",

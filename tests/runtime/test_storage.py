@@ -11,7 +11,7 @@ import torch
 from leftovers import descriptors_of, our_threads
 
 from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage, ThreadedStorage
-from headrace.runtime.streaming.storage import available_memory, cached_share, choose_storage
+from headrace.runtime.streaming.storage import choose_storage
 from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.scheduler.errors import HeadraceError, StoreError
 
@@ -223,28 +223,6 @@ def test_the_page_cache_counts_only_if_ram_holds_a_pass(
         caplog.clear()
         choose_storage(CPU, file, 0, MiB, streamed_bytes=1 << 60).close()
         assert "emptied before timing" in caplog.text
-
-
-def test_the_cached_share_is_seen_and_dropped(tmp_path: Path) -> None:
-    file = random_file(tmp_path / "weights", MiB)
-    file.read_bytes()
-    warm = cached_share(file, 0, MiB)
-    if warm is None:
-        pytest.skip("the filesystem does not tell what is cached")
-    assert warm == 1.0
-    assert cached_share(tmp_path / "missing", 0, MiB) is None
-
-
-def test_available_memory_obeys_a_container_limit(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n")
-    limit = tmp_path / "memory.max"
-    assert available_memory(meminfo, limit) == 50 * 1024
-    limit.write_text("30000\n")
-    (tmp_path / "memory.current").write_text("10000\n")
-    assert available_memory(meminfo, limit) == 20000
-    limit.write_text("max\n")
-    assert available_memory(meminfo, limit) == 50 * 1024
 
 
 def test_a_probe_leaves_no_memory_behind(tmp_path: Path) -> None:

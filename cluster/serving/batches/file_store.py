@@ -15,9 +15,11 @@ import logging
 import os
 import shutil
 import stat
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -190,7 +192,8 @@ class FileStore:
 class Upload:
     """A file on its way to the disk: all of it becomes a file by `finish`, or nothing of it stays.
 
-    One thread at a time. `write` raises ApiError when there is no room for more.
+    It may be closed while another thread's call is under way, which then ends first or does nothing. `write`
+    raises ApiError when there is no room for more.
     """
 
     def __init__(self, store: FileStore) -> None:
@@ -199,51 +202,64 @@ class Upload:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd = os.open(self._path, flags, 0o600)
         self._taken, self._size = 0, 0
+        self._lock = threading.Lock()
 
     def write(self, data: bytes) -> None:
         limits = self._store.limits
-        if self._size + len(data) > limits.each:
-            raise too_large(limits)
-        self._take(len(data))
-        written = 0
-        try:
-            while written < len(data):
-                written += os.write(self._fd, data[written:])
-        except OSError as error:
-            log.error("cannot write to %s: %s", self._path, error.strerror)
-            raise ApiError(
-                500, "the server cannot store files now", code="storage_failed"
-            ) from error
-        self._size += len(data)
+        with self._open() as descriptor:
+            if self._size + len(data) > limits.each:
+                raise too_large(limits)
+            self._take(len(data))
+            written = 0
+            try:
+                while written < len(data):
+                    written += os.write(descriptor, data[written:])
+            except OSError as error:
+                log.error("cannot write to %s: %s", self._path, error.strerror)
+                raise ApiError(
+                    500, "the server cannot store files now", code="storage_failed"
+                ) from error
+            self._size += len(data)
 
     def sync(self) -> None:
         """Have all that was written survive a power cut."""
-        os.fsync(self._fd)
+        with self._open() as descriptor:
+            os.fsync(descriptor)
 
     def finish(self, owner: str, filename: str, purpose: str, expires_after: int) -> StoredFile:
         """Called on the store's `disk` thread."""
         now = self._store.now
-        file = StoredFile(
-            id=f"file-{uuid4().hex}",
-            owner=owner,
-            filename=filename,
-            purpose=purpose,
-            bytes=self._size,
-            created_at=now,
-            expires_at=now + expires_after,
-        )
-        self._take(file.space - self._taken)
-        self._store.admit(file, self._path)
-        self._taken = 0
+        with self._open():
+            file = StoredFile(
+                id=f"file-{uuid4().hex}",
+                owner=owner,
+                filename=filename,
+                purpose=purpose,
+                bytes=self._size,
+                created_at=now,
+                expires_at=now + expires_after,
+            )
+            self._take(file.space - self._taken)
+            self._store.admit(file, self._path)
+            self._taken = 0
         return file
 
     def close(self) -> None:
         """Leave nothing, unless it was finished. Safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            self._path.unlink(missing_ok=True)
-            self._store.space.give(self._taken)
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+                self._path.unlink(missing_ok=True)
+                self._store.space.give(self._taken)
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        """ApiError when it was closed meanwhile, which nobody is there to read."""
+        with self._lock:
+            if self._fd < 0:
+                raise ApiError(499, "the upload was given up")
+            yield self._fd
 
     def _take(self, size: int) -> None:
         space = self._store.space

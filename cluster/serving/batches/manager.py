@@ -3,24 +3,19 @@
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 from headrace.cluster.serving.batches.catalog import Query
-from headrace.cluster.serving.batches.file_store import FileStore
+from headrace.cluster.serving.batches.file_store import FileStore, Upload
+from headrace.cluster.serving.batches.intake import admit, admit_upload
 from headrace.cluster.serving.batches.lane import BatchLane, EngineLostError
-from headrace.cluster.serving.batches.records import (
-    BATCH_BYTES,
-    Batch,
-    Fault,
-    Status,
-    StoredFile,
-)
-from headrace.cluster.serving.batches.requests import BatchRequest
+from headrace.cluster.serving.batches.records import Batch, Fault, Status, StoredFile
+from headrace.cluster.serving.batches.requests import BatchOptions, BatchRequest
+from headrace.cluster.serving.batches.results import Results
 from headrace.cluster.serving.batches.run import BatchRun
 from headrace.cluster.serving.batches.turns import Turns
 from headrace.cluster.serving.batches.validate import check_lines
@@ -33,12 +28,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Result = tuple[StoredFile, Path]
 
-WINDOW_SECONDS = 24 * 3600
 MAX_RUNNING = 4
 """Batches whose lines are generated at once, of different tenants."""
-
-MAX_OPEN = 100
-"""Batches of one tenant that are unfinished."""
 
 TICK_SECONDS = 5.0
 RETRY_SECONDS = 60.0
@@ -61,6 +52,7 @@ class Batches:
         self._max_line, self._tick = max_line, tick
         self._live: dict[str, BatchRun] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asked: set[asyncio.Task[Any]] = set()
         self._turns, self._checks = Turns(MAX_RUNNING), Turns(1)
         self._threads = ThreadPoolExecutor(MAX_RUNNING + 2, "headrace-batch")
         self._stopping = asyncio.Event()
@@ -84,6 +76,7 @@ class Batches:
             self.stop()
             for run in self._live.values():
                 run.stop(now=True)
+        await asyncio.gather(*self._asked, return_exceptions=True)
         await asyncio.gather(*self._tasks)
         self._threads.shutdown()
 
@@ -93,11 +86,15 @@ class Batches:
 
     async def create(self, owner: str, request: BatchRequest) -> Batch:
         """ApiError for a file that is not there, and when there are too many batches."""
-        if self._stopping.is_set():
-            raise ApiError(503, "the server is stopping", code="server_stopping")
-        batch = await self.on_disk(self._admit, owner, request)
-        self._take_up(batch)
-        return batch
+        return await self._whole(self._create(admit, owner, request.input_file_id, request))
+
+    def upload(self) -> Upload:
+        """For `submit`; who asks closes it."""
+        return self._store.upload()
+
+    async def submit(self, owner: str, upload: Upload, options: BatchOptions) -> Batch:
+        """Have an upload that is complete be the input of a batch. ApiError as for `create`."""
+        return await self._whole(self._create(admit_upload, owner, upload, options))
 
     async def find(self, owner: str, batch_id: str) -> Batch:
         """ApiError 404 for a batch that is not there or another one's."""
@@ -113,8 +110,37 @@ class Batches:
         found = await self.on_disk(self._store.catalog.batches, owner, query)
         return [self._live[each.id].current if each.id in self._live else each for each in found]
 
+    async def ended(self, owner: str, batch_id: str, *, wait: bool) -> Batch:
+        """A batch that has ended. ApiError 412 for one that has not, or 503 when it has not and the server
+        stops."""
+        batch = await self.find(owner, batch_id)
+        if wait and (run := self._live.get(batch_id)) is not None:
+            await _first_of(run.finished, self._stopping)
+            batch = run.batch
+        if batch.status.has_ended:
+            return batch
+        told = f"the batch is {batch.status.value}: there are results when it has ended"
+        if wait:
+            raise ApiError(503, f"{told}, and the server is stopping", code="server_stopping")
+        raise ApiError(412, told, code="batch_not_ended")
+
+    async def results(self, batch: Batch, offset: int) -> Results:
+        """Of one that has ended; who asks closes them. ApiError for an offset where no line begins, and when they
+        are no longer kept."""
+        return await self.on_disk(Results, self._store, batch, offset)
+
     async def cancel(self, owner: str, batch_id: str) -> Batch:
         """Lines that have not ended end with an error. ApiError for a batch that has ended."""
+        return await self._whole(self._cancel(owner, batch_id))
+
+    async def _create(self, into_catalog: Callable[..., Batch], *arguments: object) -> Batch:
+        if self._stopping.is_set():
+            raise ApiError(503, "the server is stopping", code="server_stopping")
+        batch = await self.on_disk(into_catalog, self._store, self._model, *arguments)
+        self._take_up(batch)
+        return batch
+
+    async def _cancel(self, owner: str, batch_id: str) -> Batch:
         batch = await self.find(owner, batch_id)
         run = self._live.get(batch_id)
         if run is None or run.batch.status is Status.FINALIZING:
@@ -129,43 +155,21 @@ class Batches:
         run.end(Status.CANCELLED)
         return run.current
 
-    def _admit(self, owner: str, request: BatchRequest) -> Batch:
-        store = self._store
-        file = store.find(owner, request.input_file_id)
-        if file.purpose != "batch":
-            raise ApiError(
-                400,
-                f"{file.id} was not uploaded for a batch",
-                param="input_file_id",
-                code="invalid_value",
-            )
-        if len(store.catalog.open_batches(owner)) >= MAX_OPEN:
-            told = f"there are {MAX_OPEN} batches unfinished, as many as may be: try again later"
-            raise ApiError(429, told, code="too_many_batches", retry_after=60)
-        if not store.space.take(BATCH_BYTES):
-            raise ApiError(413, "the server has no room for a batch", code="storage_full")
-        wanted = request.output_expires_after
-        batch = Batch(
-            id=f"batch_{uuid4().hex}",
-            owner=owner,
-            digest=self._model.digest,
-            model=self._model.name,
-            endpoint=request.endpoint,
-            input_file_id=file.id,
-            metadata=request.metadata,
-            created_at=store.now,
-            expires_at=store.now + WINDOW_SECONDS,
-            expires_after=store.limits.ttl if wanted is None else wanted.seconds,
-        )
-        store.catalog.put_batch(batch)
-        return batch
-
     def _take_up(self, batch: Batch) -> None:
         run = BatchRun(batch, self._store, self._lane, self._reader)
         self._live[batch.id] = run
         if batch.status is Status.CANCELLING:
             run.end(Status.CANCELLED)
+        if self._stopping.is_set():  # while it was written to the catalog
+            run.stop(now=False)
         self._spawn(self._live_through(run))
+
+    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do all of it, whether or not who asked is still there."""
+        task = asyncio.ensure_future(work)
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+        return await asyncio.shield(task)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -191,6 +195,8 @@ class Batches:
                 run.is_complete or run.is_stopped
             ):
                 await self._persist(run, self._generate(run))
+            if run.batch.status is Status.CANCELLING:
+                await run.ended.wait()  # until that is on the disk
             while self._can_end(run):
                 await self._persist(run, self._finalize(run))
         except Exception:
@@ -295,14 +301,21 @@ class Batches:
     async def _turn(self, turns: Turns, run: BatchRun) -> AsyncIterator[bool]:
         """Wait for a turn, or for the run to be stopped; whether it may go on."""
         turn = turns.ask(run.batch.owner)
-        told = [asyncio.ensure_future(each.wait()) for each in (turn.given, run.ended)]
         try:
-            await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(turn.given, run.ended)
             yield turn.given.is_set() and not run.is_stopped
         finally:
-            for each in told:
-                each.cancel()
             turns.leave(turn)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Wait for any of them."""
+    told = [asyncio.ensure_future(each.wait()) for each in events]
+    try:
+        await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in told:
+            each.cancel()

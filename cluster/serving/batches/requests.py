@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from headrace.cluster.rows import Kind
 from headrace.cluster.serving.batches.catalog import Query
 
 HOUR, MONTH = 3600, 30 * 86400
@@ -31,16 +30,17 @@ class FileFields(_Strict):
     seconds: Annotated[int | None, Field(alias="expires_after[seconds]", ge=HOUR, le=MONTH)] = None
 
 
-class BatchRequest(_Strict):
-    input_file_id: _Id
+class BatchOptions(_Strict):
+    """What is said of a batch besides its input."""
+
     endpoint: Literal["/v1/completions", "/v1/chat/completions"]
-    completion_window: Literal["24h"]
     metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
     output_expires_after: ExpiresAfter | None = None
 
-    @property
-    def kind(self) -> Kind:
-        return Kind(self.endpoint)
+
+class BatchRequest(BatchOptions):
+    input_file_id: _Id
+    completion_window: Literal["24h"]
 
 
 class FilePage(_Strict):

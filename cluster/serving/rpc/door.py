@@ -57,7 +57,7 @@ class Door(aio.ServerInterceptor):  # type: ignore[misc]
         try:
             try:
                 if request is None:
-                    raise ApiError(400, f"this is no message of {method}", code="invalid_value")
+                    raise unreadable(method)
                 yield
                 code = grpc.StatusCode.OK.name
             except (ApiError, RequestError, ValidationError) as error:
@@ -73,6 +73,10 @@ class Door(aio.ServerInterceptor):  # type: ignore[misc]
             await context.abort(status.code, status.message, status.trailers)
         finally:
             self._metrics.answered(method, code)
+
+
+def unreadable(method: str) -> ApiError:
+    return ApiError(400, f"this is no message of {method}", code="invalid_value")
 
 
 def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:

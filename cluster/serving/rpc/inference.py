@@ -48,7 +48,7 @@ class Inference(InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         async with self._door.call(context, f"{NAME}/Generate", request):
-            with self._gate.running(self._door.key(context)) as caller:
+            with self._gate.running(self._door.key(context), is_rated=True) as caller:
                 await self._generate(request, context, caller)
 
     async def _generate(self, request: pb.GenerateRequest, context: Any, caller: Caller) -> None:

@@ -10,9 +10,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from headrace.cluster.serving.async_engine import AsyncEngine
+from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.guard import Gate
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.rpc import batch
+from headrace.cluster.serving.rpc.batch_pb2_grpc import add_BatchServicer_to_server
 from headrace.cluster.serving.rpc.calls import Calls
 from headrace.cluster.serving.rpc.door import Door
 from headrace.cluster.serving.rpc.inference import NAME, Inference, Limits
@@ -40,16 +43,20 @@ class RpcServer:
         model: Model,
         gate: Gate,
         metrics: Metrics,
+        batches: Batches | None,
         *,
         max_waiting: int,
         max_body: int,
     ) -> None:
-        """As many sequences of a key may wait and requests have as many bytes as over HTTP."""
+        """As many sequences of a key may wait and requests have as many bytes as over HTTP. Without
+        `batches` the service for them refuses all calls."""
         self._max_body, self._calls = max_body, Calls(engine)
         self._door = Door(gate, metrics)
         self._inference = Inference(
             engine, reader, model, gate, self._door, self._calls, Limits(max_waiting, max_body)
         )
+        self._batch = batch.BatchService(batches, gate, self._door)
+        self._names = [NAME] if batches is None else [NAME, batch.NAME]
         self._health = health.aio.HealthServicer()
         self._server: Any = None
         self._hurrying = asyncio.Event()
@@ -58,8 +65,9 @@ class RpcServer:
         """`tls` is a certificate chain and its key, in PEM. HeadraceError for an address that is taken."""
         made = aio.server(interceptors=[self._door], options=_options(self._max_body))
         add_InferenceServicer_to_server(self._inference, made)  # type: ignore[no-untyped-call]
+        add_BatchServicer_to_server(self._batch, made)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, made)
-        names = (NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (NAME, batch.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, made)
         try:
             if tls is None:
@@ -68,7 +76,8 @@ class RpcServer:
                 made.add_secure_port(address, _credentials(*tls))
         except RuntimeError as error:
             raise HeadraceError(f"cannot serve gRPC at {address}: {error}") from error
-        await self._health.set(NAME, health_pb2.HealthCheckResponse.SERVING)
+        for name in self._names:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await made.start()
         self._server = made
 

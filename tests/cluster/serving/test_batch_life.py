@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from served import MODEL, EchoEngine
 
 from headrace.cluster.rows import Kind
 from headrace.cluster.serving.async_engine import AsyncEngine
+from headrace.cluster.serving.batches.catalog import Query
 from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
 from headrace.cluster.serving.batches.lane import BatchLane, LaneRows
 from headrace.cluster.serving.batches.lines import BatchLines
@@ -102,6 +103,12 @@ async def place(
 def line(number: int, tokens: int = 3) -> dict[str, Any]:
     body = {"prompt": [5 + number % 50] * tokens, "max_tokens": 90}
     return {"custom_id": f"{number}", "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def asked_and_gone(work: Coroutine[Any, Any, Any]) -> None:
+    """Have somebody ask for it who goes away at once."""
+    asking = asyncio.ensure_future(work)
+    asyncio.get_running_loop().call_soon(asking.cancel)
 
 
 @pytest.fixture
@@ -285,3 +292,25 @@ def test_tenants_take_turns_and_clients_come_first(tmp_path: Path, engine: EchoE
             await at.until(second, Status.COMPLETED)
 
     asyncio.run(work())
+
+
+def test_nothing_is_left_half_done_for_who_goes_away(tmp_path: Path, engine: EchoEngine) -> None:
+    async def go() -> None:
+        async with place(tmp_path / "files", engine) as at:
+            engine.gate.clear()
+            first = await at.start([line(1)])
+            await at.until(first, Status.IN_PROGRESS)
+            wanted = BatchRequest(
+                input_file_id=first.input_file_id,
+                endpoint="/v1/completions",
+                completion_window="24h",
+            )
+            asked_and_gone(at.batches.create("ann", wanted))
+            asked_and_gone(at.batches.cancel("ann", first.id))
+            await at.until(first, Status.CANCELLED)
+            engine.gate.set()
+            second, _ = await at.batches.listed("ann", Query(10))
+            done = await at.until(second, Status.COMPLETED)
+            assert (done.total, done.completed) == (1, 1)
+
+    asyncio.run(go())

@@ -290,6 +290,24 @@ def test_files_end_when_their_time_is_over(directory: Path) -> None:
         assert store.space.used == 0
 
 
+def test_an_upload_that_was_given_up_comes_to_nothing(directory: Path) -> None:
+    """Whatever a thread was about to do with it."""
+    with FileStore(directory, LIMITS) as store:
+        upload = store.upload()
+        upload.write(b"x" * 10_000)
+        upload.close()
+        late: list[Callable[[], object]] = [
+            lambda: upload.write(b"y"),
+            upload.sync,
+            lambda: upload.finish("ann", "a", "batch", 3600),
+        ]
+        for call in late:
+            with pytest.raises(ApiError, match="given up"):
+                call()
+        assert contents(directory) == set()
+        assert store.space.used == 0
+
+
 def test_what_a_crash_leaves_is_swept(directory: Path) -> None:
     with FileStore(directory, LIMITS) as store:
         kept, gone = put(store, b"x"), put(store, b"y")

@@ -378,7 +378,7 @@ def test_reflection_is_all_that_a_stranger_needs(echoes: Served) -> None:
     with grpc.insecure_channel(echoes.grpc) as channel:
         (listed,) = reflected(channel)
         names = {each.name for each in listed.list_services_response.service}
-        assert {NAME, "grpc.health.v1.Health"} <= names
+        assert {NAME, "headrace.v1.Batch", "grpc.health.v1.Health"} <= names
         (found,) = reflected(channel, file_containing_symbol=NAME)
         pool = descriptor_pool.DescriptorPool()
         for raw in found.file_descriptor_response.file_descriptor_proto:
@@ -491,14 +491,15 @@ def test_calls_are_counted(served: Served) -> None:
     wait_for(lambda: (count("OK"), count("INVALID_ARGUMENT")) == (1, 1), 5.0, lambda: "not counted")
 
 
-def test_generated_code_is_of_the_proto(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proto", ["inference", "batch"])
+def test_generated_code_is_of_the_proto(tmp_path: Path, proto: str) -> None:
     protoc = pytest.importorskip("grpc_tools.protoc")
     source = Path(pb.__file__).parent
     made = source.resolve().parents[2] / "src"
-    name = "headrace/cluster/serving/rpc/inference.proto"
+    name = f"headrace/cluster/serving/rpc/{proto}.proto"
     outs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
     assert protoc.main(["protoc", f"-I{made}", *outs, f"{made}/{name}"]) == 0
-    for each in ("inference_pb2.py", "inference_pb2.pyi", "inference_pb2_grpc.py"):
+    for each in (f"{proto}_pb2.py", f"{proto}_pb2.pyi", f"{proto}_pb2_grpc.py"):
         generated = tmp_path / name
         assert (generated.parent / each).read_text() == (source / each).read_text(), each
 
