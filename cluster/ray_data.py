@@ -24,6 +24,7 @@ from ray.llm._internal.batch.stages.common import maybe_convert_ndarray_to_list
 
 from headrace.cluster.actor_engine import actor_engine, actor_options
 from headrace.cluster.completion import Completion
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.rows import Draft, Row, prepare
 from headrace.cluster.seeds import derive_seed
@@ -85,8 +86,7 @@ class RingUDF(StatefulStageUDF):  # type: ignore[misc]
         # An error's traceback may refer to this object, so that __del__ is not called before the process ends.
         atexit.register(self._stack.close)
         self._is_started = False
-        # A fast tokenizer is safe to use by several threads once it was called.
-        self._ring.tokenizer("")
+        self._encoder = Encoder(self._ring.tokenizer)
         if rows_at_once < self._ring.max_sequences:
             log.warning(
                 "%d rows are here at once and the ring has room for %d sequences: raise batch_size or"
@@ -138,7 +138,7 @@ class RingUDF(StatefulStageUDF):  # type: ignore[misc]
             row["chat_template_kwargs"] = self._template
         ring = self._ring
         read = prepare(
-            Draft(0, 0, 0, False, row), ring.tokenizer, SamplingParams(), ring.max_context
+            Draft(0, 0, 0, False, row), self._encoder, SamplingParams(), ring.max_context
         )
         if read.params.n > 1:
             raise RequestError("n: a row has one answer; repeat the row, with other seeds", "n")

@@ -4,11 +4,11 @@ The names are OpenAI's, plus vLLM's extras and `keep_context`. An unknown name i
 parameter is never silently ignored.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from headrace.cluster.json_text import read_json
 from headrace.cluster.structured_models import ResponseFormat, StructuredOutputs
 from headrace.cluster.tools.models import ToolChoice, Tools
 from headrace.scheduler.errors import RequestError
@@ -77,9 +77,9 @@ def _readable(call: Any) -> Any:
         function = dict(call["function"])
         given = function.get("arguments")
         if isinstance(given, str):
-            function["arguments"] = json.loads(given or "{}")
+            function["arguments"] = read_json(given or "{}")
         return {**call, "function": function}
-    except (TypeError, KeyError, ValueError, RecursionError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         told = 'tool_calls must have a "function" with "arguments" that are JSON'
         raise RequestError(f"{told}: {error}", "messages") from error
 

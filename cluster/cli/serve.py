@@ -54,6 +54,10 @@ def serve(
         ),
     ] = None,
     max_body: Annotated[str, typer.Option(help="The largest request.")] = "4MiB",
+    max_connections: Annotated[
+        int,
+        typer.Option(min=1, help="Of clients at once at each port; those that idle make room."),
+    ] = 1000,
     grace: Annotated[
         float,
         typer.Option(min=0, help="Seconds for requests that run to finish, once told to stop."),
@@ -81,6 +85,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients know it. Ctrl-C lets running requests finish."""
     import asyncio
+    import gc
 
     from headrace.cluster.launch import running_engine
     from headrace.cluster.serving.batches.file_store import FileLimits
@@ -98,6 +103,7 @@ def serve(
         max_waiting=max_waiting,
         max_ttft=max_ttft,
         max_body=parse_size(max_body),
+        max_connections=max_connections,
         grace=grace,
         files=files,
         limits=FileLimits(
@@ -108,6 +114,9 @@ def serve(
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)
+        # Hundreds of thousands of objects that stay: a body of many would have them all looked through, and
+        # clients would wait.
+        gc.freeze()
         served = f"{options.model_name} is served at"
         grpc = "" if listener.grpc_address is None else f" and over gRPC at {listener.grpc_address}"
         asyncio.run(server.run(lambda url: typer.echo(f"{served} {url}{grpc}")))

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from headrace.scheduler.errors import HeadraceError
 
+UNREAD_SECONDS = 60
+"""After which the kernel cuts off a client that takes nothing of what it was sent, though it may say that
+it lives."""
+
 
 def check_protected(
     host: str, api_keys: Path | None, tls_cert: Path | None, *, insecure: bool
@@ -63,6 +67,8 @@ def bind(host: str, port: int, option: str = "--port") -> socket.socket:
         )[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Inherited by what it accepts.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
         made.bind(address)
         return made
     except OSError as error:

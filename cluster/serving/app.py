@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.routes import PATHS as FILE_PATHS
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
+from headrace.cluster.serving.bodies import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from headrace.cluster.serving.choices import Answer
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.guard import CLIENT_GONE, Gate, Guard
@@ -30,9 +37,12 @@ from headrace.cluster.serving.http import (
     unless_gone,
 )
 from headrace.cluster.serving.metrics import CONTENT_TYPE, Metrics
+from headrace.cluster.serving.openapi import PATH as DESCRIPTION
+from headrace.cluster.serving.openapi import READS, WORKS, Route, describe
 from headrace.cluster.serving.page import PATHS as PAGE_PATHS
 from headrace.cluster.serving.page import Page
 from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.ring import ring_state
 from headrace.cluster.serving.terms import TIMEOUT_HEADER
 from headrace.scheduler.errors import RequestError
@@ -51,6 +61,7 @@ PATHS = frozenset(
         "/health/ready",
         "/metrics",
         "/ring",
+        DESCRIPTION,
         *PAGE_PATHS,
     }
 )
@@ -63,6 +74,7 @@ class Front:
         self,
         engine: AsyncEngine,
         reader: Reader,
+        room: ReadingRoom,
         model: Model,
         metrics: Metrics,
         *,
@@ -70,8 +82,61 @@ class Front:
         max_body: int,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
-        self._plan = plan
+        self._room, self._plan = room, plan
         self._max_body, self._created = max_body, int(time.time())
+
+    @property
+    def routes(self) -> list[Route]:
+        read, streamed = (*READS, 404), ("application/json", "text/event-stream")
+        return [
+            Route("GET", "/v1/models", self.models, "The one model, in a list"),
+            Route("GET", "/v1/models/{name:path}", self.one_model, "A model", errors=(404,)),
+            Route(
+                "POST",
+                "/v1/completions",
+                self.completions,
+                "Complete a text",
+                body=CompletionRequest,
+                kinds=streamed,
+                errors=(*READS, *WORKS),
+            ),
+            Route(
+                "POST",
+                "/v1/chat/completions",
+                self.chat,
+                "Answer a conversation",
+                body=ChatRequest,
+                kinds=streamed,
+                errors=(*READS, *WORKS),
+            ),
+            Route(
+                "POST",
+                "/tokenize",
+                self.tokenize,
+                "Text to tokens",
+                body=TokenizeRequest,
+                errors=read,
+            ),
+            Route(
+                "POST",
+                "/detokenize",
+                self.detokenize,
+                "Tokens to text",
+                body=DetokenizeRequest,
+                errors=read,
+            ),
+            Route("GET", "/health/live", self.live, "Whether it runs", needs_key=False),
+            Route(
+                "GET",
+                "/health/ready",
+                self.ready,
+                "Whether it takes requests",
+                errors=(503,),
+                needs_key=False,
+            ),
+            Route("GET", "/metrics", self.metrics, "For Prometheus", kinds=(CONTENT_TYPE,)),
+            Route("GET", "/ring", self.ring, "What the ring does"),
+        ]
 
     async def models(self) -> Response:
         return JSON({"object": "list", "data": [self._listed()]})
@@ -89,7 +154,8 @@ class Front:
         return await self._answer(request, self._reader.chat)
 
     async def tokenize(self, request: Request) -> Response:
-        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw)))
+        tenant = str(request.state.tenant)
+        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw, tenant)))
 
     async def detokenize(self, request: Request) -> Response:
         return await self._read(request, lambda raw: JSON(self._reader.detokenize(raw)))
@@ -127,8 +193,9 @@ class Front:
 
     async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
         require_json(request)
-        raw = await read_body(request, self._max_body)
-        return await asyncio.to_thread(read, raw)
+        with self._room.holding() as held:
+            raw = await read_body(request, self._max_body, held)
+            return await self._room.run(len(raw), partial(read, raw))
 
 
 class _Answering(Response):
@@ -154,25 +221,18 @@ class _Answering(Response):
 
 def create_app(front: Front, files: FileRoutes | NoFiles, gate: Gate, metrics: Metrics) -> ASGIApp:
     """The whole server as an ASGI application; its engine is started by whoever runs it."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    get, post, page = ["GET"], ["POST"], Page()
-    for path, endpoint, methods in (
-        ("/v1/models", front.models, get),
-        ("/v1/completions", front.completions, post),
-        ("/v1/chat/completions", front.chat, post),
-        ("/tokenize", front.tokenize, post),
-        ("/detokenize", front.detokenize, post),
-        ("/health/live", front.live, get),
-        ("/health/ready", front.ready, get),
-        ("/metrics", front.metrics, get),
-        ("/ring", front.ring, get),
-        ("/v1/models/{name:path}", front.one_model, get),
-    ):
-        app.add_api_route(path, endpoint, methods=methods, response_model=None)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    page = Page()
+    routes = [*front.routes, *files.routes]
+    described = encode(describe(routes, with_keys=gate.rules.keys is not None))
+
+    async def description() -> Response:
+        return Response(described, media_type="application/json")
+
+    for route in (*routes, Route("GET", DESCRIPTION, description)):
+        app.add_api_route(route.path, route.endpoint, methods=[route.method], response_model=None)
     for path in PAGE_PATHS:
         app.add_api_route(path, page.asset, methods=["GET", "HEAD"], response_model=None)
-    for method, path, endpoint in files.routes:
-        app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (ApiError, RequestError, ValidationError):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(ClientDisconnect, _left)

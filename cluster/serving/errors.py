@@ -1,14 +1,25 @@
 """Errors as OpenAI's API shapes them."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from headrace.cluster.row_models import reasons
 from headrace.scheduler.errors import ContextLengthError, RequestError
 
 _SHOWN = 1000
 """Characters of what a client sent that it gets back at most."""
+
+
+class Error(BaseModel):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: Error
 
 
 class ApiError(Exception):
@@ -32,15 +43,20 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        if self.status == 429:
-            kind = "rate_limit_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        error = Error(message=self.message, type=self._kind, param=self.param, code=self.code)
+        return ErrorAnswer(error=error).model_dump()
+
+    @property
+    def _kind(self) -> Literal["invalid_request_error", "rate_limit_error", "server_error"]:
+        if self.status >= 500:
+            return "server_error"
+        return "rate_limit_error" if self.status == 429 else "invalid_request_error"
 
     @property
     def headers(self) -> dict[str, str]:
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status == 408:
+            headers["Connection"] = "close"
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
         if self._is_final:

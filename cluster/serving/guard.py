@@ -12,13 +12,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headrace.cluster.serving.async_engine import RETRY_SECONDS
 from headrace.cluster.serving.errors import ApiError
-from headrace.cluster.serving.http import refuse
+from headrace.cluster.serving.http import patient, refuse
 from headrace.cluster.serving.keys import ApiKey, ApiKeys
 from headrace.cluster.serving.metrics import Metrics
+from headrace.cluster.serving.openapi import PATH as DESCRIPTION
 from headrace.cluster.serving.page import PATHS as PAGE_PATHS
 from headrace.cluster.serving.rates import Rates
 
-OPEN = frozenset({"/health/live", "/health/ready"}) | PAGE_PATHS
+OPEN = frozenset({"/health/live", "/health/ready", DESCRIPTION}) | PAGE_PATHS
 """What needs no key: it tells nothing of the model or of who uses it."""
 
 UNCOUNTED = frozenset({"/ring"})
@@ -144,7 +145,7 @@ class Guard:
                 await refuse(error)(scope, receive, send)
                 return
             scope.setdefault("state", {}).update(tenant=caller.tenant, weight=caller.weight)
-            await self._app(scope, receive, send)
+            await self._app(scope, patient(receive), send)
 
     def _check(self, scope: Scope) -> ApiKey | None:
         headers, hosts = Headers(scope=scope), self._gate.rules.hosts

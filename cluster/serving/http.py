@@ -9,14 +9,20 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from headrace.cluster.serving.errors import ApiError, of_request, of_validation
+from headrace.cluster.serving.reading_room import Held
 from headrace.scheduler.errors import RequestError
 
 _DRAINED = 4
 """How much of a body that is too large is read all the same, as a multiple of what may be: a client
 that is still sending would not see the answer."""
+
+BODY_SECONDS = 20.0
+"""For a body to come in, and `_PACE` bytes a second more."""
+
+_PACE = 1024
 
 IDLE_SECONDS = 15.0
 """How long a stream is silent at most: a pass may take longer than proxies wait."""
@@ -57,13 +63,14 @@ def require_json(request: Request) -> None:
         raise ApiError(415, "send JSON, with Content-Type: application/json")
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """ApiError when it has more than `limit` bytes, of which no more are kept."""
+async def read_body(request: Request, limit: int, held: Held | None = None) -> bytes:
+    """ApiError when it has more than `limit` bytes, of which no more are kept, or than `held` has room for."""
     parts: list[bytes] = []
-    size = 0
+    size, is_kept = 0, True
     async for part in request.stream():
         size += len(part)
-        if size <= limit:
+        is_kept = is_kept and size <= limit and (held is None or held.grow(size))
+        if is_kept:
             parts.append(part)
         else:
             parts.clear()
@@ -73,7 +80,33 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise ApiError(
             413, f"the body has more than {limit} bytes: send less", code="body_too_large"
         )
+    if held is not None and not is_kept:
+        raise held.refusal()
     return b"".join(parts)
+
+
+def patient(receive: Receive) -> Receive:
+    """Raises ApiError when the body of a request comes too slowly."""
+    clock = asyncio.get_running_loop().time
+    until, is_whole = clock() + BODY_SECONDS, False
+
+    async def read() -> Message:
+        nonlocal until, is_whole
+        if is_whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(until):
+                message = await receive()
+        except TimeoutError:
+            told = (
+                f"a body has to come within {BODY_SECONDS:g} s and a second for each {_PACE} bytes"
+            )
+            raise ApiError(408, told, code="body_too_slow") from None
+        until += len(message.get("body", b"")) / _PACE
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return read
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

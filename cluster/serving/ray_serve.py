@@ -92,6 +92,7 @@ class Ring:
         """Called by Ray Serve, once, when requests have ended or their grace has."""
         self._service.engine.give_up()
         await self._service.engine.close()
+        self._service.room.close()
         await asyncio.to_thread(self._stack.close)
 
 

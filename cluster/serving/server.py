@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from headrace.cluster.serving.addresses import address, bind, check_protected, check_tls
 from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
+from headrace.cluster.serving.connections import Acceptor, Connections, check_room
 from headrace.cluster.serving.guard import LOCAL, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
@@ -34,8 +35,8 @@ _LAST_SECONDS = 10.0
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """What a user chooses of a server. `port` 0 takes a free one, as `grpc_port` does, which is
-    None for no gRPC; `max_body` is in bytes, `grace` in
-    seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
+    None for no gRPC; `max_body` is in bytes, `max_connections`
+    are of each port, `grace` is in seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
     is what interactive requests that do not say wait for their first token at most; None: for ever. `files` is the
     directory of what clients upload and batches write, None for none; its `limits` say how much that may be."""
 
@@ -50,6 +51,7 @@ class ServerOptions:
     max_waiting: int = 256
     max_ttft: float | None = None
     max_body: int = 4 << 20
+    max_connections: int = 1000
     grace: float = 30.0
     files: Path | None = None
     limits: FileLimits = field(default_factory=FileLimits)
@@ -72,6 +74,7 @@ class Listener:
         check_tls(options.tls_cert, options.tls_key)
         if options.port and options.port == options.grpc_port:
             raise HeadraceError(f"--port and --grpc-port are both {options.port}: choose another")
+        check_room(options.max_connections, 1 if options.grpc_port is None else 2)
         self.keys: ApiKeys | None = (
             None if options.api_keys is None else load_keys(options.api_keys)
         )
@@ -125,16 +128,21 @@ class Server:
         options = listener.options
         served = Service(engine, options, options.rules(listener.keys), listener.files)
         self._listener, self._grace = listener, options.grace
-        self._engine, self._batches = served.engine, served.batches
+        self._engine, self._batches, self._room = served.engine, served.batches, served.room
         self._config = _config(options, served.app)
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
 
-            limits = {"max_waiting": options.max_waiting, "max_body": options.max_body}
+            limits = {
+                "max_waiting": options.max_waiting,
+                "max_body": options.max_body,
+                "max_connections": options.max_connections,
+            }
             self._rpc = rpc.RpcServer(
                 served.engine,
                 served.reader,
+                served.room,
                 served.model,
                 served.gate,
                 served.metrics,
@@ -153,7 +161,8 @@ class Server:
         self._engine.start()
         if self._batches is not None:
             await self._batches.start()
-        http = _Uvicorn(self._config, lambda: on_ready(self._listener.url))
+        most = self._listener.options.max_connections
+        http = _Uvicorn(self._config, most, lambda: on_ready(self._listener.url))
         ending = asyncio.ensure_future(self._end(http))
         try:
             with _handling(self.stop) if signals else nullcontext():
@@ -169,6 +178,7 @@ class Server:
                         await self._batches.close()
                     await self._engine.close()
         finally:
+            self._room.close()
             ending.cancel()
         if self._engine.error is not None:
             raise self._engine.error
@@ -209,10 +219,15 @@ class Server:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us: it would raise them again at its end, and the exit code would be another."""
+    """Leaves signals to us: it would raise them again at its end, and the exit code would be another. And
+    clients: it would take in any number of them."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, max_connections: int, on_ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self._acceptor = Acceptor(Connections(max_connections), self)
+        self._accepting: list[asyncio.Task[None]] = []
         self._on_ready = on_ready
 
     @contextmanager
@@ -220,9 +235,19 @@ class _Uvicorn(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        for each in sockets or []:
+            each.setblocking(False)
+            each.listen(self.config.backlog)
+            self._accepting.append(asyncio.create_task(self._acceptor.run(each)))
         if self.started:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        await super().shutdown(sockets)
 
 
 def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:

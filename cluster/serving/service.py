@@ -13,9 +13,13 @@ from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.reading_room import ReadingRoom
 
 if TYPE_CHECKING:
     from headrace.cluster.serving.server import ServerOptions
+
+_BODIES = 32
+"""How many of the largest bodies there is room for, from when they come in until they are tokens."""
 
 
 class Service:
@@ -39,9 +43,11 @@ class Service:
         )
         self.metrics.watch(lambda: self.engine.state)
         self.reader = Reader(self.model, engine, options.max_waiting)
+        self.room = ReadingRoom(_BODIES * options.max_body)
         front = Front(
             self.engine,
             self.reader,
+            self.room,
             self.model,
             self.metrics,
             plan=engine.plan,

@@ -1,7 +1,7 @@
 """The routes of files and batches."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -23,6 +23,7 @@ from headrace.cluster.serving.batches.requests import (
 )
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.http import JSON, read_body, require_json
+from headrace.cluster.serving.openapi import READS, Method, Route
 
 CHUNK = 1 << 20
 """Bytes of a file in memory at once, of each that is sent or received."""
@@ -32,7 +33,9 @@ _FORM_BYTES = 64 << 10
 
 _DRAINED = 64 << 20
 
-Route = tuple[str, str, Callable[..., Any]]
+_CHANGES = (400, 404, 500)
+
+_METHODS: tuple[Method, ...] = ("GET", "POST", "DELETE")
 
 P = TypeVar("P", bound=BaseModel)
 
@@ -56,15 +59,51 @@ class FileRoutes:
     @property
     def routes(self) -> list[Route]:
         return [
-            ("POST", "/v1/files", self.upload),
-            ("GET", "/v1/files", self.list_files),
-            ("GET", "/v1/files/{file_id}", self.file),
-            ("GET", "/v1/files/{file_id}/content", self.content),
-            ("DELETE", "/v1/files/{file_id}", self.delete),
-            ("POST", "/v1/batches", self.create),
-            ("GET", "/v1/batches", self.list_batches),
-            ("GET", "/v1/batches/{batch_id}", self.batch),
-            ("POST", "/v1/batches/{batch_id}/cancel", self.cancel),
+            Route(
+                "POST",
+                "/v1/files",
+                self.upload,
+                "Upload a file",
+                form=FileFields,
+                errors=(*READS, 500),
+            ),
+            Route(
+                "GET", "/v1/files", self.list_files, "List files", query=FilePage, errors=(400, 404)
+            ),
+            Route("GET", "/v1/files/{file_id}", self.file, "Look at a file", errors=(404,)),
+            Route(
+                "GET",
+                "/v1/files/{file_id}/content",
+                self.content,
+                "Download a file",
+                kinds=("application/octet-stream",),
+                errors=(404, 500),
+            ),
+            Route("DELETE", "/v1/files/{file_id}", self.delete, "Delete a file", errors=_CHANGES),
+            Route(
+                "POST",
+                "/v1/batches",
+                self.create,
+                "Start a batch",
+                body=BatchRequest,
+                errors=(*READS, 404, 500, 503),
+            ),
+            Route(
+                "GET",
+                "/v1/batches",
+                self.list_batches,
+                "List batches",
+                query=BatchPage,
+                errors=(400, 404),
+            ),
+            Route("GET", "/v1/batches/{batch_id}", self.batch, "Look at a batch", errors=(404,)),
+            Route(
+                "POST",
+                "/v1/batches/{batch_id}/cancel",
+                self.cancel,
+                "Cancel a batch",
+                errors=_CHANGES,
+            ),
         ]
 
     async def upload(self, request: Request) -> Response:
@@ -112,7 +151,8 @@ class FileRoutes:
 
     async def create(self, request: Request) -> Response:
         require_json(request)
-        given = load_object(await read_body(request, self._max_body), "the body")
+        raw = await read_body(request, self._max_body)
+        given = await asyncio.to_thread(load_object, raw, "the body")
         present = {name: value for name, value in given.items() if value is not None}
         wanted = BatchRequest.model_validate(present)
         return JSON((await self._batches.create(_tenant(request), wanted)).shown)
@@ -137,9 +177,7 @@ class NoFiles:
     @property
     def routes(self) -> list[Route]:
         paths = [path for base in PATHS for path in (base, base + "/{rest:path}")]
-        return [
-            (method, path, self.refuse) for path in paths for method in ("GET", "POST", "DELETE")
-        ]
+        return [Route(method, path, self.refuse) for path in paths for method in _METHODS]
 
     async def refuse(self) -> Response:
         told = "this server keeps no files: start it with --files DIR for /v1/files and /v1/batches"

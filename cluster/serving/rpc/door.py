@@ -44,7 +44,10 @@ class Door(aio.ServerInterceptor):  # type: ignore[misc]
                 self._metrics.answered("grpc", status_of(error).code.name)
                 return _refusing(error)
         handler = await continuation(details)
-        return _lenient(handler) if details.method.startswith(OURS) else handler
+        if handler is None:
+            return None
+        method = details.method
+        return _lenient(handler) if method.startswith(OURS) else _checking(handler, method)
 
     def key(self, context: Any) -> ApiKey | None:
         """Of a call that was let in."""
@@ -87,8 +90,6 @@ def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 def _lenient(handler: Any) -> Any:
     """With None for a message that cannot be read: gRPC would log it as a failure of the server's."""
-    if handler is None:
-        return None
     parse = handler.request_deserializer
 
     def read(raw: bytes) -> Any:
@@ -98,6 +99,30 @@ def _lenient(handler: Any) -> Any:
             return None
 
     return handler._replace(request_deserializer=read)
+
+
+def _checking(handler: Any, method: str) -> Any:
+    """Of a service that is not ours, and knows of no such message."""
+    status = status_of(unreadable(method))
+
+    async def check(request: Any, context: Any) -> Any:
+        if request is None:
+            await context.abort(status.code, status.message, status.trailers)
+        return request
+
+    async def unary(request: Any, context: Any) -> Any:
+        inner = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        return await inner(await check(request, context), context)
+
+    async def stream(requests: Any, context: Any) -> AsyncIterator[Any]:
+        checked = (await check(request, context) async for request in requests)
+        async for answer in handler.stream_stream(checked, context):
+            yield answer
+
+    kind = "unary_stream" if handler.response_streaming else "unary_unary"
+    if handler.request_streaming:
+        return _lenient(handler)._replace(stream_stream=stream)
+    return _lenient(handler)._replace(**{kind: unary})
 
 
 def _refusing(error: ApiError) -> Any:

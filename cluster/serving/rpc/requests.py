@@ -1,9 +1,9 @@
 """From messages to bodies as HTTP has them, which one reader checks. Slow for long prompts: not for the
 event loop."""
 
-import json
 from typing import Any
 
+from headrace.cluster.json_text import read_json
 from headrace.cluster.serving.bodies import MAX_MESSAGES
 from headrace.cluster.serving.reader import Reader, Work
 from headrace.cluster.serving.rpc import inference_pb2 as pb
@@ -106,8 +106,8 @@ def _choice(choice: pb.ToolChoice) -> Any:
 
 def _object(text: str, name: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = read_json(text)
+    except ValueError as error:
         raise RequestError(f"{name}: not valid JSON: {error}", name) from error
     if not isinstance(value, dict):
         raise RequestError(f"{name} must be a JSON object, not {type(value).__name__}", name)

@@ -11,9 +11,11 @@ from grpc_reflection.v1alpha import reflection
 
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.manager import Batches
+from headrace.cluster.serving.connections import HEAD_SECONDS
 from headrace.cluster.serving.guard import Gate
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.rpc import batch
 from headrace.cluster.serving.rpc.batch_pb2_grpc import add_BatchServicer_to_server
 from headrace.cluster.serving.rpc.calls import Calls
@@ -24,6 +26,12 @@ from headrace.scheduler.errors import HeadraceError
 
 _LAST_SECONDS = 0.5
 """For the ends of calls to be sent, and for those who watch the server's health."""
+
+_STREAMS = 1024
+"""Calls at once on a connection: more wait at the client."""
+
+_IDLE_MS = 300_000
+"""After which a connection without calls is closed: clients open another by themselves."""
 
 _LARGEST = 2**31 - 1
 """Bytes that protobuf can hold in a message."""
@@ -40,6 +48,7 @@ class RpcServer:
         self,
         engine: AsyncEngine,
         reader: Reader,
+        room: ReadingRoom,
         model: Model,
         gate: Gate,
         metrics: Metrics,
@@ -47,13 +56,15 @@ class RpcServer:
         *,
         max_waiting: int,
         max_body: int,
+        max_connections: int,
     ) -> None:
         """As many sequences of a key may wait and requests have as many bytes as over HTTP. Without
         `batches` the service for them refuses all calls."""
-        self._max_body, self._calls = max_body, Calls(engine)
+        self._options, self._calls = _options(max_body, max_connections), Calls(engine)
         self._door = Door(gate, metrics)
+        limits = Limits(max_waiting, max_body)
         self._inference = Inference(
-            engine, reader, model, gate, self._door, self._calls, Limits(max_waiting, max_body)
+            engine, reader, room, model, gate, self._door, self._calls, limits
         )
         self._batch = batch.BatchService(batches, gate, self._door)
         self._names = [NAME] if batches is None else [NAME, batch.NAME]
@@ -63,7 +74,7 @@ class RpcServer:
 
     async def start(self, address: str, tls: tuple[Path, Path] | None) -> None:
         """`tls` is a certificate chain and its key, in PEM. HeadraceError for an address that is taken."""
-        made = aio.server(interceptors=[self._door], options=_options(self._max_body))
+        made = aio.server(interceptors=[self._door], options=self._options)
         add_InferenceServicer_to_server(self._inference, made)  # type: ignore[no-untyped-call]
         add_BatchServicer_to_server(self._batch, made)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, made)
@@ -104,8 +115,12 @@ class RpcServer:
             await made.stop(_LAST_SECONDS)
 
 
-def _options(max_body: int) -> list[tuple[str, int]]:
+def _options(max_body: int, max_connections: int) -> list[tuple[str, int]]:
     return [
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.max_concurrent_streams", _STREAMS),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
+        ("grpc.server_handshake_timeout_ms", round(1000 * HEAD_SECONDS)),
         ("grpc.max_receive_message_length", min(max_body, _LARGEST)),
         ("grpc.max_send_message_length", -1),
         ("grpc.compression_enabled_algorithms_bitset", _IDENTITY),
