@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.encoding.encoder import Encoder
-from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.engine_stats import EngineStats
+from headrace.cluster.keyword_options import engine_options
 from headrace.cluster.launch import running_engine
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.rows import chat_tokens, prompt_tokens
@@ -58,16 +58,8 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        from headrace.cluster.cli.options import parsed
-
-        options = parsed(options)
-        for name in ("trace", "kv_directory", "kv_key_file"):
-            if options.get(name) is not None:
-                options[name] = Path(options[name])
         self._stack = ExitStack()
-        self._engine = self._stack.enter_context(
-            running_engine(EngineOptions(store=Path(model), **options))
-        )
+        self._engine = self._stack.enter_context(running_engine(engine_options(model, options)))
         self._encoder = Encoder(self._engine.tokenizer)
         self._count = 0
 
