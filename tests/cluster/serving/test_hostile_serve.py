@@ -37,7 +37,9 @@ SLOW = 20.0
 
 _PROBE = """
 import http.client, select, sys, time
-while not select.select([sys.stdin], [], [], 0.05)[0]:
+ended = False
+while not ended:
+    ended = select.select([sys.stdin], [], [], 0.05)[0]
     began = time.monotonic()
     asking = http.client.HTTPConnection(sys.argv[1], int(sys.argv[2]), timeout=60)
     asking.request("GET", "/health/live")
@@ -156,9 +158,7 @@ def test_frames_and_heads_that_are_none(target: Target) -> None:
 def test_schemathesis(target: Target, tmp_path: Path) -> None:
     """Requests made of the server's own description, right and wrong ones."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    deadline = ("--header", ": ".join(*hostile.DEADLINE.items()))
     more = (
-        *deadline,
         "--checks",
         checks,
         "--max-examples",
@@ -175,7 +175,7 @@ def test_schemathesis(target: Target, tmp_path: Path) -> None:
         url,
         *more,
         "--request-timeout",
-        "60",
+        "300",
     ]
     with target.watched(), (tmp_path / "out").open("wb") as out:
         ended = subprocess.run(run, cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT, check=False)
@@ -222,6 +222,7 @@ def head(path: str, length: int, kind: str = "application/json") -> bytes:
 def test_slow_and_idle_clients(target: Target) -> None:
     """2000 that say nothing, 300 whose heads and 300 whose bodies come byte by byte; and one that is served."""
     address, began = target.served.address, time.monotonic()
+    short = {**STREAM, "stream": False, "max_tokens": 2}
     body = head("/v1/completions", 10_000)
     with target.watched(), ExitStack() as stack:
 
@@ -240,9 +241,7 @@ def test_slow_and_idle_clients(target: Target) -> None:
                     client.sendall(bytes([byte]))
                 except OSError:
                     continue
-            assert (
-                target.served.ask("POST", "/v1/completions", {**STREAM, "stream": False})[0] == 200
-            )
+            assert target.served.ask("POST", "/v1/completions", short)[0] == 200
             time.sleep(0.9)
         assert time.monotonic() - began > SLOW
         for client in bodies:
