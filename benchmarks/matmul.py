@@ -68,9 +68,9 @@ def reference(x: Tensor, codes: Codes) -> Tensor:
     out = torch.empty(len(x), columns, device=CUDA)
     table = torch.tensor(range(-8, 8), device=CUDA).float()
     if codes.kind != "int4":
-        from bitsandbytes.functional import get_4bit_type
+        from headrace.runtime.bnb import functional
 
-        table = get_4bit_type(codes.kind, device="cuda").float()
+        table = functional.get_4bit_type(codes.kind, device="cuda").float()
     for start in range(0, columns, 1024):
         part = packed[start : start + 1024]
         code = torch.stack((part >> 4, part & 15), dim=-1).view(len(part), depth).int()

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from headrace.cluster.bench import local
 from headrace.cluster.discovery import Discovery, discover
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.rows import chat_tokens
@@ -130,7 +131,8 @@ def repeating(engine: Engine, count: int) -> list[list[int]]:
 
 def asked(engine: Engine, count: int) -> list[list[int]]:
     lines = (EXAMPLES / "prompts.jsonl").read_text().splitlines()[:count]
-    return [chat_tokens(engine.tokenizer, json.loads(line)["messages"]) for line in lines]
+    encoder = Encoder(engine.tokenizer)
+    return [chat_tokens(encoder, json.loads(line)["messages"]) for line in lines]
 
 
 def measure(store: Path, args: argparse.Namespace, table: Table) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 
 from headrace.cluster import answers
 from headrace.cluster.completion import Completion
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.inputs import Input, open_input
 from headrace.cluster.job_report import JobReport, Stats, Work
 from headrace.cluster.journal import JobIdentity, Journal
@@ -84,14 +85,14 @@ class JobRows:
     def __init__(
         self, tokenizer: Tokenizer, defaults: SamplingParams, digest: str, max_context: int
     ) -> None:
-        self._tokenizer, self._defaults, self._max_context = tokenizer, defaults, max_context
+        self._encoder, self._defaults, self._max_context = Encoder(tokenizer), defaults, max_context
         self._salt = digest.encode() + b"\n" + repr(defaults).encode()
 
     def decode(self, number: int, raw: bytes | Mapping[str, Any]) -> Draft:
         return decode(number, raw, self._salt)
 
     def prepare(self, draft: Draft) -> Row:
-        return prepare(draft, self._tokenizer, self._defaults, self._max_context)
+        return prepare(draft, self._encoder, self._defaults, self._max_context)
 
     def refusal(
         self, number: int, raw: bytes | Mapping[str, Any], draft: Draft | None, error: RequestError

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from headrace.cluster.completion import Completion
-from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine_stats import EngineStats
+from headrace.cluster.keyword_options import engine_options
 from headrace.cluster.launch import running_engine
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.rows import chat_tokens, prompt_tokens
@@ -57,16 +58,9 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        from headrace.cluster.cli.options import parsed
-
-        options = parsed(options)
-        for name in ("trace", "kv_directory", "kv_key_file"):
-            if options.get(name) is not None:
-                options[name] = Path(options[name])
         self._stack = ExitStack()
-        self._engine = self._stack.enter_context(
-            running_engine(EngineOptions(store=Path(model), **options))
-        )
+        self._engine = self._stack.enter_context(running_engine(engine_options(model, options)))
+        self._encoder = Encoder(self._engine.tokenizer)
         self._count = 0
 
     @property
@@ -97,10 +91,12 @@ class LLM:
         """
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         several: Any = [prompts] if single else prompts
-        tokenizer = self._engine.tokenizer
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
+        context = self._engine.max_context
         tokens = [
-            prompt_tokens(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+            prompt_tokens(self._encoder, prompt, context=context)
+            if isinstance(prompt, str)
+            else list(prompt)
             for prompt in several
         ]
         return self._run(texts, tokens, sampling_params, keep_context)
@@ -119,10 +115,13 @@ class LLM:
         """
         one = bool(messages) and isinstance(messages[0], dict)
         conversations: Any = [messages] if one else messages
-        tokenizer = self._engine.tokenizer
         if tools:
-            chat_template_with(tokenizer, tools)
-        tokens = [chat_tokens(tokenizer, list(c), None, tools) for c in conversations]
+            chat_template_with(self._engine.tokenizer, tools)
+        context = self._engine.max_context
+        tokens = [
+            chat_tokens(self._encoder, list(each), None, tools, context=context)
+            for each in conversations
+        ]
         return self._run([None] * len(tokens), tokens, sampling_params, keep_context)
 
     def _run(

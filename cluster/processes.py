@@ -5,11 +5,14 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
+from uuid import uuid4
 
 import ray
+from ray._private.state import actors
 from ray.util.placement_group import (
+    get_placement_group,
     placement_group,
     placement_group_table,
     remove_placement_group,
@@ -24,6 +27,8 @@ from headrace.scheduler.errors import HeadraceError
 
 START_SECONDS = 180.0
 """How long stage processes may take to start; loading weights has its own, longer deadline."""
+
+_GROUPS = "headrace"
 
 CLOSE_SECONDS = 10.0
 """How long Ray may take to let go of stages."""
@@ -92,7 +97,7 @@ class StageProcesses:
             self._bundle["GPU"] = 1.0
         self._stages, self._model = stages, model
         self._check_resources()
-        self._group = placement_group([self._bundle] * stages, strategy="PACK")
+        self._group = placement_group([self._bundle] * stages, strategy="PACK", name=_group_name())
         self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
         self._all: list[Any] = []
         self.actors: list[Any] = []
@@ -175,6 +180,28 @@ class StageProcesses:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _group_name() -> str:
+    """A placement group's, with the actor in it that this process is, if it is one."""
+    return f"{_GROUPS} {ray.get_runtime_context().get_actor_id()} {uuid4().hex}"
+
+
+def remove_left_groups() -> None:
+    """Remove what killed actors had reserved. Called by an actor before it reserves anything itself.
+
+    Stages end with the actor that drives them, but their placement group only with the whole job, and Ray
+    starts a killed actor again under its id.
+    """
+    own = ray.get_runtime_context().get_actor_id()
+    for group in placement_group_table().values():
+        kind, _, rest = group["name"].partition(" ")
+        actor = rest.partition(" ")[0]
+        if kind != _GROUPS or actor == "None" or group["state"] == "REMOVED":
+            continue
+        if actor == own or actors(actor_id=actor).get("State") == "DEAD":
+            with suppress(ValueError):  # another one removed it, or it is of another namespace
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def find_node(name: str) -> str:

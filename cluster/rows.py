@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.json_text import read_json
 from headrace.cluster.row_models import (
     PARAMETERS,
@@ -33,19 +34,20 @@ from headrace.cluster.tools.use import ToolUse, tool_use
 from headrace.scheduler.errors import ContextLengthError, RequestError
 from headrace.scheduler.request import SamplingParams
 
+_OF_TOKENS = frozenset(
+    {"padding", "truncation", "max_length", "return_tensors", "return_assistant_tokens_mask"}
+    | {"tokenizer_kwargs", "sanitize_control_tokens"}
+)
+"""What transformers takes beside a template's variables for the tokens of the text, which are ours."""
+
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that batch jobs use."""
-
-    @property
-    def bos_token_id(self) -> Any: ...
+    """The part of a transformers tokenizer that answers are made with."""
 
     @property
     def chat_template(self) -> Any: ...
 
     def __len__(self) -> int: ...
-
-    def __call__(self, text: str, /) -> Any: ...
 
     @property
     def added_tokens_decoder(self) -> Any: ...
@@ -123,12 +125,12 @@ def decode(number: int, raw: bytes | Mapping[str, Any], salt: bytes) -> Draft:
     return Draft(number, row_id, max(key, 2), batch, data)
 
 
-def prepare(draft: Draft, tokenizer: Tokenizer, defaults: SamplingParams, max_context: int) -> Row:
+def prepare(draft: Draft, encoder: Encoder, defaults: SamplingParams, max_context: int) -> Row:
     """Check a row and tokenize it. Raises RequestError with a reason that the user can act upon."""
     kind, row = _validate(draft)
-    params = sampling_params(row, defaults)
+    params, tokenizer = sampling_params(row, defaults), encoder.tokenizer
     tools = None if isinstance(row, CompletionBody) else tool_use(row, tokenizer)
-    token_ids = _token_ids(row, tokenizer, tools)
+    token_ids = _token_ids(row, encoder, tools, max_context)
     check_tokens(token_ids, tokenizer, max_context)
     keep = bool(row.keep_context)
     if tools is not None:
@@ -184,14 +186,19 @@ def _validate(draft: Draft) -> tuple[Kind, NativeRow | CompletionBody | ChatBody
 
 
 def _token_ids(
-    row: NativeRow | CompletionBody | ChatBody, tokenizer: Tokenizer, tools: ToolUse | None
+    row: NativeRow | CompletionBody | ChatBody,
+    encoder: Encoder,
+    tools: ToolUse | None,
+    max_context: int,
 ) -> list[int]:
     if not isinstance(row, CompletionBody) and row.messages is not None:
         messages = [message.for_template() for message in row.messages]
         told = None if tools is None else tools.told
-        return chat_tokens(tokenizer, messages, row.chat_template_kwargs, told)
+        return chat_tokens(encoder, messages, row.chat_template_kwargs, told, context=max_context)
     assert not isinstance(row, ChatBody) and row.prompt is not None
-    return prompt_tokens(tokenizer, row.prompt) if isinstance(row.prompt, str) else row.prompt
+    if not isinstance(row.prompt, str):
+        return row.prompt
+    return prompt_tokens(encoder, row.prompt, context=max_context)
 
 
 def sampling_params(row: Parameters, defaults: SamplingParams) -> SamplingParams:
@@ -213,37 +220,58 @@ def sampling_params(row: Parameters, defaults: SamplingParams) -> SamplingParams
     return replace(defaults, **{"seed": None, **given})
 
 
-def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a text, with one BOS where the tokenizer adds one, even if the text has it."""
-    try:
-        token_ids = list(tokenizer(text)["input_ids"])
-    except Exception as error:
-        raise RequestError(f"the tokenizer refused the prompt: {error}") from error
-    bos = tokenizer.bos_token_id
+def prompt_tokens(
+    encoder: Encoder, text: str, *, context: int | None = None, tenant: str = ""
+) -> list[int]:
+    """Token ids of a text, with one BOS where the tokenizer adds one, even if the text has it.
+
+    ContextLengthError, before the end is tokenized, for a long text that has more than `context`.
+    RequestError when the tokenizer refuses it.
+    """
+    token_ids = _encoded(encoder, text, "prompt", special=True, context=context, tenant=tenant)
+    bos = encoder.tokenizer.bos_token_id
     if bos is not None and token_ids[:2] == [bos, bos]:
         return token_ids[1:]
     return token_ids
 
 
 def chat_tokens(
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     messages: list[dict[str, Any]],
     options: Mapping[str, Any] | None = None,
     tools: Sequence[dict[str, Any]] | None = None,
+    *,
+    context: int | None = None,
+    tenant: str = "",
 ) -> list[int]:
     """Token ids of a conversation up to where the assistant speaks, by the model's chat template.
 
     `options` are further variables of the template. Raises RequestError when there is no template
-    and when it refuses the messages.
+    and when it refuses the messages; else as `prompt_tokens`.
     """
+    tokenizer = encoder.tokenizer
     if tokenizer.chat_template is None:
         raise RequestError('the model has no chat template: give "prompt" instead of "messages"')
-    fixed: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    if taken := sorted(_OF_TOKENS & (options or {}).keys()):
+        raise RequestError(
+            f"chat_template_kwargs may not set {', '.join(taken)}", "chat_template_kwargs"
+        )
+    fixed: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
     if tools:
         fixed["tools"] = list(tools)
     try:
         # A template is a program that came with the model: whatever it raises concerns this row.
-        encoded = tokenizer.apply_chat_template(messages, **{**(options or {}), **fixed})
+        text = tokenizer.apply_chat_template(messages, **{**(options or {}), **fixed})
     except Exception as error:
         raise RequestError(f"the chat template refused the messages: {error}") from error
-    return list(encoded["input_ids"])
+    return _encoded(encoder, text, "messages", special=False, context=context, tenant=tenant)
+
+
+def _encoded(encoder: Encoder, text: str, field: str, **how: Any) -> list[int]:
+    try:
+        return encoder.encode(text, **how).tolist()
+    except ContextLengthError as error:
+        error.param = field
+        raise
+    except Exception as error:
+        raise RequestError(f"the tokenizer refused the prompt: {error}") from error

@@ -7,8 +7,9 @@ pages costs more than the work (8192 x 2048 to float32: 32 ms, of which the kern
 import ctypes
 
 import torch
-from bitsandbytes.cextension import lib
 from torch import Tensor
+
+from headrace.runtime.bnb import lib
 
 _KERNEL_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

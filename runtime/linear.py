@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from math import gcd, prod
 from typing import TYPE_CHECKING
 
-import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 import torch
 from torch import Tensor, nn
 
+import headrace.runtime.bnb  # noqa: F401  (registers torch.ops.bitsandbytes)
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.dequantize import dequantize_4bit
 from headrace.runtime.matmul.configs import Codes

@@ -22,7 +22,7 @@ MARK = "HEADRACE_TEST_RUN"
 
 @dataclass
 class Command:
-    """One running `headrace`, its output on files, in a session and process group of its own."""
+    """One running command, its output on files, in a session and process group of its own."""
 
     process: "subprocess.Popen[bytes]"
     mark: str
@@ -87,10 +87,17 @@ def _title(process: psutil.Process) -> str:
 @contextmanager
 def headrace(folder: Path, *arguments: object, **environment: str) -> Iterator[Command]:
     """`headrace arguments...` in `folder`; killed at the end if it still runs."""
+    with python(folder, "-m", "headrace.cluster.cli.main", *arguments, **environment) as command:
+        yield command
+
+
+@contextmanager
+def python(folder: Path, *arguments: object, **environment: str) -> Iterator[Command]:
+    """`python arguments...`, likewise."""
     mark = uuid.uuid4().hex
     with (folder / f"{mark}.out").open("wb") as out, (folder / f"{mark}.err").open("wb") as err:
         process = subprocess.Popen(
-            [sys.executable, "-m", "headrace.cluster.cli.main", *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), MARK: mark, **environment},
             stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -41,6 +42,7 @@ from headrace.cluster.serving.openapi import READS, WORKS, Route, describe
 from headrace.cluster.serving.page import PATHS as PAGE_PATHS
 from headrace.cluster.serving.page import Page
 from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.ring import ring_state
 from headrace.cluster.serving.terms import TIMEOUT_HEADER
 from headrace.scheduler.errors import RequestError
@@ -72,6 +74,7 @@ class Front:
         self,
         engine: AsyncEngine,
         reader: Reader,
+        room: ReadingRoom,
         model: Model,
         metrics: Metrics,
         *,
@@ -79,7 +82,7 @@ class Front:
         max_body: int,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
-        self._plan = plan
+        self._room, self._plan = room, plan
         self._max_body, self._created = max_body, int(time.time())
 
     @property
@@ -151,7 +154,8 @@ class Front:
         return await self._answer(request, self._reader.chat)
 
     async def tokenize(self, request: Request) -> Response:
-        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw)))
+        tenant = str(request.state.tenant)
+        return await self._read(request, lambda raw: JSON(self._reader.tokenize(raw, tenant)))
 
     async def detokenize(self, request: Request) -> Response:
         return await self._read(request, lambda raw: JSON(self._reader.detokenize(raw)))
@@ -189,8 +193,9 @@ class Front:
 
     async def _read(self, request: Request, read: Callable[[bytes], T]) -> T:
         require_json(request)
-        raw = await read_body(request, self._max_body)
-        return await asyncio.to_thread(read, raw)
+        with self._room.holding() as held:
+            raw = await read_body(request, self._max_body, held)
+            return await self._room.run(len(raw), partial(read, raw))
 
 
 class _Answering(Response):

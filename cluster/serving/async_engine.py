@@ -100,8 +100,12 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """Return when the engine is left alone."""
+        await asyncio.to_thread(self.join)
+
+    def join(self) -> None:
+        """`close` for another thread than the event loop's, which may be gone."""
         self.drain()
-        await asyncio.to_thread(self._loop.close)
+        self._loop.close()
 
     def now(self) -> float:
         """What `running` may be told of when a request came."""

@@ -15,6 +15,9 @@ from headrace.cluster.tools.calls import CallReader, Said
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import FinishReason, SamplingParams
 
+_MANY = 128
+"""Tokens whose text takes longer than to have another thread make it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -114,7 +117,10 @@ class Answer:
         """What comes of all choices, as it comes."""
         while news := await generation.read():
             for progress in news:
-                piece = self._choices[progress.index].take(progress)
+                take = self._choices[progress.index].take
+                # Usually a token or a few. Of a client that did not keep up there may be thousands.
+                is_long = len(progress.samples) > _MANY
+                piece = await asyncio.to_thread(take, progress) if is_long else take(progress)
                 if progress.completion is not None:
                     self._done[progress.index] = progress.completion
                 if piece is not None:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Send
 
 from headrace.cluster.serving.errors import ApiError, of_request, of_validation
+from headrace.cluster.serving.reading_room import Held
 from headrace.scheduler.errors import RequestError
 
 _DRAINED = 4
@@ -62,13 +63,14 @@ def require_json(request: Request) -> None:
         raise ApiError(415, "send JSON, with Content-Type: application/json")
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """ApiError when it has more than `limit` bytes, of which no more are kept."""
+async def read_body(request: Request, limit: int, held: Held | None = None) -> bytes:
+    """ApiError when it has more than `limit` bytes, of which no more are kept, or than `held` has room for."""
     parts: list[bytes] = []
-    size = 0
+    size, is_kept = 0, True
     async for part in request.stream():
         size += len(part)
-        if size <= limit:
+        is_kept = is_kept and size <= limit and (held is None or held.grow(size))
+        if is_kept:
             parts.append(part)
         else:
             parts.clear()
@@ -78,6 +80,8 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise ApiError(
             413, f"the body has more than {limit} bytes: send less", code="body_too_large"
         )
+    if held is not None and not is_kept:
+        raise held.refusal()
     return b"".join(parts)
 
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel
 
-from headrace.cluster.row_models import Message
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.rows import (
     Kind,
     chat_tokens,
@@ -80,9 +80,7 @@ class Reader:
     def __init__(self, model: Model, engine: ServedEngine, max_sequences: int) -> None:
         self._model, self._engine, self._max_sequences = model, engine, max_sequences
         self._reserved = _reserved(model.tokenizer)
-        # A fast tokenizer that was saved with truncation drops that at its first call, and is only
-        # then safe to use by several threads at once.
-        model.tokenizer("")
+        self._encoder = Encoder(model.tokenizer)
 
     def completion(self, raw: bytes, tenant: str) -> Work:
         return self.completion_of(_object(raw), tenant)
@@ -90,9 +88,11 @@ class Reader:
     def completion_of(self, given: dict[str, Any], tenant: str) -> Work:
         body = self._parse(CompletionRequest, given)
         self._check_count(len(body.prompts) * (body.n or 1))
-        tokenizer = self._model.tokenizer
+        context = self._model.max_context
         prompts = [
-            prompt_tokens(tokenizer, each) if isinstance(each, str) else each
+            prompt_tokens(self._encoder, each, context=context, tenant=tenant)
+            if isinstance(each, str)
+            else each
             for each in body.prompts
         ]
         params = sampling_params(body, SamplingParams())
@@ -107,24 +107,25 @@ class Reader:
         self._check_count(body.n or 1)
         tools = tool_use(body, self._model.tokenizer)
         told = None if tools is None else tools.told
-        prompt = self._conversation(body.messages, body.chat_template_kwargs, told)
-        room = max(1, self._model.max_context - len(prompt))
+        context = self._model.max_context
+        prompt = self._conversation(body, told, tenant, context)
+        room = max(1, context - len(prompt))
         params = sampling_params(body, SamplingParams(max_tokens=room))
         if tools is None:
             return self._work(Kind.CHAT, [prompt], params, body, tenant)
         work = self._work(Kind.CHAT, [prompt], tools.sampling(params), body, tenant)
         return replace(work, tools=tools.after(prompt, self._model.tokenizer))
 
-    def tokenize(self, raw: bytes) -> dict[str, Any]:
+    def tokenize(self, raw: bytes, tenant: str) -> dict[str, Any]:
         body = self._parse(TokenizeRequest, _object(raw))
         if body.messages is not None:
             told = for_template(body.tools or ())
             if told:
                 chat_template_with(self._model.tokenizer, told)
-            tokens = self._conversation(body.messages, body.chat_template_kwargs, told)
+            tokens = self._conversation(body, told, tenant)
         else:
             assert body.prompt is not None
-            tokens = prompt_tokens(self._model.tokenizer, body.prompt)
+            tokens = prompt_tokens(self._encoder, body.prompt, tenant=tenant)
         return {"tokens": tokens, "count": len(tokens), "max_model_len": self._model.max_context}
 
     def detokenize(self, raw: bytes) -> dict[str, Any]:
@@ -158,18 +159,20 @@ class Reader:
 
     def _conversation(
         self,
-        messages: Sequence[Message],
-        options: dict[str, Any] | None,
+        body: ChatRequest | TokenizeRequest,
         tools: Sequence[dict[str, Any]] | None,
+        tenant: str,
+        context: int | None = None,
     ) -> list[int]:
+        options = body.chat_template_kwargs
         if taken := sorted(self._reserved & (options or {}).keys()):
             raise RequestError(
                 f"chat_template_kwargs may not set {', '.join(taken)}: it is for variables of the"
                 " model's own template",
                 "chat_template_kwargs",
             )
-        told = [message.for_template() for message in messages]
-        return chat_tokens(self._model.tokenizer, told, options, tools)
+        told = [message.for_template() for message in body.messages or ()]
+        return chat_tokens(self._encoder, told, options, tools, context=context, tenant=tenant)
 
     def _work(
         self,

@@ -15,19 +15,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from headrace.cluster.serving.addresses import address, bind, check_protected, check_tls
-from headrace.cluster.serving.app import Front, create_app
-from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
-from headrace.cluster.serving.batches.lane import BatchLane
-from headrace.cluster.serving.batches.manager import Batches
-from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.connections import Acceptor, Connections, check_room
-from headrace.cluster.serving.guard import LOCAL, Gate, Rules
+from headrace.cluster.serving.guard import LOCAL, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
-from headrace.cluster.serving.metrics import Metrics
-from headrace.cluster.serving.rates import Rates
-from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.service import Service
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
@@ -62,6 +55,11 @@ class ServerOptions:
     grace: float = 30.0
     files: Path | None = None
     limits: FileLimits = field(default_factory=FileLimits)
+
+    def rules(self, keys: ApiKeys | None) -> Rules:
+        """A local server without keys answers to local names alone."""
+        is_open = keys is not None or self.insecure
+        return Rules(keys, None if is_open else LOCAL | {self.host})
 
 
 class Listener:
@@ -108,13 +106,6 @@ class Listener:
         cert, key = self.options.tls_cert, self.options.tls_key
         return None if cert is None or key is None else (cert, key)
 
-    @property
-    def rules(self) -> Rules:
-        """A local server without keys answers to local names alone."""
-        options = self.options
-        is_open = self.keys is not None or options.insecure
-        return Rules(self.keys, None if is_open else LOCAL | {options.host})
-
     def close(self) -> None:
         """Safe to call twice."""
         self.socket.close()
@@ -134,26 +125,11 @@ class Server:
     """Serves one engine at one address until it is told to stop, or the engine fails."""
 
     def __init__(self, listener: Listener, engine: ServedEngine) -> None:
-        options, metrics = listener.options, Metrics()
+        options = listener.options
+        served = Service(engine, options, options.rules(listener.keys), listener.files)
         self._listener, self._grace = listener, options.grace
-        model = Model(options.model_name, engine.tokenizer, engine.model_digest, engine.max_context)
-        rates = Rates(listener.keys or ())
-        self._engine = AsyncEngine(
-            engine, metrics, options.max_waiting, max_ttft=options.max_ttft, rates=rates
-        )
-        metrics.watch(lambda: self._engine.state)
-        reader = Reader(model, engine, options.max_waiting)
-        front = Front(
-            self._engine, reader, model, metrics, plan=engine.plan, max_body=options.max_body
-        )
-        files: FileRoutes | NoFiles = NoFiles()
-        self._batches: Batches | None = None
-        if (store := listener.files) is not None:
-            lane = BatchLane(self._engine, model, engine.max_sequences)
-            self._batches = Batches(store, lane, reader, model, options.max_body)
-            files = FileRoutes(store, self._batches, options.max_body)
-        gate = Gate(listener.rules, rates, metrics)
-        self._config = _config(options, create_app(front, files, gate, metrics))
+        self._engine, self._batches, self._room = served.engine, served.batches, served.room
+        self._config = _config(options, served.app)
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
             from headrace.cluster.serving.rpc import server as rpc  # loads gRPC
@@ -164,7 +140,14 @@ class Server:
                 "max_connections": options.max_connections,
             }
             self._rpc = rpc.RpcServer(
-                self._engine, reader, model, gate, metrics, self._batches, **limits
+                served.engine,
+                served.reader,
+                served.room,
+                served.model,
+                served.gate,
+                served.metrics,
+                served.batches,
+                **limits,
             )
         self._stops = 0
         self._stopping = asyncio.Event()
@@ -195,6 +178,7 @@ class Server:
                         await self._batches.close()
                     await self._engine.close()
         finally:
+            self._room.close()
             ending.cancel()
         if self._engine.error is not None:
             raise self._engine.error

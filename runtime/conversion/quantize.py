@@ -132,7 +132,7 @@ def _int8_tail(
 
 def _nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
     # Imported late: it takes seconds. Importing it registers the operator.
-    import bitsandbytes  # noqa: F401
+    import headrace.runtime.bnb  # noqa: F401
 
     quantize = torch.ops.bitsandbytes.quantize_4bit.default
     packed, absmax = quantize(rows.reshape(-1), BLOCKSIZE, "nf4", torch.uint8)
@@ -142,7 +142,7 @@ def _nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _nf4_tail(
     absmax: Tensor, double_quant: bool, dtype: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor]]:
-    from bitsandbytes.functional import get_4bit_type, quantize_blockwise
+    from headrace.runtime.bnb import functional
 
     state: dict[str, Any] = {
         "quant_type": "nf4",
@@ -152,7 +152,7 @@ def _nf4_tail(
     }
     if double_quant:
         offset = absmax.mean()
-        absmax, nested = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+        absmax, nested = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
         state |= {
             "nested_blocksize": NESTED_BLOCKSIZE,
             "nested_dtype": "float32",
@@ -162,7 +162,7 @@ def _nf4_tail(
     if double_quant:
         yield "nested_absmax", nested.absmax
         yield "nested_code", nested.code
-    yield "code", get_4bit_type("nf4", device="cpu")
+    yield "code", functional.get_4bit_type("nf4", device="cpu")
     text = json.dumps(state).encode()
     assert len(text) <= STATE_BYTES, text
     yield "state", torch.frombuffer(bytearray(text.ljust(STATE_BYTES)), dtype=torch.uint8)

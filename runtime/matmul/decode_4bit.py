@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
+
+from headrace.runtime.bnb import functional
 
 WORD = 8
 """Codes in a word of 32 bits."""
@@ -108,6 +109,6 @@ def _affine(dtype: torch.dtype, suffix: str, zeros: bool) -> list[str]:
 @cache
 def table(kind: str, dtype: torch.dtype) -> Tensor:
     """int32 [8]: the low bytes of the 16 values of "nf4" or "fp4" in `dtype`, then the high bytes."""
-    values: Tensor = get_4bit_type(kind, device="cpu")
+    values: Tensor = functional.get_4bit_type(kind, device="cpu")
     raw = values.to(dtype).view(torch.uint8).view(16, 2)
     return raw.T.contiguous().view(-1).view(torch.int32)

@@ -16,10 +16,9 @@ from copy import copy
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.cextension import lib
-from bitsandbytes.functional import has_avx512bf16
 from torch import Tensor
 
+from headrace.runtime.bnb import functional, lib
 from headrace.runtime.dequantize import dequantize_4bit
 from headrace.runtime.linear import FourBitWeight, Scratch, Weight, parts_of
 from headrace.runtime.store import WeightSpec
@@ -231,4 +230,4 @@ def choose_layout(device: torch.device, dtype: torch.dtype, sequences: int) -> P
 
 def has_kernel() -> bool:
     """Whether this CPU has AVX-512 bf16 and the bitsandbytes library in use was built for it."""
-    return bool(has_avx512bf16())
+    return bool(functional.has_avx512bf16())

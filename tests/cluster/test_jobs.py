@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from headrace.cluster.cli.generate import (
     Meter,
@@ -74,14 +75,18 @@ class LetterTokenizer:
     bos_token_id = None
     chat_template = "a"
 
+    def __init__(self) -> None:
+        self.backend_tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, "?"))
+        self.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+
     def __len__(self) -> int:
         return 128
 
-    def __call__(self, text: str, /) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, text: str, /, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.backend_tokenizer.encode(text).ids}
 
-    def apply_chat_template(self, conversation: Any, /, **_: Any) -> dict[str, list[int]]:
-        return self("".join(message["content"] for message in conversation))
+    def apply_chat_template(self, conversation: Any, /, **_: Any) -> str:
+        return "".join(message["content"] for message in conversation)
 
     def decode(self, token_ids: Any, /) -> str:
         return "".join(chr(token) for token in token_ids)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import headrace, wait_for
+from commands import STORIES, headrace, wait_for
 from kv_logs import segments
 
 from headrace.cluster.bench.local import local_engine
@@ -16,12 +16,14 @@ from headrace.cluster.cli.kv_commands import list_pages
 from headrace.cluster.cli.main import main
 from headrace.cluster.cli.options import Device, RunOptions
 from headrace.cluster.cli.sizes import parse_duration
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.jobs import Job, JobFiles
 from headrace.cluster.kv_options import check_kv_options, describe_costs, log_config
 from headrace.cluster.launch import local_plan
 from headrace.cluster.rows import decode, prepare
 from headrace.cluster.stage_logs import held_by_all
+from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError
 from headrace.scheduler.inputs import KV_LOG_BYTES
@@ -182,17 +184,6 @@ def test_keys_that_all_stages_have() -> None:
     assert held_by_all([[b"a"]]) == [b"a"] and held_by_all([[b"a"], []]) == []
 
 
-class Letters:
-    bos_token_id = None
-    chat_template = None
-
-    def __len__(self) -> int:
-        return 128
-
-    def __call__(self, text: str, /) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
-
-
 @pytest.mark.parametrize(
     ("row", "keep"),
     [
@@ -211,8 +202,8 @@ class Letters:
     ],
 )
 def test_rows_say_whether_they_go_on(row: dict[str, Any], keep: bool) -> None:
-    draft = decode(1, json.dumps(row).encode(), b"")
-    assert prepare(draft, Letters(), SamplingParams(), 64).keep_context == keep  # type: ignore[arg-type]
+    draft, encoder = decode(1, json.dumps(row).encode(), b""), Encoder(load_tokenizer(STORIES))
+    assert prepare(draft, encoder, SamplingParams(), 64).keep_context == keep
 
 
 ROWS = 24

@@ -7,6 +7,7 @@ import pytest
 
 from headrace.cluster import answers
 from headrace.cluster.completion import Completion
+from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.id_set import IdSet
 from headrace.cluster.inputs import open_input
 from headrace.cluster.rows import Kind, Row, decode, is_batch, prepare
@@ -45,7 +46,7 @@ def tokenizer() -> Iterator[Any]:
 
 def read(tokenizer: Any, data: dict[str, Any] | bytes, max_context: int = 100) -> Row:
     raw = data if isinstance(data, bytes) else json.dumps(data).encode()
-    return prepare(decode(7, raw, b"salt"), tokenizer, DEFAULTS, max_context)
+    return prepare(decode(7, raw, b"salt"), Encoder(tokenizer), DEFAULTS, max_context)
 
 
 def batch(url: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +253,8 @@ def test_parquet_rows(tmp_path: Path, tokenizer: Any) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
     source = open_input(tmp_path / "in.parquet")
     assert source.total == 2
-    read_rows = [prepare(decode(*pair, b""), tokenizer, DEFAULTS, 100) for pair in source]
+    encoder = Encoder(tokenizer)
+    read_rows = [prepare(decode(*pair, b""), encoder, DEFAULTS, 100) for pair in source]
     assert [(row.id, row.token_ids, row.params.max_tokens) for row in read_rows] == [
         ("p", [1, 2], 3),
         ("m", [1, 4, 2, 5], 5),

@@ -4,9 +4,9 @@ import random
 
 import pytest
 import torch
-from bitsandbytes.functional import get_4bit_type
 from ptx import execute, pair, unpair
 
+from headrace.runtime.bnb import functional
 from headrace.runtime.matmul.decode_4bit import decoding, magic
 
 
@@ -34,6 +34,6 @@ def test_two_words(kind: str, zeros: int, dtype: torch.dtype) -> None:
             if how.affine:
                 values = (picked - zero).to(dtype)
             else:
-                values = get_4bit_type(kind, device="cpu").to(dtype)[picked]
+                values = functional.get_4bit_type(kind, device="cpu").to(dtype)[picked]
             got = unpair(registers[f"${plane}"], dtype)
             assert torch.equal(got, (values.double() * scale.double()).to(dtype)), (plane, codes)

@@ -124,14 +124,18 @@ SINKING = SCARCE | {
 }
 LONG = (300, 390, 60, 329, 370)
 SUNK = [("llama", "fp32", 0), ("gemma3_text", "fp32", 1), ("llama", "int8", 1), ("llama", "fp32", 3), ("gpt_oss", "fp32", 2), ("llama", "int4", 2), ("gemma3_text", "int8", 3), ("deepseek_v3", "int8", 1)]  # fmt: skip
-_wanted: dict[tuple[str, str, str], dict[int, list[int]]] = {}
+_wanted: dict[tuple[str, str, int, str], dict[int, list[int]]] = {}
 
 
-def wanted(path: Path, model: str, fmt: str, device: str = "cpu") -> dict[int, list[int]]:
+def wanted(
+    path: Path, model: str, fmt: str, ring: int, device: str = "cpu"
+) -> dict[int, list[int]]:
     """Answers where all pages are on the device."""
-    key = model, fmt, device
+    # On CPUs every ring has the same bits. CUDA's kernels sum in an order that depends on how many rows
+    # there are, and a code of int4 pages that rounds the other way can be another token.
+    key = model, fmt, ring if device == "cuda" else 0, device
     if key not in _wanted:
-        plan = manual_plan(Store.open(path), **RINGS[0], kv_format=fmt)
+        plan = manual_plan(Store.open(path), **RINGS[key[2]], kv_format=fmt)
         with local_ring(path, plan, device) as pipeline:
             _wanted[key] = run_all(plan, pipeline, make_requests(LONG))
     return _wanted[key]
@@ -165,7 +169,7 @@ def test_tokens_are_the_same_with_old_pages_on_nvme(
 ) -> None:
     path = stores[model]
     found, watched = run_sunk(path, RINGS[ring], tmp_path, device=device, kv_format=fmt)
-    assert found == wanted(path, model, fmt, device)
+    assert found == wanted(path, model, fmt, ring, device)
     assert watched.sunk > 5 and watched.nvme_bytes > 0 and not watched.spoiled
     assert not [*tmp_path.iterdir()]
 
@@ -179,15 +183,15 @@ def test_pages_on_nvme_that_cannot_be_had_are_computed_again(
     stores: dict[str, Path], tmp_path: Path, kinds: list[str], device: str
 ) -> None:
     """Others of the same passes go on, and each request gets its tokens."""
-    ring = RINGS[3] if len(kinds) > 1 else RINGS[0]
+    ring = 3 if len(kinds) > 1 else 0
     wrap: Wrap = lambda blocks: Faulty(blocks, 5, kinds)
-    found, watched = run_sunk(stores["llama"], ring, tmp_path, wrap, device)
-    assert found == wanted(stores["llama"], "llama", "fp32", device)
+    found, watched = run_sunk(stores["llama"], RINGS[ring], tmp_path, wrap, device)
+    assert found == wanted(stores["llama"], "llama", "fp32", ring, device)
     assert watched.spoiled > 0 and watched.nvme_bytes > 0
 
 
 def test_pages_that_cannot_be_written_to_nvme_stay(stores: dict[str, Path], tmp_path: Path) -> None:
     wrap: Wrap = lambda blocks: Faulty(blocks, 4, ["write"])
     found, watched = run_sunk(stores["llama"], RINGS[0], tmp_path, wrap)
-    assert found == wanted(stores["llama"], "llama", "fp32")
+    assert found == wanted(stores["llama"], "llama", "fp32", 0)
     assert watched.sunk > 0 and not watched.spoiled

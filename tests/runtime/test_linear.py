@@ -1,11 +1,11 @@
 """Weights in every format against their definition, whole and in pieces."""
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.linear import Int8Weight, QuantLinear, RawWeight, Scratch, Weight
 from headrace.runtime.store import TensorSpec, WeightSpec

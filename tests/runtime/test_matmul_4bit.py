@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import get_4bit_type
-from interpreter import run_interpreted
+from interpreter import run_interpreted, slow
 from torch import Tensor
 
+from headrace.runtime.bnb import functional
 from headrace.runtime.matmul.configs import (
     BUCKETS,
     Codes,
@@ -61,7 +61,7 @@ def values(codes: Codes) -> Tensor:
 
     if codes.kind == "int4":
         return (code - (8 if codes.zeros is None else wide(codes.zeros))) * wide(codes.scales)
-    entries = get_4bit_type(codes.kind, device=code.device).double()
+    entries = functional.get_4bit_type(codes.kind, device=code.device).double()
     return entries[code] * wide(codes.scales)
 
 
@@ -108,20 +108,33 @@ def check_together(
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "interpreted")
+@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_in_the_interpreter(long: bool) -> None:
+    run_interpreted(__file__, "interpreted", slow=long)
+
+
+INTERPRETED_SHAPES = [
+    # Columns past the end.
+    ((96, 512, 64, 5, Config(64, 32, 2, 4, 2)), ("nf4", "int4 with zeros")),
+    # Padded to 32 rows, parts of one step.
+    ((64, 384, 32, 17, Config(32, 16, 3, 4, 2)), ("fp4", "int4")),
+    # K in one piece.
+    ((64, 1024, 128, 1, Config(64, 64, 1, 4, 2)), ("int4", "int4 with zeros")),
+    # Padded to 16 rows.
+    ((32, 512, 64, 9, Config(32, 64, 1, 2, 2)), ("nf4", "int4")),
+    # Several steps a scale, uneven parts.
+    ((32, 1280, 256, 2, Config(32, 16, 3, 4, 2)), ("fp4", "int4 with zeros")),
+]
+"""With the formats that are not left to the slow tests: each of them, by more than one shape."""
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
-@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(
-    ("columns", "depth", "group", "rows", "config"),
+    ("kind", "columns", "depth", "group", "rows", "config"),
     [
-        (96, 512, 64, 5, Config(64, 32, 2, 4, 2)),  # columns past the end
-        (64, 384, 32, 17, Config(32, 16, 3, 4, 2)),  # padded to 32 rows, parts of one step
-        (64, 1024, 128, 1, Config(64, 64, 1, 4, 2)),  # K in one piece
-        (32, 512, 64, 9, Config(32, 64, 1, 2, 2)),  # padded to 16 rows
-        (32, 1280, 256, 2, Config(32, 16, 3, 4, 2)),  # several steps a scale, uneven parts
+        (kind, *shape) if kind in quick else slow(kind, *shape)
+        for shape, quick in INTERPRETED_SHAPES
+        for kind in FORMATS
     ],
 )
 def test_interpreted(
@@ -210,7 +223,8 @@ def test_table_is_the_formats_own() -> None:
     for dtype in (BF16, F16):
         raw = table("nf4", dtype).view(torch.uint8).view(2, 16)
         assert torch.equal(
-            raw.T.contiguous().view(dtype).view(16), get_4bit_type("nf4", device="cpu").to(dtype)
+            raw.T.contiguous().view(dtype).view(16),
+            functional.get_4bit_type("nf4", device="cpu").to(dtype),
         )
 
 

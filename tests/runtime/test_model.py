@@ -4,7 +4,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from architectures import SUPPORTED, tiny_config
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.conversion.layer_facts import signature
 from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.conversion.selfcheck import check

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from architectures import tiny_config
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from whole import WholeModel
 
+from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.linear import Scratch, Weight

@@ -1,10 +1,10 @@
 import json
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from headrace.runtime.block_file import lay_out
+from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.conversion.quantize import (
     STORE_DTYPES,
     decode,

@@ -1,7 +1,7 @@
 """The service: requests as over HTTP, through the same reader to the same engine."""
 
-import asyncio
 from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -11,6 +11,7 @@ from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.choices import Answer, Piece
 from headrace.cluster.serving.guard import Caller, Gate
 from headrace.cluster.serving.reader import Model, Reader, Work
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.rpc import inference_pb2 as pb
 from headrace.cluster.serving.rpc.answers import loads_message, piece_message
 from headrace.cluster.serving.rpc.calls import Calls
@@ -36,14 +37,15 @@ class Inference(InferenceServicer):
         self,
         engine: AsyncEngine,
         reader: Reader,
+        room: ReadingRoom,
         model: Model,
         gate: Gate,
         door: Door,
         calls: Calls,
         limits: Limits,
     ) -> None:
-        self._engine, self._reader, self._model = engine, reader, model
-        self._gate, self._door, self._limits = gate, door, limits
+        self._engine, self._reader, self._room = engine, reader, room
+        self._model, self._gate, self._door, self._limits = model, gate, door, limits
         self._calls, self._since = calls, monotonic()
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
@@ -55,7 +57,7 @@ class Inference(InferenceServicer):
         since, left = self._engine.now(), context.time_remaining()
         name = request.request_id or uuid4().hex
         with self._calls.running(caller.tenant, name) as call:
-            work = await asyncio.to_thread(read_request, self._reader, request, caller.tenant)
+            work = await self._read(request, caller.tenant)
             terms = work.terms.of_key(caller.weight).within(left)
             work = replace(work, terms=terms)
             answer = Answer(work, self._model, 0)
@@ -66,6 +68,14 @@ class Inference(InferenceServicer):
                     await context.write(pb.GenerateResponse(request_id=name, piece=message))
             usage = pb.Usage(**answer.usage())
             await context.write(pb.GenerateResponse(request_id=name, usage=usage))
+
+    async def _read(self, request: pb.GenerateRequest, tenant: str) -> Work:
+        num_bytes = request.ByteSize()
+        with self._room.holding() as held:
+            if not held.grow(num_bytes):
+                raise held.refusal()
+            read = partial(read_request, self._reader, request, tenant)
+            return await self._room.run(num_bytes, read)
 
     def _message(self, work: Work, answer: Answer, piece: Piece) -> pb.Piece:
         logprobs = work.orders[piece.index].params.logprobs is not None

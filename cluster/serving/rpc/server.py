@@ -15,6 +15,7 @@ from headrace.cluster.serving.connections import HEAD_SECONDS
 from headrace.cluster.serving.guard import Gate
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.reader import Model, Reader
+from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.rpc import batch
 from headrace.cluster.serving.rpc.batch_pb2_grpc import add_BatchServicer_to_server
 from headrace.cluster.serving.rpc.calls import Calls
@@ -47,6 +48,7 @@ class RpcServer:
         self,
         engine: AsyncEngine,
         reader: Reader,
+        room: ReadingRoom,
         model: Model,
         gate: Gate,
         metrics: Metrics,
@@ -60,8 +62,9 @@ class RpcServer:
         `batches` the service for them refuses all calls."""
         self._options, self._calls = _options(max_body, max_connections), Calls(engine)
         self._door = Door(gate, metrics)
+        limits = Limits(max_waiting, max_body)
         self._inference = Inference(
-            engine, reader, model, gate, self._door, self._calls, Limits(max_waiting, max_body)
+            engine, reader, room, model, gate, self._door, self._calls, limits
         )
         self._batch = batch.BatchService(batches, gate, self._door)
         self._names = [NAME] if batches is None else [NAME, batch.NAME]

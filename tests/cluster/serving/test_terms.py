@@ -78,9 +78,9 @@ def test_a_header_that_is_no_time(engine: EchoEngine) -> None:
 @pytest.mark.parametrize(
     ("given", "headers", "what"),
     [
-        ({"max_ttft_ms": 200}, {}, "a first token"),
-        ({"deadline_ms": 200}, {}, "the answer"),
-        ({"deadline_ms": 90_000}, {"X-Request-Timeout-Ms": "200"}, "the answer"),
+        ({"max_ttft_ms": 800}, {}, "a first token"),
+        ({"deadline_ms": 800}, {}, "the answer"),
+        ({"deadline_ms": 90_000}, {"X-Request-Timeout-Ms": "800"}, "the answer"),
     ],
 )
 def test_a_request_whose_time_is_over_ends_and_gives_its_pages_back(
@@ -90,7 +90,7 @@ def test_a_request_whose_time_is_over_ends_and_gives_its_pages_back(
         engine.gate.clear()
         began = time.monotonic()
         status, answer, found = ask(served, headers, **given)
-        assert 0.2 <= time.monotonic() - began < 5.0
+        assert 0.8 <= time.monotonic() - began < 5.0
         assert (status, answer["error"]["code"]) == (504, "deadline_passed")
         assert what in answer["error"]["message"]
         assert found["x-should-retry"] == "false"

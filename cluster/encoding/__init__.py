@@ -1,0 +1,1 @@
+"""Texts to token ids: in pieces, with what texts begin with kept."""
