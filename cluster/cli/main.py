@@ -26,6 +26,9 @@ from headrace.scheduler.errors import HeadraceError
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# Before gRPC is, which Ray does: it would write what a server's clients send to stderr, as it is.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 app = typer.Typer(
     help="Headrace runs language models that do not fit.",
     no_args_is_help=True,

@@ -251,6 +251,8 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:
+    # A line for each request that is malformed: clients could fill disks with them.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
         http="h11",
@@ -258,7 +260,7 @@ def _config(options: ServerOptions, app: ASGIApp) -> uvicorn.Config:
         loop="asyncio",
         lifespan="off",
         log_config=None,
-        log_level="info" if log.isEnabledFor(logging.INFO) else "warning",
+        log_level="info" if log.isEnabledFor(logging.INFO) else "error",
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(options.grace + _LAST_SECONDS),

@@ -107,6 +107,7 @@ def serve(folder: Path, store: Path, *more: object) -> Iterator[Target]:
         assert said, command.stderr
         yield Target(command, Served(said[0], None, lambda: None, said[-1]))
         assert "Traceback" not in command.stderr
+        assert len(command.stderr) < 10_000
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def together(work: Callable[[int], Counter[Any]], workers: int = 4) -> Counter[A
 
 def test_ten_thousand_bodies(target: Target) -> None:
     address = target.served.address
-    together(lambda seed: hostile.requests(address, 10 + seed, 1000, 60.0))
+    together(lambda seed: hostile.requests(address, 10 + seed, 2500, 60.0))
     with target.watched():
         came = together(lambda seed: hostile.requests(address, seed, 2500, 60.0))
     log.info("%s", came)
