@@ -36,7 +36,8 @@ def search_pages(problem: Problem, layout: Layout) -> Candidate:
 
     Few sequences that reach other experts each are hardly faster together; but a pass that computes
     prompts loads nearly all experts, and more of those share it. So of split layouts that are as good
-    as the best, the one with most sequences is taken.
+    as the best, the one with most sequences is taken. So it is where all layers are resident anyway: no
+    other use would be made of the memory, and the speed of a machine may be more than was measured.
     """
     most = min(problem.most_sequences(layout), problem.wanted(layout))
     least = min(most, problem.min_sequences)
@@ -47,14 +48,15 @@ def search_pages(problem: Problem, layout: Layout) -> Candidate:
     found += _with_guests(problem, layout)
     found = [one for one in found if one.cache.in_all >= problem.min_sequences] or found
     rates = [candidate.prediction.tokens_per_second for candidate in found]
+    good = [one for one, rate in zip(found, rates, strict=True) if rate * WORTH_IT >= max(rates)]
     if layout.split:
-        good = (i for i, rate in enumerate(rates) if rate * WORTH_IT >= max(rates))
-        return found[max(good)]
+        return good[-1]
     best = 0
     for i, rate in enumerate(rates):
         if rate > rates[best] * WORTH_IT:
             best = i
-    return found[best]
+    resident = [one for one in good if not one.cache.guests and not any(one.filling.ring_slots)]
+    return resident[-1] if found[best] in resident else found[best]
 
 
 def _with_guests(problem: Problem, layout: Layout) -> list[Candidate]:
