@@ -41,6 +41,19 @@ def _return_large_blocks() -> None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
+def _wait_asleep() -> None:
+    """Have threads that compute on a CPU sleep soon when they wait for each other. To be called before torch
+    is imported.
+
+    By default they spin for milliseconds: where a machine has other work, such as this run's own driver,
+    on the very core that the other thread needs. Beside one busy process on two cores a server of the bundled
+    model then made 104 tokens/s; spinning this little 448 to 516, and alone 611 to 745 instead of 721 to 947.
+    The more a layer computes, the less it matters.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+
 PASSES = "passes"
 """The group of calls that are passes: one runs, and one is made ready. Others come in between."""
 
@@ -66,6 +79,7 @@ class StageActor:
         # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _return_large_blocks()
+        _wait_asleep()
         self._name = name
         self._thread = StageThread()
         self._stage: Stage | None = None
