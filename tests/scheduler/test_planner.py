@@ -138,6 +138,16 @@ def test_pages_go_before_resident_layers_only_as_far_as_the_workload_wants() -> 
     assert few.num_pages == 4 * 16 and few.prediction.sequences == 4
 
 
+def test_a_resident_model_has_pages_beyond_what_a_slow_processor_could_use() -> None:
+    """Memory that has no other use; and the processor may be faster than when it was measured."""
+    tiny = dense(12, 256, 1024, 4, 64, 4096, element=4, context=1024)
+    slow = replace(CPU, tflops=0.001)
+    budgets, choices = [Budget(2 * GB, 0)], Choices(max_sequences=32)
+    plan = make_plan(tiny, [slow], budgets, Workload(256), choices)
+    assert plan.prediction.bound_by == "compute"
+    assert plan.prediction.sequences == 32
+
+
 def test_resident_layers_are_spread_evenly() -> None:
     tiers = plan_of(LLAMA_70B, 1, 24 * GB, max_sequences=4).placement.tiers
     resident = [i for i, tier in enumerate(tiers) if tier is Tier.DEVICE]
