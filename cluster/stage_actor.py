@@ -46,9 +46,8 @@ def _wait_asleep() -> None:
     is imported.
 
     By default they spin for milliseconds: where a machine has other work, such as this run's own driver,
-    on the very core that the other thread needs. Beside one busy process on two cores a server of the bundled
-    model then made 104 tokens/s; spinning this little 448 to 516, and alone 611 to 745 instead of 721 to 947.
-    The more a layer computes, the less it matters.
+    on the very core that the other thread needs. docs/benchmarks.md has what that costs ("A server under
+    load").
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -64,9 +64,9 @@ class Served:
     def tokens(self, text: str) -> list[int]:
         return list(self.ask("POST", "/tokenize", {"prompt": text})[1]["tokens"])
 
-    def metric(self, line: str) -> float:
+    def metric(self, line: str, headers: dict[str, str] | None = None) -> float:
         """The value of one line of /metrics; 0 when there is none."""
-        for each in self.ask("GET", "/metrics")[1].splitlines():
+        for each in self.ask("GET", "/metrics", headers=headers)[1].splitlines():
             if each.startswith(line + " "):
                 return float(each.rpartition(" ")[2])
         return 0.0
