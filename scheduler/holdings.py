@@ -149,6 +149,12 @@ class Holdings:
                 self._count(request, prefix)
         return failed
 
+    def abandon_moves(self) -> list[Request]:
+        """Give up every move of pages. Returns the requests that wait for some."""
+        waiting = [request for request, _ in self._loading.values()]
+        self.cache.abandon_moves()
+        return waiting
+
     def give_way(self, request: Request) -> None:
         """Take a victim's pages; full ones are saved, if that is cheaper than computing them again."""
         has_saved, has_sunk = request.num_cold > 0, request.num_sunk > 0

@@ -209,6 +209,15 @@ class KVCache:
         settled.failed.update(self._advance())
         return settled
 
+    def abandon_moves(self) -> None:
+        """Give up every move and every load, also those that no move brings yet."""
+        for move in self.tiers.moves.abandon():
+            self.tiers.abandon(move)
+        for page in self._loads:
+            self._device.forget(page)
+        self._loads.clear()
+        self._kept.clear()
+
     def check_integrity(self) -> None:
         """Assert that pages and slots are in order, and that what is coming will come."""
         self.tiers.check_integrity()

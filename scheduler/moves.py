@@ -41,6 +41,13 @@ class Moves:
         taken, self._untaken = tuple(self._untaken), []
         return taken
 
+    def abandon(self) -> list[PageMove]:
+        """All that are under way, which will not be reported; none is any more."""
+        abandoned = [*self._under_way.values()]
+        self._under_way.clear()
+        self._untaken = []
+        return abandoned
+
     def end(self, number: int, *, lost: bool) -> PageMove:
         move = self._under_way.pop(number)
         (self.num_lost if lost else self.num_moved)[move.kind] += 1

@@ -206,6 +206,13 @@ class Request:
         assert 0 <= num_output <= self.num_output, (num_output, self.num_output)
         del self.tokens[self.num_prompt + num_output :]
 
+    def rewind(self, start: int) -> None:
+        """Go on from `start`, which passes in flight had computed more than: they will not return."""
+        assert start <= self.num_scheduled
+        self.num_scheduled = start
+        self.num_drawing = self.num_drafts = 0
+        self.passes.clear()
+
     def slice_of(self, count: int) -> Slice:
         """Its next `count` pending tokens, for a pass. It has pages for them and a tail."""
         assert self.tail is not None, self.request_id

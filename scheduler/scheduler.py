@@ -192,6 +192,26 @@ class Scheduler:
             self._roster.wait_again(request)
         return len(losers)
 
+    def abandon(self, passes: Iterable[Pass]) -> None:
+        """Take back the passes in flight, which are `passes`: nothing that they computed counts, and moves of
+        pages under way end nowhere. Stages still hold what earlier passes computed, until they `lose` it.
+
+        A request whose newest page is in a tail computes that page from its beginning: the tail may have
+        gone on to the next page.
+        """
+        starts: dict[int, int] = {}
+        for a_pass in passes:
+            for piece in (piece for batch in a_pass.micro_batches for piece in batch.slices):
+                starts.setdefault(piece.request, piece.start)
+        self._steps.clear()
+        assert starts.keys() == self._roster.in_flight.keys()
+        for number, start in starts.items():
+            request = self._roster.in_flight[number]
+            request.rewind(start - start % PAGE_TOKENS if self.config.num_tails else start)
+            self._land(request)
+        for request in self.holdings.abandon_moves():
+            self._room.put_back(request)
+
     def retain(self, keys: Collection[bytes]) -> None:
         """Take note that some stage's NVMe has no other pages than `keys`."""
         self.holdings.retain(keys)

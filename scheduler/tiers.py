@@ -158,6 +158,22 @@ class Tiers:
             self.host.forget(move.slot)
             self.rate(move.key)
 
+    def abandon(self, move: PageMove) -> None:
+        """Take note that a move will not end: what it reads is as it was, and what it writes worth nothing."""
+        if move.kind is MoveKind.OUT:
+            self.host.forget(move.slot)
+            self.device.departed(move.page)
+        elif move.kind is MoveKind.IN:
+            self.host.departed(move.slot)
+            self.device.forget(move.page)
+        elif move.kind is MoveKind.FETCH:
+            self.host.forget(move.slot)
+        else:
+            self.host.departed(move.slot)
+            if move.kind is MoveKind.SINK:
+                self.window.forget(move.nvme_slot)
+        self.rate(move.key)
+
     def check_integrity(self) -> None:
         """Assert that pages and slots are in order, and under the moves that there are."""
         self.device.check_integrity()

@@ -140,6 +140,14 @@ class FakeTiers:
             results.append(PassResult(step, (), times, tuple(moved), tuple(lost)))
         return results
 
+    def abandon(self) -> None:
+        """End some moves on some stages, and none of the others; nobody hears of it."""
+        for stage in self.stages:
+            for move in self._shuffled(stage.under_way.values()):
+                if self._rng.random() < 0.5:
+                    stage.end(move.number, lose=False)
+            stage.under_way.clear()
+
     def drop_from_logs(self, chance: float) -> None:
         """Forget pages on NVMe, as a stage may whose log is full or damaged."""
         for stage in self.stages:

@@ -154,8 +154,9 @@ class Driver:
         replacing: float = 0.0,
         damage: float = 0.0,
         batches: float = 0.0,
+        breaking: float = 0.0,
     ) -> None:
-        self.batches = batches
+        self.batches, self.breaking = batches, breaking
         self.scheduler = Scheduler(config)
         self.replacing, self.put_back = replacing, 0
         self.config, self.rng, self.interference = config, rng, interference
@@ -209,7 +210,9 @@ class Driver:
                 self.check_batches(a_pass)
                 self.ring.submit(a_pass)
             assert self.ring.in_flight or not self.live
-            if self.ring.in_flight:
+            if self.rng.random() < self.breaking:
+                self.break_off()
+            elif self.ring.in_flight:
                 self.collect()
             self.check()
         self.check_answers()
@@ -236,6 +239,23 @@ class Driver:
                 return
             self.ring.submit(a_pass)
         raise AssertionError("no rest")
+
+    def break_off(self) -> None:
+        """Passes in flight are broken off; then some stage may have nothing any more, but for its log."""
+        self.ring.tiers.abandon()
+        self.scheduler.abandon([a_pass for a_pass, _, _ in self.ring.in_flight])
+        self.ring.in_flight.clear()
+        self.reports = MoveReports(len(self.ring.tiers.stages))
+        self.check()
+        if self.rng.random() < 0.5:
+            stage = self.rng.choice(self.ring.tiers.stages)
+            for memory in (stage.device, stage.host, stage.window):
+                memory.clear()
+            if self.config.num_tails:
+                self.ring.tails.clear()
+            self.put_back += self.scheduler.lose(self.scheduler.contexts())
+            self.scheduler.retain(stage.log.keys())
+            self.check()
 
     def replace_stage(self, stage: FakeStage) -> None:
         """Another one has what the scheduler says, but for some of it and the window, and maybe the log."""
@@ -378,6 +398,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     replacing=st.sampled_from([0.0, 0.1]),
     damage=st.sampled_from([0.0, 0.01, 0.2]),
     batches=st.sampled_from([0.5, 0.2, 0.0]),
+    breaking=st.sampled_from([0.0, 0.05]),
     seed=st.integers(0, 2**32),
 )
 def test_every_request_ends_with_its_tokens_whatever_is_lost(
@@ -390,6 +411,7 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
     replacing: float,
     damage: float,
     batches: float,
+    breaking: float,
     seed: int,
 ) -> None:
     driver = Driver(
@@ -401,6 +423,7 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
         replacing=replacing,
         damage=damage,
         batches=batches,
+        breaking=breaking,
     )
     driver.run(count, depth)
 
@@ -486,6 +509,22 @@ def test_whatever_a_replaced_stage_has_lost_is_computed_again(
         put_back += driver.put_back
         cold += driver.ring.cold
     assert put_back > 50 and cold > 100
+
+
+@pytest.mark.parametrize(("config", "num_tails"), [(HOSTING, 0), (HOSTING, 12), (SINKING, 12)])
+@pytest.mark.parametrize("drafts", [NO_DRAFTS, DRAFTS])
+def test_passes_that_are_broken_off_cost_no_token(
+    config: SchedulerConfig, num_tails: int, drafts: DraftLimits
+) -> None:
+    put_back = 0
+    for seed in range(6):
+        some = replace(
+            config, nvme_pages=20, num_tails=num_tails, drafts=drafts, ahead=1, passes_in_flight=2
+        )
+        driver = Driver(some, random.Random(seed), breaking=0.05, interference=0.01)
+        driver.run(20, 3)
+        put_back += driver.put_back
+    assert put_back > 50
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
