@@ -9,16 +9,25 @@ import ray
 from headrace.cluster.pipeline import gather
 from headrace.cluster.processes import START_SECONDS
 from headrace.cluster.stage_actor import Connection
+from headrace.cluster.watch import Watch
 from headrace.cluster.wire import encode
+from headrace.runtime.pulse import beat_key
 from headrace.runtime.rendezvous import RendezvousServer
+from headrace.scheduler.errors import StageError
+
+GIVE_UP_SECONDS = 10.0
+"""How long stages may take to stop waiting for another end when there is no store any more."""
 
 
 class Edges:
-    """Has stages find each other. `local`: all are on this machine, to which their traffic keeps."""
+    """Has stages find each other, and hears their pulses. `local`: all are on this machine, to which their
+    traffic keeps."""
 
-    def __init__(self, *, local: bool) -> None:
-        host = "127.0.0.1" if local else ray.util.get_node_ip_address()
-        self._server = RendezvousServer(host)
+    def __init__(self, stages: int, *, local: bool, patience: float) -> None:
+        """Stages that are not heard of for `patience` seconds are lost."""
+        self._watch = Watch(stages, self._beats, patience)
+        self._host = "127.0.0.1" if local else ray.util.get_node_ip_address()
+        self._server: RendezvousServer | None = None
         self._interface = loopback() if local else ""
         self._epoch = 0
 
@@ -26,15 +35,32 @@ class Edges:
         """Open every edge, in place of those that stages have; no pass is under way.
 
         All are new, and of another epoch: an end that is left over can be mistaken for none of them.
-        StageError when a stage dies or does not answer.
+        StageError when a stage dies or does not answer; then none waits for another any more.
         """
+        self.close()
+        self._watch.forget()
+        self._server = RendezvousServer(self._host)
         connection = Connection(self._server.rendezvous(self._epoch), self._interface)
         self._epoch += 1
         refs = [actor.connect.remote(encode(connection)) for actor in actors]
-        gather(refs, START_SECONDS, doing="connecting the stages")
+        try:
+            gather(refs, START_SECONDS, doing="connecting the stages", check=self.check)
+        except StageError:
+            self.close()
+            ray.wait(refs, num_returns=len(refs), timeout=GIVE_UP_SECONDS)
+            raise
+
+    def check(self) -> None:
+        """StageLostError with the stages that have not been heard of while this was asked."""
+        self._watch.check()
+
+    def _beats(self, stage: int) -> int:
+        return 0 if self._server is None else self._server.count(beat_key(stage))
 
     def close(self) -> None:
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
 
 def loopback() -> str:

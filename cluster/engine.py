@@ -5,6 +5,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from headrace.cluster.completion import Completion
@@ -12,12 +13,13 @@ from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending, Pipeline
+from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.drafter import Guesses
-from headrace.scheduler.errors import StageError
+from headrace.scheduler.errors import StageError, StageLostError
 from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from headrace.runtime.kv_log.stats import LogReport
 
 log = logging.getLogger(__name__)
+
+MOST_FRUITLESS = 5
+"""Recoveries in a row after each of which stages were lost before any pass returned."""
 
 
 class Engine:
@@ -49,6 +54,7 @@ class Engine:
         trace: "RunTrace | None" = None,
         logs: "StageLogs | None" = None,
         replacer: StageReplacer | None = None,
+        recovery: RingRecovery | None = None,
         vocabulary: int | None = None,
     ) -> None:
         """Takes over what the stages' `logs` hold of `tenant`, whose all requests are. The model has
@@ -68,7 +74,8 @@ class Engine:
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
         self._pipeline, self._stop_ids = pipeline, stop_ids
         self._outputs = Outputs(tokenizer, stop_ids, vocabulary)
-        self._replacer = replacer
+        self._replacer, self._recovery = replacer, recovery
+        self._fruitless = 0  # recoveries since a pass returned
         self._completed: list[Completion] = []  # by passes that `step` did not wait for
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
         self._next_id = 0
@@ -165,7 +172,8 @@ class Engine:
     def step(self) -> list[Completion]:
         """Keep the ring full, then apply the oldest pass. Returns the requests that it finished.
 
-        With a pass ahead, the next one runs while this one's tokens are committed.
+        With a pass ahead, the next one runs while this one's tokens are committed. Where stages were lost,
+        others take their place first, and the passes under way are made again.
         """
         started = time.monotonic()
         while len(self._in_flight) < self.plan.passes_in_flight + self.plan.ahead:
@@ -180,8 +188,10 @@ class Engine:
         earlier, self._completed = self._completed, []
         if not self._in_flight:
             return earlier
-        a_pass, pending = self._in_flight.popleft()
-        results = pending.result()
+        returned = self._oldest()
+        if returned is None:
+            return earlier
+        a_pass, results = returned
         with self._tracer.span(Kind.COMMIT, number=a_pass.step):
             completions = self._apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
@@ -218,12 +228,60 @@ class Engine:
         log.info("%s", done)
         return done
 
+    def tend(self) -> None:
+        """While there is nothing to do, look whether all stages are alive: others take the place of those
+        that are not. Now and then, or the next request has to wait for that."""
+        if self._recovery is not None and not self._in_flight:
+            try:
+                self._recovery.check()
+            except StageLostError as error:
+                self._recover(error)
+
+    def _oldest(self) -> tuple[Pass, list[PassResult]] | None:
+        """The oldest pass in flight and its results; None when stages were lost and others are there."""
+        a_pass, pending = self._in_flight[0]
+        try:
+            results = pending.result()
+        except StageLostError as error:
+            self._recover(error)
+            return None
+        self._in_flight.popleft()
+        self._fruitless = 0
+        return a_pass, results
+
+    def _recover(self, error: StageLostError) -> None:
+        """Go on from what was committed, with other stages in place of those that were lost.
+
+        StageError when that cannot be, or was of no use several times in a row.
+        """
+        if self._recovery is None:
+            raise error
+        log.warning("%s", error)
+        self._fruitless += 1
+        if self._fruitless > MOST_FRUITLESS:
+            raise StageError(
+                f"{error} No pass has returned since {MOST_FRUITLESS} recoveries: what runs now ends stages"
+            )
+        done = self._recovery.recover(error, self._scheduler.next_step)
+        self._scheduler.abandon(a_pass for a_pass, _ in self._in_flight)
+        self._in_flight.clear()
+        self._reports = MoveReports(self.plan.placement.num_stages)
+        requests = self._scheduler.lose(self._scheduler.contexts()) if done.stages else 0
+        self.stats.recovered(done := replace(done, requests=requests))
+        log.warning("%s", done)
+        if self._logs is not None:
+            try:
+                self._scheduler.retain({*self._logs.keys()})
+            except StageLostError as another:
+                self._recover(another)
+        self.stats.kv = self._scheduler.kv_stats()
+
     def _come_to_rest(self) -> None:
         """Return when no pass and no move of pages is under way."""
         while True:
             while self._in_flight:
-                a_pass, pending = self._in_flight.popleft()
-                self._completed += self._apply(a_pass, pending.result())
+                if (returned := self._oldest()) is not None:
+                    self._completed += self._apply(*returned)
             moving = self._scheduler.settle()
             if moving is None:
                 return

@@ -1,11 +1,15 @@
 """What an engine has done since it started."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from headrace.cluster.recovery import Recovery
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import Pass, PassResult, StageTimes
 from headrace.scheduler.speculation import DraftCounts
+
+LAST_RECOVERIES = 64
 
 
 @dataclass(slots=True)
@@ -13,7 +17,8 @@ class EngineStats:
     """Totals since the engine started; `stages` sums each stage's times over all passes.
 
     `passes` are those that computed something, and `tokens` what they computed; `kv` says where pages are
-    and what was found of them, `drafts` what was guessed and how much of it was right.
+    and what was found of them, `drafts` what was guessed and how much of it was right;
+    `recoveries` are the last ones of `num_recoveries`.
     """
 
     num_stages: int
@@ -25,10 +30,16 @@ class EngineStats:
     bound_seconds: float = 0.0
     kv: KVStats = field(default_factory=KVStats)
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    num_recoveries: int = 0
+    recoveries: deque[Recovery] = field(default_factory=lambda: deque(maxlen=LAST_RECOVERIES))
     stages: list[StageTimes] = field(init=False)
 
     def __post_init__(self) -> None:
         self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(self.num_stages)]
+
+    def recovered(self, recovery: Recovery) -> None:
+        self.num_recoveries += 1
+        self.recoveries.append(recovery)
 
     def add(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
         self.passes += bool(a_pass.micro_batches)

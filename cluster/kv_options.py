@@ -99,6 +99,16 @@ def log_config(options: EngineOptions) -> LogConfig | None:
     )
 
 
+def log_keys(config: LogConfig | None) -> dict[str, bytes]:
+    """Keys of all stages' logs that are in no file. The driver has them, too, so that a stage's pages can be
+    read by the process that takes its place when it dies."""
+    if config is None or config.plaintext or config.key_file is not None:
+        return {}
+    from headrace.runtime.kv_log.keys import new_key
+
+    return {config.tenant: new_key()}
+
+
 def log_kv(plan: Plan, hot_window: int | None) -> None:
     """Say what KV pages cost, and warn of a tier that is asked for and slower than computing, or than
     without it."""

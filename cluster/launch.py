@@ -5,7 +5,7 @@ Nothing here imports torch before Ray is starting: both take seconds, and need n
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,9 +15,11 @@ from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
+from headrace.cluster.kv_options import check_kv_options, log_config, log_keys, log_kv
+from headrace.cluster.members import Members
 from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, ray_cluster
+from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.start_times import StartTimes, read_at_start
@@ -205,9 +207,10 @@ def _stage_configs(
     ]
 
 
-def _load(actors: Sequence[Any], configs: Sequence[StageConfig]) -> None:
+def _load(actors: Sequence[Any], configs: Sequence[StageConfig], keys: Mapping[str, bytes]) -> None:
     refs = [
-        actor.load.remote(encode(config)) for actor, config in zip(actors, configs, strict=True)
+        actor.load.remote(encode(config), keys=dict(keys))
+        for actor, config in zip(actors, configs, strict=True)
     ]
     deadline = configs[0].deadline
     names = gather(refs, max(deadline, START_SECONDS), doing="loading weights")
@@ -258,20 +261,21 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             stack.callback(logs.close)
         log_kv(plan, options.kv_hot_window)
         configs = _stage_configs(plan, options, device, dtype, found)
-        _load(actors, configs)
+        keys = log_keys(configs[0].kv_log)
+        _load(actors, configs, keys)
         ahead.close()
         times.ended(f"loading {read_at_start(plan)} and models' code")
-        edges = None
-        if plan.placement.edges:  # a single stage has none
-            edges = Edges(local=options.address is None)
-            stack.callback(edges.close)
-            edges.connect(actors)
+        edges = Edges(
+            options.stages, local=options.address is None, patience=options.heartbeat_timeout
+        )
+        stack.callback(edges.close)
+        edges.connect(actors)
         times.ended("connecting")
         log.info("%s", times)
-        ring = RayPipeline(actors, plan, options.deadline)
-        replacer = StageReplacer(processes, configs, ring, logs, edges)
+        ring = RayPipeline(actors, plan, options.deadline, edges.check)
+        members = Members(processes, configs, ring, logs, edges, keys)
         words = shape.vocab_size
-        engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, replacer, words)
+        engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, members, words)
         stack.enter_context(engine)
         yield engine
         if options.kv_keep:  # not after an error
@@ -297,7 +301,7 @@ def _engine(
     dtype: str,
     tokenizer: Any,
     logs: ActorLogs | None,
-    replacer: StageReplacer,
+    members: Members,
     vocabulary: int,
 ) -> Engine:
     pipeline: Pipeline = ring
@@ -317,6 +321,7 @@ def _engine(
         tenant=options.kv_tenant,
         trace=trace,
         logs=logs,
-        replacer=replacer,
+        replacer=StageReplacer(members),
+        recovery=RingRecovery(members),
         vocabulary=vocabulary,
     )

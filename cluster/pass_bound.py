@@ -1,6 +1,19 @@
-"""What a pass takes at least: the bound that a run is compared with."""
+"""What a pass takes at least: the bound that a run is compared with. And what it may take at most."""
+
+from collections import deque
+from collections.abc import Sequence
 
 from headrace.scheduler.placement import Plan
+from headrace.scheduler.plan import Pass, PassResult
+
+PATIENCE = 20.0
+"""A pass may take so many times as long as others have."""
+
+LEAST_PATIENCE = 60.0
+"""Seconds that every pass may take: kernels may be compiled for it."""
+
+REMEMBERED = 64
+"""Passes that the next one is compared with."""
 
 
 def least_seconds(
@@ -39,3 +52,27 @@ def _streamed_share(plan: Plan, experts_loaded: int) -> float:
     predicted = layers + traffic.nvme_bytes + traffic.host_bytes
     needed = layers + experts_loaded * plan.expert_slot_bytes
     return needed / predicted if predicted else 1.0
+
+
+class PassDeadline:
+    """How long a pass may take: `most` seconds, and no more than PATIENCE times as long, by what the plan
+    says that they take at least, as the slowest of those before it."""
+
+    def __init__(self, plan: Plan, most: float) -> None:
+        self._plan, self._most = plan, most
+        self._ratios: deque[float] = deque(maxlen=REMEMBERED)
+
+    def of(self, a_pass: Pass) -> float:
+        """Seconds."""
+        least = self._least(a_pass)
+        if not self._ratios or not least:
+            return self._most
+        return min(self._most, max(LEAST_PATIENCE, PATIENCE * max(self._ratios) * least))
+
+    def learn(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
+        """A pass has returned."""
+        if least := self._least(a_pass):
+            self._ratios.append(max(result.times.total for result in results) / least)
+
+    def _least(self, a_pass: Pass) -> float:
+        return least_seconds(self._plan, a_pass.num_tokens, cold_pages=a_pass.num_cold)

@@ -7,17 +7,18 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
 
+from headrace.cluster.pass_bound import PassDeadline
 from headrace.cluster.stage_actor import PASSES
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.trace import Trace
-from headrace.scheduler.errors import HeadraceError, StageError
+from headrace.scheduler.errors import HeadraceError, StageLostError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:  # seconds to import, and drivers of actors have no use
 TRACE_SECONDS = 30.0
 """How long stages may take to finish the passes under way and hand over their traces."""
 
+LOOK_SECONDS = 1.0
+"""How often it is looked whether stages that are waited for are alive."""
+
+DEATH_SECONDS = 2.0
+"""How long after a broken edge Ray may take to know of the death that broke it."""
+
 _PINGS = 8
 
 T = TypeVar("T")
@@ -35,7 +42,7 @@ T = TypeVar("T")
 
 class Pending(Protocol):
     def result(self) -> list[PassResult]:
-        """One result a stage, when all have finished. StageError when any failed."""
+        """One result a stage, when all have finished. StageError when any failed. May be asked again."""
 
 
 class Pipeline(Protocol):
@@ -51,21 +58,37 @@ class Pipeline(Protocol):
     def close(self) -> None: ...
 
 
-def gather(refs: Sequence[Any], deadline: float, *, doing: str, first: int = 0) -> list[Any]:
+def gather(
+    refs: Sequence[Any],
+    deadline: float,
+    *,
+    doing: str,
+    first: int = 0,
+    check: Callable[[], None] | None = None,
+) -> list[Any]:
     """What one call on consecutive stages returned; `refs[0]` is stage `first`'s.
 
-    StageError, naming the stage, when one died, failed or took more than `deadline` seconds; a
-    HeadraceError that a stage raised comes out as it went in.
+    StageLostError, naming the stage, when one died, failed or took more than `deadline` seconds; a
+    HeadraceError that a stage raised comes out as it went in. `check` is called while they are waited
+    for, and may raise.
     """
-    waiting = list(refs)
+    waiting, end = list(refs), time.monotonic() + deadline
     while waiting:
         # One at a time, so that the first stage to fail is the one that is reported.
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=deadline)
+        left = end - time.monotonic()
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, min(left, LOOK_SECONDS)))
         if not done:
-            late = ", ".join(str(first + i) for i, ref in enumerate(refs) if ref in waiting)
-            raise StageError(f"{doing}: stage {late} did not answer within {deadline:.0f} s")
+            if left <= LOOK_SECONDS:
+                late = tuple(first + i for i, ref in enumerate(refs) if ref in waiting)
+                named = ", ".join(map(str, late))
+                raise StageLostError(
+                    f"{doing}: stage {named} did not answer within {deadline:.0f} s"
+                )
+            if check is not None:
+                check()
+            continue
         failure = _failure(done[0], first + refs.index(done[0]), doing)
-        if isinstance(failure, StageError):
+        if isinstance(failure, StageLostError):
             raise _death(refs, first, doing) or failure
         if failure is not None:
             raise failure
@@ -76,24 +99,26 @@ def _failure(ref: Any, stage: int, doing: str) -> HeadraceError | None:
     try:
         ray.get(ref)
     except ray.exceptions.RayActorError as error:
-        return StageError(f"{doing}: stage {stage} died. {_reason(error)}")
+        return StageLostError(f"{doing}: stage {stage} died. {_reason(error)}")
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, HeadraceError):
             return error.cause
-        return StageError(f"{doing}: stage {stage} failed: {error}")
+        return StageLostError(f"{doing}: stage {stage} failed: {error}")
     return None
 
 
 def _death(refs: Sequence[Any], first: int, doing: str) -> HeadraceError | None:
     """A broken edge is the echo of a peer's death: the death, when there is one."""
-    done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=2.0)
-    for ref in done:
-        try:
-            ray.get(ref)
-        except ray.exceptions.RayActorError:
-            return _failure(ref, first + refs.index(ref), doing)
-        except ray.exceptions.RayTaskError:
-            continue
+    end, waiting = time.monotonic() + DEATH_SECONDS, list(refs)
+    while waiting and (left := end - time.monotonic()) > 0:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+        for ref in done:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayActorError:
+                return _failure(ref, first + refs.index(ref), doing)
+            except ray.exceptions.RayTaskError:
+                continue
     return None
 
 
@@ -126,12 +151,21 @@ class _Draws(Generic[T]):
 
 
 class _RayPending:
-    def __init__(self, refs: list[Any], deadline: float, step: int) -> None:
-        self._refs, self._deadline, self._step = refs, deadline, step
+    def __init__(
+        self,
+        refs: list[Any],
+        a_pass: Pass,
+        deadline: PassDeadline,
+        check: Callable[[], None] | None,
+    ) -> None:
+        self._refs, self._pass, self._deadline, self._check = refs, a_pass, deadline, check
 
     def result(self) -> list[PassResult]:
-        payloads = gather(self._refs, self._deadline, doing=f"pass {self._step}")
-        return [decode(payload, PassResult) for payload in payloads]
+        seconds, doing = self._deadline.of(self._pass), f"pass {self._pass.step}"
+        payloads = gather(self._refs, seconds, doing=doing, check=self._check)
+        results = [decode(payload, PassResult) for payload in payloads]
+        self._deadline.learn(self._pass, results)
+        return results
 
 
 class RayPipeline:
@@ -141,8 +175,17 @@ class RayPipeline:
     that actor's later ones.
     """
 
-    def __init__(self, actors: Sequence[Any], plan: Plan, deadline: float) -> None:
-        self._actors, self._deadline = list(actors), deadline
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        plan: Plan,
+        deadline: float,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        """No pass may take more than `deadline` seconds, or much more than those before it. `check` may raise
+        StageLostError while a pass is waited for."""
+        self._actors, self._most, self._check = list(actors), deadline, check
+        self._deadline = PassDeadline(plan, deadline)
         self._draws: _Draws[Any] = _Draws(plan)
 
     def submit(self, a_pass: Pass) -> Pending:
@@ -155,11 +198,11 @@ class RayPipeline:
             for i, actor in enumerate(self._actors)
         ]
         self._draws.note(a_pass, refs)
-        return _RayPending(refs, self._deadline, a_pass.step)
+        return _RayPending(refs, a_pass, self._deadline, self._check)
 
     def wait_host_tier(self) -> None:
         refs = [actor.wait_host_tier.remote() for actor in self._actors]
-        gather(refs, self._deadline, doing="filling host memory")
+        gather(refs, self._most, doing="filling host memory")
 
     def replace(self, stage: int, actor: Any) -> None:
         """Another actor runs the stage's part of passes to come; none is under way."""

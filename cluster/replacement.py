@@ -9,7 +9,7 @@ has come nothing is lost if the new process cannot be had.
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,11 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from headrace.cluster.edges import Edges
-from headrace.cluster.pipeline import RayPipeline, gather
-from headrace.cluster.processes import START_SECONDS, StageProcesses, find_node
-from headrace.cluster.stage_logs import ActorLogs
+from headrace.cluster.members import Members
+from headrace.cluster.pipeline import gather
+from headrace.cluster.processes import START_SECONDS, find_node
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.kv.shared_payload import SharedPayload
-from headrace.runtime.stage_config import StageConfig
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.errors import HeadraceError
 
@@ -60,23 +58,14 @@ class PayloadKeeper:
 
 
 class StageReplacer:
-    """Replaces actors of `processes` in all that knows them. No pass or move is under way meanwhile."""
+    """Replaces processes of `members`. No pass or move is under way meanwhile."""
 
-    def __init__(
-        self,
-        processes: StageProcesses,
-        configs: Sequence[StageConfig],
-        pipeline: RayPipeline,
-        logs: ActorLogs | None,
-        edges: Edges | None,
-    ) -> None:
-        self._processes, self._configs = processes, configs
-        self._pipeline, self._logs, self._edges = pipeline, logs, edges
-        self._deadline = max(configs[0].deadline, START_SECONDS)
+    def __init__(self, members: Members) -> None:
+        self._members, self._processes = members, members.processes
 
     def find(self, stage: int, node: str | None) -> str | None:
         """The id of `node`. HeadraceError for a stage or a node that there is not."""
-        stages = len(self._configs)
+        stages = len(self._members.configs)
         if not 0 <= stage < stages:
             raise HeadraceError(f"there is no stage {stage} to replace: they are 0 to {stages - 1}")
         return None if node is None else find_node(node)
@@ -93,13 +82,9 @@ class StageReplacer:
             new, taken, keys = self._in_place(stage, ids, step)
         else:
             new, taken, keys = self._beside(stage, ids, step, node, hand_over=here == before)
-        self._processes.replace(stage, new, node)
-        self._pipeline.replace(stage, new)
-        if self._logs is not None:
-            self._ask(stage, new.open_log.remote(keys), "opening its log of KV pages")
-            self._logs.replace(stage, new)
-        if self._edges is not None:
-            self._edges.connect(self._processes.actors)
+        self._members.seat(stage, new, node)
+        self._members.open_log(stage, keys)
+        self._members.connect()
         return taken
 
     def _in_place(
@@ -111,7 +96,7 @@ class StageReplacer:
             manifest = self._ask(stage, exporting, "handing KV pages over")
             keys = self._stop(stage, hand_over=True)
             new = self._processes.start(stage)
-            self._load(stage, new, step)
+            self._members.load(stage, new, step, f"replacing stage {stage}")
             importing = new.import_payload.remote(manifest, path)
             return new, self._taken(stage, importing), keys
 
@@ -119,20 +104,15 @@ class StageReplacer:
         self, stage: int, ids: ContextIds, step: int, node: str | None, *, hand_over: bool
     ) -> tuple[Any, Taken, dict[str, bytes]]:
         if node is not None:
-            _check_spare(self._configs[stage].device)
+            _check_spare(self._members.configs[stage].device)
         new = self._processes.start(stage, node)
         try:
-            self._load(stage, new, step)
+            self._members.load(stage, new, step, f"replacing stage {stage}")
             taken = self._stream(stage, new, ids)
         except BaseException:
             self._processes.stop(new)
             raise
         return new, taken, self._stop(stage, hand_over=hand_over)
-
-    def _load(self, stage: int, new: Any, step: int) -> None:
-        config = self._configs[stage]
-        self._ask(stage, new.open.remote(config.device), "starting in another process")
-        self._ask(stage, new.load.remote(encode(config), step), "loading weights")
 
     def _stream(self, stage: int, new: Any, ids: ContextIds) -> Taken:
         """Chunks through the object store; they are gone from there when they were taken."""
@@ -154,16 +134,13 @@ class StageReplacer:
     def _stop(self, stage: int, *, hand_over: bool) -> dict[str, bytes]:
         """End the stage's process. Returns what the next one needs to read its log."""
         old = self._processes.actors[stage]
-        if self._logs is not None:
-            self._logs.leave(stage)
+        self._members.leave_log(stage)
         keys = self._ask(stage, old.leave.remote(hand_over=hand_over), "leaving")
         self._processes.stop(old)
         return dict(keys)
 
     def _ask(self, stage: int, ref: Any, doing: str) -> Any:
-        return gather(
-            [ref], self._deadline, doing=f"replacing stage {stage}: {doing}", first=stage
-        )[0]
+        return self._members.ask(stage, ref, f"replacing stage {stage}: {doing}")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from headrace.runtime.kv.handover import Contexts
     from headrace.runtime.kv.window import PageWindow
     from headrace.runtime.kv_log.stage_log import StageLog
+    from headrace.runtime.pulse import Pulse
     from headrace.runtime.stage import Stage
 
 T = TypeVar("T")
@@ -56,7 +57,10 @@ def _wait_asleep() -> None:
 PASSES = "passes"
 """The group of calls that are passes: one runs, and one is made ready. Others come in between."""
 
-CONCURRENCY = {PASSES: 2}
+CONTROL = "control"
+"""The group of calls that break passes off: they come in while anything else is under way."""
+
+CONCURRENCY = {PASSES: 2, CONTROL: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ class StageActor:
         self._thread = StageThread()
         self._stage: Stage | None = None
         self._log: StageLog | None = None
+        self._pulse: Pulse | None = None
         # Ends with the process: a pass may still read from it when the log is closed.
         self._window: PageWindow | None = None
 
@@ -101,11 +106,13 @@ class StageActor:
     def discover(self, device: str, store: str) -> bytes:
         return encode(self._thread.do(discover, device, store))
 
-    def load(self, payload: bytes, joins_at: int | None = None) -> str:
+    def load(
+        self, payload: bytes, joins_at: int | None = None, keys: dict[str, bytes] | None = None
+    ) -> str:
         """Build the stage: reads resident layers, starts the ring. Returns the storage chosen.
 
-        One that `joins_at` a pass gets its places on NVMe with `open_log`, when the stage before has
-        left them.
+        Its log's tenants have `keys` that are in no file. One that `joins_at` a pass gets its places on
+        NVMe with `open_log`, when the stage before has left them.
         """
         from headrace.runtime.kv.stage_window import open_window
         from headrace.runtime.kv_log.stage_log import StageLog
@@ -115,7 +122,7 @@ class StageActor:
         if joins_at is not None:
             self._thread.begin_at(joins_at)
         elif config.kv_log is not None:
-            self._log = StageLog(config)
+            self._log = StageLog(config, keys)
             self._window = open_window(config, self._log)
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
@@ -128,9 +135,13 @@ class StageActor:
         Ends that it has are closed first: no pass is under way.
         """
         from headrace.runtime.link import connect
+        from headrace.runtime.pulse import Pulse
 
         assert self._stage is not None
         stage, connection = self._stage, decode(payload, Connection)
+        if self._pulse is not None:
+            self._pulse.close()
+        self._pulse = Pulse(connection.rendezvous, stage.config.stage)
         stage.disconnect()
         ends = connect(
             stage.config.stage,
@@ -154,6 +165,16 @@ class StageActor:
         known = None if before is None else decode(before, PassResult)
         work = partial(stage.run, stage.prepare(a_pass), known)
         return encode(self._thread.run(a_pass.step, stage.config.deadline, work))
+
+    def break_off(self, step: int) -> bool:
+        """Give up passes before `step`, which is the next one to come. Returns when nothing of them is under
+        way any more, and whether there is a stage here, with its weights and pages."""
+        self._thread.begin_at(step)
+        if self._stage is None:
+            return False
+        self._stage.break_off()
+        self._thread.do(self._stage.rewind)
+        return True
 
     def wait_host_tier(self) -> None:
         """Return when what belongs in host RAM is there."""

@@ -22,8 +22,11 @@ class StageThread:
         self._next = 1
 
     def begin_at(self, step: int) -> None:
-        """The first pass that will come is `step`, on a stage that joins later."""
-        self._next = step
+        """The next pass that will come is `step`: on a stage that joins later, or after passes that were
+        broken off, which fail if they come now."""
+        with self._turn:
+            self._next = step
+            self._turn.notify_all()
 
     def do(self, work: Callable[..., T], *arguments: Any) -> T:
         """What `work` returns or raises."""
@@ -32,8 +35,10 @@ class StageThread:
     def run(self, step: int, deadline: float, work: Callable[[], T]) -> T:
         """`do` the work of a pass. StageError when the one before does not come in `deadline` seconds."""
         with self._turn:
-            if not self._turn.wait_for(lambda: self._next == step, deadline):
+            if not self._turn.wait_for(lambda: self._next >= step, deadline):
                 raise StageError(f"pass {step} came, and pass {self._next} did not")
+            if self._next > step:
+                raise StageError(f"pass {step} was broken off")
             future = self._thread.submit(work)
             self._next += 1
             self._turn.notify_all()

@@ -9,21 +9,26 @@ few has been received: there are more of these than micro-batches in a pass, so 
 to an earlier visit or pass and precedes the send, too. So the earliest unfinished operation can always
 proceed, also around the wrap-around edge of a cycle, and few buffers are held.
 
-Each operation has a deadline; a peer that does not answer in time is a StageError, never a hang.
+Each operation has a deadline; a peer that does not answer in time is a StageLostError, never a hang. What
+is under way can be broken off from another thread at any time: then both ends fail at once.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from headrace.runtime.rendezvous import Rendezvous, edge_group
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
-from headrace.scheduler.errors import StageError
+from headrace.scheduler.errors import StageLostError
+
+_NEVER_SENT = 0x7FFFFFFF
+"""A tag of no message."""
 
 
 class Sender(Protocol):
@@ -33,6 +38,9 @@ class Sender(Protocol):
         """Queue `x` [tokens, hidden], then wait for a send before it. `x` must not be written to
         afterwards."""
 
+    def abort(self) -> None:
+        """Have every operation fail, here and at the other end, also those under way. Any thread."""
+
     def close(self) -> None: ...
 
 
@@ -41,6 +49,9 @@ class Receiver(Protocol):
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         """The next hidden states [num_tokens, hidden], valid until `depth` further receives."""
+
+    def abort(self) -> None:
+        """As of a sender."""
 
     def close(self) -> None: ...
 
@@ -79,16 +90,15 @@ class ReceiveRing:
 class _Edge:
     """What both ends share: the group, the message counter and the deadline."""
 
-    _needs_abort = False
-
     def __init__(self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer) -> None:
         self._group, self._edge, self._deadline = group, edge, timedelta(seconds=deadline)
+        self._is_broken = False
         self._tracer, self._name = tracer, f"{edge[0]}->{edge[1]}"
         self._count = 0
 
     def _tag(self) -> int:
         self._count += 1
-        return self._count & 0x7FFFFFFF
+        return self._count % _NEVER_SENT
 
     def _span(self, kind: Kind, tag: int, x: torch.Tensor) -> AbstractContextManager[None]:
         return self._tracer.span(kind, self._name, tag, x.nbytes)
@@ -96,10 +106,12 @@ class _Edge:
     @contextmanager
     def _breaking(self) -> Iterator[None]:
         """torch's errors, of a peer that is gone or late, as ours."""
+        if self._is_broken:
+            raise StageLostError(f"edge {self._edge[0]} -> {self._edge[1]} was broken off")
         try:
             yield
         except RuntimeError as error:
-            raise StageError(
+            raise StageLostError(
                 f"edge {self._edge[0]} -> {self._edge[1]} broke: {str(error).splitlines()[0]}"
             ) from error
 
@@ -107,12 +119,36 @@ class _Edge:
         with self._breaking():
             work.wait(self._deadline)
 
+    def abort(self) -> None:
+        self._is_broken = True
+        if (group := self._group) is not None:
+            _abort(group)
+
     def close(self) -> None:
-        # Dropping the last reference closes Gloo's sockets, so that the peer fails at once instead
-        # of at its deadline; NCCL has to be told.
+        """Dropping the last reference closes Gloo's sockets, so that the peer fails at once instead of at
+        its deadline; NCCL has to be told."""
+        self._is_broken = True
         group, self._group = self._group, None
-        if group is not None and self._needs_abort:
+        if group is not None and not _is_gloo(group):
             group.abort()
+
+
+def _is_gloo(group: Any) -> bool:
+    return isinstance(group, dist.ProcessGroupGloo)
+
+
+def _abort(group: Any) -> None:
+    """Fail all operations of a group.
+
+    Gloo's own abort leaves a thread that waits where it is. But an operation that is late fails all
+    others of its group, and closes the sockets: so one is made that nobody answers.
+    """
+    if not _is_gloo(group):
+        group.abort()
+        return
+    with suppress(RuntimeError):
+        nothing = torch.empty(1, dtype=torch.uint8)
+        group.recv([nothing], 1 - group.rank(), _NEVER_SENT).wait(timedelta(milliseconds=1))
 
 
 class _Sender(_Edge):
@@ -167,8 +203,6 @@ class GlooReceiver(_Edge):
 class NcclSender(_Sender):
     """Sends from device memory, ordered after the compute queued so far; the host does not wait."""
 
-    _needs_abort = True
-
     def __init__(
         self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer, window: int
     ) -> None:
@@ -198,8 +232,6 @@ class NcclSender(_Sender):
 
 class NcclReceiver(_Edge):
     """Receives on a stream of its own, so that a transfer overlaps the compute before it."""
-
-    _needs_abort = True
 
     def __init__(
         self,
@@ -266,9 +298,9 @@ def connect(
 
 
 def wait_event(event: torch.cuda.Event, deadline: float, what: str) -> None:
-    """Block until `event` has happened; StageError when it has not within `deadline` seconds."""
+    """Block until `event` has happened; StageLostError when it has not within `deadline` seconds."""
     end = time.monotonic() + deadline
     while not event.query():
         if time.monotonic() > end:
-            raise StageError(f"{what} did not finish within {deadline:.0f} s")
+            raise StageLostError(f"{what} did not finish within {deadline:.0f} s")
         time.sleep(2e-5)  # a pass of a small model takes few milliseconds

@@ -22,13 +22,19 @@ class Rendezvous:
     port: int
     epoch: int
 
-    def store(self, edge: tuple[int, int], timeout: timedelta) -> "dist.Store":
+    def client(self, timeout: timedelta) -> "dist.Store":
+        """A connection to the store. RuntimeError when there is none, then and whenever it ends."""
         import torch.distributed as dist
 
-        tcp = dist.TCPStore(
+        return dist.TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
         )
-        return dist.PrefixStore(f"{self.epoch}/{edge[0]}-{edge[1]}", tcp)
+
+    def store(self, edge: tuple[int, int], timeout: timedelta) -> "dist.Store":
+        """Where the ends of an edge find each other."""
+        import torch.distributed as dist
+
+        return dist.PrefixStore(f"{self.epoch}/{edge[0]}-{edge[1]}", self.client(timeout))
 
 
 class RendezvousServer:
@@ -51,8 +57,13 @@ class RendezvousServer:
     def rendezvous(self, epoch: int) -> Rendezvous:
         return Rendezvous(self.host, self.port, epoch)
 
+    def count(self, key: str) -> int:
+        """What somebody has counted under the key; 0 where nobody has."""
+        assert self._store is not None
+        return int(self._store.add(key, 0))
+
     def close(self) -> None:
-        """Stop serving; edges that are open stay open."""
+        """Stop serving: edges that are open stay open, and whoever waits for another end fails at once."""
         self._store = None
 
 

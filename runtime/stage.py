@@ -26,7 +26,7 @@ from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
 from headrace.runtime.streaming.streamer import StreamCounters, wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.runtime.verification import verified
-from headrace.scheduler.errors import StageError
+from headrace.scheduler.errors import StageError, StageLostError
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class Stage:
 
     `connect` gives it its neighbours; a stage without neighbours needs none. `capture` makes the
     graphs of decodes, on CUDA by default. `pages` keeps KV pages on NVMe, and `window` has those that
-    are decoded over there, if there are such places; both stay the caller's. Errors: StoreError for damaged weights, StageError for a peer that is gone
-    or late, DoesNotFitError for host memory that turns out not to be there.
+    are decoded over there, if there are such places; both stay the caller's. Errors: StoreError for damaged weights, StageLostError for a peer that is
+    gone or late, DoesNotFitError for host memory that turns out not to be there.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Stage:
         self._reads_tokens = config.stage in ends
         self._senders: Mapping[int, Sender] = {}
         self._receivers: Mapping[int, Receiver] = {}
-        self._closed = threading.Event()
+        self._closed, self._broken = threading.Event(), threading.Event()
         self._link_clock = wait_clock(self.device)
         # The default stream would serialize compute with copies.
         self._compute = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -153,6 +153,31 @@ class Stage:
             receiver.close()
         self._senders, self._receivers = {}, {}
 
+    def break_off(self) -> None:
+        """Have the pass under way fail soon, and later ones at once, until `rewind`. Any thread."""
+        self._broken.set()
+        for sender in self._senders.values():
+            sender.abort()
+        for receiver in self._receivers.values():
+            receiver.abort()
+
+    def rewind(self) -> None:
+        """Forget passes that were broken off: weights and pages stay, and the next pass begins anew, as soon
+        as there are edges. Moves of pages end first, and nobody hears of them."""
+        with torch.inference_mode(), self._on_device():
+            self.disconnect()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._weights.rewind()
+            if self._moves is not None:
+                self._wait_for_moves("what follows")
+                self._moves.take()
+            if self._ring is not None:
+                self._ring.begin_pass(())
+                self._ring.take()
+            self._link_clock.take()
+        self._broken.clear()
+
     def prepare(self, a_pass: Pass) -> Ready:
         """What can be done of a pass before the one before it ends. Any thread may, while that runs."""
         batches = [self._prepare(i, batch) for i, batch in enumerate(a_pass.micro_batches)]
@@ -190,7 +215,7 @@ class Stage:
         started = time.perf_counter()
         self._begin_moves(ready)
         if not ready.batches:
-            waited = self._wait_for_moves(ready)
+            waited = self._wait_for_moves(f"pass {ready.step}")
             return self._result(ready.step, (), time.perf_counter() - started, waited)
         drawn = self._drawn.before(ready.step, ready.follows) if self._reads_tokens else {}
         travels = [self._begin(i, batch, drawn) for i, batch in enumerate(ready.batches)]
@@ -217,15 +242,15 @@ class Stage:
             assert self._moves is not None, "the plan has no host slots for pages"
             self._moves.begin(ready.moves)
 
-    def _wait_for_moves(self, ready: Ready) -> float:
+    def _wait_for_moves(self, waiting: str) -> float:
         """Return when all moves under way have ended; seconds."""
         if self._moves is None:
             return 0.0
         started, deadline = time.perf_counter(), self.config.deadline
         if not self._moves.wait(deadline):
-            raise StageError(
-                f"stage {self.config.stage}: moves of KV pages that pass {ready.step} waits for did "
-                f"not end within {deadline:.0f} s"
+            raise StageLostError(
+                f"stage {self.config.stage}: moves of KV pages that {waiting} waits for did not "
+                f"end within {deadline:.0f} s"
             )
         return time.perf_counter() - started
 
@@ -242,6 +267,8 @@ class Stage:
         return _Travel(ready.micro_batch, drawn, lane.prepared, lane)
 
     def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
+        if self._broken.is_set():
+            raise StageLostError(f"stage {self.config.stage}: the pass was broken off")
         with (
             self.tracer.span(Kind.VISIT, number=visit),
             self._weights.hold(position) as layers,

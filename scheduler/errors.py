@@ -46,3 +46,14 @@ class HandoverError(HeadraceError):
 
 class StageError(HeadraceError):
     """A stage died, hung or disagreed with the plan."""
+
+
+class StageLostError(StageError):
+    """A stage died, hung, or lost touch with its neighbours: another process can take its place.
+
+    `silent` are stages that are known not to answer.
+    """
+
+    def __init__(self, message: str, silent: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.silent = silent

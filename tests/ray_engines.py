@@ -8,8 +8,11 @@ from kv_runs import NoText
 
 from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
+from headrace.cluster.kv_options import log_keys
+from headrace.cluster.members import Members
 from headrace.cluster.pipeline import Pending, RayPipeline, gather
 from headrace.cluster.processes import StageProcesses
+from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import encode
@@ -30,7 +33,15 @@ class Counted(RayPipeline):
 
 
 @contextmanager
-def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iterator[Engine]:
+def ray_engine(
+    store: Path,
+    plan: Plan,
+    kv_log: LogConfig | None = None,
+    *,
+    recovers: bool = True,
+    deadline: float = 60.0,
+    patience: float = 30.0,
+) -> Iterator[Engine]:
     """As running_engine, with a plan that a test dictates."""
     stages = plan.placement.num_stages
     configs = [
@@ -42,7 +53,7 @@ def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iter
             device_memory=0,
             dtype="float32",
             storage="buffered",
-            deadline=60.0,
+            deadline=deadline,
             threads=1,
             kv_log=kv_log,
         )
@@ -52,15 +63,17 @@ def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iter
         processes = stack.enter_context(StageProcesses(stages, "cpu", store.name))
         actors = processes.actors
         gather([actor.open.remote("cpu") for actor in actors], 60.0, doing="starting")
-        loading = [a.load.remote(encode(c)) for a, c in zip(actors, configs, strict=True)]
+        keys = log_keys(kv_log)
+        loading = [
+            a.load.remote(encode(c), keys=keys) for a, c in zip(actors, configs, strict=True)
+        ]
         gather(loading, 60.0, doing="loading")
-        edges = None
-        if plan.placement.edges:
-            edges = Edges(local=True)
-            stack.callback(edges.close)
-            edges.connect(actors)
+        edges = Edges(stages, local=True, patience=patience)
+        stack.callback(edges.close)
+        edges.connect(actors)
         logs = ActorLogs(actors) if kv_log else None
-        ring = Counted(actors, plan, 60.0)
+        ring = Counted(actors, plan, deadline, edges.check)
+        members = Members(processes, configs, ring, logs, edges, keys)
         engine = Engine(
             plan,
             ring,
@@ -69,6 +82,7 @@ def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iter
             digest=Store.open(store).digest,
             dtype="float32",
             logs=logs,
-            replacer=StageReplacer(processes, configs, ring, logs, edges),
+            replacer=StageReplacer(members),
+            recovery=RingRecovery(members) if recovers else None,
         )
         yield stack.enter_context(engine)

@@ -256,6 +256,9 @@ class EchoEngine:
         self.classes.append((priority, weight))
         return self._next_id
 
+    def tend(self) -> None:
+        """It has no stages to lose."""
+
     def abort(self, request_id: int) -> None:
         del self._live[request_id]
         self.aborted.append(request_id)

@@ -23,6 +23,9 @@ from headrace.scheduler.speculation import DraftCounts
 
 log = logging.getLogger(__name__)
 
+TEND_SECONDS = 1.0
+"""How often an engine without work is asked to look after its stages."""
+
 
 class EngineStats(Stats, Protocol):
     @property
@@ -86,6 +89,8 @@ class ServedEngine(Protocol):
     def step(self) -> list[Completion]: ...
 
     def abort(self, request_id: int) -> None: ...
+
+    def tend(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +187,8 @@ class EngineLoop:
         end."""
         while True:
             with self._wake:
-                while not (self._commands or self._is_closing or self._engine.has_work):
-                    self._wake.wait()
+                if not (self._commands or self._is_closing or self._engine.has_work):
+                    self._wake.wait(TEND_SECONDS)
                     self._since = self._clock()
                 if self._is_closing:
                     return False
@@ -193,6 +198,8 @@ class EngineLoop:
             self._hand_out()
             if self._engine.has_work:
                 return True
+            if not commands:
+                self._engine.tend()
 
     def _measure(self) -> None:
         """Learn from a pass that has returned, if one has, how long passes take."""

@@ -76,6 +76,11 @@ class SegmentCipher:
         return self._names.decryptor().update(keys)
 
 
+def new_key() -> bytes:
+    """A tenant's."""
+    return secrets.token_bytes(_KEY_BYTES)
+
+
 def _nonce(number: int) -> bytes:
     return number.to_bytes(12, "little")
 
@@ -119,10 +124,10 @@ class KeyRing:
         with self._lock:
             if tenant not in self._keys:
                 if self.file is None:
-                    self._keys[tenant] = secrets.token_bytes(_KEY_BYTES)
+                    self._keys[tenant] = new_key()
                 else:
                     with _changing(self.file) as keys:
-                        keys.setdefault(tenant, secrets.token_bytes(_KEY_BYTES))
+                        keys.setdefault(tenant, new_key())
                     self._keys = keys
             return self._keys[tenant]
 

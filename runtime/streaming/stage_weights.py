@@ -138,6 +138,11 @@ class StageWeights:
             order = [i for layers in self._split_visits for i in layers * micro_batches]
             self._experts.begin_pass(order)
 
+    def rewind(self) -> None:
+        """The next pass begins anew, after one that was broken off."""
+        self._layers.rewind()
+        self.take_counters()
+
     def hold(self, visit: int) -> AbstractContextManager[list[tuple[int, torch.Tensor]]]:
         """Streamer.hold: the visit's layers and their bytes, without experts where they are split."""
         return self._layers.hold(visit)

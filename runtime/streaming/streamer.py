@@ -108,7 +108,10 @@ class Prefetcher:
         self._begin = begin
         self._begun = 0
         self._loads: deque[tuple[int, torch.Tensor, Load]] = deque()
-        for _ in range(ring.slots):
+        self._fill()
+
+    def _fill(self) -> None:
+        for _ in range(self._ring.slots):
             self._load_next()
 
     def _load_next(self) -> None:
@@ -131,6 +134,12 @@ class Prefetcher:
         for _ in range(count):
             self._loads.popleft()
             self._load_next()
+
+    def restart(self) -> None:
+        """Begin again with the first layer, in the first slot."""
+        self.drain()
+        self._begun = 0
+        self._fill()
 
     def drain(self) -> None:
         """Return when nothing writes to the ring any more, as seen by the current stream."""
@@ -254,6 +263,13 @@ class Streamer:
         for layer in streamed:
             assert weights[layer].nbytes == self._blocks[layer].nbytes
             self._bytes[self._tiers[layer]] += weights[layer].nbytes
+
+    def rewind(self) -> None:
+        """The first visit is next, whichever was held last; what was counted is forgotten."""
+        if self._ring is not None and self._position:
+            self._ring.restart()
+        self._position = 0
+        self.take_counters()
 
     def take_counters(self) -> StreamCounters:
         """What was held since the last call; after a whole pass, exactly the plan's bytes."""

@@ -99,10 +99,12 @@ def refusal(call: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def test_pieces_add_up_and_none_ends_in_half_a_character(echoes: Served) -> None:
+    echoes.engine.pace = 0.02  # a client that is late gets several tokens in a piece
     with stub(echoes) as client:
         *pieces, last = client.Generate(asked(request_id="mine"))
+    echoes.engine.pace = 0.0
     texts = [each.piece.text for each in pieces]
-    assert "".join(texts) == TEXT and len(texts) > 5
+    assert "".join(texts) == TEXT and len(texts) > 1
     assert not any("\ufffd" in text for text in texts)
     tokens = echoes.tokens(TEXT)
     assert [token for each in pieces for token in each.piece.token_ids] == tokens

@@ -1,0 +1,66 @@
+"""The processes that are a ring's stages, in all that knows them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from headrace.cluster.edges import Edges
+from headrace.cluster.pipeline import RayPipeline, gather
+from headrace.cluster.processes import START_SECONDS, StageProcesses
+from headrace.cluster.stage_logs import ActorLogs
+from headrace.cluster.wire import encode
+from headrace.runtime.stage_config import StageConfig
+
+
+class Members:
+    """Seats processes as stages. `keys` are of the stages' logs of KV pages, where they are in no file."""
+
+    def __init__(
+        self,
+        processes: StageProcesses,
+        configs: Sequence[StageConfig],
+        pipeline: RayPipeline,
+        logs: ActorLogs | None,
+        edges: Edges,
+        keys: Mapping[str, bytes],
+    ) -> None:
+        self.processes, self.configs = processes, configs
+        self._pipeline, self._logs, self._edges, self._keys = pipeline, logs, edges, dict(keys)
+        self._deadline = max(configs[0].deadline, START_SECONDS)
+
+    def ask(self, stage: int, ref: Any, doing: str, deadline: float | None = None) -> Any:
+        """What a call of a stage's returned. StageLostError when it died or did not answer."""
+        return gather([ref], deadline or self._deadline, doing=doing, first=stage)[0]
+
+    def load(self, stage: int, actor: Any, step: int, doing: str) -> None:
+        """Have a new process read the stage's layers, to run passes from `step` on."""
+        config = self.configs[stage]
+        opening = actor.open.remote(config.device)
+        self.ask(stage, opening, f"{doing}: starting in another process", START_SECONDS)
+        self.ask(stage, actor.load.remote(encode(config), step), f"{doing}: loading weights")
+
+    def seat(self, stage: int, actor: Any, node: str | None) -> None:
+        """The stage's process is another one from now on, in its bundle or on that node."""
+        self.processes.replace(stage, actor, node)
+        self._pipeline.replace(stage, actor)
+        if self._logs is not None:
+            self._logs.replace(stage, actor)
+
+    def leave_log(self, stage: int) -> None:
+        """Note what the stage's log has done, before another process goes on with it."""
+        if self._logs is not None:
+            self._logs.leave(stage)
+
+    def open_log(self, stage: int, keys: Mapping[str, bytes] | None = None) -> None:
+        """Have the stage's process go on with its log, under `keys` or those that all stages began with."""
+        if self._logs is not None:
+            given = self._keys if keys is None else dict(keys)
+            ref = self.processes.actors[stage].open_log.remote(given)
+            self.ask(stage, ref, f"stage {stage}: opening its log of KV pages")
+
+    def check(self) -> None:
+        """StageLostError with the stages that have not been heard of while this was asked."""
+        self._edges.check()
+
+    def connect(self) -> None:
+        """Open all edges anew. StageError when a stage dies or does not answer."""
+        self._edges.connect(self.processes.actors)

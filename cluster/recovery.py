@@ -1,0 +1,208 @@
+"""Brings a ring back together after a stage died, hung, or lost touch with its neighbours.
+
+Survivors stay: they give up what was under way and keep their weights, their KV pages and their graphs.
+Stages that are gone, or that do not answer, get new processes, which read their layers again. Then all
+edges form anew, in another epoch. Whatever dies meanwhile is found in the next round.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+import ray
+
+from headrace.cluster.members import Members
+from headrace.cluster.stage_actor import CONTROL
+from headrace.scheduler.errors import HeadraceError, StageError, StageLostError
+
+log = logging.getLogger(__name__)
+
+BREAK_OFF_SECONDS = 30.0
+"""How long stages may take to give up a pass: a kernel may be under way, or a large read."""
+
+ROUNDS = 6
+"""How often a ring is brought together before it is given up; pauses between two double from a second on."""
+
+
+class StageState(Enum):
+    SERVING = "serving"  # passes come and go
+    BREAKING = "breaking off"  # was told to give up what is under way
+    RESTING = "resting"  # holds weights and pages, has no edges
+    GONE = "gone"  # its process has ended, or was ended because it did not answer
+    STARTING = "starting"  # a new process starts and reads its layers
+
+
+LEGAL: Mapping[StageState, frozenset[StageState]] = {
+    StageState.SERVING: frozenset({StageState.BREAKING}),
+    # Also of a stage that dies, or is only now found to be dead.
+    StageState.BREAKING: frozenset({StageState.RESTING, StageState.GONE}),
+    # Edges have formed, or somebody died while they did.
+    StageState.RESTING: frozenset({StageState.SERVING, StageState.BREAKING}),
+    StageState.GONE: frozenset({StageState.STARTING}),
+    # Its layers are there, or something failed and the next round asks what is.
+    StageState.STARTING: frozenset({StageState.RESTING, StageState.BREAKING}),
+}
+"""Each state's next ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """The `stages` that have new processes, after so many rounds, and seconds by phase."""
+
+    cause: str
+    stages: tuple[int, ...]
+    rounds: int
+    phases: Mapping[str, float]
+    requests: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+    def __str__(self) -> str:
+        what = f"stages {', '.join(map(str, self.stages))}" if self.stages else "no stage"
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items())
+        return (
+            f"recovered in {self.seconds:.1f} s ({times}): {what} replaced, {self.requests} requests"
+            f" computed again. {self.cause}"
+        )
+
+
+class RingRecovery:
+    """Recovers the ring of `members`."""
+
+    def __init__(self, members: Members, pause: Callable[[float], None] = time.sleep) -> None:
+        self._members, self._processes, self._pause = members, members.processes, pause
+        self._states = [StageState.SERVING] * len(members.configs)
+
+    def check(self) -> None:
+        """StageLostError when stages were not heard of for too long. Now and then, while nothing runs."""
+        self._members.check()
+
+    @property
+    def states(self) -> list[StageState]:
+        """Each stage's."""
+        return list(self._states)
+
+    def recover(self, error: StageLostError, step: int) -> Recovery:
+        """Have every stage ready to run pass `step`, with edges to the others.
+
+        The stages of the result hold nothing for any request. The `error` comes out again, with what came
+        between, when that cannot be had.
+        """
+        phases: dict[str, float] = {}
+        replaced, last = set[int](), error
+        for number in range(1, ROUNDS + 1):
+            if number > 1:
+                self._pause(2.0 ** (number - 2))
+            try:
+                self._round(step, last.silent, replaced, phases)
+            except StageLostError as failure:
+                log.warning("recovering from: %s Round %d: %s", error, number, failure)
+                last = failure
+                continue
+            return Recovery(str(error), tuple(sorted(replaced)), number, phases)
+        raise StageError(f"{error} It could not be recovered from in {ROUNDS} rounds: {last}")
+
+    def _round(
+        self, step: int, silent: Collection[int], replaced: set[int], phases: dict[str, float]
+    ) -> None:
+        with _timed(phases, "breaking off"):
+            self._break_off(step, silent)
+        gone = self._in_state(StageState.GONE)
+        replaced.update(gone)
+        if gone:
+            with _timed(phases, "starting and loading"):
+                self._start(gone, step)
+        with _timed(phases, "connecting"):
+            self._members.connect()
+        for stage in self._in_state(StageState.RESTING):
+            self._enter(stage, StageState.SERVING)
+
+    def _break_off(self, step: int, silent: Collection[int]) -> None:
+        """Have everybody rest who answers; the others are gone, and their processes ended."""
+        for stage in range(len(self._states)):
+            self._enter(stage, StageState.BREAKING)
+        for stage in silent:
+            self._end(stage)
+        asked = {
+            self._processes.actors[stage]
+            .break_off.options(concurrency_group=CONTROL)
+            .remote(step): stage
+            for stage in self._in_state(StageState.BREAKING)
+        }
+        for stage in self._late(asked):
+            self._end(stage)
+
+    def _late(self, asked: Mapping[ray.ObjectRef, int]) -> list[int]:
+        """Notes who answers. The others have had their time.
+
+        A call may be kept back by an earlier one of the same stage, which waits for tokens that another
+        stage draws. So the stage that embeds has time after the others, too.
+        """
+        waiting = list(asked)
+        first = self._members.configs[0].plan.placement.first_stage
+        while waiting:
+            done, left = ray.wait(waiting, num_returns=1, timeout=BREAK_OFF_SECONDS)
+            for ref in done:
+                self._answered(asked[ref], ref)
+            if not done:
+                late = [asked[ref] for ref in left]
+                if late == [first] or first not in late:
+                    return late
+                for stage in late:
+                    if stage != first:
+                        self._end(stage)
+                left = [ref for ref in left if asked[ref] == first]
+            waiting = left
+        return []
+
+    def _answered(self, stage: int, ref: ray.ObjectRef) -> None:
+        try:
+            if ray.get(ref):
+                self._enter(stage, StageState.RESTING)
+                return
+        except (ray.exceptions.RayError, HeadraceError) as error:
+            log.info("stage %d: %s", stage, str(error).splitlines()[0])
+        self._end(stage)
+
+    def _end(self, stage: int) -> None:
+        self._processes.stop(self._processes.actors[stage])
+        self._enter(stage, StageState.GONE)
+
+    def _start(self, gone: Collection[int], step: int) -> None:
+        for stage in gone:
+            self._enter(stage, StageState.STARTING)
+            self._members.leave_log(stage)
+            self._members.seat(stage, self._processes.start(stage), None)
+        with ThreadPoolExecutor(len(gone)) as threads:
+            list(threads.map(lambda stage: self._load(stage, step), gone))
+        for stage in gone:
+            self._enter(stage, StageState.RESTING)
+
+    def _load(self, stage: int, step: int) -> None:
+        actor = self._processes.actors[stage]
+        self._members.load(stage, actor, step, f"replacing stage {stage}")
+        self._members.open_log(stage)
+
+    def _in_state(self, state: StageState) -> list[int]:
+        return [stage for stage, each in enumerate(self._states) if each is state]
+
+    def _enter(self, stage: int, state: StageState) -> None:
+        before = self._states[stage]
+        assert state in LEGAL[before], f"stage {stage}: {before.value} -> {state.value}"
+        self._states[stage] = state
+        log.info("stage %d is %s", stage, state.value)
+
+
+@contextmanager
+def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        phases[name] = phases.get(name, 0.0) + time.monotonic() - started
