@@ -228,6 +228,10 @@ class Engine:
         log.info("%s", done)
         return done
 
+    def stage_pids(self) -> list[int]:
+        """Of the stages' processes, on the node where each is."""
+        return [] if self._recovery is None else self._recovery.pids()
+
     def tend(self) -> None:
         """While there is nothing to do, look whether all stages are alive: others take the place of those
         that are not. Now and then, or the next request has to wait for that."""

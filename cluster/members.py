@@ -27,6 +27,10 @@ class Members:
         self._pipeline, self._logs, self._edges, self._keys = pipeline, logs, edges, dict(keys)
         self._deadline = max(configs[0].deadline, START_SECONDS)
 
+    def pids(self) -> list[int]:
+        """Of the stages' processes, on the node where each is."""
+        return [self.processes.pid_of(stage) for stage in range(len(self.configs))]
+
     def ask(self, stage: int, ref: Any, doing: str, deadline: float | None = None) -> Any:
         """What a call of a stage's returned. StageLostError when it died or did not answer."""
         return gather([ref], deadline or self._deadline, doing=doing, first=stage)[0]

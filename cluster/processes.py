@@ -49,6 +49,8 @@ def ray_cluster(stages: int, address: str | None) -> Iterator[None]:
     # By default Ray's workers yield to all else on a machine (nice 15): a pass would wait for a core
     # each time that it launches a kernel.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Every call of a stage is looked at; Ray would print those that failed, too.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     arguments: dict[str, Any] = {"address": address}
     if address is not None:
         _knock(address)
@@ -132,6 +134,11 @@ class StageProcesses:
     def bundle_node(self, stage: int) -> str:
         """The id of the node where the stage's bundle is."""
         return str(placement_group_table(self._group)["bundles_to_node_id"][stage])
+
+    def pid_of(self, stage: int) -> int:
+        """The process id of the stage's actor, on its node; 0 while it starts."""
+        found = actors(actor_id=self.actors[stage]._actor_id.hex())
+        return int(found.get("Pid") or 0)
 
     def start(self, stage: int, node: str | None = None) -> Any:
         """A new actor for the stage, in its bundle or on the node with that id."""

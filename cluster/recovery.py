@@ -79,6 +79,10 @@ class RingRecovery:
         self._members, self._processes, self._pause = members, members.processes, pause
         self._states = [StageState.SERVING] * len(members.configs)
 
+    def pids(self) -> list[int]:
+        """Of the stages' processes, on the node where each is."""
+        return self._members.pids()
+
     def check(self) -> None:
         """StageLostError when stages were not heard of for too long. Now and then, while nothing runs."""
         self._members.check()

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 from kv_runs import prompt, wide_llama
-from ray._private.state import actors
 from ray_engines import ray_engine
 from rings import manual_plan
 
@@ -49,12 +47,6 @@ def plan_of(store: Path, **room: Any) -> Plan:
     return manual_plan(Store.open(store), **(given | room))
 
 
-def process_of(engine: Engine, stage: int) -> psutil.Process:
-    recovery: Any = engine._recovery
-    actor = recovery._members.processes.actors[stage]
-    return psutil.Process(actors(actor_id=actor._actor_id.hex())["Pid"])
-
-
 def answers(
     engine: Engine, tenant: str, disturb: Callable[[int], None] = lambda passes: None
 ) -> list[Any]:
@@ -73,14 +65,14 @@ def answers(
 def test_a_stage_that_is_killed_is_replaced_and_no_other_is(llama: Path) -> None:
     with ray_engine(llama, plan_of(llama)) as engine:
         want = answers(engine, "a")
-        before = [process_of(engine, stage).pid for stage in range(3)]
+        before = engine.stage_pids()
 
         def disturb(passes: int) -> None:
             if passes == 10 and not engine.stats.num_recoveries:
                 os.kill(before[1], signal.SIGKILL)
 
         assert answers(engine, "b", disturb) == want
-        after = [process_of(engine, stage).pid for stage in range(3)]
+        after = engine.stage_pids()
         assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
         [recovery] = engine.stats.recoveries
         assert recovery.stages == (1,) and recovery.rounds == 1 and recovery.requests > 0
