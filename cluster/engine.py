@@ -92,14 +92,16 @@ class Engine:
         keep: bool = False,
         priority: Priority = Priority.INTERACTIVE,
         weight: int = 1,
+        said: Sequence[Sample] = (),
         on_token: Callable[[Sample], None] | None = None,
     ) -> int:
         """Queue a prompt; returns the request's id. RequestError when it cannot be served.
 
         Nothing that a tenant has had computed is found by another one, and of one priority tenants have
         shares by `weight` (at least 1). `keep` saves the keys and
-        values below the device for a prompt that goes on from where this one ends. `on_token` is called
-        by `step` with each of its tokens, once that is committed.
+        values below the device for a prompt that goes on from where this one ends. `said` are the first
+        tokens of the answer, which an earlier run had committed. `on_token` is called by `step` with each
+        of the others, once that is committed.
         """
         self._check_keep(keep)
         self._outputs.check(params)
@@ -111,8 +113,9 @@ class Engine:
             request_id, list(token_ids), params, seed, stop_ids, tenant, keep,
             priority=priority, weight=weight,
         )  # fmt: skip
+        request.tokens += [sample.token for sample in said]
         self._scheduler.add(request)
-        self._outputs.start(request, on_token)
+        self._outputs.start(request, on_token, said)
         return request_id
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:

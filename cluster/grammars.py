@@ -165,10 +165,14 @@ class Followed:
         self._matchers: dict[int, llguidance.LLMatcher] = {}
 
     def start(self, request: Request, wanted: StructuredOutputsParams) -> None:
-        """Say what the first token of a request may be."""
+        """Say what the next token of a request may be, the first one or one behind what it has said."""
         grammar = self._grammars.compiled(wanted)
-        self._matchers[request.request_id] = grammar.matcher.deep_copy()
+        matcher = self._matchers[request.request_id] = grammar.matcher.deep_copy()
         request.mask = grammar.mask
+        if request.output:
+            matcher.consume_tokens(request.output)
+            [mask] = self._grammars.allowed([matcher])
+            request.mask = mask.tobytes()
 
     def advance(self, requests: Sequence[Request]) -> dict[Request, str | None]:
         """Say what may follow the newest token of each. Returns those that nothing may follow: with None

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,10 +14,12 @@ from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.inputs import Input, open_input
 from headrace.cluster.job_report import JobReport, Stats, Work
 from headrace.cluster.journal import JobIdentity, Journal
+from headrace.cluster.progress import Progress, progress_path
 from headrace.cluster.row_loop import Finished, RowLoop
 from headrace.cluster.rows import Draft, Row, Tokenizer, decode, is_batch, prepare
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError
+from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,14 @@ class BatchEngine(Protocol):
     def stats(self) -> Stats: ...
 
     def add(
-        self, token_ids: list[int], params: SamplingParams, seed: int, *, keep: bool = False
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        *,
+        keep: bool = False,
+        said: Sequence[Sample] = (),
+        on_token: Callable[[Sample], None] | None = None,
     ) -> int: ...
 
     def step(self) -> list[Completion]: ...
@@ -66,11 +76,23 @@ class JobFiles:
         if output.exists() and output.samefile(source):
             raise JobError(f"--output {output} is the --input: choose another --output")
         identity = JobIdentity(model_digest, self.source.digest, asdict(defaults))
-        self.journal = Journal(output, identity)
+        self.journal = journal = Journal(output, identity)
+        try:
+            self.progress = Progress(
+                progress_path(output),
+                {"created": journal.created, **asdict(identity)},
+                lambda number: journal.key_of(number) is not None,
+            )
+        except BaseException:
+            journal.close()
+            raise
 
     def close(self) -> None:
         """Unlock and close. Safe to call twice."""
-        self.journal.close()
+        journal = self.journal
+        done = journal.num_answered + journal.num_quarantined
+        self.progress.close(complete=done == self.source.total)
+        journal.close()
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +145,7 @@ class EngineRows:
 
     Each sample's seed is derived from the model, the sample's index and the row's seed or, without
     one, the row's id (and `default_seed`, if there is one). Rows are started while fewer than
-    `max_waiting` requests wait.
+    `max_waiting` requests wait, and go on from what an earlier run's `progress` has of them.
     """
 
     def __init__(
@@ -132,8 +154,9 @@ class EngineRows:
         line: Callable[[Row, list[Completion]], bytes],
         default_seed: int | None,
         max_waiting: int,
+        progress: Progress,
     ) -> None:
-        self._engine, self._line = engine, line
+        self._engine, self._line, self._progress = engine, line, progress
         self._default_seed, self._max_waiting = default_seed, max_waiting
         self._running: dict[int, _Running] = {}
 
@@ -156,7 +179,15 @@ class EngineRows:
         try:
             for index in range(row.params.n):
                 seed = row_seed(self._engine.model_digest, row, self._default_seed, index)
-                request_id = self._engine.add(row.token_ids, one, seed, keep=row.keep_context)
+                part = draft.number, draft.key, index
+                request_id = self._engine.add(
+                    row.token_ids,
+                    one,
+                    seed,
+                    keep=row.keep_context,
+                    said=self._progress.resumed(part),
+                    on_token=partial(self._progress.note, part),
+                )
                 running.request_ids.append(request_id)
                 self._running[request_id] = running
         except RequestError:
@@ -167,7 +198,9 @@ class EngineRows:
         for completion in self._engine.step():
             done = self._collect(completion)
             if done is not None:
+                self._progress.forget(done.draft.number)
                 yield done
+        self._progress.flush()
 
     def give_up(self, *, all_rows: bool) -> None:
         kept = set() if all_rows else {running.row.number for running in self._started()}
@@ -220,7 +253,7 @@ class Job:
             return answers.encode(made)
 
         rows = JobRows(tokenizer, defaults, engine.model_digest, engine.max_context)
-        self._runner = EngineRows(engine, line, defaults.seed, max_waiting)
+        self._runner = EngineRows(engine, line, defaults.seed, max_waiting, files.progress)
         self._loop = RowLoop(files.path, files.source, journal, rows, self._runner, clock=clock)
 
     def request_stop(self) -> None:

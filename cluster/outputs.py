@@ -33,8 +33,13 @@ class Outputs:
         if params.structured_outputs is not None:
             self._grammars.compiled(params.structured_outputs)
 
-    def start(self, request: Request, on_token: Callable[[Sample], None] | None) -> None:
-        """Of a new request, whose params were checked."""
+    def start(
+        self,
+        request: Request,
+        on_token: Callable[[Sample], None] | None,
+        said: Sequence[Sample] = (),
+    ) -> None:
+        """Of a new request, whose params were checked, and which has `said` something that did not end it."""
         number, params = request.request_id, request.params
         if params.structured_outputs is not None:
             self._followed.start(request, params.structured_outputs)
@@ -42,6 +47,8 @@ class Outputs:
             self._watchers[number] = StopStrings(self._tokenizer, params)
         if params.logprobs is not None:
             self._logprobs[number] = []
+        for sample in said:
+            self.push(number, sample)
         if on_token is not None:
             self._listeners[number] = on_token
 

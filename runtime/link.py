@@ -113,7 +113,9 @@ class _Edge:
         except RuntimeError as error:
             # Gloo goes on to guess why.
             said = str(error).splitlines()[0].partition(". This is typically")[0]
-            raise StageLostError(f"edge {self._edge[0]} -> {self._edge[1]} broke: {said}") from error
+            raise StageLostError(
+                f"edge {self._edge[0]} -> {self._edge[1]} broke: {said}"
+            ) from error
 
     def _wait(self, work: Any) -> None:
         with self._breaking():

@@ -40,7 +40,7 @@ from headrace.scheduler.placement import (
     Tier,
     contiguous_visits,
 )
-from headrace.scheduler.plan import StageTimes
+from headrace.scheduler.plan import Sample, StageTimes
 from headrace.scheduler.request import SamplingParams
 from headrace.scheduler.speculation import DraftCounts
 
@@ -107,9 +107,16 @@ class FakeStats:
 class FakeRequest:
     prompt: list[int]
     params: SamplingParams
-    random: random.Random
-    output: list[int] = field(default_factory=list)
-    length: int = 0
+    identity: str
+    output: list[int]
+    length: int
+    on_token: Callable[[Sample], None] | None
+
+    def draw(self) -> None:
+        token = random.Random(f"{self.identity}/{len(self.output)}").randint(97, 122)
+        self.output.append(token)
+        if self.on_token is not None:
+            self.on_token(Sample(0, token, None, ()))
 
 
 class FakeEngine:
@@ -136,14 +143,23 @@ class FakeEngine:
         return max(len(self._requests) - self._batch, 0)
 
     def add(
-        self, token_ids: list[int], params: SamplingParams, seed: int, *, keep: bool = False
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        *,
+        keep: bool = False,
+        said: Sequence[Sample] = (),
+        on_token: Callable[[Sample], None] | None = None,
     ) -> int:
         if token_ids == [ord("!")] and self._count % 2:
             raise RequestError("the engine refuses this")
         self._count += 1
         self.seeds.append(seed)
-        draw = random.Random(f"{seed}/{token_ids}")
-        request = FakeRequest(token_ids, params, draw, length=draw.randint(1, params.max_tokens))
+        identity = f"{seed}/{token_ids}"
+        length = random.Random(identity).randint(1, params.max_tokens)
+        output = [sample.token for sample in said]
+        request = FakeRequest(token_ids, params, identity, output, length, on_token)
         self._requests[self._count] = request
         self.most_waiting = max(self.most_waiting, self.num_waiting)
         return self._count
@@ -160,7 +176,7 @@ class FakeEngine:
         time.sleep(self._pass_seconds)
         done = []
         for request_id, request in list(self._requests.items())[: self._batch]:
-            request.output.append(request.random.randint(97, 122))
+            request.draw()
             self.stats.output_tokens += 1
             if len(request.output) == request.length:
                 done.append(self._complete(request_id))

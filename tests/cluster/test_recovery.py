@@ -1,25 +1,25 @@
 """Stages that die or hang while requests are under way: others take their place, and no token changes."""
 
 import os
+import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from kv_runs import prompt, wide_llama
+from commands import wait_for
+from disturbed import answers
+from kv_runs import CAP, wide_llama
 from ray_engines import ray_engine
 from rings import manual_plan
 
 from headrace.cluster.engine import Engine
+from headrace.runtime.stage_config import LogConfig
 from headrace.runtime.store import Store
+from headrace.scheduler.errors import StageError
 from headrace.scheduler.placement import Plan, Tier
-from headrace.scheduler.request import SamplingParams
-
-PROMPTS = [prompt(i, 60 + 25 * i) for i in range(8)]
-NEW = 40
-PARAMS = [SamplingParams(temperature=t, max_tokens=NEW, ignore_eos=True) for t in (0.0, 0.9)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,33 +47,117 @@ def plan_of(store: Path, **room: Any) -> Plan:
     return manual_plan(Store.open(store), **(given | room))
 
 
-def answers(
-    engine: Engine, tenant: str, disturb: Callable[[int], None] = lambda passes: None
-) -> list[Any]:
-    """Of all prompts at once; `disturb` is told before each step how many passes have returned."""
-    done: dict[int, Any] = {}
-    ids = [
-        engine.add(tokens, PARAMS[i % 2], seed=i, tenant=tenant) for i, tokens in enumerate(PROMPTS)
-    ]
-    before = engine.stats.passes
-    while engine.has_work:
-        disturb(engine.stats.passes - before)
-        done |= {completion.request_id: completion.token_ids for completion in engine.step()}
-    return [done[request_id] for request_id in ids]
+class Blow:
+    """Sends a signal to some stages when so many passes have returned, once."""
+
+    def __init__(
+        self, engine: Engine, stages: list[int], passes: int, number: int = signal.SIGKILL
+    ) -> None:
+        self._engine, self._stages, self._passes, self._number = engine, stages, passes, number
+        self.pids = engine.stage_pids()
+
+    def __call__(self, passes: int) -> None:
+        if passes >= self._passes:
+            for stage in self._stages:
+                os.kill(self.pids[stage], self._number)
+            self._stages = []
 
 
+def changed(engine: Engine, blow: Blow) -> list[int]:
+    """Stages that have other processes now."""
+    pids = zip(blow.pids, engine.stage_pids(), strict=True)
+    return [stage for stage, (before, now) in enumerate(pids) if before != now]
+
+
+@pytest.mark.timeout(300)
 def test_a_stage_that_is_killed_is_replaced_and_no_other_is(llama: Path) -> None:
-    with ray_engine(llama, plan_of(llama)) as engine:
+    with ray_engine(llama, plan_of(llama), patience=5.0) as engine:
         want = answers(engine, "a")
-        before = engine.stage_pids()
+        blow = Blow(engine, [1], 10)
+        assert answers(engine, "b", blow) == want
+        assert changed(engine, blow) == [1]
+        [recovery] = engine.stats.recoveries
+        assert recovery.stages == (1,) and recovery.requests > 0
+        assert answers(engine, "b") == want
+
+
+RINGS: list[dict[str, Any]] = [
+    {"ahead": 0, "passes_in_flight": 3},
+    {"cyclic": True, "tier": Tier.NVME, "passes_in_flight": 2},
+    {"stages": 1, "tier": Tier.HOST},
+    {"kv_format": "int8", "num_tails": 8, "num_pages": 9, "host_pages": 20, "nvme_pages": 200},
+    {"num_pages": 9, "host_pages": 20, "kv_ring_pages": 12, "cold_micro_batches": 1},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ring", RINGS, ids=str)
+def test_whatever_dies_or_hangs_whenever(llama: Path, tmp_path: Path, ring: dict[str, Any]) -> None:
+    plan, rng = plan_of(llama, **ring), random.Random(0)
+    log = LogConfig(str(tmp_path / "kv"), CAP) if plan.nvme_pages else None
+    stages = range(plan.placement.num_stages)
+    with ray_engine(llama, plan, log, patience=5.0) as engine:
+        want = answers(engine, "a")
+        for number, count in [(signal.SIGKILL, 1), (signal.SIGSTOP, 1), (signal.SIGKILL, 2)]:
+            victims = rng.sample(stages, min(count, len(stages)))
+            blow = Blow(engine, victims, rng.randint(1, 40), number)
+            assert answers(engine, f"{number}", blow) == want
+            assert changed(engine, blow) == sorted(victims)
+        engine._scheduler.holdings.check_integrity()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stage_that_dies_with_nothing_to_do_is_replaced(llama: Path) -> None:
+    with ray_engine(llama, plan_of(llama), patience=3.0) as engine:
+        want = answers(engine, "a")
+        blow = Blow(engine, [2], 0)
+        blow(0)
+
+        def tended() -> bool:
+            engine.tend()
+            return engine.stats.num_recoveries == 1
+
+        wait_for(tended, 60.0, lambda: "it was not noticed")
+        assert changed(engine, blow) == [2]
+        assert answers(engine, "b") == want
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pages_on_nvme_outlive_the_process_that_wrote_them(llama: Path, tmp_path: Path) -> None:
+    """Their keys are in the driver's memory, too, and in no file."""
+    plan = plan_of(llama, num_pages=9, host_pages=8, nvme_pages=500)
+    with ray_engine(llama, plan, LogConfig(str(tmp_path / "kv"), CAP)) as engine:
+        want = answers(engine, "a")
+        before, found = engine.stats.kv.nvme, engine.stats.kv.hits.nvme
+        assert before
+        blow = Blow(engine, [1], 0)
+        assert answers(engine, "b", blow) == want
+        assert answers(engine, "a") == want
+        assert engine.stats.kv.hits.nvme > found
+    assert not any((tmp_path / "kv").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_ends_stages_again_and_again_is_given_up(llama: Path) -> None:
+    with ray_engine(llama, plan_of(llama), patience=3.0) as engine:
 
         def disturb(passes: int) -> None:
-            if passes == 10 and not engine.stats.num_recoveries:
-                os.kill(before[1], signal.SIGKILL)
+            os.kill(engine.stage_pids()[0], signal.SIGKILL)
 
-        assert answers(engine, "b", disturb) == want
-        after = engine.stage_pids()
-        assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
-        [recovery] = engine.stats.recoveries
-        assert recovery.stages == (1,) and recovery.rounds == 1 and recovery.requests > 0
-        assert "stage 1 died" in str(recovery)
+        with pytest.raises(StageError, match="No pass has returned since 5 recoveries"):
+            answers(engine, "a", disturb)
+
+
+@pytest.mark.slow
+def test_without_recovery_a_death_is_an_error(llama: Path) -> None:
+    with ray_engine(llama, plan_of(llama), recovers=False) as engine:
+        blow = Blow(engine, [], 0)
+        assert blow.pids == []
+        ring: Any = engine._pipeline
+        ray.kill(ring._actors[1])
+        with pytest.raises(StageError, match="stage 1 died"):
+            answers(engine, "a")

@@ -7,10 +7,50 @@ from typing import Any
 
 import pytest
 import ray
-from kv_runs import NEW_TOKENS, PARAMS, answers, prompt, wide_llama
+from disturbed import answers
+from kv_runs import wide_llama
 from ray.cluster_utils import Cluster
 from ray_engines import ray_engine
 from rings import manual_plan
 
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Tier
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """Three nodes with room for two stages each."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
+    for _ in range(2):
+        cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_node_dies(cluster: Cluster, tmp_path: Path) -> None:
+    store = wide_llama(tmp_path)
+    room: Any = {"num_pages": 24, "max_sequences": 6, "token_budget": 100}
+    plan = manual_plan(Store.open(store), stages=3, tier=Tier.DEVICE, **room)
+    with ray_engine(store, plan) as engine:
+        want = answers(engine, "a")
+        processes: Any = engine._recovery._members.processes  # type: ignore[union-attr]
+        used = [processes.node_of(stage) for stage in range(3)]
+        victim = next(node for node in cluster.worker_nodes if node.node_id in used)
+
+        def disturb(passes: int) -> None:
+            if passes == 10 and victim in cluster.worker_nodes:
+                cluster.remove_node(victim, allow_graceful=False)
+
+        assert answers(engine, "b", disturb) == want
+        gone = {stage for stage, node in enumerate(used) if node == victim.node_id}
+        assert {*engine.stats.recoveries[-1].stages} >= gone
+        assert victim.node_id not in {processes.node_of(stage) for stage in range(3)}
