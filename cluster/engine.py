@@ -55,6 +55,7 @@ class Engine:
         logs: "StageLogs | None" = None,
         replacer: StageReplacer | None = None,
         recovery: RingRecovery | None = None,
+        write_through: bool = False,
         vocabulary: int | None = None,
     ) -> None:
         """Takes over what the stages' `logs` hold of `tenant`, whose all requests are. The model has
@@ -64,7 +65,7 @@ class Engine:
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
         identity = f"{digest} {plan.kv_format} {dtype} {tenant}"
-        self._scheduler = Scheduler(scheduler_config(plan, identity))
+        self._scheduler = Scheduler(scheduler_config(plan, identity, write_through))
         self._logs, self._warned_of_keep = logs, False
         if logs is not None:
             self._scheduler.adopt(logs.keys())
@@ -382,7 +383,9 @@ class Engine:
         return ended
 
 
-def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
+def scheduler_config(
+    plan: Plan, identity: str = "", write_through: bool = False
+) -> SchedulerConfig:
     """What the scheduler is told of a plan; `identity` of what its keys and values depend on."""
     return SchedulerConfig(
         num_pages=plan.num_pages,
@@ -402,5 +405,6 @@ def scheduler_config(plan: Plan, identity: str = "") -> SchedulerConfig:
         cold_micro_batches=plan.cold_micro_batches,
         window_pages=plan.window_pages,
         hot_window=plan.hot_window,
+        write_through=write_through,
         identity=identity,
     )

@@ -17,7 +17,8 @@ class EngineOptions:
     `kv_directory` is for KV pages on NVMe, at most `kv_disk` bytes a stage, encrypted unless `kv_plaintext`;
     `kv_keep` lets them outlive the run, under keys in `kv_key_file`; they are `kv_tenant`'s, and go after
     `kv_ttl` seconds; of sequences that decode over pages that are not on the device, those older than
-    `kv_hot_window` tokens may lie there, too (None: they do not); at most `kv_daily_writes` bytes a day are written by each stage;
+    `kv_hot_window` tokens may lie there, too (None: they do not); with `kv_write_through` every full page is
+    written there, so that what a stage that dies had of it is read and not computed again; at most `kv_daily_writes` bytes a day are written by each stage;
     `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
@@ -44,6 +45,7 @@ class EngineOptions:
     kv_ttl: float | None = None
     kv_daily_writes: int | None = None
     kv_hot_window: int | None = None
+    kv_write_through: bool = False
     placement: str = "auto"
     token_budget: int | None = None
     max_sequences: int | None = None

@@ -62,6 +62,7 @@ def _check_absent(options: EngineOptions) -> None:
         ("--kv-ttl", options.kv_ttl is not None),
         ("--kv-daily-writes", options.kv_daily_writes is not None),
         ("--kv-hot-window", options.kv_hot_window is not None),
+        ("--kv-write-through", options.kv_write_through),
     ):
         if given:
             raise HeadraceError(f"{name} is of --kv-directory DIR: give that, too, or leave it out")

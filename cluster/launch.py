@@ -323,5 +323,6 @@ def _engine(
         logs=logs,
         replacer=StageReplacer(members),
         recovery=RingRecovery(members),
+        write_through=options.kv_write_through,
         vocabulary=vocabulary,
     )

@@ -49,6 +49,7 @@ _OPTIONAL = (
     "cold_micro_batches",
     "window_pages",
     "hot_window",
+    "write_through",
 )
 
 
@@ -68,7 +69,8 @@ class SchedulerConfig:
     that are older than `hot_window` tokens may lie in `window_pages` slots on NVMe.
 
     Full pages go to `host_pages` slots in host RAM and from there to NVMe, which has room for
-    `nvme_pages`; at most `write_backs` a pass to each while there is time, and as `costs` say.
+    `nvme_pages`; at most `write_backs` a pass to each while there is time, and as `costs` say. With
+    `write_through` all of them do, soon after they were computed: for stages that die.
     Decodes carry `drafts`. `identity` names all that keys and values depend on besides tokens (model, formats, adapter):
     what a run finds on NVMe of an earlier one is of the same identity or not found.
 
@@ -91,6 +93,7 @@ class SchedulerConfig:
     window_pages: int = 0
     hot_window: int = 0
     write_backs: int = 16
+    write_through: bool = False
     costs: KVCosts = field(default_factory=KVCosts)
     drafts: DraftLimits = field(default_factory=DraftLimits)
     identity: str = ""

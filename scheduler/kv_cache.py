@@ -5,6 +5,7 @@ end are the same: another request, the next turn of a conversation, or the same 
 has given way.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -59,6 +60,9 @@ class KVCache:
         self._uses_nvme = config.nvme_pages > 0 and self._gains[Tier.NVME] >= 0
         self._swaps = self._uses_host and swap_beats_recompute(costs)
         self._write_backs = config.write_backs
+        self._writes_through = config.write_through and self._uses_nvme
+        # To be written, oldest first; where drives are too slow for all, the newest are.
+        self._unwritten: deque[bytes] = deque(maxlen=config.num_pages)
         self.tiers = Tiers(config, saves=self._uses_host)
         self._device, self._host = self.tiers.device, self.tiers.host
         self._loads: dict[int, bytes] = {}  # device pages that no move brings yet
@@ -107,6 +111,8 @@ class KVCache:
         """Let pages be found that are full and computed by passes that have returned."""
         for page, key in zip(pages, keys, strict=True):
             self.tiers.name(page, key, cohort)
+        if self._writes_through:
+            self._unwritten.extend(keys)
 
     def release(self, pages: Sequence[int]) -> None:
         """Let go of a request's pages; loads that nobody waits for any more are not begun."""
@@ -161,7 +167,9 @@ class KVCache:
                 self.tiers.spill(slot)
 
     def write_back(self) -> None:
-        """Begin to save precious pages where too few others are left to be taken."""
+        """Begin to save precious pages where too few others are left to be taken, and what is to be written
+        through."""
+        self._write_through()
         if self._uses_host:
             # Nothing is in a hurry here, so that no precious slot is given up for it.
             room = self._host.num_spare if self._uses_nvme else self._host.num_free
@@ -170,6 +178,23 @@ class KVCache:
         if self._uses_nvme:
             for slot in self._host.coldest(self._shortage(self._host)):
                 self.tiers.spill(slot)
+
+    def _write_through(self) -> None:
+        """Begin to bring pages to NVMe that were computed, through slots that hold nothing precious."""
+        room = min(self._host.num_spare, self._write_backs)
+        while self._unwritten and room:
+            key = self._unwritten.popleft()
+            page, slot = self._device.find(key), self._host.find(key)
+            if key in self.tiers.nvme:
+                continue
+            if slot is not None and self._host.state(slot) is not PageState.COMING:
+                self.tiers.spill(slot)
+            elif slot is not None:
+                self._kept.add(key)
+            elif page is not None and self._is_whole(page):
+                self.tiers.move_out(page)
+                self._kept.add(key)
+                room -= 1
 
     def begin_save(self) -> None:
         """Begin to bring to NVMe what would be lost with the device and host RAM, and was worth saving:

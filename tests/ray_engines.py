@@ -39,6 +39,7 @@ def ray_engine(
     kv_log: LogConfig | None = None,
     *,
     recovers: bool = True,
+    write_through: bool = False,
     deadline: float = 60.0,
     patience: float = 30.0,
 ) -> Iterator[Engine]:
@@ -84,5 +85,6 @@ def ray_engine(
             logs=logs,
             replacer=StageReplacer(members),
             recovery=RingRecovery(members) if recovers else None,
+            write_through=write_through,
         )
         yield stack.enter_context(engine)

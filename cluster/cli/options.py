@@ -120,6 +120,14 @@ class RunOptions:
             "--kv-disk; where that is faster. [default: none do]",
         ),
     ] = None
+    kv_write_through: Annotated[
+        bool,
+        typer.Option(
+            "--kv-write-through",
+            help="Write every KV page to --kv-directory when it is full: where a stage dies, the one in "
+            "its place reads them and computes only the rest.",
+        ),
+    ] = False
     placement: Annotated[PlacementChoice, typer.Option(help="How layers go to stages.")] = (
         PlacementChoice.AUTO
     )

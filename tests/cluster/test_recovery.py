@@ -142,6 +142,24 @@ def test_pages_on_nvme_outlive_the_process_that_wrote_them(llama: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_pages_that_were_written_through_are_not_computed_again(
+    llama: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(llama, num_pages=48, max_sequences=8, host_pages=16, nvme_pages=500)
+    computed: dict[bool, int] = {}
+    for through in (False, True):
+        log = LogConfig(str(tmp_path / "kv"), CAP)
+        with ray_engine(llama, plan, log, write_through=through) as engine:
+            ring: Any = engine._pipeline
+            want = answers(engine, "a")
+            before = ring.computed
+            assert answers(engine, "b", Blow(engine, [1], 45)) == want
+            computed[through] = ring.computed - before
+    assert computed[True] < 0.8 * computed[False]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_what_ends_stages_again_and_again_is_given_up(llama: Path) -> None:
     with ray_engine(llama, plan_of(llama), patience=3.0) as engine:
 

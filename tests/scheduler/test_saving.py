@@ -142,3 +142,17 @@ def test_a_page_costs_its_bytes_and_a_token_its_arithmetic() -> None:
     costs = kv_costs(shape, layout, [fast, slow], prediction)
     # The slower stage decides; that passes take 3 s for weights' sake is no price of a token.
     assert costs == KVCosts(slot / 10e9, slot / 10e9 + slot / 1e9, 0.005)
+
+
+def test_every_full_page_is_written_through_while_its_request_runs() -> None:
+    run = Run(write_through=True)
+    run.add(0, 8, story=1)
+    run.add(1, 6, story=2)
+    while run.scheduler.has_work:
+        a_pass = run.scheduler.schedule()
+        assert a_pass is not None
+        run.take(a_pass)
+    while (a_pass := run.scheduler.settle()) is not None:
+        run.take(a_pass)
+    # The last page of each has a place for the token that is drawn.
+    assert run.scheduler.kv_stats().nvme >= 2

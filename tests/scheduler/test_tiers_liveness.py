@@ -374,6 +374,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         window_pages=draw(st.sampled_from([40, 10, 3, 1, 0])) if ring else 0,
         hot_window=draw(st.sampled_from([0, 64, 100])),
         write_backs=draw(st.sampled_from([1, 3, 16])),
+        write_through=draw(st.booleans()),
         drafts=draw(st.sampled_from([NO_DRAFTS, DRAFTS, replace(DRAFTS, most_tokens=12)])),
         costs=draw(
             st.sampled_from(
