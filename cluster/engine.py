@@ -17,7 +17,7 @@ from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import Replacement, StageReplacer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
-from headrace.scheduler.contexts import ContextIds
+from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.drafter import Guesses
 from headrace.scheduler.errors import StageError, StageLostError
 from headrace.scheduler.limits import check_request
@@ -215,13 +215,17 @@ class Engine:
         starts beside the old one, with a processor, and a GPU if stages have them, to spare there, and
         with the store under the same path. What the stage has on NVMe goes along on the same node only.
         Passes under way end first. HeadraceError when there is no such stage or node or no room for
-        the new process, StageError when a stage dies.
+        the new process. Where one dies meanwhile, stages are recovered as always.
         """
         assert self._replacer is not None, "these stages are no processes"
         started, found = time.monotonic(), self._replacer.find(stage, node)
         self._come_to_rest()
         ids, step = self._scheduler.contexts(), self._scheduler.next_step
-        taken = self._replacer.replace(stage, ids, step, found)
+        try:
+            taken = self._replacer.replace(stage, ids, step, found)
+        except StageLostError as error:
+            self._recover(error)
+            taken = Taken(0, ids)
         gone = taken.lost.plus(ContextIds(window=ids.window))
         lost, requests = len(gone), self._scheduler.lose(gone)
         if self._logs is not None:

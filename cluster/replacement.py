@@ -96,9 +96,13 @@ class StageReplacer:
             manifest = self._ask(stage, exporting, "handing KV pages over")
             keys = self._stop(stage, hand_over=True)
             new = self._processes.start(stage)
-            self._members.load(stage, new, step, f"replacing stage {stage}")
-            importing = new.import_payload.remote(manifest, path)
-            return new, self._taken(stage, importing), keys
+            try:
+                self._members.load(stage, new, step, f"replacing stage {stage}")
+                taken = self._taken(stage, new.import_payload.remote(manifest, path))
+            except BaseException:
+                self._processes.stop(new)
+                raise
+            return new, taken, keys
 
     def _beside(
         self, stage: int, ids: ContextIds, step: int, node: str | None, *, hand_over: bool
