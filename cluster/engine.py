@@ -225,7 +225,7 @@ class Engine:
             taken = self._replacer.replace(stage, ids, step, found)
         except StageLostError as error:
             self._recover(error)
-            taken = Taken(0, ids)
+            taken = Taken(lost=replace(ids, window=()))
         gone = taken.lost.plus(ContextIds(window=ids.window))
         lost, requests = len(gone), self._scheduler.lose(gone)
         if self._logs is not None:
