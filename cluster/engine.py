@@ -13,6 +13,7 @@ from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.replacement import Replacement, StageReplacer
+from headrace.cluster.telemetry.events import EngineEvents
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
@@ -57,6 +58,7 @@ class Engine:
         self.model_digest = digest
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
+        self.events = EngineEvents()
         identity = f"{digest} {plan.kv_format} {dtype} {tenant}"
         self._scheduler = Scheduler(scheduler_config(plan, identity))
         self._logs, self._warned_of_keep = logs, False
@@ -86,13 +88,15 @@ class Engine:
         priority: Priority = Priority.INTERACTIVE,
         weight: int = 1,
         on_token: Callable[[Sample], None] | None = None,
+        arrived: float | None = None,
     ) -> int:
         """Queue a prompt; returns the request's id. RequestError when it cannot be served.
 
         Nothing that a tenant has had computed is found by another one, and of one priority tenants have
         shares by `weight` (at least 1). `keep` saves the keys and
         values below the device for a prompt that goes on from where this one ends. `on_token` is called
-        by `step` with each of its tokens, once that is committed.
+        by `step` with each of its tokens, once that is committed. Times are measured from when the request
+        `arrived`, on time.monotonic, or else from now.
         """
         self._check_keep(keep)
         self._outputs.check(params)
@@ -106,6 +110,7 @@ class Engine:
         )  # fmt: skip
         self._scheduler.add(request)
         self._outputs.start(request, on_token)
+        self.events.added(request_id, request.num_prompt, priority.value, arrived)
         return request_id
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
@@ -123,6 +128,7 @@ class Engine:
         """
         self._scheduler.abort(request_id)
         self._outputs.forget(request_id)
+        self.events.ended(request_id, FinishReason.ABORT.value)
         self.stats.kv = self._scheduler.kv_stats()
 
     def draft_with(self, make: Callable[[int], Guesses]) -> None:
@@ -288,6 +294,7 @@ class Engine:
         ended = {request.request_id: request for request in update.finished}
         texts: dict[int, str] = {}
         left = Counter(request.request_id for request, _ in update.committed)
+        self.events.committed(left)
         for request, sample in update.committed:
             number = request.request_id
             left[number] -= 1
@@ -305,7 +312,10 @@ class Engine:
         reasons = {request.request_id: error for request, error in errors.items()}
         self.stats.prompt_tokens += sum(request.num_prompt for request in ended.values())
         complete = self._outputs.complete
-        return [complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
+        done = [complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
+        for completion in done:
+            self.events.ended(completion.request_id, completion.finish_reason)
+        return done
 
     def _follow(self, requests: Sequence[Request]) -> dict[Request, str | None]:
         """Find out what may come next of those that follow a grammar. The ones that end now: with an error,

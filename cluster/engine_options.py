@@ -22,6 +22,7 @@ class EngineOptions:
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
+    `metrics_port` is where such a cluster of its own shows metrics, None any free port;
     `trace` a file to write, when the engine closes, for Perfetto.
     """
 
@@ -53,6 +54,7 @@ class EngineOptions:
     graphs: bool | None = None
     ngram_speculation: int | None = 0
     address: str | None = None
+    metrics_port: int | None = None
     deadline: float = 600.0
     trace: Path | None = None
 
