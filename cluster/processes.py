@@ -46,6 +46,11 @@ def ray_cluster(
     Ray (2.60 and later) turns token authentication on for a cluster that it starts itself.
     """
     if ray.is_initialized():  # the caller's own connection: use it and leave it
+        if metrics_port is not None:
+            raise HeadraceError(
+                "metrics_port is for a cluster of the run's own, and this process has a connection to"
+                " one already, which has its port: leave it out"
+            )
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

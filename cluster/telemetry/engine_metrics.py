@@ -110,8 +110,8 @@ class EngineMetrics:
             sink.total(table.ADMITTED, events.admitted[priority.value], priority=priority.value)
         for reason in FinishReason:
             sink.total(table.ENDED, events.ended_by[reason.value], reason=reason.value)
-        for code, count in dict(events.refused).items():
-            sink.total(table.TURNED_AWAY, count, code=code)
+        for code in {*table.TURNED_AWAY_CODES, *dict(events.refused)}:
+            sink.total(table.TURNED_AWAY, events.refused[code], code=code)
         observed = events.take()
         sink.observe(table.FIRST_TOKEN, observed.first_token.values)
         sink.observe(table.INTER_TOKEN, observed.inter_token.values)

@@ -176,6 +176,15 @@ TURNED_AWAY = MetricSpec(
     " by code.",
     _ENGINE, ("code",), also_server=True,
 )  # fmt: skip
+TURNED_AWAY_CODES = (
+    "queue_full",
+    "deadline_unreachable",
+    "deadline_passed",
+    "rate_limit_exceeded",
+    "too_many_requests",
+    "not_ready",
+)
+"""Shown from the start, so that the first one counts as an increase."""
 FIRST_TOKEN = MetricSpec(
     "headrace_time_to_first_token_seconds", _HISTOGRAM, "seconds",
     "From a request's admission to its first token.", _ENGINE, buckets=_FIRST_TOKEN,
