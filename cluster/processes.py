@@ -167,8 +167,8 @@ class StageProcesses:
         )
         if node is not None:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        # Numbered as in every message.
-        name = f"stage {stage} of {self._stages}, {self._model}"
+        # Numbered as in every message, and of the ring that metrics name.
+        name = f"stage {stage} of {self._stages}, {self.ring or self._model}"
         remote = ray.remote(concurrency_groups=CONCURRENCY)(StageActor)
         actor = remote.options(
             num_cpus=self._bundle["CPU"],

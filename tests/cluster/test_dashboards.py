@@ -21,9 +21,11 @@ from served import Served, serving
 from headrace.cluster.engine import Engine
 from headrace.cluster.keyword_options import engine_options
 from headrace.cluster.launch import running_engine
+from headrace.cluster.processes import ray_cluster
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.dashboards import DASHBOARDS, GRAFANA, text_of
 from headrace.cluster.telemetry.table import Kind
+from headrace.scheduler.errors import HeadraceError
 
 PANELS = [panel for dashboard in DASHBOARDS.values() for panel in dashboard.panels]
 RULES = [
@@ -234,3 +236,9 @@ def test_what_prometheus_has_is_what_the_engine_counted(watched: Watched) -> Non
     assert one('ray_headrace_recovery_seconds_total{phase="load",stage="1"}') == 0.4
     assert sum(watched.prometheus.ask("ray_headrace_turned_away_total").values()) == 1
     assert os.path.basename(watched.labels["ring"]).startswith("stories.nf4-")
+
+
+@needs_prometheus
+def test_a_connection_that_is_there_has_its_own_port(watched: Watched) -> None:
+    with pytest.raises(HeadraceError, match="leave it out"), ray_cluster(1, None, 8080):
+        pass
