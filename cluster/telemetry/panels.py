@@ -112,7 +112,7 @@ DATASOURCE_VARIABLE: dict[str, Any] = {
 
 
 def dashboard_json(dashboard: Dashboard) -> dict[str, Any]:
-    """What Grafana (10 and later) imports or is provisioned with."""
+    """What Grafana imports or is provisioned with; the schema is that of 10.4 and later."""
     return {
         "uid": dashboard.uid,
         "title": dashboard.title,
