@@ -15,6 +15,7 @@ from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import Replacement, StageReplacer
+from headrace.cluster.telemetry.events import EngineEvents
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds, Taken
@@ -64,6 +65,7 @@ class Engine:
         self.model_digest = digest
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
+        self.events = EngineEvents()
         identity = f"{digest} {plan.kv_format} {dtype} {tenant}"
         self._scheduler = Scheduler(scheduler_config(plan, identity, write_through))
         self._logs, self._warned_of_keep = logs, False
@@ -95,6 +97,7 @@ class Engine:
         weight: int = 1,
         said: Sequence[Sample] = (),
         on_token: Callable[[Sample], None] | None = None,
+        arrived: float | None = None,
     ) -> int:
         """Queue a prompt; returns the request's id. RequestError when it cannot be served.
 
@@ -102,7 +105,8 @@ class Engine:
         shares by `weight` (at least 1). `keep` saves the keys and
         values below the device for a prompt that goes on from where this one ends. `said` are the first
         tokens of the answer, which an earlier run had committed. `on_token` is called by `step` with each
-        of the others, once that is committed.
+        of the others, once that is committed. Times are measured from when the request `arrived`, on
+        time.monotonic, or else from now.
         """
         self._check_keep(keep)
         self._outputs.check(params)
@@ -117,6 +121,7 @@ class Engine:
         request.tokens += [sample.token for sample in said]
         self._scheduler.add(request)
         self._outputs.start(request, on_token, said)
+        self.events.added(request_id, request.num_prompt, priority.value, arrived)
         return request_id
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
@@ -134,6 +139,7 @@ class Engine:
         """
         self._scheduler.abort(request_id)
         self._outputs.forget(request_id)
+        self.events.ended(request_id, FinishReason.ABORT.value)
         self.stats.kv = self._scheduler.kv_stats()
 
     def draft_with(self, make: Callable[[int], Guesses]) -> None:
@@ -281,6 +287,8 @@ class Engine:
         requests = self._scheduler.lose(self._scheduler.contexts()) if done.stages else 0
         self.stats.recovered(done := replace(done, requests=requests))
         log.warning("%s", done)
+        for stage in done.stages:
+            self.events.recovered(stage, done.phases)
         if self._logs is not None:
             try:
                 self._scheduler.retain({*self._logs.keys()})
@@ -358,6 +366,7 @@ class Engine:
         ended = {request.request_id: request for request in update.finished}
         texts: dict[int, str] = {}
         left = Counter(request.request_id for request, _ in update.committed)
+        self.events.committed(left)
         for request, sample in update.committed:
             number = request.request_id
             left[number] -= 1
@@ -375,7 +384,10 @@ class Engine:
         reasons = {request.request_id: error for request, error in errors.items()}
         self.stats.prompt_tokens += sum(request.num_prompt for request in ended.values())
         complete = self._outputs.complete
-        return [complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
+        done = [complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
+        for completion in done:
+            self.events.ended(completion.request_id, completion.finish_reason)
+        return done
 
     def _follow(self, requests: Sequence[Request]) -> dict[Request, str | None]:
         """Find out what may come next of those that follow a grammar. The ones that end now: with an error,

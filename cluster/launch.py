@@ -23,6 +23,7 @@ from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.start_times import StartTimes, read_at_start
+from headrace.cluster.telemetry.engine_metrics import EngineMetrics
 from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.stage_config import StageConfig
@@ -244,7 +245,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         resolving = beside.submit(_resolve, options, store)
         measuring = beside.submit(lambda: shape_in(store, resolving.result()[1], options.kv_format))
         loading = beside.submit(load_tokenizer, store.path)
-        stack.enter_context(ray_cluster(options.stages, options.address))
+        stack.enter_context(ray_cluster(options.stages, options.address, options.metrics_port))
         times.ended("Ray")
         device, dtype = resolving.result()
         processes = StageProcesses(options.stages, device, store.path.name)
@@ -277,6 +278,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         words = shape.vocab_size
         engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, members, words)
         stack.enter_context(engine)
+        if processes.ring:
+            stack.enter_context(EngineMetrics(engine, processes.ring))
         yield engine
         if options.kv_keep:  # not after an error
             engine.save()
@@ -287,6 +290,11 @@ def _check(options: EngineOptions) -> None:
     check_tokenizer(options.store)
     check_kv_format(options.kv_format)
     check_kv_options(options)
+    if options.metrics_port is not None and options.address is not None:
+        raise HeadraceError(
+            "--metrics-port is for a cluster of the run's own; on the cluster at --address it is `ray"
+            " start --metrics-export-port` that says where each node shows metrics"
+        )
     if options.trace is not None:
         from headrace.cluster.trace_file import check_writable
 

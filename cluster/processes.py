@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from headrace.cluster.stage_actor import CONCURRENCY, StageActor
+from headrace.cluster.telemetry.ray_sink import has_agent
 from headrace.scheduler.errors import HeadraceError
 
 START_SECONDS = 180.0
@@ -35,12 +36,21 @@ CLOSE_SECONDS = 10.0
 
 
 @contextmanager
-def ray_cluster(stages: int, address: str | None) -> Iterator[None]:
+def ray_cluster(
+    stages: int, address: str | None, metrics_port: int | None = None
+) -> Iterator[None]:
     """A Ray connection for the engine's life: its own cluster unless an address is given.
+
+    Its own cluster shows metrics at `metrics_port`, else at a port that Ray chooses.
 
     Ray (2.60 and later) turns token authentication on for a cluster that it starts itself.
     """
     if ray.is_initialized():  # the caller's own connection: use it and leave it
+        if metrics_port is not None:
+            raise HeadraceError(
+                "metrics_port is for a cluster of the run's own, and this process has a connection to"
+                " one already, which has its port: leave it out"
+            )
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -57,6 +67,9 @@ def ray_cluster(stages: int, address: str | None) -> Iterator[None]:
     else:
         # Ray starts a worker for each of its CPUs at once; more than the stages would be idle.
         arguments = {"address": "local", "num_cpus": stages, "include_dashboard": False}
+        if metrics_port is not None:
+            _check_free(metrics_port)
+            arguments["_metrics_export_port"] = metrics_port
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
@@ -73,6 +86,18 @@ def ray_cluster(stages: int, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_free(port: int) -> None:
+    """HeadraceError when a port is taken: Ray would go on without a word, and without metrics."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise HeadraceError(
+                f"--metrics-port {port} cannot be had: {error.strerror}. Choose another one"
+            ) from error
 
 
 def _knock(address: str) -> None:
@@ -98,6 +123,8 @@ class StageProcesses:
         if device == "cuda":
             self._bundle["GPU"] = 1.0
         self._stages, self._model = stages, model
+        # What metrics of these processes are told apart by; "" where nobody would see them.
+        self.ring = f"{model}-{uuid4().hex[:6]}" if has_agent() else ""
         self._check_resources()
         self._group = placement_group([self._bundle] * stages, strategy="PACK", name=_group_name())
         self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
@@ -147,15 +174,15 @@ class StageProcesses:
         )
         if node is not None:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        # Numbered as in every message.
-        name = f"stage {stage} of {self._stages}, {self._model}"
+        # Numbered as in every message, and of the ring that metrics name.
+        name = f"stage {stage} of {self._stages}, {self.ring or self._model}"
         remote = ray.remote(concurrency_groups=CONCURRENCY)(StageActor)
         actor = remote.options(
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0),
             max_restarts=0,
             scheduling_strategy=strategy,
-        ).remote(name)
+        ).remote(name, self.ring)
         self._all.append(actor)
         return actor
 

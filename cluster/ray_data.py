@@ -81,7 +81,7 @@ class RingUDF(StatefulStageUDF):  # type: ignore[misc]
         self._stack = ExitStack()
         self._ring = self._stack.enter_context(actor_engine(options))
         # Ray Data bounds how many rows there are: none is turned away.
-        self._engine = AsyncEngine(self._ring, Metrics(), max_waiting=0)
+        self._engine = AsyncEngine(self._ring, Metrics(self._ring.events), max_waiting=0)
         self._stack.callback(self._engine.join)
         # An error's traceback may refer to this object, so that __del__ is not called before the process ends.
         atexit.register(self._stack.close)

@@ -19,6 +19,7 @@ from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.plan import Pass, PassResult
 
 if TYPE_CHECKING:
+    from headrace.cluster.telemetry.stage_metrics import StageMetrics
     from headrace.runtime.kv.handover import Contexts
     from headrace.runtime.kv.window import PageWindow
     from headrace.runtime.kv_log.stage_log import StageLog
@@ -74,16 +75,18 @@ class Connection:
 class StageActor:
     """One process, one device. It starts empty, so that the plan can be made from what it measures.
 
-    The driver imports this class, too, before Ray starts: so torch comes later.
+    The driver imports this class, too, before Ray starts: so torch comes later. `ring` is what metrics of it
+    are told apart by; "" emits none.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, ring: str = "") -> None:
         logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "WARNING"))
         # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _return_large_blocks()
         _wait_asleep()
-        self._name = name
+        self._name, self._ring = name, ring
+        self._metrics: StageMetrics | None = None
         self._thread = StageThread()
         self._stage: Stage | None = None
         self._log: StageLog | None = None
@@ -114,6 +117,7 @@ class StageActor:
         Its log's tenants have `keys` that are in no file. One that `joins_at` a pass gets its places on
         NVMe with `open_log`, when the stage before has left them.
         """
+        from headrace.cluster.telemetry.stage_metrics import StageMetrics
         from headrace.runtime.kv.stage_window import open_window
         from headrace.runtime.kv_log.stage_log import StageLog
         from headrace.runtime.stage import Stage
@@ -127,6 +131,8 @@ class StageActor:
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
         self._stage = self._thread.do(Stage, config, None, self._log, self._window)
+        if self._ring:
+            self._metrics = StageMetrics(self._ring, config.stage, self._log)
         return self._stage.storage_name
 
     def connect(self, payload: bytes) -> None:
@@ -164,7 +170,10 @@ class StageActor:
         stage, a_pass = self._stage, decode(payload, Pass)
         known = None if before is None else decode(before, PassResult)
         work = partial(stage.run, stage.prepare(a_pass), known)
-        return encode(self._thread.run(a_pass.step, stage.config.deadline, work))
+        result = self._thread.run(a_pass.step, stage.config.deadline, work)
+        if self._metrics is not None:
+            self._metrics.passed(result.times)
+        return encode(result)
 
     def break_off(self, step: int) -> bool:
         """Give up passes before `step`, which is the next one to come. Returns when nothing of them is under
@@ -264,6 +273,8 @@ class StageActor:
         self._log = StageLog(config, keys)
         self._window = open_window(config, self._log)
         self._stage.attach(self._log, self._window)
+        if self._metrics is not None:
+            self._metrics.watch(self._log)
 
     def leave(self, *, hand_over: bool) -> dict[str, bytes]:
         """Close the stage, which another process replaces. Returns keys of its log that are in no file,
@@ -278,6 +289,8 @@ class StageActor:
         self._thread.do(self._stage.close)
         if self._window is not None:
             self._window.close()
+        if self._metrics is not None:
+            self._metrics.close()
         return keys
 
     def clock(self) -> int:

@@ -18,6 +18,7 @@ from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
 from headrace.cluster.engine import Engine
 from headrace.cluster.serving.server import Listener, Server, ServerOptions
+from headrace.cluster.telemetry.events import EngineEvents
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import ContextLengthError, HeadraceError
 from headrace.scheduler.kv_stats import KVStats, PageCounts
@@ -169,6 +170,7 @@ class EchoEngine:
     error: str | None = None
     pace: float = 0.0
     gate: threading.Event = field(default_factory=threading.Event)
+    events: EngineEvents = field(default_factory=EngineEvents)
     aborted: list[int] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
     classes: list[tuple[Priority, int]] = field(default_factory=list)
@@ -248,6 +250,7 @@ class EchoEngine:
         priority: Priority = Priority.INTERACTIVE,
         weight: int = 1,
         on_token: Callable[[Sample], None] | None = None,
+        arrived: float | None = None,
     ) -> int:
         stop = StopStrings(self.tokenizer, params) if params.stop else None
         self._next_id += 1

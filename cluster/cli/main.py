@@ -18,7 +18,7 @@ from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.kv import app as kv_app
-from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.options import MetricsPort, RunOptions, StorageChoice, takes_run_options
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.scheduler.errors import HeadraceError
 
@@ -148,6 +148,7 @@ def generate(
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
     ] = None,
+    metrics_port: MetricsPort = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -165,7 +166,9 @@ def generate(
 
     if trace is not None and trace.resolve() == output.resolve():
         raise HeadraceError(f"--trace {trace} is the --output: choose another --trace")
-    options = run.engine(store, storage=storage.value, address=address, trace=trace)
+    options = run.engine(
+        store, storage=storage.value, address=address, metrics_port=metrics_port, trace=trace
+    )
     defaults = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )

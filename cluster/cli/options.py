@@ -17,6 +17,17 @@ from headrace.scheduler.errors import HeadraceError
 SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
 
 
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=65535,
+        help="Where the Ray cluster of the run's own shows Prometheus its metrics, on all of the"
+        " machine's addresses. [default: a port that Ray chooses]",
+    ),
+]
+
+
 class Device(str, Enum):
     AUTO = "auto"
     CPU = "cpu"

@@ -13,6 +13,7 @@ from headrace.cluster.job_report import Stats, Work
 from headrace.cluster.serving.generation import Generation
 from headrace.cluster.serving.pass_model import Pace, PassModel
 from headrace.cluster.serving.recent_work import RecentWork, Span
+from headrace.cluster.telemetry.events import EngineEvents
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
@@ -71,6 +72,9 @@ class ServedEngine(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    @property
+    def events(self) -> EngineEvents: ...
+
     def check(self, token_ids: list[int], params: SamplingParams) -> None: ...
 
     def add(
@@ -84,6 +88,7 @@ class ServedEngine(Protocol):
         priority: Priority = Priority.INTERACTIVE,
         weight: int = 1,
         on_token: Callable[[Sample], None] | None = None,
+        arrived: float | None = None,
     ) -> int: ...
 
     def step(self) -> list[Completion]: ...
@@ -149,7 +154,7 @@ class EngineLoop:
 
     def submit(self, generation: Generation) -> None:
         """Add all its sequences before the next pass."""
-        self._command(partial(self._add, generation))
+        self._command(partial(self._add, generation, monotonic()))
 
     def abort(self, generation: Generation) -> None:
         """Give up what of it has not ended before the next pass."""
@@ -210,7 +215,7 @@ class EngineLoop:
             self._counted, self._since = (stats.passes, stats.tokens), now
             self._recent.note(now, Work.of(stats))
 
-    def _add(self, generation: Generation) -> None:
+    def _add(self, generation: Generation, arrived: float) -> None:
         self._ids[generation] = ids = []
         for index, order in enumerate(generation.orders):
             news = News(generation, index, [])
@@ -224,6 +229,7 @@ class EngineLoop:
                     priority=generation.terms.priority,
                     weight=generation.terms.weight,
                     on_token=None if generation.of_batch else news.samples.append,
+                    arrived=arrived,
                 )
             except RequestError as error:
                 news.error = error

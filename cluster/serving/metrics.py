@@ -8,57 +8,37 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from headrace.cluster.serving.loop import EngineState
+from headrace.cluster.telemetry import table
+from headrace.cluster.telemetry.engine_metrics import kv_pages
+from headrace.cluster.telemetry.events import EngineEvents
+from headrace.cluster.telemetry.table import MetricSpec
 from headrace.scheduler.speculation import DraftCounts
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-# A pass of a streamed model takes from milliseconds to a minute.
-_FIRST_TOKEN = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-_NEXT_TOKEN = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-_RATIOS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 4.0, 10.0)
-
 
 class Metrics:
-    """Counts on the event loop; what the engine is doing is asked for when somebody looks."""
+    """Counts on the event loop; what the engine is doing is asked for when somebody looks.
 
-    def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "headrace_requests",
-            "Requests that have ended, by path or method and status (499: the client went away).",
-            ["path", "status"],
-            registry=registry,
-        )
-        self._prompt = Counter(
-            "headrace_prompt_tokens", "Tokens of prompts taken in.", registry=registry
-        )
-        self._output = Counter("headrace_output_tokens", "Tokens generated.", registry=registry)
-        self._first = Histogram(
-            "headrace_time_to_first_token_seconds",
-            "From a request's admission to its first token.",
-            buckets=_FIRST_TOKEN,
-            registry=registry,
-        )
-        self._next = Histogram(
-            "headrace_inter_token_seconds",
-            "Between two tokens of a sequence.",
-            buckets=_NEXT_TOKEN,
-            registry=registry,
-        )
+    Requests that are turned away are among the engine's `events`, too, so that Ray's metrics have them.
+    """
 
-        self._turned_away = Counter(
-            "headrace_turned_away",
-            "Requests that were refused or ended early for want of time or room, or for a limit of their"
-            " key's, by code.",
-            ["code"],
-            registry=registry,
-        )
-        self._forecast = Histogram(
-            "headrace_first_token_forecast_ratio",
-            "Time to the first token over its forecast, of requests with a time.",
-            buckets=_RATIOS,
-            registry=registry,
-        )
+    def __init__(self, events: EngineEvents) -> None:
+        self._events = events
+        self._registry = CollectorRegistry()
+        self._requests = self._counter(table.REQUESTS)
+        self._prompt = self._counter(table.PROMPT_TOKENS)
+        self._output = self._counter(table.OUTPUT_TOKENS)
+        self._first = self._histogram(table.FIRST_TOKEN)
+        self._next = self._histogram(table.INTER_TOKEN)
+        self._turned_away = self._counter(table.TURNED_AWAY)
+        self._forecast = self._histogram(table.FORECAST_RATIO)
+
+    def _counter(self, spec: MetricSpec) -> Counter:
+        return Counter(spec.name, spec.help, spec.labels, registry=self._registry)
+
+    def _histogram(self, spec: MetricSpec) -> Histogram:
+        return Histogram(spec.name, spec.help, buckets=spec.buckets, registry=self._registry)
 
     def watch(self, state: Callable[[], EngineState]) -> None:
         """Show what the engine is doing, too."""
@@ -85,6 +65,7 @@ class Metrics:
 
     def turned_away(self, code: str) -> None:
         self._turned_away.labels(code).inc()
+        self._events.turned_away(code)
 
     def forecast(self, ratio: float) -> None:
         self._forecast.observe(ratio)
@@ -99,32 +80,26 @@ class _Engine(Collector):
 
     def collect(self) -> Iterable[Metric]:
         state = self._state()
-        kv = state.kv
-        yield GaugeMetricFamily(
-            "headrace_running_sequences", "Sequences that have pages.", value=state.running
-        )
-        yield GaugeMetricFamily(
-            "headrace_waiting_sequences", "Sequences that wait for pages.", value=state.waiting
-        )
-        yield GaugeMetricFamily(
-            "headrace_pass_seconds", "What recent passes took.", value=state.pace.recent
-        )
-        pages = GaugeMetricFamily(
-            "headrace_kv_pages", "KV pages by tier and state.", labels=["tier", "state"]
-        )
-        for tier, counts in (("device", kv.device), ("host", kv.host)):
-            for name in ("free", "used", "cached", "coming", "leaving"):
-                pages.add_metric([tier, name], getattr(counts, name))
-        pages.add_metric(["nvme", "cached"], kv.nvme)
+        yield _gauge(table.RUNNING, state.running)
+        yield _gauge(table.WAITING, state.waiting)
+        yield _gauge(table.RECENT_PASS_SECONDS, state.pace.recent)
+        spec = table.KV_PAGES
+        pages = GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
+        for tier, name, count in kv_pages(state.kv):
+            pages.add_metric([tier, name], count)
         yield pages
         yield from _drafts(state.drafts)
 
 
+def _gauge(spec: MetricSpec, value: float) -> Metric:
+    return GaugeMetricFamily(spec.name, spec.help, value=value)
+
+
 def _drafts(counts: DraftCounts) -> Iterable[Metric]:
     """Tokens a sequence and pass are (decodes + accepted) / decodes."""
-    for name, text, value in (
-        ("decodes", "Times that a pass drew for a sequence.", counts.decodes),
-        ("draft_tokens", "Guessed tokens that passes verified.", counts.drafts),
-        ("accepted_draft_tokens", "Guessed tokens that were right.", counts.accepted),
+    for spec, value in (
+        (table.DECODES, counts.decodes),
+        (table.DRAFT_TOKENS, counts.drafts),
+        (table.ACCEPTED_DRAFT_TOKENS, counts.accepted),
     ):
-        yield CounterMetricFamily(f"headrace_{name}", text, value=value)
+        yield CounterMetricFamily(spec.name, spec.help, value=value)

@@ -33,7 +33,7 @@ class Service:
         store: FileStore | None = None,
     ) -> None:
         rates = Rates(rules.keys or ())
-        self.metrics = Metrics()
+        self.metrics = Metrics(engine.events)
         self.gate = Gate(rules, rates, self.metrics)
         self.model = Model(
             options.model_name, engine.tokenizer, engine.model_digest, engine.max_context

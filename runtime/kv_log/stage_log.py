@@ -61,6 +61,16 @@ class StageLog:
         """Whether so much more may be written to the drive today, by whoever; it is booked then."""
         return self._log.budget.take(nbytes)
 
+    @property
+    def written(self) -> int:
+        """Bytes that this process wrote to the drive, by whatever way."""
+        return self._log.budget.written
+
+    @property
+    def budget_left(self) -> int | None:
+        """Bytes that may be written now; None without a budget."""
+        return self._log.budget.left
+
     def keys(self) -> list[bytes]:
         """Of all pages that it has, oldest first."""
         return self._log.keys()

@@ -42,7 +42,7 @@ class Place:
 
     def __init__(self, store: FileStore, engine: EchoEngine, window: int) -> None:
         model = Model(MODEL, engine.tokenizer, engine.model_digest, engine.max_context)
-        self.store, self.engine = store, AsyncEngine(engine, Metrics(), max_waiting=8)
+        self.store, self.engine = store, AsyncEngine(engine, Metrics(engine.events), max_waiting=8)
         self.lane = BatchLane(self.engine, model, window)
         reader = Reader(model, engine, 8)
         self.reader = reader

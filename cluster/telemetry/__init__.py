@@ -1,0 +1,1 @@
+"""What a running ring tells Prometheus, through Ray's metrics agents and `headrace serve`."""
