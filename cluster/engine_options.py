@@ -22,6 +22,8 @@ class EngineOptions:
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
+    on it stages find each other at `rendezvous_port` of this machine (0: a free one) and speak over the network
+    `interface` of that name or in that network, which None leaves to Ray's address of each machine;
     `trace` a file to write, when the engine closes, for Perfetto.
     """
 
@@ -53,6 +55,8 @@ class EngineOptions:
     graphs: bool | None = None
     ngram_speculation: int | None = 0
     address: str | None = None
+    interface: str | None = None
+    rendezvous_port: int = 0
     deadline: float = 600.0
     trace: Path | None = None
 

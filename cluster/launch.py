@@ -16,6 +16,7 @@ from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
+from headrace.cluster.network_options import check_network
 from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, ray_cluster
 from headrace.cluster.replacement import StageReplacer
@@ -263,7 +264,11 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         times.ended(f"loading {read_at_start(plan)} and models' code")
         edges = None
         if plan.placement.edges:  # a single stage has none
-            edges = Edges(local=options.address is None)
+            edges = Edges(
+                local=options.address is None,
+                interface=options.interface,
+                port=options.rendezvous_port,
+            )
             stack.callback(edges.close)
             edges.connect(actors)
         times.ended("connecting")
@@ -283,6 +288,7 @@ def _check(options: EngineOptions) -> None:
     check_tokenizer(options.store)
     check_kv_format(options.kv_format)
     check_kv_options(options)
+    check_network(options)
     if options.trace is not None:
         from headrace.cluster.trace_file import check_writable
 

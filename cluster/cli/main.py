@@ -18,7 +18,14 @@ from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.kv import app as kv_app
-from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.options import (
+    AddressOption,
+    InterfaceOption,
+    RendezvousPortOption,
+    RunOptions,
+    StorageChoice,
+    takes_run_options,
+)
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.scheduler.errors import HeadraceError
 
@@ -145,9 +152,9 @@ def generate(
     storage: Annotated[
         StorageChoice, typer.Option(help="How weights are read.")
     ] = StorageChoice.AUTO,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
-    ] = None,
+    address: AddressOption = None,
+    interface: InterfaceOption = None,
+    rendezvous_port: RendezvousPortOption = 0,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -165,7 +172,14 @@ def generate(
 
     if trace is not None and trace.resolve() == output.resolve():
         raise HeadraceError(f"--trace {trace} is the --output: choose another --trace")
-    options = run.engine(store, storage=storage.value, address=address, trace=trace)
+    options = run.engine(
+        store,
+        storage=storage.value,
+        address=address,
+        interface=interface,
+        rendezvous_port=rendezvous_port,
+        trace=trace,
+    )
     defaults = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )

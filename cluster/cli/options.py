@@ -14,6 +14,26 @@ from headrace.cluster.engine_options import EngineOptions
 from headrace.runtime.stage_config import TENANT
 from headrace.scheduler.errors import HeadraceError
 
+AddressOption = Annotated[
+    str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
+]
+InterfaceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|NETWORK",
+        help="With --address, what stages speak over: an interface that all machines have, such as eth1, or"
+        " the one of each that is in a network such as 10.0.0.0/24. [default: Ray's]",
+    ),
+]
+RendezvousPortOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="With --address, where stages find each other on this machine. 0 takes a free one.",
+    ),
+]
+
 SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
 
 

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.options import (
+    AddressOption,
+    InterfaceOption,
+    RendezvousPortOption,
+    RunOptions,
+    StorageChoice,
+    takes_run_options,
+)
 from headrace.cluster.cli.sizes import parse_duration, parse_size
 
 
@@ -79,9 +86,9 @@ def serve(
     storage: Annotated[
         StorageChoice, typer.Option(help="How weights are read.")
     ] = StorageChoice.AUTO,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
-    ] = None,
+    address: AddressOption = None,
+    interface: InterfaceOption = None,
+    rendezvous_port: RendezvousPortOption = 0,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients know it. Ctrl-C lets running requests finish."""
     import asyncio
@@ -110,7 +117,13 @@ def serve(
             parse_size(files_max_bytes), parse_size(file_max_bytes), int(parse_duration(files_ttl))
         ),
     )
-    engine_options = run.engine(store, storage=storage.value, address=address)
+    engine_options = run.engine(
+        store,
+        storage=storage.value,
+        address=address,
+        interface=interface,
+        rendezvous_port=rendezvous_port,
+    )
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)
