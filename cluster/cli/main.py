@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, serve, client, bench, kv."""
+"""`headrace`: convert, inspect, plan, generate, serve, client, job, bench, kv."""
 
 import logging
 import os
@@ -17,6 +17,7 @@ from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
+from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.options import (
     AddressOption,
@@ -46,6 +47,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
 client_app.add_typer(client_batch_app, name="batch")
 app.add_typer(client_app, name="client")
+app.add_typer(job_app, name="job")
 
 
 class Format(str, Enum):
