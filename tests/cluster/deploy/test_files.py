@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 from deployment import DEPLOY, ROOT, UNITS, Unit, instructions
 
-DOCKERFILES = sorted((DEPLOY / "docker").glob("Dockerfile.*[!e]"))
-DOCKERFILES = [file for file in DOCKERFILES if file.suffix in (".cpu", ".cuda")]
+DOCKERFILES = [DEPLOY / "docker" / "Dockerfile.cpu", DEPLOY / "docker" / "Dockerfile.cuda"]
 
 
 @pytest.mark.parametrize("file", DOCKERFILES, ids=lambda file: file.name)
 def test_hadolint_has_nothing_to_say(file: Path) -> None:
     linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin")
     assert linter, "hadolint is not installed: pip install -e '.[dev]'"
-    told = subprocess.run([linter, file], capture_output=True, text=True)
+    told = subprocess.run([linter, file], check=False, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout
 
 
@@ -31,7 +30,7 @@ def test_an_image_is_pinned_and_has_no_root(file: Path) -> None:
     assert names.index("USER") < names.index("HEALTHCHECK") < names.index("ENTRYPOINT")
     copied = [word for step in steps if step.name == "COPY" for word in step.text.split()[:-1]]
     for source in copied:
-        assert source.startswith("-") or source.startswith("/") or (ROOT / source).exists()
+        assert source.startswith(("-", "/")) or (ROOT / source).exists()
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.file.name)
@@ -44,7 +43,7 @@ def test_systemd_takes_a_unit(unit: Unit, tmp_path: Path) -> None:
     program = unit.one("ExecStart").split()[0]
     copy = tmp_path / unit.file.name
     copy.write_text(text.replace(program, sys.executable))
-    told = subprocess.run([analyze, "verify", copy], capture_output=True, text=True)
+    told = subprocess.run([analyze, "verify", copy], check=False, capture_output=True, text=True)
     assert told.returncode == 0 and copy.name not in told.stderr, told.stderr
 
 
