@@ -2,6 +2,7 @@
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -51,6 +52,20 @@ def test_a_rendezvous_is_at_the_port_that_was_asked_for_or_an_error() -> None:
         assert ("127.0.0.1", port) in listening()
     finally:
         server.close()
+
+
+def test_a_port_can_be_had_again_at_once() -> None:
+    """As when stages are connected anew while ends of theirs still know the store before."""
+    first = RendezvousServer("127.0.0.1")
+    client = first.rendezvous(0).store((0, 1), timedelta(seconds=5))
+    client.set("a", "b")
+    port = first.port
+    first.close()
+    second = RendezvousServer("127.0.0.1", port)
+    try:
+        assert not second.rendezvous(0).store((0, 1), timedelta(seconds=5)).check(["a"])
+    finally:
+        second.close()
 
 
 def test_an_edge_keeps_to_its_interface() -> None:
