@@ -11,6 +11,7 @@ from headrace.cluster.processes import START_SECONDS
 from headrace.cluster.stage_actor import Connection
 from headrace.cluster.watch import Watch
 from headrace.cluster.wire import encode
+from headrace.runtime.interfaces import find_interface
 from headrace.runtime.pulse import beat_key
 from headrace.runtime.rendezvous import RendezvousServer
 from headrace.scheduler.errors import StageError
@@ -21,14 +22,32 @@ GIVE_UP_SECONDS = 10.0
 
 class Edges:
     """Has stages find each other, and hears their pulses. `local`: all are on this machine, to which their
-    traffic keeps."""
+    traffic keeps.
 
-    def __init__(self, stages: int, *, local: bool, patience: float) -> None:
-        """Stages that are not heard of for `patience` seconds are lost."""
+    Else it goes over the `interface` of each machine, that of its address in the Ray cluster if none is
+    named; this process listens at its own, on `port` (0: a free one). HeadraceError when it cannot.
+    Stages that are not heard of for `patience` seconds are lost.
+    """
+
+    def __init__(
+        self,
+        stages: int,
+        *,
+        local: bool,
+        interface: str | None = None,
+        port: int = 0,
+        patience: float,
+    ) -> None:
+        if local:
+            self._host = "127.0.0.1"
+        elif interface is None:
+            self._host = ray.util.get_node_ip_address()
+        else:
+            self._host = find_interface(interface).address
         self._watch = Watch(stages, self._beats, patience)
-        self._host = "127.0.0.1" if local else ray.util.get_node_ip_address()
         self._server: RendezvousServer | None = None
-        self._interface = loopback() if local else ""
+        self._port, self._pinned = port, interface is not None
+        self._interface = loopback() if local else interface or ""
         self._epoch = 0
 
     def connect(self, actors: Sequence[Any]) -> None:
@@ -39,8 +58,8 @@ class Edges:
         """
         self.close()
         self._watch.forget()
-        self._server = RendezvousServer(self._host)
-        connection = Connection(self._server.rendezvous(self._epoch), self._interface)
+        self._server = RendezvousServer(self._host, self._port)
+        connection = Connection(self._server.rendezvous(self._epoch), self._interface, self._pinned)
         self._epoch += 1
         refs = [actor.connect.remote(encode(connection)) for actor in actors]
         try:

@@ -23,6 +23,8 @@ class EngineOptions:
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
+    on it stages find each other at `rendezvous_port` of this machine (0: a free one) and speak over the network
+    `interface` of that name or in that network, which None leaves to Ray's address of each machine;
     `metrics_port` is where such a cluster of its own shows metrics, None any free port;
     no pass may take more than `deadline` seconds, and a stage that is not heard of for `heartbeat_timeout`
     seconds while one is under way is replaced;
@@ -58,6 +60,8 @@ class EngineOptions:
     graphs: bool | None = None
     ngram_speculation: int | None = 0
     address: str | None = None
+    interface: str | None = None
+    rendezvous_port: int = 0
     metrics_port: int | None = None
     deadline: float = 600.0
     heartbeat_timeout: float = 30.0

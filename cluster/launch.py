@@ -17,6 +17,7 @@ from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options, log_config, log_keys, log_kv
 from headrace.cluster.members import Members
+from headrace.cluster.network_options import check_network
 from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, ray_cluster
 from headrace.cluster.recovery import RingRecovery
@@ -267,7 +268,11 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         ahead.close()
         times.ended(f"loading {read_at_start(plan)} and models' code")
         edges = Edges(
-            options.stages, local=options.address is None, patience=options.heartbeat_timeout
+            options.stages,
+            local=options.address is None,
+            interface=options.interface,
+            port=options.rendezvous_port,
+            patience=options.heartbeat_timeout,
         )
         stack.callback(edges.close)
         edges.connect(actors)
@@ -295,6 +300,7 @@ def _check(options: EngineOptions) -> None:
             "--metrics-port is for a cluster of the run's own; on the cluster at --address it is `ray"
             " start --metrics-export-port` that says where each node shows metrics"
         )
+    check_network(options)
     if options.trace is not None:
         from headrace.cluster.trace_file import check_writable
 

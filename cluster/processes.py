@@ -80,7 +80,8 @@ def ray_cluster(
             ) from error
         raise HeadraceError(
             f"cannot join the Ray cluster at {address}: {error}. Start it with `ray start "
-            "--head`, check the address, or leave --address out to run on this machine alone"
+            "--head`, check the address and, if the cluster has a token, that RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH are set here, or leave --address out to run on this machine alone"
         ) from error
     try:
         yield

@@ -66,10 +66,12 @@ CONCURRENCY = {PASSES: 2, CONTROL: 1}
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """How a stage reaches its neighbours. `interface` is Gloo's network interface or ""."""
+    """How a stage reaches its neighbours: over the `interface` of that name or network, or "" for that of
+    its address in the Ray cluster. One that a user named is `pinned`: NCCL keeps to it, too."""
 
     rendezvous: Rendezvous
     interface: str
+    pinned: bool = False
 
 
 class StageActor:
@@ -140,11 +142,17 @@ class StageActor:
 
         Ends that it has are closed first: no pass is under way.
         """
+        import ray
+
+        from headrace.runtime.interfaces import bind_nccl, find_interface
         from headrace.runtime.link import connect
         from headrace.runtime.pulse import Pulse
 
         assert self._stage is not None
         stage, connection = self._stage, decode(payload, Connection)
+        interface = find_interface(connection.interface or ray.util.get_node_ip_address())
+        if connection.pinned:
+            bind_nccl(interface)
         if self._pulse is not None:
             self._pulse.close()
         self._pulse = Pulse(connection.rendezvous, stage.config.stage)
@@ -156,7 +164,7 @@ class StageActor:
             ring=stage.receive_ring(),
             device=stage.device,
             deadline=stage.config.deadline,
-            interface=connection.interface,
+            interface=interface.name,
             tracer=stage.tracer,
         )
         stage.connect(*ends)

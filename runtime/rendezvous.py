@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from headrace.scheduler.errors import HeadraceError
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
@@ -40,11 +42,12 @@ class Rendezvous:
 class RendezvousServer:
     """The key-value store behind a Rendezvous. It lives with the scheduler and binds one address."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, port: int = 0) -> None:
+        """`port` 0 takes a free one. HeadraceError when the address cannot be had."""
         import torch.distributed as dist
 
         # Bound here because TCPStore by itself listens on every interface.
-        listener = socket.create_server((host, 0))
+        listener = _listen(host, port)
         self.host, self.port = host, int(listener.getsockname()[1])
         self._store: dist.Store | None = dist.TCPStore(
             host,
@@ -65,6 +68,16 @@ class RendezvousServer:
     def close(self) -> None:
         """Stop serving: edges that are open stay open, and whoever waits for another end fails at once."""
         self._store = None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise HeadraceError(
+            f"stages cannot meet at {host}, --rendezvous-port {port}: {error.strerror or error}. Choose"
+            " another port, or leave it out for a free one"
+        ) from error
 
 
 def edge_group(

@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from headrace.cluster.cli.options import Device, RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.option_groups import takes_options
+from headrace.cluster.cli.options import Device, RunOptions
+from headrace.cluster.cli.ring_options import StorageChoice
 from headrace.cluster.cli.sizes import parse_size
 from headrace.scheduler.errors import HeadraceError
 
@@ -46,7 +48,7 @@ def check_writable(file: Path | None) -> None:
 
 
 @app.command("run")
-@takes_run_options
+@takes_options
 def run_shape(
     run: RunOptions,
     shape: Annotated[

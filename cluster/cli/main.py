@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, serve, client, bench, kv."""
+"""`headrace`: convert, inspect, plan, generate, serve, client, job, bench, kv."""
 
 import logging
 import os
@@ -17,8 +17,11 @@ from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
+from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
-from headrace.cluster.cli.options import MetricsPort, RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.option_groups import takes_options
+from headrace.cluster.cli.options import RunOptions
+from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.scheduler.errors import HeadraceError
 
@@ -39,6 +42,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(kv_app, name="kv")
 client_app.add_typer(client_batch_app, name="batch")
 app.add_typer(client_app, name="client")
+app.add_typer(job_app, name="job")
 
 
 class Format(str, Enum):
@@ -111,7 +115,7 @@ def inspect(
 
 
 @app.command()
-@takes_run_options
+@takes_options
 def plan(
     run: RunOptions,
     store: StoreArgument,
@@ -131,9 +135,10 @@ def plan(
 
 
 @app.command()
-@takes_run_options
+@takes_options
 def generate(
     run: RunOptions,
+    ring: RingOptions,
     store: StoreArgument,
     input: Annotated[Path, typer.Option(help="Rows: JSON lines, OpenAI Batch or Parquet.")],
     output: Annotated[Path, typer.Option(help="JSON lines; appended to as rows finish.")],
@@ -142,13 +147,6 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Default for rows without it.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Changes every row's random numbers.")] = None,
-    storage: Annotated[
-        StorageChoice, typer.Option(help="How weights are read.")
-    ] = StorageChoice.AUTO,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
-    ] = None,
-    metrics_port: MetricsPort = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -167,7 +165,9 @@ def generate(
     if trace is not None and trace.resolve() == output.resolve():
         raise HeadraceError(f"--trace {trace} is the --output: choose another --trace")
     options = run.engine(
-        store, storage=storage.value, address=address, metrics_port=metrics_port, trace=trace
+        store,
+        **ring.chosen(),
+        trace=trace,
     )
     defaults = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed

@@ -1,11 +1,9 @@
 """Options that `headrace plan`, `generate` and `bench run` share."""
 
-import inspect
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
@@ -15,17 +13,6 @@ from headrace.runtime.stage_config import TENANT
 from headrace.scheduler.errors import HeadraceError
 
 SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
-
-
-MetricsPort = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=65535,
-        help="Where the Ray cluster of the run's own shows Prometheus its metrics, on all of the"
-        " machine's addresses. [default: a port that Ray chooses]",
-    ),
-]
 
 
 class Device(str, Enum):
@@ -38,13 +25,6 @@ class PlacementChoice(str, Enum):
     AUTO = "auto"
     CYCLIC = "cyclic"
     CONTIGUOUS = "contiguous"
-
-
-class StorageChoice(str, Enum):
-    AUTO = "auto"
-    DIRECT = "direct"
-    BUFFERED = "buffered"
-    KVIKIO = "kvikio"
 
 
 class KVFormat(str, Enum):
@@ -226,28 +206,3 @@ def parse_speculation(given: str | int | None) -> int | None:
         f"--ngram-speculation must be auto, off or how many tokens to guess (1 to {MOST_SPECULATION}),"
         f" not {text!r}"
     )
-
-
-def takes_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose first parameter is `run: RunOptions` an option for each of its fields."""
-    hints = get_type_hints(RunOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(RunOptions)
-    ]
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *shared]
-
-    def call(**given: Any) -> None:
-        run = RunOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-        command(run, **given)
-
-    call.__name__, call.__doc__ = command.__name__, command.__doc__
-    call.__annotations__ = {p.name: p.annotation for p in parameters}
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return call

@@ -5,13 +5,16 @@ from typing import Annotated
 
 import typer
 
-from headrace.cluster.cli.options import MetricsPort, RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.option_groups import takes_options
+from headrace.cluster.cli.options import RunOptions
+from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.sizes import parse_duration, parse_size
 
 
-@takes_run_options
+@takes_options
 def serve(
     run: RunOptions,
+    ring: RingOptions,
     store: Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")],
     host: Annotated[
         str,
@@ -76,13 +79,6 @@ def serve(
     files_ttl: Annotated[
         str, typer.Option(help="How long files are kept, unless they end sooner.")
     ] = "30d",
-    storage: Annotated[
-        StorageChoice, typer.Option(help="How weights are read.")
-    ] = StorageChoice.AUTO,
-    address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
-    ] = None,
-    metrics_port: MetricsPort = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients know it. Ctrl-C lets running requests finish."""
     import asyncio
@@ -111,9 +107,7 @@ def serve(
             parse_size(files_max_bytes), parse_size(file_max_bytes), int(parse_duration(files_ttl))
         ),
     )
-    engine_options = run.engine(
-        store, storage=storage.value, address=address, metrics_port=metrics_port
-    )
+    engine_options = run.engine(store, **ring.chosen())
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)

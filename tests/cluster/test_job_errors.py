@@ -1,0 +1,50 @@
+"""`headrace job` when there is nothing to talk to: one message each, before anything is started."""
+
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import headrace
+
+ARGUMENTS = ("/store", "--input", "/in.jsonl", "--output", "/out.jsonl")
+
+
+def fails(folder: Path, *arguments: object, code: int = 1) -> str:
+    with headrace(folder, "job", *arguments, HOME=str(folder)) as command:
+        assert command.wait(60.0) == code, command.stderr
+        assert "Traceback" not in command.stderr
+        return " ".join(command.stderr.split())
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    """A web server that is no dashboard."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_wrong_address(tmp_path: Path, web: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    nobody = fails(tmp_path, "status", "x", "--address", f"http://127.0.0.1:{port}")
+    assert "Connection refused" in nobody and "port 8265" in nobody
+    assert "is no URL of a Ray dashboard" in fails(tmp_path, "logs", "x", "--address", "head:6379")
+    other = fails(tmp_path, "cancel", "x", "--address", web)
+    assert f"{web} does not answer as a Ray dashboard does" in other
+
+
+def test_a_command_that_could_not_run_is_not_submitted(tmp_path: Path) -> None:
+    """Nothing is connected to: there is no dashboard here."""
+    assert "Missing option '--output'" in fails(tmp_path, "submit", "--", *ARGUMENTS[:3], code=2)
+    unknown = fails(tmp_path, "submit", "--", *ARGUMENTS, "--stagse", "2", code=2)
+    assert "No such option: --stagse" in unknown
+    relative = fails(tmp_path, "submit", "--", *ARGUMENTS, "--trace", "t.json")
+    assert "t.json must be an absolute path" in relative
