@@ -26,7 +26,7 @@ class EngineOptions:
     on it stages find each other at `rendezvous_port` of this machine (0: a free one) and speak over the network
     `interface` of that name or in that network, which None leaves to Ray's address of each machine;
     `metrics_port` is where such a cluster of its own shows metrics, None any free port;
-    no pass may take more than `deadline` seconds, and a stage that is not heard of for `heartbeat_timeout`
+    no pass may take more than `pass_timeout` seconds, and a stage that is not heard of for `heartbeat_timeout`
     seconds while one is under way is replaced;
     `trace` a file to write, when the engine closes, for Perfetto.
     """
@@ -63,7 +63,7 @@ class EngineOptions:
     interface: str | None = None
     rendezvous_port: int = 0
     metrics_port: int | None = None
-    deadline: float = 600.0
+    pass_timeout: float = 600.0
     heartbeat_timeout: float = 30.0
     trace: Path | None = None
 

@@ -200,7 +200,7 @@ def _stage_configs(
             device_memory=memory[i],
             dtype=dtype,
             storage=options.storage,
-            deadline=options.deadline,
+            deadline=options.pass_timeout,
             threads=max(1, discovery.cores // shared[discovery.node]),
             trace=options.trace is not None,
             kv_log=log_config(options),
@@ -278,7 +278,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         edges.connect(actors)
         times.ended("connecting")
         log.info("%s", times)
-        ring = RayPipeline(actors, plan, options.deadline, edges.check)
+        ring = RayPipeline(actors, plan, options.pass_timeout, edges.check)
         members = Members(processes, configs, ring, logs, edges, keys)
         words = shape.vocab_size
         engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, members, words)

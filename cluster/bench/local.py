@@ -77,7 +77,7 @@ def local_engine(
         device_memory=options.device_memory or found.device_free,
         dtype=dtype,
         storage=options.storage,
-        deadline=options.deadline,
+        deadline=options.pass_timeout,
         threads=torch.get_num_threads(),
         kv_log=log_config(options),
     )

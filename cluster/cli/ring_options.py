@@ -66,5 +66,4 @@ class RingOptions:
         """As EngineOptions has them."""
         given = asdict(self)
         given["storage"] = self.storage.value
-        given["deadline"] = given.pop("pass_timeout")
         return given
