@@ -5,7 +5,7 @@ Nothing here imports torch before Ray is starting: both take seconds, and need n
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -230,8 +230,13 @@ def _beside() -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def running_engine(options: EngineOptions) -> Iterator[Engine]:
-    """An engine ready for requests. Everything it started is gone when the block ends."""
+def running_engine(
+    options: EngineOptions, watch: Callable[[Sequence[Any]], None] | None = None
+) -> Iterator[Engine]:
+    """An engine ready for requests. Everything it started is gone when the block ends.
+
+    `watch` is given the stages' actors before they load anything, and returns before they do.
+    """
     with ExitStack() as stack:
         store = Store.open(options.store)
         _check(options)
@@ -257,6 +262,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             logs = ActorLogs(actors)
             stack.callback(logs.close)
         log_kv(plan, options.kv_hot_window)
+        if watch is not None:
+            watch(actors)
         configs = _stage_configs(plan, options, device, dtype, found)
         _load(actors, configs)
         ahead.close()

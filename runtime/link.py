@@ -14,13 +14,14 @@ Each operation has a deadline; a peer that does not answer in time is a StageErr
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.rendezvous import Rendezvous, edge_group
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageError
@@ -33,6 +34,9 @@ class Sender(Protocol):
         """Queue `x` [tokens, hidden], then wait for a send before it. `x` must not be written to
         afterwards."""
 
+    def memory(self) -> Iterable[Holding]:
+        """What is kept that may be on its way."""
+
     def close(self) -> None: ...
 
 
@@ -41,6 +45,9 @@ class Receiver(Protocol):
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         """The next hidden states [num_tokens, hidden], valid until `depth` further receives."""
+
+    def memory(self) -> Iterable[Holding]:
+        """The buffers, which several receivers may share."""
 
     def close(self) -> None: ...
 
@@ -69,6 +76,9 @@ class ReceiveRing:
         self._receives.append(event)
         if len(self._receives) == self.depth:
             stream.wait_event(self._receives.popleft())
+
+    def memory(self) -> Iterator[Holding]:
+        return named("received", self._buffers)
 
     def take(self, num_tokens: int) -> torch.Tensor:
         buffer = self._buffers[self._next]
@@ -125,6 +135,9 @@ class _Sender(_Edge):
         self._window = window
         self._queued: deque[tuple[torch.Tensor, Any]] = deque()
 
+    def memory(self) -> Iterator[Holding]:
+        return named("sent", [x for x, _ in self._queued])
+
     def _keep(self, x: torch.Tensor, work: Any) -> None:
         self._queued.append((x, work))
         if len(self._queued) > self._window:
@@ -154,6 +167,9 @@ class GlooReceiver(_Edge):
     ) -> None:
         super().__init__(group, edge, deadline, tracer)
         self._ring = ring
+
+    def memory(self) -> Iterator[Holding]:
+        return self._ring.memory()
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         x, tag = self._ring.take(num_tokens), self._tag()
@@ -212,6 +228,9 @@ class NcclReceiver(_Edge):
         super().__init__(group, edge, deadline, tracer)
         self._ring = ring
         self._stream = torch.cuda.Stream()
+
+    def memory(self) -> Iterator[Holding]:
+        return self._ring.memory()
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         self._ring.await_free(self._stream)
