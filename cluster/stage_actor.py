@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from headrace.runtime.kv.handover import Contexts
     from headrace.runtime.kv.window import PageWindow
     from headrace.runtime.kv_log.stage_log import StageLog
-    from headrace.runtime.memory.measure import Measured
+    from headrace.runtime.memory.message import Measured
     from headrace.runtime.stage import Stage
 
 T = TypeVar("T")

@@ -1,28 +1,12 @@
 """What torch's allocator and NVML say of a CUDA device's memory."""
 
 import os
-from dataclasses import dataclass
 
 import torch
 
 from headrace.runtime import nvml
+from headrace.runtime.memory.message import DeviceMemory
 from headrace.scheduler.errors import HeadraceError
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes of one device. `reserved` is what torch took of it, `allocated` what of that is in tensors, their
-    peaks those since `reset_peak`. `graphs` are reserved for CUDA graphs alone. `process` is all that NVML
-    counts for this process, None where it does not, for the `reason`."""
-
-    name: str
-    allocated: int
-    reserved: int
-    peak_allocated: int
-    peak_reserved: int
-    graphs: int
-    process: int | None
-    reason: str
 
 
 def measure_device(device: torch.device) -> DeviceMemory:

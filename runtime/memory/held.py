@@ -6,30 +6,16 @@ plan's StageMemory where it counts them, and what is not planned has a name of i
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
+from headrace.runtime.memory.message import Part
 from headrace.runtime.memory.resident import Extents, resident_bytes
 
 Holding = tuple[str, Tensor | np.ndarray]
 """A name, and memory. Several may have one name, and views of each other count once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Bytes that a stage holds under a name.
-
-    `nbytes` are those of the tensors, each once; `resident` those of their pages that are in RAM, 0 on a
-    CUDA device, where all of them are in memory. `device`: they are in a CUDA device's memory.
-    """
-
-    name: str
-    nbytes: int
-    resident: int
-    device: bool = False
 
 
 class Owner(Protocol):
