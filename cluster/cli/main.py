@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, serve, client, bench, kv."""
+"""`headrace`: convert, inspect, plan, generate, profile, serve, client, bench, kv, doctor."""
 
 import logging
 import os
@@ -17,6 +17,7 @@ from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
+from headrace.cluster.cli.doctor import doctor
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
 from headrace.cluster.cli.serve import serve, serve_key
@@ -232,6 +233,7 @@ def profile(
 
 
 bench_app.command("serve")(serve_load)
+app.command()(doctor)
 app.command()(serve)
 app.command("serve-key")(serve_key)
 
