@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,8 @@ def plan_run(
     if options.graphs and device == "cpu":
         raise HeadraceError("--graphs makes CUDA graphs, and the stages are on cpu: leave it out")
     shared = Counter(discovery.node for discovery in found)
+    if device != "cpu":  # its embedding stays in host RAM
+        shape = replace(shape, tied_bytes=0)
     return make_plan(
         shape,
         [discovery.profile.shared_by(shared[discovery.node]) for discovery in found],

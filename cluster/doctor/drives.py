@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.cluster.doctor.finding import (
+    Check,
     Finding,
     NotChecked,
     Subject,
@@ -19,6 +20,7 @@ from headrace.runtime.kv_log.endurance import block_device, drive_wear
 from headrace.runtime.kv_log.segment import Disk
 from headrace.runtime.probe import measure_disk
 from headrace.runtime.store import Store
+from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.sizes import format_size
 
 NETWORK = (
@@ -94,7 +96,10 @@ def _drive(area: str, path: Path, least: int) -> Iterator[Finding]:
             area, "directory", f"{path} is not a directory", f"mkdir -p {path}, or name another"
         )
         return
-    checks = [
+    checks: list[tuple[str, Check]] = []
+    if area == "store":
+        checks.append(("contents", lambda: _contents(path)))
+    checks += [
         ("filesystem", lambda: _filesystem(area, path)),
         ("device", lambda: _device(area, path)),
         ("free space", lambda: _space(area, path, least)),
@@ -130,12 +135,17 @@ def _filesystem(area: str, path: Path) -> Iterator[Finding]:
         yield ok(area, "filesystem", text)
 
 
+def _is_virtual(device: Path) -> bool:
+    """A virtual machine's: what it says of itself, and what lies beneath, are two things."""
+    return device.name.startswith(("vd", "xvd"))
+
+
 def _model(device: Path) -> str:
     for name in ("device/model", "device/name"):
         file = device / name
         if file.exists() and (text := file.read_text().strip()):
             return text
-    return "a virtual drive" if device.name.startswith(("vd", "xvd")) else "model unknown"
+    return "a virtual drive" if _is_virtual(device) else "model unknown"
 
 
 def _block(path: Path) -> Path:
@@ -148,8 +158,9 @@ def _block(path: Path) -> Path:
 def _device(area: str, path: Path) -> Iterator[Finding]:
     device = _block(path)
     text = f"{device.name}: {_model(device)}"
-    if (device / "queue" / "rotational").read_text().strip() == "1" and area != "temporary files":
-        yield warn(area, "device", f"{text}, which says that it rotates", "use an NVMe drive")
+    rotates = (device / "queue" / "rotational").read_text().strip() == "1"
+    if rotates and not _is_virtual(device) and area != "temporary files":
+        yield warn(area, "device", f"{text}, which rotates", "use an NVMe drive")
     else:
         yield ok(area, "device", text)
 
@@ -281,15 +292,23 @@ def _link(area: str, path: Path) -> Iterator[Finding]:
         yield ok(area, "PCIe", text)
 
 
-def store_digest(path: Path | None) -> tuple[str | None, list[Finding]]:
-    """The digest of the store's manifest, with what is wrong with its files. No weights are read."""
-    if path is None:
-        return None, []
+def store_digest(path: Path | None) -> str | None:
+    """The digest of the store's manifest; None of what is no store."""
+    try:
+        return None if path is None else Store.open(path).digest
+    except HeadraceError:
+        return None
+
+
+def _contents(path: Path) -> Iterator[Finding]:
+    """The manifest and the files' sizes. No weights are read: `headrace inspect --verify` does."""
     try:
         store = Store.open(path)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the store cannot be read
-        found = f"{path}: {error}"
+    except HeadraceError as error:
         fix = "headrace convert CHECKPOINT STORE, or copy the store to this path on every node"
-        return None, [problem("store", "contents", found, fix)]
-    text = f"{len(store.layers)} layers, {format_size(store.nbytes)}, digest {store.digest[:16]}"
-    return store.digest, [ok("store", "contents", text)]
+        yield problem("store", "contents", str(error), fix)
+    else:
+        text = (
+            f"{len(store.layers)} layers, {format_size(store.nbytes)}, digest {store.digest[:16]}"
+        )
+        yield ok("store", "contents", text)

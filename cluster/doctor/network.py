@@ -219,7 +219,7 @@ def refuses(host: str, port: int) -> bool | None:
         try:
             channel.unary_unary(_HARMLESS)(b"", timeout=CONNECT_SECONDS)
         except grpc.RpcError as error:
-            refused = error.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+            refused = error.code() is grpc.StatusCode.UNAUTHENTICATED
             return True if refused else None
     return False
 

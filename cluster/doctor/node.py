@@ -21,14 +21,11 @@ def look(
     subject: Subject, *, in_cluster: bool = False, library: Library | None = None
 ) -> NodeReport:
     """Half a minute at most, most of it imports and reads. `library` stands in for nvidia-ml-py."""
-    digest, contents = store_digest(subject.store)
+    digest = store_digest(subject.store)
     facts = Facts(os.uname().nodename, versions(), digest)
+    readable = digest is not None
     return NodeReport(
-        facts,
-        (
-            *_findings(subject, library, in_cluster=in_cluster, readable=digest is not None),
-            *contents,
-        ),
+        facts, tuple(_findings(subject, library, in_cluster=in_cluster, readable=readable))
     )
 
 

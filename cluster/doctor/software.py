@@ -1,19 +1,21 @@
 """Python, Headrace and what it stands on: importable, and as new as it has to be."""
 
-import importlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from headrace import __version__
-from headrace.cluster.doctor.finding import Finding, NotChecked, ok, problem, run_checks, warn
+from headrace.cluster.doctor.finding import Check, Finding, NotChecked, ok, problem, run_checks
 
 AREA = "software"
 IMPORTED = ("torch", "transformers", "bitsandbytes", "ray")
+OPTIONAL = ("triton",)
+"""Kernels for CUDA are written in it."""
+
 IMPORT_SECONDS = 120.0
 _NUMBER = re.compile(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?")
 _NEED = re.compile(r"([A-Za-z0-9_.-]+)(?:\[[^]]*\])?\s*(?:([<>=!~].*?))?\s*(?:;.*)?")
@@ -34,11 +36,10 @@ def versions() -> dict[str, str]:
 
 
 def software() -> Iterator[Finding]:
-    checks = [
+    checks: list[tuple[str, Check]] = [
         ("Python", _python),
         ("requirements", _requirements),
-        *((name, lambda name=name: _import(name)) for name in IMPORTED),
-        ("triton", _triton),
+        ("imports", _imports),
     ]
     yield from run_checks(AREA, checks)
 
@@ -80,61 +81,47 @@ def _unmet(need: str) -> str | None:
     return None
 
 
-def _import(name: str) -> Iterator[Finding]:
-    """In a process of its own: what breaks there breaks nothing here."""
-    version = version_of(name)
-    if version is None:
-        yield problem(AREA, name, "not installed", f"pip install {name}")
-        return
-    code = f"import {name}"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "BITSANDBYTES_NOWELCOME": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=IMPORT_SECONDS,
-        check=False,
-        env=environment,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield problem(
-            AREA,
-            name,
-            f"{version}, but importing it fails: {last}",
-            f"pip install --force-reinstall {name}",
+def _imports() -> Iterator[Finding]:
+    """Of all at once, and one by one where that fails: what breaks in a process of its own breaks nothing here."""
+    found = {name: version for name in OPTIONAL if (version := version_of(name))}
+    found |= {name: version for name in IMPORTED if (version := version_of(name))}
+    together = _failure(found)
+    for name in (*IMPORTED, *OPTIONAL):
+        version = found.get(name)
+        if version is None:
+            yield _missing(name)
+        elif together is not None and (why := _failure([name])) is not None:
+            fix = f"pip install --force-reinstall {name}"
+            yield problem(AREA, name, f"{version}, but importing it fails: {why}", fix)
+        else:
+            yield ok(AREA, name, version)
+
+
+def _failure(names: Iterable[str]) -> str | None:
+    """Why these cannot be imported together; None if they can."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {', '.join(names)}"],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_SECONDS,
+            check=False,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "BITSANDBYTES_NOWELCOME": "1"},
         )
-    else:
-        yield ok(AREA, name, version)
+    except subprocess.TimeoutExpired:
+        return f"it takes more than {IMPORT_SECONDS:.0f} s"
+    if not done.returncode:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
-def _triton() -> Iterator[Finding]:
-    version = version_of("triton")
-    if version is not None:
-        yield from _import("triton")
-        return
+def _missing(name: str) -> Finding:
+    if name in OPTIONAL and not _built_for_cuda():
+        return ok(AREA, name, "not installed; only CUDA needs it")
+    return problem(AREA, name, "not installed", f"pip install {name}")
+
+
+def _built_for_cuda() -> bool:
     import torch
 
-    if torch.version.cuda:
-        yield problem(
-            AREA, "triton", "not installed, and CUDA kernels need it", "pip install triton"
-        )
-    else:
-        yield ok(AREA, "triton", "not installed; only CUDA needs it")
-
-
-def compute() -> Iterator[Finding]:
-    """torch's threads and what they are told."""
-    import torch
-
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    told = os.environ.get("OMP_NUM_THREADS")
-    if told is not None and threads < cores:
-        yield warn(
-            AREA,
-            "threads",
-            f"OMP_NUM_THREADS={told} on {cores} cores",
-            "unset OMP_NUM_THREADS: each stage then takes its share of the cores",
-        )
-    else:
-        yield ok(AREA, "threads", f"{threads} of torch's on {cores} cores")
+    return torch.version.cuda is not None
