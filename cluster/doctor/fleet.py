@@ -317,6 +317,11 @@ def _pair(
     gather([actor.disconnect.remote() for actor in pair], PAIR_SECONDS, doing="disconnecting")
     text = f"{how}: {described(*seconds)}"
     if seconds[1] > SLOW_MIB:
-        yield warn("links", name, text, "connect the nodes by 10 Gbit/s or more")
+        yield warn(
+            "links",
+            name,
+            text,
+            "look again when the nodes are idle, and connect them by 10 Gbit/s or more",
+        )
     else:
         yield ok("links", name, text)

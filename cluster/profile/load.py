@@ -33,6 +33,11 @@ def work_of(engine: Engine, load: Load, vocabulary: int) -> list[Work]:
     if load.rows is not None:
         return [*_rows(engine, load.rows)]
     context = load.context or engine.max_context
+    if context > engine.max_context:
+        raise HeadraceError(
+            f"--tokens {context} are more than a sequence may have here, {engine.max_context}: give fewer, or "
+            f"--context {context}"
+        )
     count = load.sequences or at_once(engine.plan, context)
     new = max(1, min(NEW_TOKENS, context // 2))
     params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)

@@ -97,8 +97,7 @@ def profile_run(options: EngineOptions, load: Load) -> Profile:
         engine.wait_host_tier()
         stages.mark("objects of layers, links and threads")
         driver.add("plan, scheduler and engine", Measured(measure_process()))
-        context = load.context or options.context or engine.max_context
-        load = replace(load, context=min(context, engine.max_context))
+        load = replace(load, context=load.context or options.context)
         work = work_of(engine, load, store.config["vocab_size"])
         driver.add("requests" + (" and grammars" if load.rows else ""), Measured(measure_process()))
         stages.reset_peaks()
