@@ -17,6 +17,9 @@ from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.request import SamplingParams
 
+ROW_TOKENS = 256
+"""Of the answer of a row that does not say, as in `headrace generate`."""
+
 NEW_TOKENS = 16
 """Tokens that each random prompt is continued with."""
 
@@ -52,7 +55,7 @@ def at_once(plan: Plan, context: int) -> int:
 
 
 def _rows(engine: Engine, path: Path) -> Iterator[Work]:
-    encoder, defaults = Encoder(engine.tokenizer), SamplingParams()
+    encoder, defaults = Encoder(engine.tokenizer), SamplingParams(max_tokens=ROW_TOKENS)
     for number, raw in open_input(path):
         try:
             row = prepare(decode(number, raw, b""), encoder, defaults, engine.max_context)
