@@ -17,7 +17,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.rows import chat_tokens
 from headrace.runtime import stage_start
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.streaming.loads import Load, Storage
 from headrace.runtime.streaming.storage import choose_storage
 from headrace.scheduler.request import SamplingParams
@@ -65,6 +66,9 @@ class SlowDrive:
         begins = max(time.perf_counter(), self._free)
         self._free = begins + dest.nbytes / self._gbps / 1e9
         return _Held(self._storage.load(file, offset, dest), self._free)
+
+    def memory(self) -> Iterable[Holding]:
+        return self._storage.memory()
 
     def close(self) -> None:
         self._storage.close()

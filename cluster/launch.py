@@ -5,9 +5,10 @@ Nothing here imports torch before Ray is starting: both take seconds, and need n
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def plan_run(
     if options.graphs and device == "cpu":
         raise HeadraceError("--graphs makes CUDA graphs, and the stages are on cpu: leave it out")
     shared = Counter(discovery.node for discovery in found)
+    if device != "cpu":  # its embedding stays in host RAM
+        shape = replace(shape, tied_bytes=0)
     return make_plan(
         shape,
         [discovery.profile.shared_by(shared[discovery.node]) for discovery in found],
@@ -235,8 +238,13 @@ def _beside() -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def running_engine(options: EngineOptions) -> Iterator[Engine]:
-    """An engine ready for requests. Everything it started is gone when the block ends."""
+def running_engine(
+    options: EngineOptions, watch: Callable[[Sequence[Any]], None] | None = None
+) -> Iterator[Engine]:
+    """An engine ready for requests. Everything it started is gone when the block ends.
+
+    `watch` is given the stages' actors before they load anything, and returns before they do.
+    """
     with ExitStack() as stack:
         store = Store.open(options.store)
         _check(options)
@@ -262,6 +270,8 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             logs = ActorLogs(actors)
             stack.callback(logs.close)
         log_kv(plan, options.kv_hot_window)
+        if watch is not None:
+            watch(actors)
         configs = _stage_configs(plan, options, device, dtype, found)
         keys = log_keys(configs[0].kv_log)
         _load(actors, configs, keys)

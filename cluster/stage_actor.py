@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 from headrace.cluster.discovery import discover
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from headrace.runtime.kv.handover import Contexts
     from headrace.runtime.kv.window import PageWindow
     from headrace.runtime.kv_log.stage_log import StageLog
+    from headrace.runtime.memory.message import Measured
     from headrace.runtime.pulse import Pulse
     from headrace.runtime.stage import Stage
 
@@ -197,6 +199,30 @@ class StageActor:
         """Return when what belongs in host RAM is there."""
         assert self._stage is not None
         self._stage.wait_host_tier()
+
+    def import_models(self) -> None:
+        """Import what `load` would: only to see what that takes by itself."""
+        import headrace.runtime.model  # noqa: F401
+
+    def memory(self) -> bytes:
+        """What this process's memory is made of, as Measured; no pass is under way."""
+        return encode(self._thread.do(self._measure))
+
+    def _measure(self) -> "Measured":
+        from headrace.runtime.memory.measure import measure
+
+        if self._stage is None:
+            return measure()
+        owners = self._stage, self._log, self._window
+        held = chain.from_iterable(owner.memory() for owner in owners if owner is not None)
+        return measure(held, self._stage.device)
+
+    def reset_peaks(self) -> None:
+        """Have what `memory` says of peaks begin anew."""
+        from headrace.runtime.memory.measure import reset_peaks
+
+        assert self._stage is not None
+        self._thread.do(reset_peaks, self._stage.device)
 
     def take_trace(self) -> bytes:
         """The Trace of the newest passes, for a stage that was told to keep one."""

@@ -1,11 +1,13 @@
 """The embedding table, which stays in host memory: a pass needs a few of its rows."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.streaming.tiers import register, unregister
 
 
@@ -48,6 +50,9 @@ class EmbeddingTable:
         assert tokens.is_pinned()
         gather(self._table, tokens, onto)
         return onto
+
+    def memory(self) -> Iterator[Holding]:
+        return named("embed", [self._table])
 
     def close(self) -> None:
         """Unpin the table, when the device has done with it. Safe to call twice."""

@@ -10,13 +10,14 @@ place that their weights can lie in.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv.store import KVStore
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.model import StageModel
 from headrace.runtime.ready import ReadyBatch
 from headrace.runtime.recording import Capture
@@ -71,6 +72,11 @@ class Lane:
     @property
     def is_usable(self) -> bool:
         return self._enter is not None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it keeps; some are views of each other."""
+        batch = (getattr(self._batch, field.name) for field in fields(self._batch))
+        yield from _tensors((*batch, self._rows, self._x, self.prepared.x, self.prepared.calls))
 
     def load(self, batch: Batch, count: int) -> None:
         """Take over a batch on the host of the same shape, of which the first `count` rows count."""
@@ -155,6 +161,11 @@ class DecodeGraphs:
     def recorded(self) -> int:
         """Layers that recordings are kept of; what precedes the layers counts as one."""
         return sum(lane.recorded for lane in self._lanes.values())
+
+    def memory(self) -> Iterator[Holding]:
+        """What lanes keep outside of recordings."""
+        for lane in self._lanes.values():
+            yield from named("graphs", lane.tensors())
 
     def ready(self, index: int, micro_batch: MicroBatch) -> ReadyBatch | None:
         """A pass's micro-batch `index` padded for a lane, on any thread.

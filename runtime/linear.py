@@ -41,6 +41,10 @@ class Scratch:
         self.tracer = tracer
         self._buffer = torch.empty(elements, dtype=dtype, device=device)
 
+    @property
+    def memory(self) -> Tensor:
+        return self._buffer
+
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A tensor to write into, valid until the next `take`; None when the buffer cannot serve."""
         size = prod(shape)

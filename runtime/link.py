@@ -15,7 +15,7 @@ is under way can be broken off from another thread at any time: then both ends f
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.rendezvous import Rendezvous, edge_group
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import StageLostError
@@ -41,6 +42,9 @@ class Sender(Protocol):
     def abort(self) -> None:
         """Have every operation fail, here and at the other end, also those under way. Any thread."""
 
+    def memory(self) -> Iterable[Holding]:
+        """What is kept that may be on its way."""
+
     def close(self) -> None: ...
 
 
@@ -52,6 +56,9 @@ class Receiver(Protocol):
 
     def abort(self) -> None:
         """As of a sender."""
+
+    def memory(self) -> Iterable[Holding]:
+        """The buffers, which several receivers may share."""
 
     def close(self) -> None: ...
 
@@ -80,6 +87,9 @@ class ReceiveRing:
         self._receives.append(event)
         if len(self._receives) == self.depth:
             stream.wait_event(self._receives.popleft())
+
+    def memory(self) -> Iterator[Holding]:
+        return named("received", self._buffers)
 
     def take(self, num_tokens: int) -> torch.Tensor:
         buffer = self._buffers[self._next]
@@ -163,6 +173,9 @@ class _Sender(_Edge):
         self._window = window
         self._queued: deque[tuple[torch.Tensor, Any]] = deque()
 
+    def memory(self) -> Iterator[Holding]:
+        return named("sent", [x for x, _ in self._queued])
+
     def _keep(self, x: torch.Tensor, work: Any) -> None:
         self._queued.append((x, work))
         if len(self._queued) > self._window:
@@ -192,6 +205,9 @@ class GlooReceiver(_Edge):
     ) -> None:
         super().__init__(group, edge, deadline, tracer)
         self._ring = ring
+
+    def memory(self) -> Iterator[Holding]:
+        return self._ring.memory()
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         x, tag = self._ring.take(num_tokens), self._tag()
@@ -246,6 +262,9 @@ class NcclReceiver(_Edge):
         super().__init__(group, edge, deadline, tracer)
         self._ring = ring
         self._stream = torch.cuda.Stream()
+
+    def memory(self) -> Iterator[Holding]:
+        return self._ring.memory()
 
     def recv(self, num_tokens: int) -> torch.Tensor:
         self._ring.await_free(self._stream)

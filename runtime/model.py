@@ -1,6 +1,6 @@
 """One stage's share of the model: transformers' own layers, run one at a time on packed rows."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -22,6 +22,7 @@ from headrace.runtime.linear import RawWeight, Scratch, Weight
 from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.norms import FusedNorms
 from headrace.runtime.recording import Interruptions
 from headrace.runtime.rotary import FusedRotary
@@ -118,12 +119,14 @@ class StageModel:
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
         self._table: EmbeddingTable | None = None
         self._with_head = with_head
+        self._ends: list[Tensor] = []  # what lies before and after the layers, on the device
         read = read or partial(_read, store)
         if with_embedding or len(store.embed.weights) > 1 or (with_head and self._skeleton.tied):
             data = read(store.embed, torch.device("cpu"))
             self._load_embedding(data, binder, with_embedding, with_head)
         if with_head:
             data = read(store.head, device)
+            self._ends.append(data)
             for binding in binder.bindings("head"):
                 binding.bind(data)
 
@@ -146,6 +149,7 @@ class StageModel:
         tied = with_head and self._skeleton.tied
         if others or tied:
             on_device = data.to(self.device)
+            self._ends.append(on_device)
             for binding in others:
                 binding.bind(on_device)
             if tied:
@@ -234,6 +238,14 @@ class StageModel:
         return {
             found for bindings in self._bindings.values() for found in four_bit_products(bindings)
         }
+
+    def memory(self) -> Iterator[Holding]:
+        """What is held beside the layers' blocks."""
+        if self._table is not None:
+            yield from self._table.memory()
+        yield from named("head", self._ends)
+        yield from named("scratch", [self._scratch.memory])
+        yield from named("buffers", [*self._skeleton.model.buffers(), self._blank])
 
     def close(self) -> None:
         """Unpin the embedding table, when the device has done with it. Safe to call twice."""

@@ -30,7 +30,7 @@ def model_shape(store: Store, dtype: torch.dtype, fmt: KVFormat | None = None) -
     tails = store.layer_shapes if fmt.is_quantized else ()
     config = parse_config(store.config, str(store.path / "config.json"))
     largest = scratch_elements(store.layers, dtype)
-    head = store.head.nbytes + (store.embed.nbytes if store.tied else 0)
+    tied = store.embed.nbytes if store.tied else 0
     return ModelShape(
         layer_bytes=tuple(block.nbytes for block in store.layers),
         layer_kv_bytes=tuple(page_nbytes(shape, fmt) for shape in store.layer_shapes),
@@ -38,7 +38,7 @@ def model_shape(store: Store, dtype: torch.dtype, fmt: KVFormat | None = None) -
         layer_active_parameters=tuple(shape.active_parameters for shape in store.layer_shapes),
         largest_matrix=largest,
         embed_bytes=store.embed.nbytes,
-        head_bytes=head,
+        head_bytes=store.head.nbytes + tied,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         intermediate_size=_intermediate_size(config),
@@ -49,6 +49,7 @@ def model_shape(store: Store, dtype: torch.dtype, fmt: KVFormat | None = None) -
         layer_tail_bytes=tuple(page_nbytes(shape, own) for shape in tails),
         kv_format=fmt.name,
         attention_size=_attention_size(config, store.layer_shapes, fmt),
+        tied_bytes=tied,
     )
 
 

@@ -18,6 +18,7 @@ from headrace.runtime.kv.ring import NOTHING_BROUGHT
 from headrace.runtime.kv.store import LayerPages
 from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
+from headrace.runtime.memory.held import Holding, Owner
 from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import make_recorder
 from headrace.runtime.sampler import Drawn, draw
@@ -105,6 +106,16 @@ class Stage:
         self._weights.wait_host_tier()
         if self._moves is not None:
             self._moves.wait_host()
+
+    def memory(self) -> Iterator[Holding]:
+        """All that the stage keeps between passes, under the plan's names and a few of their own. Its places on
+        NVMe are the caller's, and so is what they hold. No pass is under way."""
+        host = None if self._moves is None else self._moves.host
+        kept: list[Owner | None] = [self._weights, self._model, self._kv, host, self._ring]
+        kept += [self._graphs, self._storage, *self._senders.values(), *self._receivers.values()]
+        for owner in kept:
+            if owner is not None:
+                yield from owner.memory()
 
     @contextmanager
     def contexts(self) -> Iterator[Contexts]:

@@ -36,7 +36,8 @@ class ModelShape:
     in the compute type, which each sequence needs for its newest where others are quantized.
     `layer_parameters`, `layer_active_parameters`: matrix elements, and those that one token uses.
     `largest_matrix`: elements of the largest matrix that is dequantized at once.
-    `head_bytes`: final norm and LM head as they lie on the device.
+    `head_bytes`: final norm and LM head as they lie on the device; `tied_bytes` of them are the embedding's, which
+    a stage that embeds on its CPU has already.
     `intermediate_size`: columns that one token takes in the MLP (top-k experts together).
     `attention_size`: columns that one token takes where attention multiplies latents (0: it does not).
     `compute_bytes`: bytes of one element of the compute dtype.
@@ -61,6 +62,7 @@ class ModelShape:
     experts: tuple[Experts | None, ...] = ()
     layer_tail_bytes: tuple[int, ...] = ()
     attention_size: int = 0
+    tied_bytes: int = 0
 
     @property
     def num_layers(self) -> int:

@@ -217,17 +217,19 @@ def without_weights(shape: ModelShape, layout: Layout, stage: int, cache: Cache)
     if layout.num_stages > 1:  # a buffer for each micro-batch that is received
         a_batch = layout.micro_batch_tokens * shape.hidden_size * shape.compute_bytes
         activations += cache.cold_batches * a_batch
+    embeds = stage == layout.visits[0].stage
+    head = shape.head_bytes - (shape.tied_bytes if embeds else 0)
     return StageMemory(
         resident=0,
         ring=0,
-        head=shape.head_bytes if has_head else 0,
+        head=head if has_head else 0,
         kv=cache.num_pages * page_bytes(shape, layout, stage),
         kv_ring=kv_ring_bytes(shape, layout, stage, cache.ring_pages),
         tails=cache.in_all * tail_bytes(shape, layout, stage),
         scratch=shape.largest_matrix * shape.compute_bytes if shape.needs_scratch else 0,
         activations=activations,
         host_layers=0,
-        embed=shape.embed_bytes if stage == layout.visits[0].stage else 0,
+        embed=shape.embed_bytes if embeds else 0,
         process=0,
         graphs=graph_bytes(shape, layout, stage),
     )

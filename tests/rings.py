@@ -2,7 +2,7 @@
 
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.kv.moves import PageLog
 from headrace.runtime.kv.window import PageWindow
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.recording import Capture
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
@@ -68,6 +69,9 @@ class LocalEdge:
             x.record_stream(stream)  # its memory belongs to the sender's stream
         assert len(x) == num_tokens
         return x
+
+    def memory(self) -> Iterable[Holding]:
+        return ()  # between passes nothing is on its way
 
     def close(self) -> None:
         self._queue.put(None)

@@ -2,10 +2,12 @@
 
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.streaming.loads import Load, Storage
 
 
@@ -38,6 +40,9 @@ class SlowStorage:
         self.extents.append((file, offset, dest.nbytes))
         dest.fill_(0xEE)  # whoever still reads this slot would see it
         return SlowLoad(self._storage.load(file, offset, dest), self._random.random() * 0.004)
+
+    def memory(self) -> Iterable[Holding]:
+        return self._storage.memory()
 
     def close(self) -> None:
         self._storage.close()

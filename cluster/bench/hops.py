@@ -36,18 +36,20 @@ class Hop:
 class HopActor:
     """One of two processes that send hidden states to and fro over the product's own links."""
 
-    def __init__(self, stage: int, device: str) -> None:
-        self._stage, self._device = stage, torch.device(device)
+    def __init__(self, device: str) -> None:
+        self._stage, self._device = 0, torch.device(device)
 
     def echo(self) -> None:
         """What a Ray call takes."""
 
-    def connect(self, host: str, port: int, interface: str) -> None:
+    def connect(self, stage: int, host: str, port: int, interface: str, epoch: int = 0) -> None:
+        """Be one end, 0 or 1, of a pair that has the epoch to itself."""
+        self._stage = stage
         ring = ReceiveRing(4, LARGE, ROW, torch.bfloat16, self._device)
         senders, receivers = connect(
             self._stage,
             EDGES,
-            Rendezvous(host, port, 0),
+            Rendezvous(host, port, epoch),
             ring=ring,
             device=self._device,
             deadline=DEADLINE,
@@ -55,6 +57,10 @@ class HopActor:
         )
         other = 1 - self._stage
         self._sender, self._receiver = senders[other], receivers[other]
+
+    def disconnect(self) -> None:
+        self._sender.close()
+        self._receiver.close()
 
     def exchange(self, rows: int) -> float:
         """Seconds of one way, over ROUNDS ways there and back."""
@@ -85,15 +91,14 @@ def hop_actors(device: str) -> Iterator[list[Any]]:
         remote = ray.remote(HopActor)
         gpus = 1 if device == "cuda" else 0
         actors: list[Any] = []
-        for stage in range(2):
-            actor = remote.options(num_cpus=1, num_gpus=gpus).remote(
-                stage, "cuda:0" if gpus else "cpu"
-            )
+        for _ in range(2):
+            actor = remote.options(num_cpus=1, num_gpus=gpus).remote("cuda:0" if gpus else "cpu")
             stack.callback(ray.kill, actor)
             actors.append(actor)
         server = RendezvousServer("127.0.0.1")
         stack.callback(server.close)
-        refs = [actor.connect.remote(server.host, server.port, loopback()) for actor in actors]
+        place = server.host, server.port, loopback()
+        refs = [actor.connect.remote(stage, *place) for stage, actor in enumerate(actors)]
         gather(refs, START_SECONDS, doing="connecting two processes")
         yield actors
 

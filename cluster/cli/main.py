@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, serve, client, job, bench, kv."""
+"""`headrace`: convert, inspect, plan, generate, profile, serve, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -17,6 +17,7 @@ from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
+from headrace.cluster.cli.doctor import doctor
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.option_groups import takes_options
@@ -191,7 +192,44 @@ def generate(
     raise typer.Exit(code)
 
 
+@app.command()
+@takes_options
+def profile(
+    run: RunOptions,
+    ring: RingOptions,
+    store: StoreArgument,
+    input: Annotated[
+        Path | None, typer.Option(help="Rows to run instead of random prompts, as generate does.")
+    ] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="Random prompts. [default: as many as run at once]")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Each with its answer. [default: the context that is planned]"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="The load's time at most.")] = 60.0,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Run a load and say where the memory of each process went, beside what the plan says.
+
+    Exit code 1 if more than 5 % of a process's memory is unexplained.
+    """
+    from headrace.cluster.cli.profile import profile_json, render_profile
+    from headrace.cluster.profile.request import Load
+    from headrace.cluster.profile.run import profile_run
+
+    made = profile_run(run.engine(store, **ring.chosen()), Load(input, sequences, tokens, seconds))
+    described, console = profile_json(made), Console()
+    if json:
+        console.print_json(data=described)
+    else:
+        console.print(render_profile(made))
+    raise typer.Exit(0 if described["explained"] else 1)
+
+
 bench_app.command("serve")(serve_load)
+app.command()(doctor)
 app.command()(serve)
 app.command("serve-key")(serve_key)
 

@@ -1,13 +1,14 @@
 """Host slots of a stage: memory for full KV pages that have no place on the device."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.streaming.tiers import AlignedBuffer, register, unregister
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.memory import slot_bytes
@@ -106,6 +107,9 @@ class HostPages:
             self._error = error
             for ready in self._ready[done:]:
                 ready.set_exception(error)
+
+    def memory(self) -> Iterator[Holding]:
+        return named("host_kv", [self._buffer.tensor])
 
     def stop(self) -> None:
         """Pin no more; whoever waits for a slot gets an error. Slots that are in use stay."""

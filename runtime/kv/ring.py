@@ -31,6 +31,7 @@ from headrace.runtime.kv.page_copies import copy_pages
 from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV
 from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.kv.window_reads import Reading, WindowReads
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.streaming.loads import queued_work
 from headrace.runtime.streaming.streamer import HostClock, wait_clock
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
@@ -115,6 +116,12 @@ class KVRing:
     @property
     def nbytes(self) -> int:
         return self._memory.nbytes
+
+    def memory(self) -> Iterator[Holding]:
+        """The slots, and where pages from NVMe are read to."""
+        yield from named("kv_ring", [self._memory])
+        if self._reads is not None:
+            yield from self._reads.memory()
 
     def begin_pass(self, uses: Iterable[tuple[int, ColdBatch]]) -> None:
         """Layers and micro-batches that need the ring, in the order in which they will."""

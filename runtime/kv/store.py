@@ -9,7 +9,7 @@ Of a layer that keeps latents (latents.py), a key is its value, and after it wha
 both have in common is kept once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.kv.codes import Rotation
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.kv_format import FORMATS, PLAIN, SCALE_BYTES, KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -200,6 +201,11 @@ class KVStore:
     def page_bytes(self, layer: int) -> int:
         """Bytes of one page of this layer, contiguous in memory."""
         return self._pages[layer][0].nbytes
+
+    def memory(self) -> Iterator[Holding]:
+        """Pages and tails."""
+        yield from named("kv", self._pages.values())
+        yield from named("tails", (tail for tails in self._tails.values() for tail in tails))
 
     def close(self) -> None:
         self._layers.clear()

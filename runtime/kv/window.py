@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol, Self
@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from headrace.runtime.kv_log.record import BLOCK, TAG_BYTES, aligned
 from headrace.runtime.kv_log.segment import Buffers, Disk, copy, read_blocks, write_blocks
+from headrace.runtime.memory.held import Holding, named
 from headrace.scheduler.errors import DoesNotFitError, KVLogError
 from headrace.scheduler.sizes import format_size
 
@@ -236,6 +237,11 @@ class PageWindow:
         finally:
             stored[end] = behind
         return True
+
+    def memory(self) -> Iterator[Holding]:
+        """What tells good parts from bad ones, and buffers that nobody has at the moment."""
+        tables = self._numbers, self._sums, self._tags
+        return named("host_window", [*tables, *self._buffers.kept()])
 
     def close(self) -> None:
         """Nothing is read or written any more. Safe to call twice."""

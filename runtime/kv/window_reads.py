@@ -3,7 +3,7 @@
 Weights come first on the drive: a thread reads no more than a piece at a time, and few threads do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headrace.runtime.kv.cold_batch import Sunk
 from headrace.runtime.kv.window import PageWindow
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.runtime.trace import Kind, Tracer
 from headrace.scheduler.memory import WINDOW_PIECE_BYTES, WINDOW_THREADS
@@ -84,6 +85,9 @@ class WindowReads:
             after.synchronize()
         with self._tracer.span(Kind.KV_LOG, "window", layer, dest.nbytes):
             return self._window.read(layer, first, dest)
+
+    def memory(self) -> Iterator[Holding]:
+        return named("host_window", [self._buffer.tensor])
 
     def close(self) -> None:
         """Let what is being read end; the rest is dropped."""

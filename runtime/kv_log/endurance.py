@@ -177,7 +177,7 @@ def drive_wear(path: Path, *, sys: Path = Path("/sys"), run: Run | None = None) 
     The kernel shows no wear in /sys, so that smartctl or nvme-cli are asked where they are installed and
     may read the drive. `run` is how: command -> output, None if that failed.
     """
-    device = _device(path, sys)
+    device = block_device(path, sys)
     if device is None:
         return DriveWear(None, None, None, None, "the directory is on no block device of its own")
     since_boot = _written_since_boot(device)
@@ -195,7 +195,7 @@ def drive_wear(path: Path, *, sys: Path = Path("/sys"), run: Run | None = None) 
     return DriveWear(name, since_boot, None, None, note)
 
 
-def _device(path: Path, sys: Path) -> Path | None:
+def block_device(path: Path, sys: Path) -> Path | None:
     """The whole disk under a file, in /sys."""
     number = os.stat(path).st_dev
     link = sys / "dev" / "block" / f"{os.major(number)}:{os.minor(number)}"

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from headrace.runtime.kv_log.catalog import Catalog
-from headrace.runtime.kv_log.cohort import Cohort, Stored
+from headrace.runtime.kv_log.cohort import Cohort, Stored, Waiting
 from headrace.runtime.kv_log.deletion import delete_cohorts
 from headrace.runtime.kv_log.directory_lock import DirectoryLock
 from headrace.runtime.kv_log.endurance import WriteBudget
@@ -33,6 +35,7 @@ from headrace.runtime.kv_log.record import Miss, identity_digest
 from headrace.runtime.kv_log.segment import Buffers, Disk, copy
 from headrace.runtime.kv_log.start import LEDGER_NAME, check_options, load, make_directory, max_page
 from headrace.runtime.kv_log.stats import Counts, KVLogStats
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.stage_config import TENANT
 from headrace.scheduler.errors import KVLogError
 from headrace.scheduler.kv_room import SEGMENT_BYTES
@@ -189,6 +192,14 @@ class KVLog:
             with self._changed:
                 self._catalog.tidy(target)
                 return [key for key, _ in given if key in self._catalog.index]
+
+    def memory(self) -> Iterator[Holding]:
+        """Pages that wait for company, and buffers."""
+        with self._changed:
+            waiting = [mark for mark in self._catalog.index.values() if isinstance(mark, Waiting)]
+            payloads = [np.frombuffer(mark.payload, np.uint8) for mark in waiting if mark.payload]
+        yield from named("host_log", payloads)
+        yield from self._reader.memory()
 
     def flush(self) -> None:
         """Write the pages that wait for others, in extents as small as they are."""

@@ -2,12 +2,14 @@
 
 import threading
 import time
+from collections.abc import Iterator
 
 from headrace.runtime.kv_log.catalog import Catalog
 from headrace.runtime.kv_log.cohort import Stored
 from headrace.runtime.kv_log.record import BLOCK, Miss, aligned
 from headrace.runtime.kv_log.segment import Buffers, Disk, decode, record_bytes
 from headrace.runtime.kv_log.stats import Counts
+from headrace.runtime.memory.held import Holding, named
 
 
 class PageReader:
@@ -61,6 +63,9 @@ class PageReader:
         with self._changed:
             self._counts.seconds_reading += seconds
         return count
+
+    def memory(self) -> Iterator[Holding]:
+        return named("host_log", self._buffers.kept())
 
     def close(self) -> None:
         self._buffers.close()

@@ -70,6 +70,11 @@ class Buffers:
                 del self._free[0]
             return None
 
+    def kept(self) -> list[np.ndarray]:
+        """Those that nobody has at the moment."""
+        with self._lock:
+            return [np.frombuffer(memory, np.uint8) for memory in self._free]
+
     def close(self) -> None:
         with self._lock:
             self._free.clear()

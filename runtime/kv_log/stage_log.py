@@ -1,6 +1,6 @@
 """A stage's log of KV pages: where it lies, who takes it over, and what it has done."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -12,6 +12,7 @@ from headrace.runtime.kv_log.keys import KeyRing
 from headrace.runtime.kv_log.log import KVLog
 from headrace.runtime.kv_log.start import make_directory
 from headrace.runtime.kv_log.stats import LogReport
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.stage_config import LogConfig, StageConfig
 from headrace.scheduler.kv_room import segment_bytes
 from headrace.scheduler.memory import slot_bytes
@@ -56,6 +57,9 @@ class StageLog:
 
     def get(self, key: bytes, dest: memoryview) -> bool:
         return self._log.get(key, dest)
+
+    def memory(self) -> Iterator[Holding]:
+        return self._log.memory()
 
     def may_write(self, nbytes: int) -> bool:
         """Whether so much more may be written to the drive today, by whoever; it is booked then."""

@@ -8,12 +8,14 @@ import errno
 import os
 import queue
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.streaming.loads import CopyStream, Load, PendingLoad, check_extent, too_short
 from headrace.runtime.streaming.tiers import AlignedBuffer
@@ -98,6 +100,9 @@ class _Staging:
     def in_use_until(self, copied: torch.cuda.Event) -> None:
         self._copied[self._turn] = copied
 
+    def memory(self) -> Iterator[Holding]:
+        return named("readers", [buffer.tensor for buffer in self._buffers])
+
     def close(self) -> None:
         for copied in self._copied:
             if copied is not None:
@@ -136,6 +141,7 @@ class ThreadedStorage:
         self._tracer = tracer
         self._copies = CopyStream(device, tracer) if device.type == "cuda" else None
         self._parts: queue.SimpleQueue[_Part | None] = queue.SimpleQueue()
+        self._staging: list[_Staging] = []
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"headrace-{name}-{i}", daemon=True)
@@ -158,6 +164,7 @@ class ThreadedStorage:
         if self._copies is not None:
             self._copies.enter_thread()
         staging = _Staging(self._chunk_bytes, pinned=self._copies is not None)
+        self._staging.append(staging)
         try:
             while self._take(staging):
                 pass
@@ -201,6 +208,11 @@ class ThreadedStorage:
     def _fill(self, part: _Part, memory: torch.Tensor) -> None:
         with self._tracer.span(Kind.READ, part.file.stem, nbytes=memory.nbytes):
             self._files.read(part.file, part.offset, memory.numpy().data)
+
+    def memory(self) -> Iterator[Holding]:
+        """The buffers that have been used."""
+        for staging in [*self._staging]:
+            yield from staging.memory()
 
     def close(self) -> None:
         if not self._closed.is_set():

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 
 from headrace.runtime.expert_extents import SplitBlock
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.store import Block
 from headrace.runtime.streaming.host_experts import ExpertKey, HostExperts, Place
 from headrace.runtime.streaming.loads import Load, Storage, drain
@@ -116,6 +117,13 @@ class ExpertStreamer:
     def _memory(self, slot: int, key: ExpertKey) -> torch.Tensor:
         assert self._pool is not None, "closed"
         return self._pool.slot(slot, self._places[key].nbytes)
+
+    def memory(self) -> Iterator[Holding]:
+        """What is held for experts, by tier."""
+        if self._pool is not None:
+            yield from named("experts", [self._pool.memory])
+        if self._source is not None:
+            yield from self._source.memory()
 
     def begin_pass(self, order: Sequence[int]) -> None:
         """Say which layers the next pass fetches experts of, one entry a fetch."""

@@ -6,7 +6,7 @@ it, and what is used clearly more often displaces what is used least when it is 
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Self
 
 import torch
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.streaming.copies import Copy, HostCopies
 from headrace.runtime.streaming.loads import Load, Storage
 from headrace.runtime.streaming.slot_cache import SlotCache
@@ -53,6 +54,9 @@ class HostMemory:
         buffer = AlignedBuffer(count * self.slot_bytes, pinned=self._pinned)
         self._buffers.append(buffer)
         self._slots.extend(buffer.tensor.view(count, self.slot_bytes).unbind())
+
+    def memory(self) -> Iterator[Holding]:
+        return named("host_experts", [buffer.tensor for buffer in self._buffers])
 
     def slot(self, index: int, nbytes: int) -> torch.Tensor:
         return self._slots[index][:nbytes]
@@ -102,6 +106,10 @@ class HostExperts:
             target=self._fill, args=(slots,), name="headrace-fill-experts", daemon=True
         )
         self._filler.start()
+
+    def memory(self) -> Iterator[Holding]:
+        """What is held in host RAM."""
+        return self._memory.memory()
 
     def load(self, key: ExpertKey, dest: torch.Tensor) -> tuple[Load, Tier]:
         """Start filling `dest`, on CUDA behind the current stream's work, and say from where.

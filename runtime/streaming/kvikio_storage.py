@@ -4,12 +4,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.streaming.loads import Load, check_extent, queued_work, too_short
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
@@ -118,6 +120,10 @@ class KvikioStorage:
             if handle is None:
                 handle = self._files[file] = self._kvikio.CuFile(file, "r")
             return handle
+
+    def memory(self) -> Iterable[Holding]:
+        """Nothing: what kvikio and cuFile hold, only they know."""
+        return ()
 
     def close(self) -> None:
         self._loads.shutdown(cancel_futures=True)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
@@ -39,6 +40,9 @@ class Storage(Protocol):
         given back while kernels that read it are still queued. Never raises for what is wrong
         with the file: `Load.wait` does.
         """
+
+    def memory(self) -> Iterable[Holding]:
+        """What is held to read with, as far as it is known."""
 
     def close(self) -> None:
         """Let running reads end, fail the waiting ones, free threads, files and buffers."""

@@ -1,6 +1,6 @@
 """All weights of one stage's layers: what every token needs, and experts apart where they are split."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from headrace.runtime.expert_extents import SplitBlock, split_block
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.store import Block, Store
 from headrace.runtime.streaming.expert_streamer import ExpertCounters, ExpertStreamer
 from headrace.runtime.streaming.loads import Storage
@@ -157,6 +158,12 @@ class StageWeights:
         self._layers.wait_host_tier()
         if self._experts is not None:
             self._experts.wait_host_tier()
+
+    def memory(self) -> Iterator[Holding]:
+        """What is held for layers and experts, by tier."""
+        yield from self._layers.memory()
+        if self._experts is not None:
+            yield from self._experts.memory()
 
     def close(self) -> None:
         """End the loads under way and free every byte."""

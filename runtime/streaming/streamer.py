@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 import torch
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.store import Block
 from headrace.runtime.streaming.loads import Load, Storage, drain
 from headrace.runtime.streaming.tiers import DeviceRing, HostTier, device_bytes
@@ -140,6 +141,9 @@ class Prefetcher:
         self.drain()
         self._begun = 0
         self._fill()
+
+    def memory(self) -> Iterator[Holding]:
+        return named("ring", [self._ring.memory])
 
     def drain(self) -> None:
         """Return when nothing writes to the ring any more, as seen by the current stream."""
@@ -283,6 +287,14 @@ class Streamer:
         """Return when every host layer is in RAM: before measuring, or to fail early."""
         if self._host is not None:
             self._host.wait()
+
+    def memory(self) -> Iterator[Holding]:
+        """What is held for layers, by tier."""
+        yield from named("resident", self._resident.values())
+        if self._ring is not None:
+            yield from self._ring.memory()
+        if self._host is not None:
+            yield from self._host.memory()
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

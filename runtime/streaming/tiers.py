@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from headrace.runtime.memory.held import Holding, named
 from headrace.runtime.store import ALIGN_BLOCK, Block
 from headrace.runtime.streaming.copies import HostCopies
 from headrace.runtime.streaming.loads import Load, Storage
@@ -96,6 +97,11 @@ class DeviceRing:
         self.slot_bytes = slot_bytes
         self._bytes = device_bytes(slots * slot_bytes, device).view(slots, slot_bytes)
 
+    @property
+    def memory(self) -> torch.Tensor:
+        """All slots, uint8 [slots, slot_bytes]."""
+        return self._bytes
+
     def slot(self, index: int, nbytes: int) -> torch.Tensor:
         """The first `nbytes` bytes of a slot."""
         assert nbytes <= self.slot_bytes, (nbytes, self.slot_bytes)
@@ -135,6 +141,10 @@ class HostTier:
         """Return when every layer is in host RAM. Raises StoreError or DoesNotFitError."""
         for layer in self._layers.values():
             layer.result()
+
+    def memory(self) -> Iterator[Holding]:
+        """What is held."""
+        return named("host_layers", [buffer.tensor for buffer in self._buffers])
 
     def _fill(self) -> None:
         waiting = dict(self._layers)

@@ -2,7 +2,7 @@
 asked for, and never in its way."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from expert_blocks import (
 )
 from slow_storage import SlowStorage
 
+from headrace.runtime.memory.held import Holding
 from headrace.runtime.store import Block
 from headrace.runtime.streaming.direct import BufferedStorage
 from headrace.runtime.streaming.expert_streamer import ExpertStreamer
@@ -177,6 +178,9 @@ class Link:
         self.free = max(self.free, self.now) + 1.0
         self.busy += 1.0
         return Arrival(self, self.free)
+
+    def memory(self) -> Iterable[Holding]:
+        return ()
 
     def close(self) -> None:
         pass

@@ -1,0 +1,1 @@
+"""The memory of a run, measured and compared with its plan: `headrace profile`."""
