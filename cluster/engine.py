@@ -15,12 +15,13 @@ from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import Replacement, StageReplacer
+from headrace.cluster.ring import Rebuild, Ring
 from headrace.cluster.telemetry.events import EngineEvents
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.drafter import Guesses
-from headrace.scheduler.errors import StageError, StageLostError
+from headrace.scheduler.errors import NoPlaceError, StageError, StageLostError
 from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
@@ -56,34 +57,40 @@ class Engine:
         logs: "StageLogs | None" = None,
         replacer: StageReplacer | None = None,
         recovery: RingRecovery | None = None,
+        rebuild: Rebuild | None = None,
         write_through: bool = False,
         vocabulary: int | None = None,
     ) -> None:
         """Takes over what the stages' `logs` hold of `tenant`, whose all requests are. The model has
         logits of `vocabulary` tokens: as many as the tokenizer, unless it is told."""
-        self.plan = plan
         self.model_digest = digest
-        self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)
         self.events = EngineEvents()
-        identity = f"{digest} {plan.kv_format} {dtype} {tenant}"
-        self._scheduler = Scheduler(scheduler_config(plan, identity, write_through))
-        self._logs, self._warned_of_keep = logs, False
-        if logs is not None:
-            self._scheduler.adopt(logs.keys())
-            self.stats.kv = self._scheduler.kv_stats()
-        self._reports = MoveReports(plan.placement.num_stages)
+        self._identity = f"{digest} {plan.kv_format} {dtype} {tenant}"
+        self._write_through, self._rebuild, self._warned_of_keep = write_through, rebuild, False
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
-        self._pipeline, self._stop_ids = pipeline, stop_ids
+        self._stop_ids = stop_ids
         self._outputs = Outputs(tokenizer, stop_ids, vocabulary)
-        self._replacer, self._recovery = replacer, recovery
+        self._enter(Ring(plan, pipeline, logs, replacer, recovery))
         self._fruitless = 0  # recoveries since a pass returned
         self._completed: list[Completion] = []  # by passes that `step` did not wait for
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
         self._next_id = 0
         self._newest_started = -1
         self._busy_since: float | None = None
+
+    def _enter(self, ring: Ring) -> None:
+        """Begin with stages that hold nothing but what is in their logs."""
+        self.plan, self.max_context = ring.plan, ring.plan.max_context
+        self._pipeline, self._logs = ring.pipeline, ring.logs
+        self._replacer, self._recovery = ring.replacer, ring.recovery
+        self._reports = MoveReports(ring.plan.placement.num_stages)
+        config = scheduler_config(ring.plan, self._identity, self._write_through)
+        self._scheduler = Scheduler(config)
+        if ring.logs is not None:
+            self._scheduler.adopt(ring.logs.keys())
+            self.stats.kv = self._scheduler.kv_stats()
 
     def add(
         self,
@@ -280,9 +287,12 @@ class Engine:
             raise StageError(
                 f"{error} No pass has returned since {MOST_FRUITLESS} recoveries: what runs now ends stages"
             )
-        done = self._recovery.recover(error, self._scheduler.next_step)
-        self._scheduler.abandon(a_pass for a_pass, _ in self._in_flight)
-        self._in_flight.clear()
+        try:
+            done = self._recovery.recover(error, self._scheduler.next_step)
+        except NoPlaceError as no_place:
+            self._move(no_place)
+            return
+        self._abandon()
         self._reports = MoveReports(self.plan.placement.num_stages)
         requests = self._scheduler.lose(self._scheduler.contexts()) if done.stages else 0
         self.stats.recovered(done := replace(done, requests=requests))
@@ -295,6 +305,27 @@ class Engine:
             except StageLostError as another:
                 self._recover(another)
         self.stats.kv = self._scheduler.kv_stats()
+
+    def _abandon(self) -> None:
+        self._scheduler.abandon(a_pass for a_pass, _ in self._in_flight)
+        self._in_flight.clear()
+
+    def _move(self, error: NoPlaceError) -> None:
+        """Go on with another ring, of fewer stages. HeadraceError when there is none."""
+        if self._rebuild is None:
+            raise error
+        log.warning("%s: the model is planned anew for what is left", error)
+        started, before = time.monotonic(), self._scheduler
+        self._abandon()
+        before.lose(before.contexts())
+        self._enter(self._rebuild())
+        self.stats.moved(self.plan.placement.num_stages)
+        for request, why in self._scheduler.take_over(before.live):
+            request.finish_reason = FinishReason.ABORT
+            self.events.ended(request.request_id, FinishReason.ABORT.value)
+            self._completed.append(self._outputs.complete(request, "", str(why)))
+        stages, seconds = self.plan.placement.num_stages, time.monotonic() - started
+        log.warning("%d stages go on with all requests after %.1f s", stages, seconds)
 
     def _come_to_rest(self) -> None:
         """Return when no pass and no move of pages is under way."""

@@ -35,7 +35,12 @@ class EngineStats:
     stages: list[StageTimes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(self.num_stages)]
+        self.moved(self.num_stages)
+
+    def moved(self, num_stages: int) -> None:
+        """Other stages go on, so many; what each did begins anew."""
+        self.num_stages = num_stages
+        self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(num_stages)]
 
     def recovered(self, recovery: Recovery) -> None:
         self.num_recoveries += 1

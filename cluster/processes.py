@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Self
@@ -24,12 +25,15 @@ from ray.util.scheduling_strategies import (
 
 from headrace.cluster.stage_actor import CONCURRENCY, StageActor
 from headrace.cluster.telemetry.ray_sink import has_agent
-from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.errors import HeadraceError, NoPlaceError
 
 START_SECONDS = 180.0
 """How long stage processes may take to start; loading weights has its own, longer deadline."""
 
 _GROUPS = "headrace"
+
+PLACE_SECONDS = 60.0
+"""How long a cluster may take to have another place for stages whose node is gone."""
 
 CLOSE_SECONDS = 10.0
 """How long Ray may take to let go of stages."""
@@ -162,6 +166,20 @@ class StageProcesses:
     def bundle_node(self, stage: int) -> str:
         """The id of the node where the stage's bundle is."""
         return str(placement_group_table(self._group)["bundles_to_node_id"][stage])
+
+    def await_places(self) -> None:
+        """Return when every bundle is on a node that lives. NoPlaceError when one is on none for too long.
+
+        Ray moves bundles of a node that died to others that have room, as soon as it knows.
+        """
+        end = time.monotonic() + PLACE_SECONDS
+        while (state := placement_group_table(self._group)["state"]) != "CREATED":
+            if time.monotonic() > end:
+                raise NoPlaceError(
+                    f"a node of the Ray cluster is gone, and no other has room for its stages since"
+                    f" {PLACE_SECONDS:.0f} s (their placement group is {state.lower()})"
+                )
+            time.sleep(0.2)
 
     def pid_of(self, stage: int) -> int:
         """The process id of the stage's actor, on its node; 0 while it starts."""

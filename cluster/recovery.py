@@ -96,7 +96,7 @@ class RingRecovery:
         """Have every stage ready to run pass `step`, with edges to the others.
 
         The stages of the result hold nothing for any request. The `error` comes out again, with what came
-        between, when that cannot be had.
+        between, when that cannot be had; NoPlaceError where there is no place for all.
         """
         phases: dict[str, float] = {}
         replaced, last = set[int](), error
@@ -179,6 +179,7 @@ class RingRecovery:
         self._enter(stage, StageState.GONE)
 
     def _start(self, gone: Collection[int], step: int) -> None:
+        self._processes.await_places()
         for stage in gone:
             self._enter(stage, StageState.STARTING)
             self._members.leave_log(stage)

@@ -48,6 +48,10 @@ class StageError(HeadraceError):
     """A stage died, hung or disagreed with the plan."""
 
 
+class NoPlaceError(StageError):
+    """A stage is gone, and the cluster has no place for another process."""
+
+
 class StageLostError(StageError):
     """A stage died, hung, or lost touch with its neighbours: another process can take its place.
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.draft import Draft
+from headrace.scheduler.errors import RequestError
 from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request, token_limit
@@ -211,6 +212,23 @@ class Scheduler:
             self._land(request)
         for request in self.holdings.abandon_moves():
             self._room.put_back(request)
+
+    def take_over(self, requests: Iterable[Request]) -> list[tuple[Request, RequestError]]:
+        """Queue live requests of another scheduler, which hold nothing there any more. Returns those that
+        cannot be served here, and why."""
+        refused = []
+        for request in sorted(requests, key=lambda request: request.request_id):
+            assert request.tail is None and not request.passes
+            try:
+                self.add(request)
+            except RequestError as error:
+                refused.append((request, error))
+        return refused
+
+    @property
+    def live(self) -> list[Request]:
+        """Requests that have not ended."""
+        return [*self._roster.live.values()]
 
     def retain(self, keys: Collection[bytes]) -> None:
         """Take note that some stage's NVMe has no other pages than `keys`."""
