@@ -22,7 +22,9 @@ class EngineOptions:
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
-    `trace` a file to write, when the engine closes, for Perfetto.
+    `trace` a file to write, when the engine closes, for Perfetto;
+    `cold` is the URL[#NAME] from which each node fetches what its store lacks, None where the store was
+    pulled from, if it was.
     """
 
     store: Path
@@ -55,6 +57,7 @@ class EngineOptions:
     address: str | None = None
     deadline: float = 600.0
     trace: Path | None = None
+    cold: str | None = None
 
     @property
     def kv_host_bytes(self) -> int:

@@ -15,6 +15,7 @@ from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.hydration import cold_model, hydrate_stages, open_store
 from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
 from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, ray_cluster
@@ -23,6 +24,7 @@ from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.start_times import StartTimes, read_at_start
 from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
+from headrace.runtime.cold.source import ColdModel, Hydration
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.runtime.streaming.page_cache import ReadAhead, available_memory
@@ -159,16 +161,19 @@ def _wanted_soon(options: EngineOptions, store: Store) -> list[Path]:
     through_cache = options.storage in ("auto", "buffered")
     if options.address is not None or not through_cache or 2 * store.nbytes > available_memory():
         return []
-    return [block.file for block in store.blocks]
+    return [block.file for block in store.present]
 
 
 def _discover(
-    actors: Sequence[Any], store: Store, device: str, ahead: ReadAhead
+    actors: Sequence[Any], store: Store, device: str, ahead: ReadAhead, cold: ColdModel | None
 ) -> list[Discovery]:
     """One after the other, when all are there: stages of one machine would measure each other."""
     opening = [actor.open.remote(stage_device(device)) for actor in actors]
     gather(opening, START_SECONDS, doing="starting")
-    arguments = (stage_device(device), str(store.path.resolve()))
+    path = str(store.path.resolve())
+    if cold is not None:
+        hydrate_stages(actors, store, [Hydration(path, cold)] * len(actors))
+    arguments = (stage_device(device), path)
     found = []
     with ahead.paused():
         for i, actor in enumerate(actors):
@@ -200,12 +205,16 @@ def _stage_configs(
             threads=max(1, discovery.cores // shared[discovery.node]),
             trace=options.trace is not None,
             kv_log=log_config(options),
+            cold=cold_model(options.store, options.cold),
         )
         for i, discovery in enumerate(found)
     ]
 
 
-def _load(actors: Sequence[Any], configs: Sequence[StageConfig]) -> None:
+def _load(actors: Sequence[Any], configs: Sequence[StageConfig], store: Store) -> None:
+    wanted = [config.hydration for config in configs if config.hydration is not None]
+    if wanted:
+        hydrate_stages(actors, store, wanted)
     refs = [
         actor.load.remote(encode(config)) for actor, config in zip(actors, configs, strict=True)
     ]
@@ -233,7 +242,8 @@ def _beside() -> Iterator[ThreadPoolExecutor]:
 def running_engine(options: EngineOptions) -> Iterator[Engine]:
     """An engine ready for requests. Everything it started is gone when the block ends."""
     with ExitStack() as stack:
-        store = Store.open(options.store)
+        cold = cold_model(options.store, options.cold)
+        store = open_store(options.store, cold)
         _check(options)
         times = StartTimes()
         ahead = stack.enter_context(ReadAhead(_wanted_soon(options, store)))
@@ -246,7 +256,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
         device, dtype = resolving.result()
         processes = StageProcesses(options.stages, device, store.path.name)
         actors = stack.enter_context(processes).actors
-        found = _discover(actors, store, device, ahead)
+        found = _discover(actors, store, device, ahead, cold)
         times.ended("stages")
         tokenizer = loading.result()
         shape = measuring.result()
@@ -258,7 +268,7 @@ def running_engine(options: EngineOptions) -> Iterator[Engine]:
             stack.callback(logs.close)
         log_kv(plan, options.kv_hot_window)
         configs = _stage_configs(plan, options, device, dtype, found)
-        _load(actors, configs)
+        _load(actors, configs, store)
         ahead.close()
         times.ended(f"loading {read_at_start(plan)} and models' code")
         edges = None

@@ -18,12 +18,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headrace.cluster.edges import Edges
+from headrace.cluster.hydration import hydrate_stages
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, find_node
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.kv.shared_payload import SharedPayload
 from headrace.runtime.stage_config import StageConfig
+from headrace.runtime.store import Store
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.errors import HeadraceError
 
@@ -132,6 +134,9 @@ class StageReplacer:
     def _load(self, stage: int, new: Any, step: int) -> None:
         config = self._configs[stage]
         self._ask(stage, new.open.remote(config.device), "starting in another process")
+        if config.hydration is not None:
+            store = Store.described(config.store)
+            hydrate_stages([new], store, [config.hydration], first=stage)
         self._ask(stage, new.load.remote(encode(config), step), "loading weights")
 
     def _stream(self, stage: int, new: Any, ids: ContextIds) -> Taken:

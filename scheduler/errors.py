@@ -46,3 +46,7 @@ class HandoverError(HeadraceError):
 
 class StageError(HeadraceError):
     """A stage died, hung or disagreed with the plan."""
+
+
+class ColdTierError(HeadraceError):
+    """A cold tier cannot be reached, read or written, or an object in it is missing or damaged."""

@@ -17,6 +17,16 @@ from headrace.scheduler.errors import HeadraceError
 SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
 
 
+ColdOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL[#NAME]",
+        help="A cold tier: each node fetches what its store lacks from there. "
+        "[default: where the store was pulled from]",
+    ),
+]
+
+
 class Device(str, Enum):
     AUTO = "auto"
     CPU = "cpu"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from headrace.cluster.cli.options import RunOptions, StorageChoice, takes_run_options
+from headrace.cluster.cli.options import ColdOption, RunOptions, StorageChoice, takes_run_options
 from headrace.cluster.cli.sizes import parse_duration, parse_size
 
 
@@ -82,6 +82,7 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
     ] = None,
+    cold: ColdOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients know it. Ctrl-C lets running requests finish."""
     import asyncio
@@ -110,7 +111,7 @@ def serve(
             parse_size(files_max_bytes), parse_size(file_max_bytes), int(parse_duration(files_ttl))
         ),
     )
-    engine_options = run.engine(store, storage=storage.value, address=address)
+    engine_options = run.engine(store, storage=storage.value, address=address, cold=cold)
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)
