@@ -1,6 +1,6 @@
 """Engines over stages that are Ray actors, with plans that tests dictate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from kv_runs import NoText
 
 from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
+from headrace.cluster.hydration import hydrate_stages
 from headrace.cluster.pipeline import Pending, RayPipeline, gather
 from headrace.cluster.processes import StageProcesses
 from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import encode
+from headrace.runtime.cold.source import ColdModel
 from headrace.runtime.stage_config import LogConfig, StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Plan
@@ -30,12 +32,19 @@ class Counted(RayPipeline):
 
 
 @contextmanager
-def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iterator[Engine]:
-    """As running_engine, with a plan that a test dictates."""
+def ray_engine(
+    store: Path,
+    plan: Plan,
+    kv_log: LogConfig | None = None,
+    *,
+    own_stores: Sequence[Path] | None = None,
+    cold: ColdModel | None = None,
+) -> Iterator[Engine]:
+    """As running_engine, with a plan that a test dictates; stages may have stores of their own."""
     stages = plan.placement.num_stages
     configs = [
         StageConfig(
-            store=str(store),
+            store=str(store if own_stores is None else own_stores[stage]),
             stage=stage,
             plan=plan,
             device="cpu",
@@ -45,6 +54,7 @@ def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iter
             deadline=60.0,
             threads=1,
             kv_log=kv_log,
+            cold=cold,
         )
         for stage in range(stages)
     ]
@@ -52,6 +62,9 @@ def ray_engine(store: Path, plan: Plan, kv_log: LogConfig | None = None) -> Iter
         processes = stack.enter_context(StageProcesses(stages, "cpu", store.name))
         actors = processes.actors
         gather([actor.open.remote("cpu") for actor in actors], 60.0, doing="starting")
+        wanted = [config.hydration for config in configs if config.hydration is not None]
+        if wanted:
+            hydrate_stages(actors, Store.open(store), wanted)
         loading = [a.load.remote(encode(c)) for a, c in zip(actors, configs, strict=True)]
         gather(loading, 60.0, doing="loading")
         edges = None
