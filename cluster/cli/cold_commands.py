@@ -9,6 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cluster.cli.opened import here
 from headrace.cluster.cli.progress import byte_bar
 from headrace.cluster.cli.sizes import parse_duration
 from headrace.runtime.cold.garbage import ModelEntry, TierListing, clean, list_tier, remove
@@ -130,15 +131,6 @@ def _pull_table(model: ColdModel, store: Store, report: PullReport) -> Table:
     if report.resumed:
         table.add_row("kept", f"{decimal(report.resumed)} that were there from before")
     return table
-
-
-def here(store: Store) -> str:
-    """How much of a store is in its directory."""
-    present = store.present
-    if present == store.blocks:
-        return f"all {len(present)} blocks, {decimal(store.nbytes)}"
-    size = decimal(sum(block.nbytes for block in present))
-    return f"{len(present)} of {len(store.blocks)} blocks, {size} of {decimal(store.nbytes)}"
 
 
 def _listing_table(listing: TierListing) -> Table:

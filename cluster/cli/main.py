@@ -163,7 +163,7 @@ def generate(
     """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
     from headrace.cluster.cli.generate import Setting, run_job
     from headrace.cluster.cli.kv_report import end_of_pages
-    from headrace.cluster.hydration import cold_model, open_store
+    from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.jobs import Job, JobFiles
     from headrace.cluster.launch import running_engine
     from headrace.scheduler.request import SamplingParams
@@ -174,7 +174,7 @@ def generate(
     defaults = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    opened = open_store(store, cold_model(store, cold))
+    opened = opened_store(store, cold)
     # The files first: starting the engine takes long, and a mistake in a path should not.
     with (
         JobFiles(input, output, opened.digest, defaults) as files,

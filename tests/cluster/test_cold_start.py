@@ -10,7 +10,9 @@ import ray
 from ray_engines import ray_engine
 from rings import manual_plan
 
+from headrace.cluster.bench.local import local_engine
 from headrace.cluster.engine import Engine
+from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.llm import LLM
 from headrace.runtime.cold.pull import pull
 from headrace.runtime.cold.push import push
@@ -43,16 +45,14 @@ def expected(tier: ColdModel, stories: Path, tmp_path_factory: pytest.TempPathFa
     """What the model answers from a store that was pushed, deleted and pulled; and before."""
     path = tmp_path_factory.mktemp("back") / "stories"
     shutil.copytree(stories, path)
-    before = answer(path)
-    shutil.rmtree(path)
-    pull(tier, path)
-    assert answer(path) == before
-    return before
-
-
-def answer(path: Path, **options: object) -> list[int]:
-    with LLM(path, device="cpu", **options) as llm:
-        return llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids
+    answers = []
+    for _ in range(2):
+        with local_engine(EngineOptions(path, device="cpu")) as engine:
+            answers.append(answer_of(engine))
+        shutil.rmtree(path)
+        pull(tier, path)
+    assert answers[0] == answers[1]
+    return answers[0]
 
 
 def answer_of(engine: Engine) -> list[int]:
@@ -69,7 +69,8 @@ def blocks_in(path: Path) -> list[str]:
 
 def test_from_an_empty_directory(tier: ColdModel, expected: list[int], tmp_path: Path) -> None:
     path = tmp_path / "node" / "stories"
-    assert answer(path, stages=2, cold=tier.url) == expected
+    with LLM(path, device="cpu", stages=2, cold=tier.url) as llm:
+        assert llm.generate([PROMPT], GREEDY)[0].outputs[0].token_ids == expected
     assert len(blocks_in(path)) == 14
 
 
