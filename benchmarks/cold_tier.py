@@ -63,7 +63,7 @@ def transfers(store: Store, folder: Path) -> Table:
     table = Table(store.path.name, "MB/s", "MB a CPU second", "seconds", "")
     size = store.nbytes
     tier = (folder / "tier").as_uri()
-    for name, url in (("directory", tier), ("memory", "memory://cold")):
+    for name, url in (("directory", tier), ("memory", f"memory://{store.path.name}")):
         model, back = ColdModel(url, store.path.name), folder / "back"
         shutil.rmtree(folder / "tier", ignore_errors=True)
         shutil.rmtree(back, ignore_errors=True)
