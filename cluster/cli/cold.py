@@ -9,8 +9,8 @@ Url = Annotated[
     str,
     typer.Argument(
         metavar="URL[#NAME]",
-        help="A place that fsspec knows (file://, s3://, gs://, https://, ...) and the model's name there. "
-        "[default name: the store's folder]",
+        help="A place that fsspec knows (file://, s3://, gs://, https://, ...) and the model's name there, "
+        "by default that of the store's folder.",
     ),
 ]
 Tier = Annotated[str, typer.Argument(metavar="URL", help="A place that stores were pushed to.")]
@@ -48,7 +48,7 @@ def pull(
         typer.Option(
             metavar="RANGES",
             help="Such as 0-15,31: of the layers, only these, and the embedding with the first one, the "
-            "head with the last one. [default: all]",
+            "head with the last one. All, if not given.",
         ),
     ] = None,
     verify: Annotated[

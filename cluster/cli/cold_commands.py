@@ -135,6 +135,7 @@ def _pull_table(model: ColdModel, store: Store, report: PullReport) -> Table:
 
 def _listing_table(listing: TierListing) -> Table:
     table = Table("model", "pushed", "store", "alone here", "shared", "stored against")
+    table.columns[1].no_wrap = True
     for each in listing.models:
         pushed = datetime.fromtimestamp(each.record.created).strftime("%Y-%m-%d %H:%M")
         name = Text(each.record.name)

@@ -22,7 +22,7 @@ ColdOption = Annotated[
     typer.Option(
         metavar="URL[#NAME]",
         help="A cold tier: each node fetches what its store lacks from there. "
-        "[default: where the store was pulled from]",
+        "Where the store was pulled from, if not given.",
     ),
 ]
 
