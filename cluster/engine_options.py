@@ -28,7 +28,9 @@ class EngineOptions:
     `metrics_port` is where such a cluster of its own shows metrics, None any free port;
     no pass may take more than `pass_timeout` seconds, and a stage that is not heard of for `heartbeat_timeout`
     seconds while one is under way is replaced;
-    `trace` a file to write, when the engine closes, for Perfetto.
+    `trace` a file to write, when the engine closes, for Perfetto;
+    `cold` is the URL[#NAME] from which each node fetches what its store lacks, None where the store was
+    pulled from, if it was.
     """
 
     store: Path
@@ -66,6 +68,7 @@ class EngineOptions:
     pass_timeout: float = 600.0
     heartbeat_timeout: float = 30.0
     trace: Path | None = None
+    cold: str | None = None
 
     @property
     def kv_host_bytes(self) -> int:

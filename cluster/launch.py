@@ -16,6 +16,7 @@ from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.hydration import cold_model, hydrate_stages, open_store
 from headrace.cluster.kv_options import check_kv_options, log_config, log_keys, log_kv
 from headrace.cluster.members import Members
 from headrace.cluster.network_options import check_network
@@ -28,6 +29,7 @@ from headrace.cluster.start_times import StartTimes, read_at_start
 from headrace.cluster.telemetry.engine_metrics import EngineMetrics
 from headrace.cluster.tokenizer import check_tokenizer, load_tokenizer, stop_ids
 from headrace.cluster.wire import decode, encode
+from headrace.runtime.cold.source import ColdModel, Hydration
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.runtime.streaming.page_cache import ReadAhead, available_memory
@@ -166,16 +168,19 @@ def _wanted_soon(options: EngineOptions, store: Store) -> list[Path]:
     through_cache = options.storage in ("auto", "buffered")
     if options.address is not None or not through_cache or 2 * store.nbytes > available_memory():
         return []
-    return [block.file for block in store.blocks]
+    return [block.file for block in store.present]
 
 
 def _discover(
-    actors: Sequence[Any], store: Store, device: str, ahead: ReadAhead
+    actors: Sequence[Any], store: Store, device: str, ahead: ReadAhead, cold: ColdModel | None
 ) -> list[Discovery]:
     """One after the other, when all are there: stages of one machine would measure each other."""
     opening = [actor.open.remote(stage_device(device)) for actor in actors]
     gather(opening, START_SECONDS, doing="starting")
-    arguments = (stage_device(device), str(store.path.resolve()))
+    path = str(store.path.resolve())
+    if cold is not None:
+        hydrate_stages(actors, store, [Hydration(path, cold)] * len(actors))
+    arguments = (stage_device(device), path)
     found = []
     with ahead.paused():
         for i, actor in enumerate(actors):
@@ -207,12 +212,18 @@ def _stage_configs(
             threads=max(1, discovery.cores // shared[discovery.node]),
             trace=options.trace is not None,
             kv_log=log_config(options),
+            cold=cold_model(options.store, options.cold),
         )
         for i, discovery in enumerate(found)
     ]
 
 
-def _load(actors: Sequence[Any], configs: Sequence[StageConfig], keys: Mapping[str, bytes]) -> None:
+def _load(
+    actors: Sequence[Any], configs: Sequence[StageConfig], store: Store, keys: Mapping[str, bytes]
+) -> None:
+    wanted = [config.hydration for config in configs if config.hydration is not None]
+    if wanted:
+        hydrate_stages(actors, store, wanted)
     refs = [
         actor.load.remote(encode(config), keys=dict(keys))
         for actor, config in zip(actors, configs, strict=True)
@@ -246,7 +257,8 @@ def running_engine(
     `watch` is given the stages' actors before they load anything, and returns before they do.
     """
     with ExitStack() as stack:
-        store = Store.open(options.store)
+        cold = cold_model(options.store, options.cold)
+        store = open_store(options.store, cold)
         _check(options)
         times = StartTimes()
         ahead = stack.enter_context(ReadAhead(_wanted_soon(options, store)))
@@ -259,7 +271,7 @@ def running_engine(
         device, dtype = resolving.result()
         processes = StageProcesses(options.stages, device, store.path.name)
         actors = stack.enter_context(processes).actors
-        found = _discover(actors, store, device, ahead)
+        found = _discover(actors, store, device, ahead, cold)
         times.ended("stages")
         tokenizer = loading.result()
         shape = measuring.result()
@@ -274,7 +286,7 @@ def running_engine(
             watch(actors)
         configs = _stage_configs(plan, options, device, dtype, found)
         keys = log_keys(configs[0].kv_log)
-        _load(actors, configs, keys)
+        _load(actors, configs, store, keys)
         ahead.close()
         times.ended(f"loading {read_at_start(plan)} and models' code")
         edges = Edges(

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.cluster.edges import Edges
+from headrace.cluster.hydration import hydrate_stages
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import encode
 from headrace.runtime.stage_config import StageConfig
+from headrace.runtime.store import Store
 
 
 class Members:
@@ -40,6 +42,9 @@ class Members:
         config = self.configs[stage]
         opening = actor.open.remote(config.device)
         self.ask(stage, opening, f"{doing}: starting in another process", START_SECONDS)
+        if config.hydration is not None:
+            store = Store.described(config.store)
+            hydrate_stages([actor], store, [config.hydration], first=stage)
         self.ask(stage, actor.load.remote(encode(config), step), f"{doing}: loading weights")
 
     def seat(self, stage: int, actor: Any, node: str | None) -> None:

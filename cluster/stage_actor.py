@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from headrace.cluster.discovery import discover
 from headrace.cluster.stage_thread import StageThread
 from headrace.cluster.wire import decode, encode
+from headrace.runtime.cold.source import Hydration
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
 from headrace.scheduler.contexts import ContextIds
@@ -109,6 +110,12 @@ class StageActor:
 
         if device.startswith("cuda"):
             self._thread.do(torch.cuda.mem_get_info, device)  # makes the context
+
+    def hydrate(self, payload: bytes) -> int:
+        """Fetch what a Hydration says and this node lacks. Returns how many bytes came."""
+        from headrace.runtime.cold.pull import hydrate
+
+        return hydrate(decode(payload, Hydration)).fetched
 
     def discover(self, device: str, store: str) -> bytes:
         return encode(self._thread.do(discover, device, store))

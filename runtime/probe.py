@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from headrace.runtime.cold.source import read_origin
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.inputs import DeviceProfile, Kind
 
@@ -34,6 +35,9 @@ SECONDS = 0.25
 """How long each of the other measurements goes on."""
 
 CHUNK_BYTES = 4 << 20
+SAMPLE_CHUNKS = 16
+"""Of a file that is made to be read."""
+
 THREADS = 4
 
 HOPS: dict[Kind, float] = {"cuda": 2e-4, "cpu": 3e-4}
@@ -53,24 +57,35 @@ def probe_device(device: torch.device, path: Path, *, refresh: bool = False) -> 
     """Speeds of `device` and of the drive that holds `path`, a block file or a store.
 
     Cached in $XDG_CACHE_HOME/headrace/ by device and filesystem; `refresh` measures again. Raises
-    StoreError if there is no file to read.
+    StoreError if there is no file to read. A store that was pulled and has no blocks yet gets a file for
+    as long as it is read.
     """
-    file = _largest_file(path)
-    cache = _cache_file(device, file)
-    profile = None if refresh else _load(cache)
-    if profile is None:
-        profile = _measure(device, file)
-        _save(cache, profile)
-    return profile
+    with _file_to_read(path) as file:
+        cache = _cache_file(device, file)
+        profile = None if refresh else _load(cache)
+        if profile is None:
+            profile = _measure(device, file)
+            _save(cache, profile)
+        return profile
 
 
-def _largest_file(path: Path) -> Path:
+@contextmanager
+def _file_to_read(path: Path) -> Iterator[Path]:
     if path.is_file():
-        return path
+        yield path
+        return
     files = [file for file in path.glob("*.safetensors") if file.stat().st_size]
-    if not files:
+    if files:
+        yield max(files, key=lambda file: file.stat().st_size)
+    elif read_origin(path) is None:
         raise StoreError(f"{path}: no .safetensors file to measure the drive with; is it a store?")
-    return max(files, key=lambda file: file.stat().st_size)
+    else:
+        with tempfile.NamedTemporaryFile(dir=path, prefix="headrace-probe-", suffix=".tmp") as file:
+            for _ in range(SAMPLE_CHUNKS):
+                file.write(os.urandom(CHUNK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+            yield Path(file.name)
 
 
 def _measure(device: torch.device, file: Path) -> DeviceProfile:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from headrace.runtime.cold.source import ColdModel, Hydration
 from headrace.scheduler.placement import Plan
 
 TENANT = "default"
@@ -34,6 +35,7 @@ class StageConfig:
     type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
     for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
     stage keeps a Trace of its newest passes. `kv_log` is for KV pages on NVMe, if there are to be any.
+    What the directory `store` lacks comes from `cold`, before the stage is built.
     """
 
     store: str
@@ -47,3 +49,18 @@ class StageConfig:
     threads: int
     trace: bool = False
     kv_log: LogConfig | None = None
+    cold: ColdModel | None = None
+
+    @property
+    def hydration(self) -> Hydration | None:
+        """What the stage needs of its store, and where that comes from; None where it has to be there."""
+        if self.cold is None:
+            return None
+        placement = self.plan.placement
+        return Hydration(
+            self.store,
+            self.cold,
+            placement.layers_of(self.stage),
+            first=self.stage == placement.first_stage,
+            last=self.stage == placement.last_stage,
+        )

@@ -70,6 +70,10 @@ class StageStart:
         self._plan, self._placement = config.plan, config.plan.placement
         self._layers = self._placement.layers_of(config.stage)
         self._store = Store.open(Path(config.store))
+        first, last = (
+            config.stage == end for end in (self._placement.first_stage, self._placement.last_stage)
+        )
+        self._store.require(self._store.blocks_of(self._layers, first=first, last=last))
         self._dtype: torch.dtype = getattr(torch, config.dtype)
 
     def make(self, opened: ExitStack) -> StageParts:

@@ -12,16 +12,22 @@ starts on a 4096-byte boundary, tensors lie in consumption order, each on a 256-
 with pad tensors), all tensors of one expert adjacent, and the file ends on a 4096-byte boundary.
 So the data section is one O_DIRECT extent, and every tensor is a view of the slot it is read into.
 A directory without headrace.json is not a store: nothing half-written ever looks complete.
+
+A store that was pulled from a cold tier (runtime/cold/) has a headrace-origin.json, too, and may lack
+blocks: a node needs those of its stages only. Whoever reads a block asks `require` for it first.
 """
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from headrace.runtime.cold.ranges import ranges
+from headrace.runtime.cold.source import read_origin
 from headrace.scheduler.errors import StoreError
 
 MANIFEST = "headrace.json"
@@ -102,7 +108,8 @@ class Store:
     `config` is config.json, `layers` are in order, `tied` says that the head multiplies with the
     table in `embed` (`head` then holds what comes before it, the final norm). `format` is what the
     store was converted to, `dtype` (safetensors' name) the type of what is not quantized, `source`
-    the fingerprint of the checkpoint it was made from.
+    the fingerprint of the checkpoint it was made from, `origin` the cold tier it was pulled from: None
+    for a store that was made here, which is whole.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -117,26 +124,72 @@ class Store:
         self.tied: bool = manifest["tied"]
         self.source: str = manifest["source"]
         self.options: dict[str, Any] = manifest["options"]
+        self.origin = read_origin(path)
         self._header_hashes = {entry["name"]: entry["header"] for entry in manifest["blocks"]}
 
     @classmethod
     def open(cls, path: Path | str) -> "Store":
-        """Raises StoreError when `path` is no complete store, saying what it is and what to do."""
+        """Raises StoreError when `path` is no complete store, saying what it is and what to do.
+
+        One that was pulled may lack blocks.
+        """
+        store = cls.described(path)
+        for block in store.blocks if store.origin is None else store.present:
+            store.check_size(block)
+        return store
+
+    @classmethod
+    def described(cls, path: Path | str) -> "Store":
+        """The store that the manifest in `path` describes, whatever block files are there."""
         path = Path(path)
         manifest = _read_manifest(path)
         try:
-            store = cls(path, _read_json(path / "config.json"), manifest)
+            return cls(path, _read_json(path / "config.json"), manifest)
         except (KeyError, TypeError, IndexError) as error:
             raise StoreError(
                 f"{path / MANIFEST} is damaged ({error!r}); convert the checkpoint again"
             ) from error
-        for block in store.blocks:
-            _check_size(block)
-        return store
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         return (self.embed, *self.layers, self.head)
+
+    @property
+    def present(self) -> tuple[Block, ...]:
+        """The blocks that have files here."""
+        return tuple(block for block in self.blocks if block.file.exists())
+
+    def blocks_of(self, layers: Collection[int], *, first: bool, last: bool) -> tuple[Block, ...]:
+        """What a stage with these layers reads; `first` and `last` say that it embeds, and samples."""
+        table = first or (last and self.tied) or len(self.embed.weights) > 1
+        chosen = [self.layers[layer] for layer in sorted(layers)]
+        return (
+            *((self.embed,) if table else ()),
+            *chosen,
+            *((self.head,) if last else ()),
+        )
+
+    def require(self, blocks: Iterable[Block]) -> None:
+        """StoreError, with the command that brings them, when files of these blocks are not here."""
+        missing = [block for block in blocks if not block.file.exists()]
+        if missing:
+            raise StoreError(self._what_is_missing(missing))
+
+    def _what_is_missing(self, missing: Sequence[Block]) -> str:
+        layers = [i for i, layer in enumerate(self.layers) if layer in missing]
+        ends = [block.name for block in (self.embed, self.head) if block in missing]
+        names = [*ends, *([f"layers {ranges(layers)}"] if layers else [])]
+        return (
+            f"the store at {self.path} on {os.uname().nodename} lacks {' and '.join(names)} "
+            f"({sum(block.nbytes for block in missing):,} bytes), which are needed here: run headrace pull "
+            f"{self.origin} {self.path} --layers {self._layers_with(missing)} there, or give --cold URL"
+        )
+
+    def _layers_with(self, blocks: Collection[Block]) -> str:
+        """Layers that a pull has to name to bring these blocks: the ends come with the layers beside them."""
+        chosen = {i for i, layer in enumerate(self.layers) if layer in blocks}
+        chosen |= {0} if self.embed in blocks else set()
+        return ranges(chosen | ({len(self.layers) - 1} if self.head in blocks else set()))
 
     @property
     def nbytes(self) -> int:
@@ -155,26 +208,62 @@ class Store:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads every byte and compares hashes; `progress` gets (bytes checked, bytes in all).
 
-        Raises StoreError naming the first damaged block.
+        Raises StoreError naming the first damaged block. Of a store that was pulled, those that are here.
         """
-        done, total = 0, self.nbytes
-        for block in self.blocks:
-            _check_size(block)
-            hasher = xxhash.xxh3_64()
-            with block.file.open("rb", buffering=0) as stream:
-                header = xxhash.xxh3_64_hexdigest(stream.read(block.data_offset))
-                while chunk := stream.read(READ_BYTES):
-                    hasher.update(chunk)
-                    done += len(chunk)
-                    if progress:
-                        progress(done, total)
-            found = hasher.hexdigest()
-            if (header, found) != (self._header_hashes[block.name], block.xxh3_64):
-                part = "data" if found != block.xxh3_64 else "header"
+        done, blocks = 0, self.blocks if self.origin is None else self.present
+        total = sum(block.nbytes for block in blocks)
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress:
+                progress(done, total)
+
+        for block in blocks:
+            self.check_size(block)
+            part = self.damaged_part(block, block.file, count)
+            if part is not None:
                 raise StoreError(
                     f"block {block.name!r} is damaged: the {part} of {block.file} has changed since "
-                    "it was written; copy the file again, or delete the store and convert again"
+                    f"it was written; {self._cure}"
                 )
+
+    def damaged_part(
+        self, block: Block, file: Path, progress: Callable[[int], None] | None = None
+    ) -> str | None:
+        """ "header" or "data", if `file` holds another one than the block's; `progress` gets bytes read."""
+        hasher = xxhash.xxh3_64()
+        with file.open("rb", buffering=0) as stream:
+            header = xxhash.xxh3_64_hexdigest(stream.read(block.data_offset))
+            while chunk := stream.read(READ_BYTES):
+                hasher.update(chunk)
+                if progress:
+                    progress(len(chunk))
+        if hasher.hexdigest() != block.xxh3_64:
+            return "data"
+        return None if header == self._header_hashes[block.name] else "header"
+
+    def check_size(self, block: Block) -> None:
+        """StoreError when the block's file is not there, or not of its size."""
+        expected = block.data_offset + block.nbytes
+        try:
+            found = block.file.stat().st_size
+        except OSError as error:
+            raise StoreError(
+                f"block {block.name!r} is missing: cannot read {block.file} ({error.strerror})"
+            ) from error
+        if found != expected:
+            raise StoreError(
+                f"block {block.name!r} is truncated or damaged: {block.file} has {found} bytes instead "
+                f"of {expected}; {self._cure}"
+            )
+
+    @property
+    def _cure(self) -> str:
+        if self.origin is None:
+            return "copy the file again, or delete the store and convert again"
+        some = "" if self.present == self.blocks else f" --layers {self._layers_with(self.present)}"
+        return f"run headrace pull {self.origin} {self.path}{some} --verify"
 
     def read_block(self, block: Block) -> bytearray:
         """The block's data section, through the page cache."""
@@ -226,21 +315,6 @@ def _why_no_store(path: Path) -> str:
             "first and give STORE"
         )
     return f"{path} is not a store: it has no {MANIFEST}"
-
-
-def _check_size(block: Block) -> None:
-    expected = block.data_offset + block.nbytes
-    try:
-        found = block.file.stat().st_size
-    except OSError as error:
-        raise StoreError(
-            f"block {block.name!r} is missing: cannot read {block.file} ({error.strerror})"
-        ) from error
-    if found != expected:
-        raise StoreError(
-            f"block {block.name!r} is truncated or damaged: {block.file} has {found} bytes instead "
-            f"of {expected}; copy the file again, or delete the store and convert again"
-        )
 
 
 def block_to_json(block: Block, header_hash: str) -> dict[str, Any]:

@@ -48,6 +48,10 @@ class StageError(HeadraceError):
     """A stage died, hung or disagreed with the plan."""
 
 
+class ColdTierError(HeadraceError):
+    """A cold tier cannot be reached, read or written, or an object in it is missing or damaged."""
+
+
 class NoPlaceError(StageError):
     """A stage is gone, and the cluster has no place for another process."""
 

@@ -1,6 +1,6 @@
 """Engines over stages that are Ray actors, with plans that tests dictate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from kv_runs import NoText
 
 from headrace.cluster.edges import Edges
 from headrace.cluster.engine import Engine
+from headrace.cluster.hydration import hydrate_stages
 from headrace.cluster.kv_options import log_keys
 from headrace.cluster.members import Members
 from headrace.cluster.pipeline import Pending, RayPipeline, gather
@@ -16,6 +17,7 @@ from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import encode
+from headrace.runtime.cold.source import ColdModel
 from headrace.runtime.stage_config import LogConfig, StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Plan
@@ -42,12 +44,14 @@ def ray_engine(
     write_through: bool = False,
     deadline: float = 60.0,
     patience: float = 30.0,
+    own_stores: Sequence[Path] | None = None,
+    cold: ColdModel | None = None,
 ) -> Iterator[Engine]:
-    """As running_engine, with a plan that a test dictates."""
+    """As running_engine, with a plan that a test dictates; stages may have stores of their own."""
     stages = plan.placement.num_stages
     configs = [
         StageConfig(
-            store=str(store),
+            store=str(store if own_stores is None else own_stores[stage]),
             stage=stage,
             plan=plan,
             device="cpu",
@@ -57,6 +61,7 @@ def ray_engine(
             deadline=deadline,
             threads=1,
             kv_log=kv_log,
+            cold=cold,
         )
         for stage in range(stages)
     ]
@@ -65,6 +70,9 @@ def ray_engine(
         actors = processes.actors
         gather([actor.open.remote("cpu") for actor in actors], 60.0, doing="starting")
         keys = log_keys(kv_log)
+        wanted = [config.hydration for config in configs if config.hydration is not None]
+        if wanted:
+            hydrate_stages(actors, Store.open(store), wanted)
         loading = [
             a.load.remote(encode(c), keys=keys) for a, c in zip(actors, configs, strict=True)
         ]

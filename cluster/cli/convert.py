@@ -6,18 +6,12 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.progress import Progress as Bar
+from rich.progress import TaskID
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from headrace.cluster.cli.progress import byte_bar
 from headrace.runtime.conversion.convert import Progress, convert
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
@@ -50,7 +44,7 @@ def run_convert(
 ) -> Store:
     """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
     pairs = parse_policy(policy)
-    with _bar(console) as bar:
+    with byte_bar(console) as bar:
         store = convert(
             source,
             dest,
@@ -69,15 +63,19 @@ def run_inspect(console: Console, path: Path, *, verify: bool, as_json: bool) ->
     """Prints a store's layers, bytes and formats; `verify` checks every hash. Raises HeadraceError."""
     store = Store.open(path)
     if verify:
-        with _bar(console) as bar:
-            task = bar.add_task("verifying", total=store.nbytes)
+        with byte_bar(console) as bar:
+            task = bar.add_task("verifying", total=None)
             store.verify(lambda done, total: bar.update(task, completed=done, total=total))
     if as_json:
         console.print_json(data=describe(store, verified=verify))
         return
     console.print(Group(summary(store), layer_table(store)))
     if verify:
-        console.print(f"verified: all {len(store.blocks)} blocks are as they were written")
+        blocks = store.present
+        which = f"all {len(blocks)} blocks"
+        if blocks != store.blocks:
+            which = f"the {len(blocks)} of {len(store.blocks)} blocks that are here"
+        console.print(f"verified: {which} are as they were written")
 
 
 class _Meter:
@@ -93,19 +91,6 @@ class _Meter:
                 report.block, total=report.total, completed=report.resumed
             )
         self._bar.update(self._task, completed=report.done, description=report.block)
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def format_bytes(blocks: Iterable[Block]) -> dict[str, int]:
@@ -132,10 +117,12 @@ def describe(store: Store, *, verified: bool) -> dict[str, Any]:
         "digest": store.digest,
         "nbytes": store.nbytes,
         "verified": verified,
+        "origin": None if store.origin is None else str(store.origin),
         "blocks": [
             {
                 "name": block.name,
                 "nbytes": block.nbytes,
+                "here": block.file.exists(),
                 "formats": format_bytes([block]),
                 "experts": experts_json(block),
             }
@@ -165,6 +152,9 @@ def summary(store: Store) -> RenderableType:
     table.add_row("size", decimal(store.nbytes))
     table.add_row("parameters", f"{parameters / 1e9:.2f} billion in the layers' matrices")
     table.add_row("digest", store.digest)
+    if store.origin is not None:
+        table.add_row("pulled from", str(store.origin))
+        table.add_row("here", f"{len(store.present)} of {len(store.blocks)} blocks")
     return table
 
 

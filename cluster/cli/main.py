@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, plan, generate, profile, serve, client, job, bench, kv, doctor."""
+"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, serve, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -17,12 +17,14 @@ from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
+from headrace.cluster.cli.cold import app as cold_app
+from headrace.cluster.cli.cold import pull, push
 from headrace.cluster.cli.doctor import doctor
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import RunOptions
-from headrace.cluster.cli.ring_options import RingOptions
+from headrace.cluster.cli.ring_options import ColdOption, RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.scheduler.errors import HeadraceError
 
@@ -40,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(cold_app, name="cold")
 app.add_typer(kv_app, name="kv")
 client_app.add_typer(client_batch_app, name="batch")
 app.add_typer(client_app, name="client")
@@ -120,14 +123,15 @@ def inspect(
 def plan(
     run: RunOptions,
     store: StoreArgument,
+    cold: ColdOption = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Print what a run on this machine would keep where, how fast it would be and what binds it."""
     from headrace.cluster.cli.plan import plan_json, render_plan
+    from headrace.cluster.hydration import cold_model, open_store
     from headrace.cluster.launch import local_plan
-    from headrace.runtime.store import Store
 
-    made = local_plan(run.engine(store), Store.open(store))
+    made = local_plan(run.engine(store), open_store(store, cold_model(store, cold)))
     console = Console()
     if json:
         console.print_json(data=plan_json(made))
@@ -158,9 +162,9 @@ def generate(
     """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
     from headrace.cluster.cli.generate import Setting, run_job
     from headrace.cluster.cli.kv_report import end_of_pages
+    from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.jobs import Job, JobFiles
     from headrace.cluster.launch import running_engine
-    from headrace.runtime.store import Store
     from headrace.scheduler.request import SamplingParams
 
     if trace is not None and trace.resolve() == output.resolve():
@@ -173,7 +177,7 @@ def generate(
     defaults = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    opened = Store.open(store)
+    opened = opened_store(store, ring.cold)
     # The files first: starting the engine takes long, and a mistake in a path should not.
     with (
         JobFiles(input, output, opened.digest, defaults) as files,
@@ -230,6 +234,8 @@ def profile(
 
 bench_app.command("serve")(serve_load)
 app.command()(doctor)
+app.command()(push)
+app.command()(pull)
 app.command()(serve)
 app.command("serve-key")(serve_key)
 

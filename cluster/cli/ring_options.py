@@ -6,6 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+ColdOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL[#NAME]",
+        help="A cold tier: each node fetches what its store lacks from there. "
+        "Where the store was pulled from, if not given.",
+    ),
+]
+
 
 class StorageChoice(str, Enum):
     AUTO = "auto"
@@ -49,6 +58,7 @@ class RingOptions:
             " machine's addresses. [default: a port that Ray chooses]",
         ),
     ] = None
+    cold: ColdOption = None
     heartbeat_timeout: Annotated[
         float,
         typer.Option(

@@ -84,6 +84,7 @@ def serve(
     import asyncio
     import gc
 
+    from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.launch import running_engine
     from headrace.cluster.serving.batches.file_store import FileLimits
     from headrace.cluster.serving.server import Listener, Server, ServerOptions
@@ -108,6 +109,7 @@ def serve(
         ),
     )
     engine_options = run.engine(store, **ring.chosen())
+    opened_store(store, ring.cold)
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)

@@ -1,0 +1,51 @@
+"""Stores that nodes fill from a cold tier: what every node needs first, and layers once there is a plan."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.cluster.pipeline import gather
+from headrace.cluster.processes import START_SECONDS
+from headrace.cluster.wire import encode
+from headrace.runtime.cold.source import ColdModel, Hydration, parse_cold, read_origin
+from headrace.runtime.store import Store
+
+log = logging.getLogger(__name__)
+
+SLOWEST_BYTES = 5e6
+"""A second, all stages of a run together: a tier that brings less is as good as dead."""
+
+
+def cold_model(store: Path, cold: str | None) -> ColdModel | None:
+    """Where what `store` lacks comes from: what the user said, else where it was pulled from, if it was."""
+    return read_origin(store) if cold is None else parse_cold(cold, store)
+
+
+def open_store(path: Path, cold: ColdModel | None) -> Store:
+    """The store with as many blocks as it has; without a cold tier it has to be as Store.open wants it.
+
+    What a driver needs (config, tokenizer, manifest) is fetched where it is not there.
+    """
+    if cold is None:
+        return Store.open(path)
+    from headrace.runtime.cold.pull import hydrate
+
+    hydrate(Hydration(str(path), cold))
+    return Store.described(path)
+
+
+def hydrate_stages(
+    actors: Sequence[Any], store: Store, wanted: Sequence[Hydration], *, first: int = 0
+) -> None:
+    """Have each stage fetch what its node lacks. `actors[0]` is stage `first`."""
+    nbytes = sum(_nbytes(store, each) for each in wanted)
+    refs = [actor.hydrate.remote(encode(each)) for actor, each in zip(actors, wanted, strict=True)]
+    seconds = START_SECONDS + nbytes / SLOWEST_BYTES
+    fetched = gather(refs, seconds, doing=f"fetching from {wanted[0].cold}", first=first)
+    log.info("fetched from %s: %d bytes of layers and files", wanted[0].cold, sum(fetched))
+
+
+def _nbytes(store: Store, wanted: Hydration) -> int:
+    blocks = store.blocks_of(wanted.layers, first=wanted.first, last=wanted.last)
+    return sum(block.nbytes for block in blocks)
