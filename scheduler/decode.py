@@ -1,10 +1,11 @@
 """A decode pass in numbers: arithmetic, bytes in device memory, experts to load, hops."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from headrace.scheduler.experts import ExpertPools, Loads, layer_loads, reached
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
+from headrace.scheduler.links import Links
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Placement
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -85,12 +86,21 @@ def hit_parameters(shape: ModelShape, layer: int, rows: float) -> float:
     return parameters - routed + routed * reached(experts, rows) / experts.count
 
 
-def hop_seconds(
-    shape: ModelShape, profiles: Sequence[DeviceProfile], rows: float
-) -> tuple[float, float]:
-    """Latency and transfer time of one micro-batch's hidden states over the slowest edge."""
+def hop_times(
+    shape: ModelShape, links: Links, placement: Placement, rows: float
+) -> tuple[tuple[float, float], ...]:
+    """Latency and transfer time of one micro-batch's hidden states on their way to each visit.
+
+    Nothing where they are there already. The first one's is the way back of what was drawn: a few
+    bytes, so only latency.
+    """
     size = rows * shape.hidden_size * shape.compute_bytes / GIGA
-    return max(p.hop_seconds for p in profiles), size / min(p.link_gbps for p in profiles)
+    last, first = placement.last_stage, placement.first_stage
+    hops = [(links.between(last, first).seconds if placement.num_stages > 1 else 0.0, 0.0)]
+    for a, b in pairwise(placement.visits):
+        hop = links.between(a.stage, b.stage)
+        hops.append((0.0, 0.0) if a.stage == b.stage else (hop.seconds, size / hop.gbps))
+    return tuple(hops)
 
 
 def expert_loads(
