@@ -22,6 +22,7 @@ from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample
+from headrace.scheduler.plan_inputs import PlanInputs
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
@@ -54,6 +55,7 @@ class Engine:
         """Takes over what the stages' `logs` hold of `tenant`, whose all requests are. The model has
         logits of `vocabulary` tokens: as many as the tokenizer, unless it is told."""
         self.plan = plan
+        self.inputs: PlanInputs | None = None  # what the plan was made from, if that is known
         self.model_digest = digest
         self.max_context = plan.max_context
         self.stats = EngineStats(plan.placement.num_stages)

@@ -81,8 +81,9 @@ def test_a_slow_drive_streams_as_much_less(placement: str) -> None:
         resident_layers=0,
         stage_layers=even(SMALL_HEAD, 3),
     )
-    gain = plan.prediction.expected_rate / same.prediction.expected_rate
-    assert gain == pytest.approx(27 / 16, rel=0.1)
+    took = plan.prediction.expected_seconds / same.prediction.expected_seconds
+    assert took == pytest.approx(16 / 27, rel=0.03)
+    assert plan.prediction.expected_rate > 1.35 * same.prediction.expected_rate
 
 
 def test_a_slow_link_to_host_memory_is_given_less_to_copy() -> None:
@@ -97,7 +98,9 @@ def test_a_large_gpu_keeps_more_layers() -> None:
     large, small = layers_of(plan)
     assert large > 2 * small
     assert plan.placement.tiers.count(Tier.DEVICE) == 80  # half of them each would have streamed
-    assert Tier.NVME in plan_of(SMALL_HEAD, [GPU] * 2, budgets, stage_layers=(40, 40)).placement.tiers
+    assert (
+        Tier.NVME in plan_of(SMALL_HEAD, [GPU] * 2, budgets, stage_layers=(40, 40)).placement.tiers
+    )
 
 
 def test_a_slow_processor_computes_fewer_layers() -> None:
@@ -115,7 +118,7 @@ def test_the_stage_with_the_head_has_fewer_layers() -> None:
 
 
 def test_a_slow_network_is_crossed_as_seldom_as_can_be() -> None:
-    """Two nodes of two GPUs: over 100 Mbit/s, going round for each layer costs more than it brings."""
+    """Two nodes of two GPUs: over 10 Mbit/s, going round for each layer costs more than it brings."""
     profiles, budgets = [GPU] * 4, [Budget(10 * GB, 60 * GB)] * 4
     nodes = ["a", "a", "b", "b"]
 
@@ -123,9 +126,8 @@ def test_a_slow_network_is_crossed_as_seldom_as_can_be() -> None:
         links = Links.of(profiles, nodes, [Hop(5e-4, gbps)] * 4)
         return plan_of(SMALL_HEAD, profiles, budgets, links, resident_layers=0)
 
-    fast, slow = over(12.5), over(0.0125)
+    fast, slow = over(12.5), over(0.00125)
     assert fast.passes_in_flight == 1 and fast.micro_batches >= 4
-    assert slow.prediction.terms["hops"] > fast.prediction.terms["hops"]
     crossings = [
         sum(
             nodes[a.stage] != nodes[b.stage]
