@@ -16,10 +16,8 @@ from headrace.scheduler.decode import (
     GIGA,
     TERA,
     Decode,
-    dequantized,
     head_flops,
-    layer_flops,
-    layer_traffic,
+    layer_seconds,
 )
 from headrace.scheduler.experts import reached, transit_slots
 from headrace.scheduler.inputs import Budget, DeviceProfile
@@ -107,12 +105,7 @@ def _stages(problem: Problem, layout: Layout, cache: Cache) -> list[_Stage]:
         if layout.split:
             slots = transit_slots(shape, layout.visits, stage, layout.micro_batches)
             transit = slots * shape.expert_bytes
-        flops = sum(layer_flops(shape, i, decode.rows) for i in layers) / shape.num_layers
-        moved = sum(
-            layer_traffic(shape, i, decode) + dequantized(shape, i, decode, profile) for i in layers
-        )
-        busy = flops / (profile.tflops * TERA) + profile.layer_seconds
-        busy += moved / shape.num_layers / (profile.hbm_gbps * GIGA)
+        busy = sum(layer_seconds(shape, i, decode, profile) for i in layers) / shape.num_layers
         head = 0.0
         if stage == layout.visits[-1].stage:
             head = head_flops(shape, decode.rows) / (profile.tflops * TERA)

@@ -60,10 +60,31 @@ def layer_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
     Stored weights are read: of a mixture's experts, those that the rows reach. Then the keys and
     values of every row.
     """
+    return weight_traffic(shape, layer, decode) + kv_traffic(shape, layer, decode)
+
+
+def weight_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
     parameters = shape.layer_parameters[layer]
     share = hit_parameters(shape, layer, decode.rows) / parameters if parameters else 1.0
-    kv = decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
-    return shape.layer_bytes[layer] * share + kv
+    return shape.layer_bytes[layer] * share
+
+
+def kv_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
+    return decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
+
+
+def layer_seconds(shape: ModelShape, layer: int, decode: Decode, profile: DeviceProfile) -> float:
+    """One micro-batch's computing of one layer.
+
+    Weights that are multiplied as they are stored are read while they are; dequantizing and
+    multiplying take turns, and decoding 4-bit weights keeps the processor from it, so that their times
+    add up.
+    """
+    flops = layer_flops(shape, layer, decode.rows) / (profile.tflops * TERA)
+    weights = weight_traffic(shape, layer, decode) / (profile.hbm_gbps * GIGA)
+    rest = kv_traffic(shape, layer, decode) + dequantized(shape, layer, decode, profile)
+    multiplying = flops + weights if shape.needs_scratch else max(flops, weights)
+    return multiplying + rest / (profile.hbm_gbps * GIGA) + profile.layer_seconds
 
 
 def dequantized(shape: ModelShape, layer: int, decode: Decode, profile: DeviceProfile) -> float:

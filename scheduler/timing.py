@@ -6,12 +6,10 @@ from headrace.scheduler.decode import (
     GIGA,
     TERA,
     Decode,
-    dequantized,
     expert_loads,
     head_flops,
     hop_times,
-    layer_flops,
-    layer_traffic,
+    layer_seconds,
 )
 from headrace.scheduler.experts import ExpertPools, Loads
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
@@ -79,7 +77,7 @@ def timing(
     pools: ExpertPools | None = None,
     links: Links | None = None,
 ) -> Timing:
-    """What `simulate` needs. Dequantizing and matmuls alternate, so their times add up."""
+    """What `simulate` needs."""
     load = [0.0] * shape.num_layers
     compute = [0.0] * shape.num_layers
     held = shape.held_bytes(split=pools is not None)
@@ -91,9 +89,7 @@ def timing(
             load[layer] = _load_seconds(profile, placement.tiers[layer], held[layer])
             if layer in loads:
                 experts[layer] = _expert_times(profile, loads[layer])
-            compute[layer] = layer_flops(shape, layer, decode.rows) / (profile.tflops * TERA)
-            moved = layer_traffic(shape, layer, decode) + dequantized(shape, layer, decode, profile)
-            compute[layer] += moved / (profile.hbm_gbps * GIGA) + profile.layer_seconds
+            compute[layer] = layer_seconds(shape, layer, decode, profile)
     last = profiles[placement.last_stage]
     compute[-1] += head_flops(shape, decode.rows) / (last.tflops * TERA)
     compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)

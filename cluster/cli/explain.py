@@ -52,6 +52,8 @@ def _facts(found: Explanation) -> Table:
         off = found.ratio - 1.0
         slower = "longer" if off > 0 else "less"
         table.add_row("expected", f"{_time(found.expected)}; it took {abs(off):.0%} {slower}")
+    if found.blamed:
+        table.add_row("", f"put down to {found.blamed}")
     table.add_row("bound by", f"{TERMS[prediction.bound_by]}, by the plan")
     for name, seconds in sorted(prediction.terms.items(), key=lambda item: -item[1]):
         if seconds:
@@ -92,6 +94,7 @@ def as_json(found: Explanation) -> dict[str, Any]:
         "measured_by_expected": found.ratio if found.measured else None,
         "bound_by": prediction.bound_by,
         "terms": prediction.terms,
+        "blamed": found.blamed,
         "waits": found.waits,
         "streamed_gbps": found.streamed_gbps,
         "gains": [asdict(gain) for gain in found.gains],

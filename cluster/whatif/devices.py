@@ -42,7 +42,3 @@ GPUS: dict[str, Gpu] = {
 REACHED_HBM, REACHED_TFLOPS, REACHED_PCIE = 0.86, 0.71, 0.87
 """What copies and products of large matrices reached of an H200's figures: 4,150 of 4,800 GB/s, 706 of 989
 TFLOP/s, 55 of 63 GB/s (docs/benchmarks.md). Others are taken to reach as much of theirs."""
-
-LAYER_SECONDS = 60e-6
-"""What a layer takes beside its bytes and arithmetic, as a CUDA graph of some 60 kernels: a pass of one
-sequence through 32 layers of 8B took an H200 4.53 ms, of which 1.2 read weights and 1.3 lay between passes."""

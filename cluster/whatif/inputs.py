@@ -5,14 +5,13 @@ from itertools import product
 
 from headrace.cluster.whatif.devices import (
     GPUS,
-    LAYER_SECONDS,
     REACHED_HBM,
     REACHED_PCIE,
     REACHED_TFLOPS,
     Gpu,
 )
 from headrace.cluster.whatif.hardware import Node, Pool
-from headrace.runtime.probe import HOPS
+from headrace.runtime.probe import GRAPH_LAYER_SECONDS, HOPS
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
 from headrace.scheduler.links import Hop, Links
 from headrace.scheduler.plan_inputs import PlanInputs
@@ -68,7 +67,7 @@ def plan_inputs(
             hbm_gbps=gpu.hbm_gbps,
             hop_seconds=HOPS["cuda"],
             link_gbps=gpu.pcie_gbps,
-            layer_seconds=LAYER_SECONDS,
+            layer_seconds=GRAPH_LAYER_SECONDS,
         ).shared_by(node.gpus)
         host = node.host_memory // 2 // node.gpus if host_memory is None else host_memory
         device = gpu.memory * 9 // 10 if device_memory is None else device_memory
