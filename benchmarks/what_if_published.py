@@ -78,10 +78,10 @@ def shape_of(row: Row) -> ModelShape:
 
 def expected(row: Row, shape: ModelShape) -> tuple[float, str]:
     """Seconds of a round, and what binds it."""
-    node = Node(
-        gpus=row.gpus, gpu_memory=141 * GB, hbm_gbps=4150, tflops=706, pcie_gbps=row.link, measured=True,
-        host_memory=0, drive_gbps=row.drive,
-    )  # fmt: skip
+    figures = {"gpu_memory": 141 * GB, "hbm_gbps": 4150, "tflops": 706, "pcie_gbps": row.link}
+    node = Node.model_validate(
+        {**figures, "measured": True, "gpus": row.gpus, "host_memory": 0, "drive_gbps": row.drive}
+    )
     work = Work(row.batch, row.prompt, row.new)
     groups = row.gpus if row.placement == "contiguous" else 1
     choices = Choices(

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from headrace.cluster.cli.plan import describe
 from headrace.cluster.cli.terms import TERMS
-from headrace.cluster.explain.explanation import Explanation, explain
+from headrace.cluster.explain.explanation import MUCH, NEAR, Explanation, explain
 from headrace.cluster.explain.report import read_report
 
 
@@ -58,6 +58,10 @@ def _facts(found: Explanation) -> Table:
     for name, seconds in sorted(prediction.terms.items(), key=lambda item: -item[1]):
         if seconds:
             table.add_row("", f"{_time(seconds):>9}  {TERMS[name]}")
+    if found.measured is not None:
+        loads = found.waits["weights"] >= MUCH
+        pace = "loads" if loads else "computing, and what is around it"
+        table.add_row("set the pace", TERMS[prediction.bound_by] if found.ratio < NEAR else pace)
     waited = ", ".join(f"{share:.0%} for {name}" for name, share in found.waits.items() if share)
     table.add_row("stages waited", waited or "for nothing")
     if found.streamed_gbps:

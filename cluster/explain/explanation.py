@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from headrace.cluster.explain.changes import Change, changes
+from headrace.cluster.explain.changes import changes
 from headrace.cluster.explain.report import RunReport
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.expectation import plan_seconds
@@ -12,6 +12,13 @@ from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan_inputs import PlanInputs
 
 LEAST_GAIN = 1.02
+MUCH = 0.25
+"""A share of the time that stages waited for weights, from which on what a pass took longer than expected is
+put down to loads."""
+
+NEAR = 1.15
+"""A run that took no more than so many times what was expected was bound as planned."""
+
 FEWER = 0.95
 BISECTIONS = 30
 GIGA = 1e9
@@ -107,14 +114,14 @@ def _waits(report: RunReport) -> dict[str, float]:
 def _calibrated(found: _Compared, inputs: PlanInputs, waited: float) -> tuple[PlanInputs, str]:
     """The inputs with which the model says what was measured.
 
-    Stages that wait for weights for most of the time tell that drives and links were slower than when
+    Stages that wait for weights for much of the time tell that drives and links were slower than when
     they were probed, others that computing was, or all that is around it.
     """
     measured = found.measured
     expected = found.seconds(inputs)
     if measured is None or measured <= expected:
         return inputs, ""
-    if waited >= 0.5:
+    if waited >= MUCH:
         factor = _solve(lambda by: found.seconds(_slower(inputs, by)), 1.0, measured, expected)
         return _slower(inputs, factor), f"drives and links {factor:.2f} times slower than probed"
     factor = _solve(lambda by: found.seconds(_busier(inputs, by)), 0.0, measured, expected)
@@ -162,13 +169,19 @@ def _gains(report: RunReport, found: _Compared, inputs: PlanInputs) -> list[Gain
     if found.sequences < FEWER * whole.sequences and planned > LEAST_GAIN * ran:
         what = f"keep {whole.sequences} sequences running, for which there is room"
         gains.append(Gain(what, planned / ran, planned, plan.prediction.bound_by))
-    again = Change("nothing but to plan again with what was measured", inputs)
-    for change in (again, *changes(inputs, plan, report.alternatives)):
+    again = inputs.plan().prediction
+    if again.expected_rate > LEAST_GAIN * planned:
+        factor = again.expected_rate / planned
+        what = "the same machines, planned for what was measured"
+        gains.append(Gain(what, factor, ran * factor, again.bound_by))
+    base = max(planned, again.expected_rate)  # changes are more than what planning again brings
+    for change in changes(inputs, plan, report.alternatives):
         try:
             other = change.inputs.plan().prediction
         except DoesNotFitError:
             continue
-        factor = other.expected_rate / planned
+        factor = other.expected_rate / base
         if factor > LEAST_GAIN:
-            gains.append(Gain(change.what, factor, ran * factor, other.bound_by))
+            rate = ran * other.expected_rate / planned
+            gains.append(Gain(change.what, factor, rate, other.bound_by))
     return sorted(gains, key=lambda gain: -gain.factor)
