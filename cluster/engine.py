@@ -26,6 +26,7 @@ from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample
+from headrace.scheduler.plan_inputs import PlanInputs
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
@@ -63,6 +64,7 @@ class Engine:
     ) -> None:
         """Takes over what the stages' `logs` hold of `tenant`, whose all requests are. The model has
         logits of `vocabulary` tokens: as many as the tokenizer, unless it is told."""
+        self.inputs: PlanInputs | None = None  # what the plan was made from, if that is known
         self.model_digest = digest
         self.stats = EngineStats(plan.placement.num_stages)
         self.events = EngineEvents()

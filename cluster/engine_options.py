@@ -22,6 +22,8 @@ class EngineOptions:
     `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
+    `network_gbps` and `network_latency` (seconds) are of the network between nodes, None takes it to be as
+    fast as what is within them;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
     on it stages find each other at `rendezvous_port` of this machine (0: a free one) and speak over the network
     `interface` of that name or in that network, which None leaves to Ray's address of each machine;
@@ -61,6 +63,8 @@ class EngineOptions:
     storage: str = "auto"
     graphs: bool | None = None
     ngram_speculation: int | None = 0
+    network_gbps: float | None = None
+    network_latency: float = 3e-4
     address: str | None = None
     interface: str | None = None
     rendezvous_port: int = 0

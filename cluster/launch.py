@@ -36,8 +36,9 @@ from headrace.runtime.streaming.page_cache import ReadAhead, available_memory
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, ModelShape, Workload
 from headrace.scheduler.kv_format import check_kv_format, resolve_kv_format
+from headrace.scheduler.links import Hop, Links
 from headrace.scheduler.placement import Plan
-from headrace.scheduler.planner import make_plan
+from headrace.scheduler.plan_inputs import PlanInputs
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,20 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
     return result
 
 
+def choices_of(options: EngineOptions) -> Choices:
+    """What the user settles of a plan."""
+    return Choices(
+        placement=options.placement,
+        token_budget=options.token_budget,
+        max_sequences=options.max_sequences,
+        micro_batches=options.micro_batches,
+        resident_layers=options.resident_layers,
+        graphs=options.graphs,
+        kv_hot_window=options.kv_hot_window,
+        drafts=options.ngram_speculation,
+    )
+
+
 def plan_run(
     options: EngineOptions, device: str, found: Sequence[Discovery], shape: ModelShape
 ) -> Plan:
@@ -107,26 +122,31 @@ def plan_run(
 
     DoesNotFitError when there is none; HeadraceError when CUDA graphs are asked for without CUDA.
     """
+    return inputs_of_run(options, device, found, shape).plan()
+
+
+def inputs_of_run(
+    options: EngineOptions, device: str, found: Sequence[Discovery], shape: ModelShape
+) -> PlanInputs:
+    """What the plan of a run is made from. HeadraceError as for `plan_run`."""
     if options.graphs and device == "cpu":
         raise HeadraceError("--graphs makes CUDA graphs, and the stages are on cpu: leave it out")
     shared = Counter(discovery.node for discovery in found)
     if device != "cpu":  # its embedding stays in host RAM
         shape = replace(shape, tied_bytes=0)
-    return make_plan(
+    nodes = tuple(discovery.node for discovery in found)
+    profiles = tuple(one.profile.shared_by(shared[one.node]) for one in found)
+    network = []
+    if options.network_gbps is not None:
+        network = [Hop(options.network_latency, options.network_gbps)] * len(found)
+    return PlanInputs(
         shape,
-        [discovery.profile.shared_by(shared[discovery.node]) for discovery in found],
-        budgets(options, device, found),
+        profiles,
+        tuple(budgets(options, device, found)),
         Workload(context=options.context, min_sequences=options.min_sequences),
-        Choices(
-            placement=options.placement,
-            token_budget=options.token_budget,
-            max_sequences=options.max_sequences,
-            micro_batches=options.micro_batches,
-            resident_layers=options.resident_layers,
-            graphs=options.graphs,
-            kv_hot_window=options.kv_hot_window,
-            drafts=options.ngram_speculation,
-        ),
+        choices_of(options),
+        Links.of(profiles, nodes, network),
+        nodes,
     )
 
 
@@ -152,6 +172,20 @@ def shape_in(store: Store, dtype: str, kv_format: str) -> ModelShape:
     from headrace.runtime.shape import model_shape
 
     return model_shape(store, getattr(torch, dtype), fmt)
+
+
+def kv_alternatives(options: EngineOptions, store: Store) -> dict[str, ModelShape]:
+    """The model's sizes in the other KV formats that it can have, by name."""
+    _, dtype = _resolve(options, store)
+    found = {}
+    for name in ("int8", "int4"):
+        if name == options.kv_format:
+            continue
+        try:
+            found[name] = shape_in(store, dtype, name)
+        except HeadraceError:  # its heads are not made for it
+            continue
+    return found
 
 
 def stage_device(device: str) -> str:
@@ -275,7 +309,8 @@ def running_engine(
         times.ended("stages")
         tokenizer = loading.result()
         shape = measuring.result()
-        plan = plan_run(options, device, found, shape)
+        inputs = inputs_of_run(options, device, found, shape)
+        plan = inputs.plan()
         times.ended("tokenizer and plan")
         logs = None
         if plan.nvme_pages:
@@ -304,6 +339,7 @@ def running_engine(
         members = Members(processes, configs, ring, logs, edges, keys)
         words = shape.vocab_size
         engine = _engine(ring, plan, options, store, dtype, tokenizer, logs, members, words)
+        engine.inputs = inputs
         stack.enter_context(engine)
         if processes.ring:
             stack.enter_context(EngineMetrics(engine, processes.ring))

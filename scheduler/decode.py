@@ -1,10 +1,11 @@
 """A decode pass in numbers: arithmetic, bytes in device memory, experts to load, hops."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from headrace.scheduler.experts import ExpertPools, Loads, layer_loads, reached
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
+from headrace.scheduler.links import Links
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Placement
 from headrace.scheduler.plan import PAGE_TOKENS
@@ -59,10 +60,31 @@ def layer_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
     Stored weights are read: of a mixture's experts, those that the rows reach. Then the keys and
     values of every row.
     """
+    return weight_traffic(shape, layer, decode) + kv_traffic(shape, layer, decode)
+
+
+def weight_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
     parameters = shape.layer_parameters[layer]
     share = hit_parameters(shape, layer, decode.rows) / parameters if parameters else 1.0
-    kv = decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
-    return shape.layer_bytes[layer] * share + kv
+    return shape.layer_bytes[layer] * share
+
+
+def kv_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
+    return decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
+
+
+def layer_seconds(shape: ModelShape, layer: int, decode: Decode, profile: DeviceProfile) -> float:
+    """One micro-batch's computing of one layer.
+
+    Weights that are multiplied as they are stored are read while they are; dequantizing and
+    multiplying take turns, and decoding 4-bit weights keeps the processor from it, so that their times
+    add up.
+    """
+    flops = layer_flops(shape, layer, decode.rows) / (profile.tflops * TERA)
+    weights = weight_traffic(shape, layer, decode) / (profile.hbm_gbps * GIGA)
+    rest = kv_traffic(shape, layer, decode) + dequantized(shape, layer, decode, profile)
+    multiplying = flops + weights if shape.needs_scratch else max(flops, weights)
+    return multiplying + rest / (profile.hbm_gbps * GIGA) + profile.layer_seconds
 
 
 def dequantized(shape: ModelShape, layer: int, decode: Decode, profile: DeviceProfile) -> float:
@@ -85,12 +107,21 @@ def hit_parameters(shape: ModelShape, layer: int, rows: float) -> float:
     return parameters - routed + routed * reached(experts, rows) / experts.count
 
 
-def hop_seconds(
-    shape: ModelShape, profiles: Sequence[DeviceProfile], rows: float
-) -> tuple[float, float]:
-    """Latency and transfer time of one micro-batch's hidden states over the slowest edge."""
+def hop_times(
+    shape: ModelShape, links: Links, placement: Placement, rows: float
+) -> tuple[tuple[float, float], ...]:
+    """Latency and transfer time of one micro-batch's hidden states on their way to each visit.
+
+    Nothing where they are there already. The first one's is the way back of what was drawn: a few
+    bytes, so only latency.
+    """
     size = rows * shape.hidden_size * shape.compute_bytes / GIGA
-    return max(p.hop_seconds for p in profiles), size / min(p.link_gbps for p in profiles)
+    last, first = placement.last_stage, placement.first_stage
+    hops = [(links.between(last, first).seconds if placement.num_stages > 1 else 0.0, 0.0)]
+    for a, b in pairwise(placement.visits):
+        hop = links.between(a.stage, b.stage)
+        hops.append((0.0, 0.0) if a.stage == b.stage else (hop.seconds, size / hop.gbps))
+    return tuple(hops)
 
 
 def expert_loads(

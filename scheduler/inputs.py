@@ -102,7 +102,8 @@ class DeviceProfile:
 
     `host_gbps` is pinned host RAM to device, on a CPU a memcpy. `hbm_gbps` counts bytes read and
     bytes written. `hop_seconds` is the latency of handing hidden states to the next stage,
-    `link_gbps` the rate after that.
+    `link_gbps` the rate after that. `layer_seconds` is what a layer takes a micro-batch beside its
+    arithmetic and its bytes: to launch its kernels and to run the code around them.
     """
 
     kind: Kind
@@ -112,6 +113,7 @@ class DeviceProfile:
     hbm_gbps: float
     hop_seconds: float
     link_gbps: float
+    layer_seconds: float = 0.0
 
     def shared_by(self, stages: int) -> "DeviceProfile":
         """One stage's share when `stages` of them run on one host.
@@ -178,7 +180,7 @@ class Choices:
     without their experts, which have the room that is left; with 0, room for one layer's to be
     loaded ahead. Of sequences that decode over pages that are not on the device, those older than
     `kv_hot_window` tokens may lie on NVMe; None: none may. `drafts` a decode carries at most; None: a few, where they cost
-    nothing. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
+    nothing. `stage_layers` are how many layers each stage has; None: as many as is fastest. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
     the device's memory.
     """
 
@@ -190,3 +192,4 @@ class Choices:
     graphs: bool | None = None
     kv_hot_window: int | None = None
     drafts: int | None = None
+    stage_layers: tuple[int, ...] | None = None

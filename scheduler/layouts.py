@@ -1,13 +1,19 @@
 """The few layouts that a plan is chosen from, simplest first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 
 from headrace.scheduler.inputs import Choices, Kind
 from headrace.scheduler.memory import Layout
-from headrace.scheduler.placement import Visit, contiguous_visits, cyclic_visits
+from headrace.scheduler.placement import (
+    Visit,
+    contiguous_blocks,
+    contiguous_visits,
+    cyclic_turns,
+    cyclic_visits,
+)
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
 """Tokens a pass: enough to keep the matmuls of a pass busy while weights stream."""
@@ -35,13 +41,13 @@ def resident_layouts(
 
     None when a stage shall keep fewer layers than it has.
     """
-    largest = -(-num_layers // num_stages)
+    largest = max(choices.stage_layers or (-(-num_layers // num_stages),))
     if choices.resident_layers is not None and choices.resident_layers < largest:
         return iter(())
     if choices.placement == "cyclic":
-        visits = cyclic_visits(num_layers, num_stages, 1)
+        visits = _visits(num_layers, num_stages, 1, True, choices)
         return _cut(visits, num_stages, 0, 1, num_stages, kind, choices)
-    visits = contiguous_visits(num_layers, num_stages, num_layers)
+    visits = _visits(num_layers, num_stages, num_layers, False, choices)
     return _cut(visits, num_stages, 0, num_stages, 1, kind, choices)
 
 
@@ -80,8 +86,7 @@ def _families(
     )
     cut = partial(_cut, num_stages=num_stages, kind=kind, choices=choices)
     for layers_a_visit in _visit_sizes(num_layers, num_stages, cyclic):
-        make_visits = cyclic_visits if cyclic else contiguous_visits
-        visits = make_visits(num_layers, num_stages, layers_a_visit)
+        visits = _visits(num_layers, num_stages, layers_a_visit, cyclic, choices)
         for held, micro_batches in product(RING_VISITS, counts):
             yield cut(
                 visits,
@@ -89,6 +94,49 @@ def _families(
                 passes=1 if cyclic else num_stages,
                 micro_batches=micro_batches,
             )
+
+
+def _visits(
+    num_layers: int, num_stages: int, layers_a_visit: int, cyclic: bool, choices: Choices
+) -> tuple[Visit, ...]:
+    """Stages have as many layers as each other, or those that were chosen for them."""
+    layers = choices.stage_layers
+    if layers is None:
+        make_visits = cyclic_visits if cyclic else contiguous_visits
+        return make_visits(num_layers, num_stages, layers_a_visit)
+    if not cyclic:
+        return contiguous_blocks(layers, layers_a_visit)
+    turns = _turns(layers, -(-num_layers // layers_a_visit))
+    return cyclic_turns(turns, num_layers, layers_a_visit)
+
+
+def modest_splits(num_layers: int, device_memory: Sequence[int]) -> list[tuple[int, ...]]:
+    """Splits that take the least memory where it is short: next to nothing beside the head, or on every
+    stage but the largest."""
+    stages = len(device_memory)
+    if not 1 < stages < num_layers:
+        return []
+    found = []
+    for last in {stages - 1, (num_layers - 1) % stages}:
+        share, more = divmod(num_layers - 1, stages - 1)
+        others = [share + (i < more) for i in range(stages - 1)]
+        found.append((*others[:last], 1, *others[last:]))
+    largest = device_memory.index(max(device_memory))
+    most = [1] * stages
+    most[largest] = num_layers - stages + 1
+    return [*found, tuple(most)]
+
+
+def _turns(layers: Sequence[int], visits: int) -> list[int]:
+    """Each stage's share of the visits by its share of layers: one at least, by largest remainders."""
+    total, stages = sum(layers), range(len(layers))
+    turns = [max(1, own * visits // total) for own in layers]
+    while sum(turns) != visits:
+        step = 1 if sum(turns) < visits else -1
+        able = [s for s in stages if turns[s] + step >= 1]
+        stage = max(able, key=lambda s: step * (layers[s] * visits / total - turns[s]))
+        turns[stage] += step
+    return turns
 
 
 def _visit_sizes(num_layers: int, num_stages: int, cyclic: bool) -> tuple[int, ...]:

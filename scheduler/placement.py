@@ -1,7 +1,9 @@
 """Placement is data: which stage visits which layers, in what order, and where their bytes live."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import accumulate, pairwise
 
 from headrace.scheduler.config import DraftLimits, KVCosts
 
@@ -73,9 +75,15 @@ class Placement:
 def contiguous_visits(num_layers: int, num_stages: int, layers_a_visit: int) -> tuple[Visit, ...]:
     """Stage s takes the s-th block of layers, cut into visits of at most `layers_a_visit` layers."""
     starts = [num_layers * stage // num_stages for stage in range(num_stages + 1)]
+    return contiguous_blocks([b - a for a, b in pairwise(starts)], layers_a_visit)
+
+
+def contiguous_blocks(layers: Sequence[int], layers_a_visit: int) -> tuple[Visit, ...]:
+    """The same where stage s takes layers[s] layers."""
+    starts = list(accumulate(layers, initial=0))
     return tuple(
         Visit(stage, tuple(range(first, min(first + layers_a_visit, starts[stage + 1]))))
-        for stage in range(num_stages)
+        for stage in range(len(layers))
         for first in range(starts[stage], starts[stage + 1], layers_a_visit)
     )
 
@@ -87,6 +95,37 @@ def cyclic_visits(num_layers: int, num_stages: int, layers_a_visit: int) -> tupl
         Visit(v % num_stages, tuple(range(first, min(first + layers_a_visit, num_layers))))
         for v, first in enumerate(starts)
     )
+
+
+def cyclic_turns(turns: Sequence[int], num_layers: int, layers_a_visit: int) -> tuple[Visit, ...]:
+    """Visits of which stage s has turns[s], spread evenly over the cycle. The last is on the stage that it
+    is on with equal turns.
+
+    Smooth weighted round-robin, as nginx chooses servers: whoever is most behind its share is next.
+    """
+    total, behind, order = sum(turns), [0] * len(turns), []
+    for _ in range(total):
+        behind = [owed + turn for owed, turn in zip(behind, turns, strict=True)]
+        stage = behind.index(max(behind))
+        behind[stage] -= total
+        order.append(stage)
+    rest = order.index((total - 1) % len(turns)) + 1
+    order = order[rest:] + order[:rest]
+    starts = range(0, num_layers, layers_a_visit)
+    return tuple(
+        Visit(stage, tuple(range(first, min(first + layers_a_visit, num_layers))))
+        for stage, first in zip(order, starts, strict=True)
+    )
+
+
+def is_even(visits: Sequence[Visit], num_stages: int) -> bool:
+    """Whether every stage has as many layers as the others, as near as that can be."""
+    if all(visit.stage == i % num_stages for i, visit in enumerate(visits)):
+        return True
+    layers = [0] * num_stages
+    for visit in visits:
+        layers[visit.stage] += len(visit.layers)
+    return max(layers) - min(layers) <= 1
 
 
 def spread(num_layers: int, num_resident: int) -> tuple[bool, ...]:
@@ -169,6 +208,8 @@ class Prediction:
     `guests` of the sequences have their full pages in host RAM or on NVMe, which adds `cold_seconds` to
     "pcie" for `cold_pages` that are brought to every stage, and `sunk_seconds` to "nvme" for those
     `sunk_pages` of them that have no room in host RAM, of `sunk_bytes` over all stages.
+    `expected_seconds` is what the simulation of the plan takes where the formula says what it takes
+    at least; 0 where none was made.
     """
 
     sequences: int
@@ -183,6 +224,17 @@ class Prediction:
     sunk_pages: int = 0
     sunk_seconds: float = 0.0
     sunk_bytes: float = 0.0
+    expected_seconds: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the bound that is expected to be reached."""
+        return self.pass_seconds / self.expected_seconds if self.expected_seconds else 1.0
+
+    @property
+    def expected_rate(self) -> float:
+        """Tokens a second by the simulation."""
+        return self.sequences / (self.expected_seconds or self.pass_seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,16 @@ the formula, and the best of each layout is simulated. What goes in is described
 headrace.scheduler.inputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
+from headrace.scheduler.candidates import resident_candidates, streaming_candidates
 from headrace.scheduler.config import DraftLimits
 from headrace.scheduler.decode import Decode
 from headrace.scheduler.draft_room import draft_limits
 from headrace.scheduler.errors import DoesNotFitError
-from headrace.scheduler.experts import loads_ahead
+from headrace.scheduler.expectation import round_seconds
 from headrace.scheduler.inputs import (
     DEFAULT_CONTEXT,
     PLACEMENTS,
@@ -27,16 +29,14 @@ from headrace.scheduler.inputs import (
     Workload,
 )
 from headrace.scheduler.kv_room import check_room, kv_costs, nvme_pages
-from headrace.scheduler.layouts import resident_layouts, streaming_layouts
-from headrace.scheduler.memory import Layout
-from headrace.scheduler.placement import Plan, StageMemory, Tier
+from headrace.scheduler.links import Links
+from headrace.scheduler.placement import Plan, StageMemory, Tier, is_even
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.problem import Problem
 from headrace.scheduler.refusal import refusal
-from headrace.scheduler.search import WORTH_IT, Candidate, search_pages
-from headrace.scheduler.simulate import simulate
+from headrace.scheduler.search import WORTH_IT, Candidate
 from headrace.scheduler.sizes import format_size
-from headrace.scheduler.timing import passes_ahead, timing
+from headrace.scheduler.timing import passes_ahead
 
 __all__ = ["Budget", "Choices", "DeviceProfile", "ModelShape", "Workload", "make_plan"]
 
@@ -50,8 +50,10 @@ def make_plan(
     budgets: Sequence[Budget],
     workload: Workload,
     choices: Choices | None = None,
+    links: Links | None = None,
 ) -> Plan:
-    """The fastest plan found that keeps every budget. One profile and one budget for each stage.
+    """The fastest plan found that keeps every budget. One profile and one budget for each stage, which
+    reach each other as `links` say, or as their profiles do.
 
     Raises DoesNotFitError with a table of who needs how much on the tightest stage and what would
     make it fit, or when a choice is impossible (more stages than layers).
@@ -65,9 +67,12 @@ def make_plan(
         workload.max_sequences,
         workload.min_sequences,
         choices or Choices(),
+        links or Links.of(profiles),
     )
     _check(problem, workload)
-    best = _resident(problem, ENOUGH_SEQUENCES) or _best(problem)
+    resident = resident_candidates(problem, ENOUGH_SEQUENCES)
+    candidates = resident or resident_candidates(problem, 1) + streaming_candidates(problem)
+    best = _fastest(problem, candidates)
     if best is None:
         raise DoesNotFitError(
             refusal(shape, problem.profiles[0].kind, budgets, problem.context, problem.choices)
@@ -115,58 +120,22 @@ def _check(problem: Problem, workload: Workload) -> None:
         raise DoesNotFitError(
             f"--stages {stages} cannot share {layers} layers: use --stages {layers} or fewer"
         )
+    given = choices.stage_layers
+    if given is not None and (len(given) != stages or min(given) < 1 or sum(given) != layers):
+        raise DoesNotFitError(
+            f"layers of each stage, {', '.join(map(str, given))}, must be {stages} numbers that are at"
+            f" least 1 and {layers} in all"
+        )
 
 
-def _roomiest(problem: Problem, layouts: Iterator[Layout]) -> Layout | None:
-    """Of layouts with ever fewer tokens a pass, the first comfortable one or the last that fits.
+def _fastest(problem: Problem, candidates: Sequence[Candidate]) -> Candidate | None:
+    """By simulation the fastest; of those as good as it, an even split, then the simplest (whole layers,
+    or split ones whose experts need not wait for another micro-batch), then the one with the most tokens
+    a pass, then the one with the deepest ring.
 
-    CUDA graphs that nobody asked for are left out where they do not fit, too.
+    Tokens beyond the decoding sequences are prefill that rides along. Candidates that keep everything
+    resident are simplest of all.
     """
-    fitting = []
-    for layout in layouts:
-        graphed = problem.graphed(layout)
-        if problem.fits(graphed):
-            fitting.append(graphed)
-        elif problem.fits(layout):
-            fitting.append(layout)
-    roomy = (layout for layout in fitting if problem.is_roomy(layout))
-    return next(roomy, fitting[-1] if fitting else None)
-
-
-def _resident(problem: Problem, enough: int) -> Candidate | None:
-    """Everything resident, if that leaves KV for `enough` sequences (or all that are wanted)."""
-    kind = problem.profiles[0].kind
-    layouts = resident_layouts(
-        problem.shape.num_layers, len(problem.budgets), kind, problem.choices
-    )
-    layout = _roomiest(problem, layouts)
-    if layout is None:
-        return None
-    if problem.most_sequences(layout) < min(enough, problem.wanted(layout)):
-        return None
-    return search_pages(problem, layout)
-
-
-def _best(problem: Problem) -> Candidate | None:
-    """By simulation the fastest; of those as good as it, the simplest (whole layers, or split ones
-    whose experts need not wait for another micro-batch), then the one with the most tokens a pass,
-    then the one with the deepest ring.
-
-    Tokens beyond the decoding sequences are prefill that rides along.
-    """
-    kind = problem.profiles[0].kind
-    families = streaming_layouts(
-        problem.shape.num_layers,
-        len(problem.budgets),
-        kind,
-        problem.choices,
-        split=problem.shape.can_split,
-    )
-    layouts = (_roomiest(problem, family) for family in families)
-    candidates = [search_pages(problem, layout) for layout in layouts if layout]
-    resident = _resident(problem, 1)
-    if resident:
-        candidates.insert(0, resident)
     rates = [_simulated_rate(problem, candidate) for candidate in candidates]
     good = [
         candidate
@@ -176,14 +145,16 @@ def _best(problem: Problem) -> Candidate | None:
     return max(good, key=_spare, default=None)
 
 
-def _spare(candidate: Candidate) -> tuple[bool, bool, int, int]:
+def _spare(candidate: Candidate) -> tuple[bool, bool, bool, int, int]:
     layout = candidate.layout
+    widest = len(layout.visits[0].layers)
     lets_go = layout.split and layout.micro_batches == 1
     return (
+        is_even(layout.visits, layout.num_stages),
         not layout.split,
         lets_go,
         layout.token_budget,
-        layout.ring_slots // len(layout.visits[0].layers),
+        layout.ring_slots // widest,
     )
 
 
@@ -194,26 +165,16 @@ def _simulated_rate(problem: Problem, candidate: Candidate) -> float:
 
 def _simulated_seconds(problem: Problem, candidate: Candidate, decode: Decode) -> float:
     """Of a round of passes."""
-    layout, filling = candidate.layout, candidate.filling
-    times = timing(
+    filling = candidate.filling
+    return round_seconds(
         problem.shape,
         problem.profiles,
+        problem.links,
         filling.placement,
         decode,
-        passes_ahead(candidate.prediction),
-        filling.pools,
-    )
-    slots = filling.ring_slots
-    if filling.pools is not None and any(experts.ahead for experts in times.experts.values()):
-        slots = loads_ahead(
-            problem.shape, filling.placement, filling.pools, slots, decode.micro_batches
-        )
-    return simulate(
-        filling.placement,
-        times,
-        ring_slots=slots,
-        micro_batches=decode.micro_batches,
-        passes_in_flight=layout.passes_in_flight,
+        ring_slots=filling.ring_slots,
+        ahead=passes_ahead(candidate.prediction),
+        pools=filling.pools,
     )
 
 
@@ -233,6 +194,8 @@ def _plan(problem: Problem, candidate: Candidate) -> Plan:
     layout, filling, pools = candidate.layout, candidate.filling, candidate.filling.pools
     shape, cache = problem.shape, candidate.cache
     held = shape.held_bytes(split=layout.split)
+    decode = Decode.of(layout, cache, problem.context)
+    expected = _simulated_seconds(problem, candidate, decode)
     sequences = -(-candidate.prediction.sequences // layout.passes_in_flight)
     nvme, host = (
         tuple(
@@ -264,7 +227,7 @@ def _plan(problem: Problem, candidate: Candidate) -> Plan:
         memory=filling.memory,
         nvme_bytes_a_pass=nvme,
         host_bytes_a_pass=host,
-        prediction=candidate.prediction,
+        prediction=replace(candidate.prediction, expected_seconds=expected),
         expert_slot_bytes=pools.slot_bytes if pools else 0,
         expert_slots=pools.device if pools else (),
         host_experts=pools.host if pools else (),

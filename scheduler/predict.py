@@ -20,12 +20,13 @@ from headrace.scheduler.decode import (
     Decode,
     expert_loads,
     head_flops,
-    hop_seconds,
+    hop_times,
     layer_flops,
     layer_traffic,
 )
 from headrace.scheduler.experts import ExpertPools, Loads
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
+from headrace.scheduler.links import Links
 from headrace.scheduler.memory import window_slot_bytes
 from headrace.scheduler.placement import ExpertTraffic, Placement, Prediction, Tier
 
@@ -36,15 +37,17 @@ def predict(
     placement: Placement,
     decode: Decode,
     pools: ExpertPools | None = None,
+    links: Links | None = None,
 ) -> Prediction:
     """Seconds in which all `decode.sequences` sequences advance by one token, and why.
 
-    With `pools`, layers are split and these are the slots for their experts.
+    With `pools`, layers are split and these are the slots for their experts. Stages reach each other
+    as `links` say, or as their profiles do.
     """
     loads = expert_loads(shape, placement, decode, pools)
     held = shape.held_bytes(split=pools is not None)
     terms, without_kv = _stage_terms(shape, profiles, placement, decode, held, loads)
-    terms["hops"] = _hops(shape, profiles, placement, decode)
+    terms["hops"] = _hops(shape, links or Links.of(profiles), placement, decode)
     bound_by = max(terms, key=lambda name: terms[name])
     seconds = terms[bound_by]
     rate = decode.sequences / seconds
@@ -167,15 +170,10 @@ def _computing(
     }
 
 
-def _hops(
-    shape: ModelShape, profiles: Sequence[DeviceProfile], placement: Placement, decode: Decode
-) -> float:
+def _hops(shape: ModelShape, links: Links, placement: Placement, decode: Decode) -> float:
     """The way of one micro-batch round the ring, or all that one stage sends, if that is longer."""
-    pairs = zip(placement.visits, placement.visits[1:], strict=False)
-    leaving = [a.stage for a, b in pairs if a.stage != b.stage]
-    if not leaving:
-        return 0.0
-    latency, transfer = hop_seconds(shape, profiles, decode.rows)
-    busiest = max(leaving.count(stage) for stage in range(placement.num_stages))
-    sending = busiest * decode.micro_batches * decode.passes_in_flight * transfer
-    return max(len(leaving) * (latency + transfer), sending)
+    hops = hop_times(shape, links, placement, decode.rows)[1:]
+    sending = [0.0] * placement.num_stages
+    for visit, (_, transfer) in zip(placement.visits, hops, strict=False):
+        sending[visit.stage] += transfer * decode.micro_batches * decode.passes_in_flight
+    return max(sum(latency + transfer for latency, transfer in hops), *sending)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape
 from headrace.scheduler.kv_room import most_window_pages
 from headrace.scheduler.layouts import with_graphs
+from headrace.scheduler.links import Links
 from headrace.scheduler.memory import (
     Cache,
     Layout,
@@ -34,7 +35,7 @@ GRAPHS_SHARE = 64
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Everything that a plan depends on: one profile and one budget for each stage."""
+    """Everything that a plan depends on: one profile and one budget for each stage, and their links."""
 
     shape: ModelShape
     profiles: tuple[DeviceProfile, ...]
@@ -43,6 +44,7 @@ class Problem:
     max_sequences: int | None
     min_sequences: int
     choices: Choices
+    links: Links
 
     def cache(self, sequences: int) -> Cache:
         """Room for that many sequences of the context."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.scheduler.inputs import Budget, Choices, Experts, Kind, ModelShape
-from headrace.scheduler.layouts import streaming_layouts
+from headrace.scheduler.layouts import modest_splits, streaming_layouts
 from headrace.scheduler.memory import Cache, Layout, least_memory
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import StageMemory
@@ -28,12 +28,20 @@ class _Case:
     choices: Choices
 
     def layouts(self) -> Iterator[Layout]:
-        stages = len(self.budgets)
-        families = streaming_layouts(
-            self.shape.num_layers, stages, self.kind, self.choices, split=self.shape.can_split
-        )
-        for family in families:
-            yield from family
+        memory = [budget.device_memory for budget in self.budgets]
+        splits = [self.choices.stage_layers]
+        if splits == [None]:
+            splits += modest_splits(self.shape.num_layers, memory)
+        for layers in splits:
+            families = streaming_layouts(
+                self.shape.num_layers,
+                len(memory),
+                self.kind,
+                replace(self.choices, stage_layers=layers),
+                split=self.shape.can_split,
+            )
+            for family in families:
+                yield from family
 
 
 @dataclass(frozen=True, slots=True)

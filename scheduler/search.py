@@ -103,5 +103,7 @@ def _candidate(problem: Problem, layout: Layout, cache: Cache) -> Candidate | No
     if filling is None:
         return None
     decode = Decode.of(layout, cache, problem.context)
-    prediction = predict(problem.shape, problem.profiles, filling.placement, decode, filling.pools)
+    prediction = predict(
+        problem.shape, problem.profiles, filling.placement, decode, filling.pools, problem.links
+    )
     return Candidate(layout, filling, cache, prediction)

@@ -29,7 +29,9 @@ class ExpertTimes:
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds of loading each layer (0 when resident), of computing each layer for one micro-batch,
-    and of one micro-batch's hop to another stage. `turnaround` is what lies between the end of a
+    and of one micro-batch's hop to another stage; where stages are not all reached alike, `hops` has
+    latency and transfer time of the hop to each visit, the first of them of the way back: a stage
+    sends one micro-batch after the other. `turnaround` is what lies between the end of a
     pass and the start of the one that needs its samples: sampling, committing, calling the stages,
     or handing over what was drawn where the stages have been called before. `experts` are those of
     split layers. `cold` is what bringing pages from host RAM takes each layer for each of the last
@@ -44,6 +46,10 @@ class Timing:
     cold: tuple[float, ...] = ()
     cold_batches: int = 0
     sunk: tuple[float, ...] = ()
+    hops: tuple[tuple[float, float], ...] = ()
+
+    def hop_to(self, visit: int) -> tuple[float, float]:
+        return self.hops[visit] if self.hops else (self.hop, 0.0)
 
 
 @dataclass(slots=True)
@@ -168,6 +174,7 @@ def simulate(
         for stage, slots in enumerate(ring_slots)
     ]
     idle = [0.0] * placement.num_stages  # when each stage has finished what came before
+    sent = [0.0] * placement.num_stages
     ends: list[float] = []
     for step in range(ROUNDS * passes_in_flight):
         start = (
@@ -177,9 +184,12 @@ def simulate(
         rings = _cold_pages(placement, timing, loaders, start)
         warm = micro_batches - timing.cold_batches
         stage_before = placement.first_stage
-        for visit in placement.visits:
+        for number, visit in enumerate(placement.visits):
             if visit.stage != stage_before:
-                ready = [time + timing.hop for time in ready]
+                latency, transfer = timing.hop_to(number)
+                for batch, time in enumerate(ready):
+                    sent[stage_before] = max(time, sent[stage_before]) + transfer
+                    ready[batch] = sent[stage_before] + latency if transfer else time + latency
             stage_before = visit.stage
             loader = loaders[visit.stage]
             loaded = {i: loader.take() for i in visit.layers if i in loads}
@@ -197,5 +207,5 @@ def simulate(
                 ready[batch] = now
             idle[visit.stage] = now
             loader.release(len(loaded), now)
-        ends.append(max(ready) + (timing.hop if placement.num_stages > 1 else 0.0))
+        ends.append(max(ready) + (timing.hop_to(0)[0] if placement.num_stages > 1 else 0.0))
     return (ends[-1] - ends[-1 - 2 * passes_in_flight]) / 2

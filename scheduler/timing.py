@@ -6,15 +6,14 @@ from headrace.scheduler.decode import (
     GIGA,
     TERA,
     Decode,
-    dequantized,
     expert_loads,
     head_flops,
-    hop_seconds,
-    layer_flops,
-    layer_traffic,
+    hop_times,
+    layer_seconds,
 )
 from headrace.scheduler.experts import ExpertPools, Loads
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
+from headrace.scheduler.links import Links
 from headrace.scheduler.memory import slot_bytes
 from headrace.scheduler.placement import Placement, Prediction, Tier
 from headrace.scheduler.simulate import ExpertTimes, Timing
@@ -76,8 +75,9 @@ def timing(
     decode: Decode,
     ahead: int,
     pools: ExpertPools | None = None,
+    links: Links | None = None,
 ) -> Timing:
-    """What `simulate` needs. Dequantizing and matmuls alternate, so their times add up."""
+    """What `simulate` needs."""
     load = [0.0] * shape.num_layers
     compute = [0.0] * shape.num_layers
     held = shape.held_bytes(split=pools is not None)
@@ -89,16 +89,14 @@ def timing(
             load[layer] = _load_seconds(profile, placement.tiers[layer], held[layer])
             if layer in loads:
                 experts[layer] = _expert_times(profile, loads[layer])
-            compute[layer] = layer_flops(shape, layer, decode.rows) / (profile.tflops * TERA)
-            moved = layer_traffic(shape, layer, decode) + dequantized(shape, layer, decode, profile)
-            compute[layer] += moved / (profile.hbm_gbps * GIGA)
+            compute[layer] = layer_seconds(shape, layer, decode, profile)
     last = profiles[placement.last_stage]
     compute[-1] += head_flops(shape, decode.rows) / (last.tflops * TERA)
     compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)
-    hop = sum(hop_seconds(shape, profiles, decode.rows))
+    hops = hop_times(shape, links or Links.of(profiles), placement, decode.rows)
     cold, sunk = _cold_seconds(shape, profiles, placement, decode)
     turn, batches = turnaround(placement, ahead), decode.cold_batches
-    return Timing(tuple(load), tuple(compute), hop, turn, experts, cold, batches, sunk)
+    return Timing(tuple(load), tuple(compute), 0.0, turn, experts, cold, batches, sunk, hops)
 
 
 def _cold_seconds(

@@ -10,7 +10,7 @@ from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
 from headrace.cluster.launch import (
-    plan_run,
+    inputs_of_run,
     resolve_device,
     resolve_dtype,
     shape_in,
@@ -67,7 +67,8 @@ def local_engine(
     dtype = resolve_dtype(options.dtype, device, store)
     found = discover(stage_device(device), str(store.path.resolve()))
     shape = shape_in(store, dtype, options.kv_format)
-    plan = plan_run(options, device, [found], shape)
+    inputs = inputs_of_run(options, device, [found], shape)
+    plan = inputs.plan()
     log_kv(plan, options.kv_hot_window)
     config = StageConfig(
         store=str(store.path),
@@ -99,6 +100,7 @@ def local_engine(
             logs=None if log is None else LocalLogs([stage], [log]),
             vocabulary=shape.vocab_size,
         )
+        engine.inputs = inputs
         yield opened.enter_context(engine)
         if options.kv_keep:
             engine.save()

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from headrace.cluster.cli.stage_table import GB, stage_table
 from headrace.cluster.cli.terms import TERMS
+from headrace.cluster.explain.report import ReportWriter
 from headrace.cluster.job_report import ComputeSplit, JobReport, JobTrace, Work
 from headrace.cluster.jobs import Job
 from headrace.scheduler.errors import HeadraceError, JobError
@@ -82,20 +83,24 @@ def run_job(
     resume_command: str,
     trace: JobTrace | None = None,
     kv: Callable[[], RenderableType | None] = lambda: None,
+    notes: ReportWriter | None = None,
 ) -> int:
     """Run a job with a progress display and signal handling; returns the exit code.
 
-    The trace is closed when the job ends, and `kv` asked what became of KV pages. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
+    The trace is closed when the job ends, and `kv` asked what became of KV pages; `notes` is what is kept
+    for `headrace explain`. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
     HeadraceErrors pass through; a stage's one says how to go on, too.
     """
     hint = f"Finished rows are safe; to go on: {resume_command}"
     try:
         with _stopping(job, hint), _display(console) as show:
-            report = job.run(show)
+            report = job.run(_both(show, notes))
     except HeadraceError as error:
         if isinstance(error, JobError):  # which says itself what to do
             raise
         raise type(error)(f"{error}\n{hint}") from error
+    if notes is not None:
+        notes.finish(report)
     console.print(final_table(report, setting, _close(trace) if trace else (), kv()))
     if trace and trace.written:
         told = f"The trace is in {trace.file}: open it at ui.perfetto.dev"
@@ -109,6 +114,19 @@ def run_job(
         console.print(Text(told), soft_wrap=True)
         return 3
     return 0
+
+
+def _both(
+    show: Callable[[JobReport], None], notes: ReportWriter | None
+) -> Callable[[JobReport], None]:
+    if notes is None:
+        return show
+
+    def both(report: JobReport) -> None:
+        notes.note(report)
+        show(report)
+
+    return both
 
 
 def status_line(report: JobReport, rates: Rates) -> str:

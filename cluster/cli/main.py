@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, serve, client, job, bench, kv, doctor."""
+"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, explain, serve, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from headrace import __version__
+from headrace.cluster.cli.bench import WeightFormat
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
@@ -20,6 +21,7 @@ from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.cold import app as cold_app
 from headrace.cluster.cli.cold import pull, push
 from headrace.cluster.cli.doctor import doctor
+from headrace.cluster.cli.explain import explain_run
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.option_groups import takes_options
@@ -27,6 +29,7 @@ from headrace.cluster.cli.options import RunOptions
 from headrace.cluster.cli.ring_options import ColdOption, RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.sizes import format_size
 
 # Before transformers is imported: nothing here may look for a model on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -125,8 +128,38 @@ def plan(
     store: StoreArgument,
     cold: ColdOption = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    what_if: Annotated[
+        Path | None, typer.Option(help="Pools of other hardware to plan for: nodes.yaml.")
+    ] = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="Instances that the pools name: prices.yaml.")
+    ] = None,
+    format: Annotated[
+        WeightFormat, typer.Option(help="Of a model shape that is named instead of a store.")
+    ] = WeightFormat.NF4,
+    job_tokens: Annotated[
+        int, typer.Option(min=1, help="Output tokens of the job to be priced.")
+    ] = 1_000_000,
 ) -> None:
-    """Print what a run on this machine would keep where, how fast it would be and what binds it."""
+    """Print what a run on this machine would keep where, how fast it would be and what binds it.
+
+    With --what-if, on hardware that is described in a file; the model may then be a shape by its name,
+    such as 70b or deepseek-v3.
+    """
+    if what_if is not None:
+        from headrace.cluster.cli.what_if import as_json, ask, find_store, render
+
+        opened = find_store(store, format.value)
+        found = ask(opened, run.engine(store), what_if, prices)
+        if json:
+            Console().print_json(data=as_json(found, job_tokens))
+        else:
+            size = format_size(opened.nbytes)
+            title = f"{store.name}, {size} in {opened.format}"
+            Console().print(render(title, found, job_tokens))
+        raise typer.Exit(0 if any(outcome.plan for outcome in found) else 1)
+    if prices is not None:
+        raise HeadraceError("--prices is for --what-if: name the pools to plan for, too")
     from headrace.cluster.cli.plan import plan_json, render_plan
     from headrace.cluster.hydration import cold_model, open_store
     from headrace.cluster.launch import local_plan
@@ -163,8 +196,9 @@ def generate(
     from headrace.cluster.cli.generate import Setting, run_job
     from headrace.cluster.cli.kv_report import end_of_pages
     from headrace.cluster.cli.opened import opened_store
+    from headrace.cluster.explain.report import ReportWriter
     from headrace.cluster.jobs import Job, JobFiles
-    from headrace.cluster.launch import running_engine
+    from headrace.cluster.launch import kv_alternatives, running_engine
     from headrace.scheduler.request import SamplingParams
 
     if trace is not None and trace.resolve() == output.resolve():
@@ -185,6 +219,9 @@ def generate(
     ):
         job = Job(engine, engine.tokenizer, files, model_name=store.name)
         setting = Setting(engine.plan, opened.nbytes, options.device_memory)
+        assert engine.inputs is not None
+        others = kv_alternatives(options, opened)
+        notes = ReportWriter(output, store.name, engine.inputs, others, engine.stats)
         code = run_job(
             job,
             setting,
@@ -192,6 +229,7 @@ def generate(
             resume_command=_command(),
             trace=engine.trace,
             kv=lambda: end_of_pages(engine, keep=run.kv_keep),
+            notes=notes,
         )
     raise typer.Exit(code)
 
@@ -236,6 +274,7 @@ bench_app.command("serve")(serve_load)
 app.command()(doctor)
 app.command()(push)
 app.command()(pull)
+app.command("explain")(explain_run)
 app.command()(serve)
 app.command("serve-key")(serve_key)
 

@@ -158,6 +158,17 @@ class RunOptions:
         ),
     ] = None
 
+    network_gbps: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            help="GB/s between nodes, where stages are on several: 0.0125 for 100 Mbit/s. "
+            "[default: as within a node]",
+        ),
+    ] = None
+    network_latency: Annotated[
+        float, typer.Option(min=0, help="Seconds until a small message is on another node.")
+    ] = 3e-4
     ngram_speculation: Annotated[
         str,
         typer.Option(

@@ -131,8 +131,12 @@ def _summary(plan: Plan) -> Table:
         table.add_row("" if i else "experts", line)
     if plan.drafts.most:
         table.add_row("drafts", _drafts(plan))
-    table.add_row("predicted", Text(f"{prediction.tokens_per_second:.1f} tokens/s", style="bold"))
-    table.add_row("", f"{prediction.sequences} sequences every {_seconds(prediction.pass_seconds)}")
+    table.add_row("predicted", Text(f"{prediction.expected_rate:.1f} tokens/s", style="bold"))
+    expected = prediction.expected_seconds or prediction.pass_seconds
+    table.add_row(
+        "",
+        f"{prediction.sequences} sequences every {_seconds(expected)}, {prediction.share:.0%} of the bound",
+    )
     table.add_row("bound by", TERMS[prediction.bound_by])
     for name, seconds in sorted(prediction.terms.items(), key=lambda item: -item[1]):
         if seconds:

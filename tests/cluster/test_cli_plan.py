@@ -85,7 +85,7 @@ def test_render_in_80_columns(memory: int, stages: int) -> None:
     text = printed(plan)
     for word in ("Stages", "Memory", "predicted", "tokens/s", "bound by", "activations", "process"):
         assert word in text
-    assert f"{plan.prediction.tokens_per_second:.1f}" in text
+    assert f"{plan.prediction.expected_rate:.1f}" in text
     assert format_size(sum(plan.nvme_bytes_a_pass)) in text
     assert "\u2026" not in text  # nothing is cut
     assert ("least" in text) == (stages > 6)

@@ -1,0 +1,163 @@
+"""`headrace explain`: what a run left, and what each change would buy."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from headrace.cluster.cli.main import main
+from headrace.cluster.engine_stats import EngineStats
+from headrace.cluster.explain.explanation import explain
+from headrace.cluster.explain.report import DecodePasses, ReportWriter, RunReport, read_report
+from headrace.cluster.job_report import JobReport, Work
+from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
+from headrace.scheduler.links import Links
+from headrace.scheduler.plan import StageTimes
+from headrace.scheduler.plan_inputs import PlanInputs
+
+GB = 10**9
+GPU = DeviceProfile("cuda", 2.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)
+SHAPE = ModelShape(
+    layer_bytes=(481_300_480,) * 40,
+    kv_format="bf16",
+    layer_kv_bytes=(262_144,) * 40,
+    layer_parameters=(855_638_016,) * 40,
+    layer_active_parameters=(855_638_016,) * 40,
+    largest_matrix=8192 * 28672,
+    embed_bytes=16_777_216,
+    head_bytes=16_777_216,
+    hidden_size=8192,
+    vocab_size=1024,
+    intermediate_size=28672,
+    max_context=131072,
+    compute_bytes=2,
+    needs_scratch=True,
+)
+INT4 = replace(
+    SHAPE, kv_format="int4", layer_kv_bytes=(70_000,) * 40, layer_tail_bytes=(262_144,) * 40
+)
+
+
+def inputs(stages: int = 1) -> PlanInputs:
+    profiles = (GPU,) * stages
+    return PlanInputs(
+        SHAPE,
+        profiles,
+        (Budget(10 * GB, 0),) * stages,
+        Workload(1024),
+        Choices(),
+        Links.of(profiles),
+        tuple(f"node {i}" for i in range(stages)),
+    )
+
+
+def report(of: PlanInputs, slower: float, waited: float) -> RunReport:
+    """Of a run whose rounds took `slower` times what was expected."""
+    plan = of.plan()
+    seconds = slower * plan.prediction.expected_seconds / plan.passes_in_flight
+    sequences = plan.prediction.sequences // plan.passes_in_flight
+    times = StageTimes(0, 100.0, 100.0 * waited, 0.0, 10 * GB, 0)
+    return RunReport(
+        version=1,
+        model="m",
+        finished=True,
+        inputs=of,
+        alternatives={"int4": INT4},
+        seconds=100.0,
+        passes=10,
+        prompt_tokens=10,
+        output_tokens=100,
+        busy_seconds=100.0,
+        bound_seconds=90.0,
+        stages=(times,),
+        decode=DecodePasses(10, seconds, sequences, 1024),
+    )
+
+
+def test_what_binds_is_what_would_help() -> None:
+    found = explain(report(inputs(), 1.25, 0.9))
+    assert found.plan.prediction.bound_by == "nvme"
+    assert found.ratio == pytest.approx(1.25, rel=0.02)
+    assert found.blamed.startswith("drives and links 1.2")
+    gains = {gain.what: gain for gain in found.gains}
+    assert gains["a second drive as fast"].factor == pytest.approx(2.0, rel=0.05)
+    assert gains["--kv-format int4"].factor > 1.2
+    assert any(what.startswith("+") and "host memory" in what for what in gains)
+    assert gains["one more stage like the last, on a node of its own"].factor > 1.9
+    assert "processors that compute twice as fast" not in gains
+    factors = [gain.factor for gain in found.gains]
+    assert factors == sorted(factors, reverse=True) and min(factors) > 1.02
+
+
+def test_where_nobody_waited_drives_are_not_the_advice() -> None:
+    one = replace(inputs(), choices=Choices(micro_batches=1))
+    found = explain(report(one, 3.0, 0.02))
+    assert "each layer's computing" in found.blamed
+    gains = {gain.what: gain.factor for gain in found.gains}
+    assert "a second drive as fast" not in gains
+    assert gains["one more stage like the last, on a node of its own"] > 1.3
+
+
+def test_each_drive_is_advised_alone() -> None:
+    slow = replace(GPU, nvme_gbps=0.5)
+    of = inputs(2)
+    found = explain(report(replace(of, profiles=(GPU, slow)), 1.0, 0.9))
+    gains = {gain.what: gain.factor for gain in found.gains}
+    one = gains["a second drive as fast on the node of stage 0"]
+    assert gains["a second drive as fast on every node"] > one > 1.02
+
+
+def test_a_job_leaves_what_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stats, output, now = EngineStats(1), tmp_path / "out.jsonl", [0.0]
+
+    def job() -> JobReport:
+        work = Work.of(stats)
+        return JobReport(output, output, 4, 2, 0, 0, 2, False, now[0], work)
+
+    writer = ReportWriter(output, "m", inputs(), {"int4": INT4}, stats, clock=lambda: now[0])
+    for tokens, drawn, seconds in (
+        (80, 4, 9.0),
+        (4, 4, 2.0),
+        (4, 4, 3.0),
+        (4, 4, 2.5),
+        (1, 1, 0.1),
+    ):
+        stats.passes += 1
+        stats.tokens += tokens
+        stats.output_tokens += drawn
+        stats.busy_seconds += seconds
+        now[0] += 10.0
+        writer.note(job())
+    assert output.with_name("out.jsonl.report.json").exists()  # of a job that runs
+    assert not read_report(output).finished
+    writer.finish(job())
+    found = read_report(output)
+    assert found.decode is not None
+    assert (found.decode.passes, found.decode.seconds, found.decode.sequences) == (3, 2.5, 4)
+    assert found.inputs == inputs()
+    main_with(["explain", str(output)])
+    text = capsys.readouterr().out
+    assert "reading from NVMe" in text and "What would change that" in text
+    main_with(["explain", str(output), "--json"])
+    assert json.loads(capsys.readouterr().out)["gains"]
+
+
+def main_with(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+
+
+def test_what_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(HeadraceError, match=r"there is no .*out\.jsonl\.report\.json"):
+        read_report(tmp_path / "out.jsonl")
+    file = tmp_path / "out.jsonl.report.json"
+    file.write_text("{}")
+    with pytest.raises(HeadraceError, match="is no report of a run"):
+        read_report(file)
+    file.write_bytes(msgspec.json.encode(replace(report(inputs(), 1.0, 0.5), version=7)))
+    with pytest.raises(HeadraceError, match="is of version 7"):
+        read_report(tmp_path / "out.jsonl")
