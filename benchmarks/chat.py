@@ -23,7 +23,7 @@ from headrace.cluster.bench.local import local_engine
 from headrace.cluster.completion import Completion
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.launch import local_plan
+from headrace.cluster.run_plan import local_plan
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.inputs import KV_LOG_BYTES

@@ -25,7 +25,7 @@ from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.shapes import SHAPES, config_of
 from headrace.cluster.discovery import discover
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.launch import plan_run
+from headrace.cluster.run_plan import plan_run
 from headrace.runtime.shape import model_shape
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig

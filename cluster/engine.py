@@ -12,9 +12,8 @@ from headrace.cluster.completion import Completion
 from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
-from headrace.cluster.pipeline import Pending, Pipeline
-from headrace.cluster.recovery import RingRecovery
-from headrace.cluster.replacement import Replacement, StageReplacer
+from headrace.cluster.pipeline import Pending
+from headrace.cluster.replacement import Replacement
 from headrace.cluster.ring import Rebuild, Ring
 from headrace.cluster.telemetry.events import EngineEvents
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
@@ -26,12 +25,10 @@ from headrace.scheduler.limits import check_request
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample
-from headrace.scheduler.plan_inputs import PlanInputs
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from headrace.cluster.stage_logs import StageLogs
     from headrace.cluster.trace_file import RunTrace  # imports torch: a driver has no time yet
     from headrace.runtime.kv_log.stats import LogReport
 
@@ -46,8 +43,7 @@ class Engine:
 
     def __init__(
         self,
-        plan: Plan,
-        pipeline: Pipeline,
+        ring: Ring,
         tokenizer: Any,
         *,
         stop_ids: frozenset[int],
@@ -55,26 +51,23 @@ class Engine:
         dtype: str,
         tenant: str = "",
         trace: "RunTrace | None" = None,
-        logs: "StageLogs | None" = None,
-        replacer: StageReplacer | None = None,
-        recovery: RingRecovery | None = None,
         rebuild: Rebuild | None = None,
         write_through: bool = False,
         vocabulary: int | None = None,
     ) -> None:
-        """Takes over what the stages' `logs` hold of `tenant`, whose all requests are. The model has
-        logits of `vocabulary` tokens: as many as the tokenizer, unless it is told."""
-        self.inputs: PlanInputs | None = None  # what the plan was made from, if that is known
+        """Takes over what the ring's logs hold of `tenant`, whose all requests are. The model has logits of
+        `vocabulary` tokens: as many as the tokenizer, unless it is told. `rebuild` makes another ring where
+        the cluster has no place for all stages of this one."""
         self.model_digest = digest
-        self.stats = EngineStats(plan.placement.num_stages)
+        self.stats = EngineStats(ring.plan.placement.num_stages)
         self.events = EngineEvents()
-        self._identity = f"{digest} {plan.kv_format} {dtype} {tenant}"
+        self._identity = f"{digest} {ring.plan.kv_format} {dtype} {tenant}"
         self._write_through, self._rebuild, self._warned_of_keep = write_through, rebuild, False
         self.tokenizer, self.trace = tokenizer, trace
         self._tracer: Tracer = trace.driver if trace else NULL_TRACER
         self._stop_ids = stop_ids
         self._outputs = Outputs(tokenizer, stop_ids, vocabulary)
-        self._enter(Ring(plan, pipeline, logs, replacer, recovery))
+        self._enter(ring)
         self._fruitless = 0  # recoveries since a pass returned
         self._completed: list[Completion] = []  # by passes that `step` did not wait for
         self._in_flight: deque[tuple[Pass, Pending]] = deque()
@@ -85,6 +78,7 @@ class Engine:
     def _enter(self, ring: Ring) -> None:
         """Begin with stages that hold nothing but what is in their logs."""
         self.plan, self.max_context = ring.plan, ring.plan.max_context
+        self.inputs = ring.inputs
         self._pipeline, self._logs = ring.pipeline, ring.logs
         self._replacer, self._recovery = ring.replacer, ring.recovery
         self._reports = MoveReports(ring.plan.placement.num_stages)

@@ -122,14 +122,15 @@ def _knock(address: str) -> None:
 class StageProcesses:
     """One actor a stage, each in its bundle of a placement group or on a node that was chosen for it."""
 
-    def __init__(self, stages: int, device: str, model: str) -> None:
-        """HeadraceError when the Ray cluster cannot have so many."""
+    def __init__(self, stages: int, device: str, model: str, ring: str = "") -> None:
+        """HeadraceError when the Ray cluster cannot have so many. `ring` is what metrics of them are told apart
+        by, if they take the place of others."""
         self._bundle: dict[str, float] = {"CPU": 1.0}
         if device == "cuda":
             self._bundle["GPU"] = 1.0
         self._stages, self._model = stages, model
         # What metrics of these processes are told apart by; "" where nobody would see them.
-        self.ring = f"{model}-{uuid4().hex[:6]}" if has_agent() else ""
+        self.ring = ring or (f"{model}-{uuid4().hex[:6]}" if has_agent() else "")
         self._check_resources()
         self._group = placement_group([self._bundle] * stages, strategy="PACK", name=_group_name())
         self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
@@ -233,6 +234,13 @@ class StageProcesses:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def num_places(device: str) -> int:
+    """How many stages the Ray cluster could have on the nodes that live, if it had nothing else."""
+    wanted = ("CPU", "GPU") if device == "cuda" else ("CPU",)
+    living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(resources.get(name, 0)) for name in wanted) for resources in living)
 
 
 def _group_name() -> str:

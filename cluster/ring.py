@@ -8,6 +8,7 @@ from headrace.cluster.pipeline import Pipeline
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
 from headrace.scheduler.placement import Plan
+from headrace.scheduler.plan_inputs import PlanInputs
 
 if TYPE_CHECKING:
     from headrace.cluster.stage_logs import StageLogs
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Ring:
     """Stages that run passes of a `plan`. They can be replaced and recovered where they are processes, and
-    `logs` are what they have on NVMe."""
+    `logs` are what they have on NVMe; `inputs` are what the plan was made from, if that is known."""
 
     plan: Plan
     pipeline: Pipeline
     logs: "StageLogs | None" = None
     replacer: StageReplacer | None = None
     recovery: RingRecovery | None = None
+    inputs: PlanInputs | None = None
 
 
 Rebuild = Callable[[], Ring]

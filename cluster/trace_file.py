@@ -87,6 +87,10 @@ class RunTrace:
         self.written = False
         self._stages: list[Trace | None] | None = None
 
+    def follow(self, stages: TraceSource) -> None:
+        """Other stages run from now on; what those before them kept is gone with them."""
+        self._source = stages
+
     def close(self) -> None:
         """Write the file, whole or not at all. Safe to call twice.
 

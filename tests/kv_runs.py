@@ -9,6 +9,7 @@ from architectures import tiny_model
 from rings import local_ring
 
 from headrace.cluster.engine import Engine
+from headrace.cluster.ring import Ring
 from headrace.cluster.stage_logs import LocalLogs
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.kv.stage_window import open_window
@@ -65,14 +66,12 @@ def paged_engine(
                 stack.enter_context(windows[-1])
         pipeline = stack.enter_context(local_ring(store, plan, logs=logs, windows=windows))
         engine = Engine(
-            plan,
-            pipeline,
+            Ring(plan, pipeline, LocalLogs(pipeline._stages, logs) if logs else None),
             NoText(),
             stop_ids=frozenset(),
             digest=Store.open(store).digest,
             dtype="float32",
             tenant=tenant,
-            logs=LocalLogs(pipeline._stages, logs) if logs else None,
         )
         yield stack.enter_context(engine)
         if kv_log is not None and kv_log.keep:

@@ -8,6 +8,7 @@ from typing import Any
 from rings import local_ring, manual_plan
 
 from headrace.cluster.engine import Engine
+from headrace.cluster.ring import Ring
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.store import Store
 
@@ -19,6 +20,8 @@ def engine_of(store: Path, ring: dict[str, Any]) -> Iterator[Engine]:
     plan, ends = manual_plan(opened, **ring), stop_ids(opened, tokenizer)
     with (
         local_ring(store, plan) as pipeline,
-        Engine(plan, pipeline, tokenizer, stop_ids=ends, digest="", dtype="float32") as engine,
+        Engine(
+            Ring(plan, pipeline), tokenizer, stop_ids=ends, digest="", dtype="float32"
+        ) as engine,
     ):
         yield engine

@@ -15,6 +15,7 @@ from headrace.cluster.pipeline import Pending, RayPipeline, gather
 from headrace.cluster.processes import StageProcesses
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
+from headrace.cluster.ring import Ring
 from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import encode
 from headrace.runtime.cold.source import ColdModel
@@ -84,15 +85,17 @@ def ray_engine(
         ring = Counted(actors, plan, deadline, edges.check)
         members = Members(processes, configs, ring, logs, edges, keys)
         engine = Engine(
-            plan,
-            ring,
+            Ring(
+                plan,
+                ring,
+                logs,
+                StageReplacer(members),
+                RingRecovery(members) if recovers else None,
+            ),
             NoText(),
             stop_ids=frozenset(),
             digest=Store.open(store).digest,
             dtype="float32",
-            logs=logs,
-            replacer=StageReplacer(members),
-            recovery=RingRecovery(members) if recovers else None,
             write_through=write_through,
         )
         yield stack.enter_context(engine)

@@ -9,14 +9,15 @@ from headrace.cluster.discovery import discover
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options, log_config, log_kv
-from headrace.cluster.launch import (
+from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
+from headrace.cluster.ring import Ring
+from headrace.cluster.run_plan import (
     inputs_of_run,
     resolve_device,
     resolve_dtype,
     shape_in,
     stage_device,
 )
-from headrace.cluster.pipeline import LocalPipeline, Pending, Pipeline
 from headrace.cluster.stage_logs import LocalLogs
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.kv.stage_window import open_window
@@ -90,17 +91,19 @@ def local_engine(
             opened.enter_context(window)
         stage = Stage(config, pages=log, window=window)
         engine = Engine(
-            plan,
-            make_pipeline(stage),
+            Ring(
+                plan,
+                make_pipeline(stage),
+                None if log is None else LocalLogs([stage], [log]),
+                inputs=inputs,
+            ),
             tokenizer,
             stop_ids=stop_ids(store, tokenizer),
             digest=store.digest,
             dtype=dtype,
             tenant=options.kv_tenant,
-            logs=None if log is None else LocalLogs([stage], [log]),
             vocabulary=shape.vocab_size,
         )
-        engine.inputs = inputs
         yield opened.enter_context(engine)
         if options.kv_keep:
             engine.save()

@@ -24,14 +24,9 @@ from headrace.cluster.bench.speeds import disk_gbps, measure_profile
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options
-from headrace.cluster.launch import (
-    local_plan,
-    resolve_device,
-    resolve_dtype,
-    running_engine,
-    shape_in,
-)
+from headrace.cluster.launch import running_engine
 from headrace.cluster.processes import ray_cluster
+from headrace.cluster.run_plan import local_plan, resolve_device, resolve_dtype, shape_in
 from headrace.runtime.kv_log.stats import LogReport
 from headrace.runtime.shape import model_shape
 from headrace.runtime.store import Store

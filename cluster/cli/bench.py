@@ -147,7 +147,7 @@ def measure(
     """Measure the drive, the links to the GPUs, their memory and arithmetic, hops and Ray calls."""
     from headrace.cluster.bench.machine import measure_machine
     from headrace.cluster.cli.bench_tables import machine_json, machine_table
-    from headrace.cluster.launch import resolve_device
+    from headrace.cluster.run_plan import resolve_device
 
     check_writable(json)
     folder = directory or Path(tempfile.gettempdir())

@@ -18,7 +18,7 @@ from headrace.cluster.bench.run import Result, Work
 from headrace.cluster.cli.kv_report import kv_json, kv_table
 from headrace.cluster.cli.plan import describe, plan_json
 from headrace.cluster.cli.terms import TERMS
-from headrace.cluster.launch import resolve_device
+from headrace.cluster.run_plan import resolve_device
 from headrace.scheduler.sizes import format_size
 from headrace.scheduler.speculation import DraftCounts
 

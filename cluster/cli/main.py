@@ -162,7 +162,7 @@ def plan(
         raise HeadraceError("--prices is for --what-if: name the pools to plan for, too")
     from headrace.cluster.cli.plan import plan_json, render_plan
     from headrace.cluster.hydration import cold_model, open_store
-    from headrace.cluster.launch import local_plan
+    from headrace.cluster.run_plan import local_plan
 
     made = local_plan(run.engine(store), open_store(store, cold_model(store, cold)))
     console = Console()
@@ -198,7 +198,8 @@ def generate(
     from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.explain.report import ReportWriter
     from headrace.cluster.jobs import Job, JobFiles
-    from headrace.cluster.launch import kv_alternatives, running_engine
+    from headrace.cluster.launch import running_engine
+    from headrace.cluster.run_plan import kv_alternatives
     from headrace.scheduler.request import SamplingParams
 
     if trace is not None and trace.resolve() == output.resolve():

@@ -13,7 +13,7 @@ from headrace.cluster.bench.shapes import SHAPES, config_of
 from headrace.cluster.cli.plan import describe, plan_json
 from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.launch import choices_of, resolve_dtype, shape_in
+from headrace.cluster.run_plan import choices_of, resolve_dtype, shape_in
 from headrace.cluster.whatif.hardware import Pool, read_pools
 from headrace.cluster.whatif.inputs import plan_inputs
 from headrace.cluster.whatif.outcome import MILLION, Outcome, outcomes

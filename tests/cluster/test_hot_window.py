@@ -12,8 +12,8 @@ from headrace.cluster.cli.plan import render_plan
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import log_kv
-from headrace.cluster.launch import local_plan
 from headrace.cluster.llm import LLM
+from headrace.cluster.run_plan import local_plan
 from headrace.runtime.store import Store
 from headrace.scheduler.plan import MoveKind
 from headrace.scheduler.request import SamplingParams

@@ -9,7 +9,7 @@ from headrace.cluster.cli.main import main
 from headrace.cluster.cli.options import Device, KVFormat, RunOptions
 from headrace.cluster.discovery import Discovery
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.launch import budgets
+from headrace.cluster.run_plan import budgets
 from headrace.runtime.stage import Stage
 from headrace.scheduler.inputs import DeviceProfile
 from headrace.scheduler.request import SamplingParams

@@ -20,8 +20,8 @@ from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.jobs import Job, JobFiles
 from headrace.cluster.kv_options import check_kv_options, describe_costs, log_config
-from headrace.cluster.launch import local_plan
 from headrace.cluster.rows import decode, prepare
+from headrace.cluster.run_plan import local_plan
 from headrace.cluster.stage_logs import held_by_all
 from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.store import Store

@@ -12,6 +12,7 @@ from rings import local_ring, manual_plan
 from headrace.cluster.engine import Engine
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending
+from headrace.cluster.ring import Ring
 from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Plan, Tier
@@ -46,7 +47,7 @@ def serve(store: Path, plan: Plan, *, alone: bool) -> tuple[dict[int, list[int]]
     with local_ring(store, plan) as ring:
         counting = Counting(ring)
         engine = Engine(
-            plan, counting, tokenizer, stop_ids=frozenset(), digest="d", dtype="float32"
+            Ring(plan, counting), tokenizer, stop_ids=frozenset(), digest="d", dtype="float32"
         )
         for i, end in enumerate(ENDS):
             tokens = tokenizer(8 * STORY + end)["input_ids"]
@@ -123,7 +124,11 @@ def test_passes_that_only_wait_for_moves_go_round_as_others_do(stories: Path, ah
     )
     pipeline, rng = TieredPipeline(3), random.Random(5)
     engine = Engine(
-        plan, pipeline, load_tokenizer(stories), stop_ids=frozenset(), digest="", dtype="float32"
+        Ring(plan, pipeline),
+        load_tokenizer(stories),
+        stop_ids=frozenset(),
+        digest="",
+        dtype="float32",
     )
     params = SamplingParams(max_tokens=150, ignore_eos=True)
     for i in range(6):

@@ -13,6 +13,7 @@ from rings import local_ring, manual_plan
 
 from headrace.cluster.engine import Engine
 from headrace.cluster.jobs import Job, JobFiles
+from headrace.cluster.ring import Ring
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Tier
@@ -62,8 +63,7 @@ class JobCase:
             ) as files,
             local_ring(self.store, plan) as pipeline,
             Engine(
-                plan,
-                pipeline,
+                Ring(plan, pipeline),
                 tokenizer,
                 stop_ids=stop_ids(store, tokenizer),
                 digest=store.digest,

@@ -16,6 +16,7 @@ from headrace import LLM, SamplingParams
 from headrace.cluster.cli.main import main
 from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import LocalPipeline, Pending
+from headrace.cluster.ring import Ring
 from headrace.cluster.tokenizer import load_tokenizer
 from headrace.cluster.trace_file import (
     RunTrace,
@@ -112,8 +113,7 @@ def traced_run(stories: Path, file: Path) -> tuple[Keeping, list[int]]:
         trace = RunTrace(file, pipeline)
         tokenizer = load_tokenizer(stories)
         with Engine(
-            plan,
-            TracedPipeline(kept, trace.driver),
+            Ring(plan, TracedPipeline(kept, trace.driver)),
             tokenizer,
             stop_ids=frozenset(),
             digest=store.digest,

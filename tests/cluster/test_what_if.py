@@ -9,7 +9,7 @@ from small_shapes import small_config
 from headrace.cluster.bench.hollow import hollow_store
 from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.cli.main import main
-from headrace.cluster.launch import shape_in
+from headrace.cluster.run_plan import shape_in
 from headrace.cluster.whatif.hardware import read_pools
 from headrace.scheduler.errors import HeadraceError
 

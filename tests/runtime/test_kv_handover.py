@@ -17,6 +17,7 @@ from stored import tiny_store
 
 from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import LocalPipeline, Pending
+from headrace.cluster.ring import Ring
 from headrace.runtime.kv.handover import Contexts, Manifest, Part, take_chunk
 from headrace.runtime.kv.host import HostPages
 from headrace.runtime.kv.identity import PageIdentity
@@ -376,7 +377,7 @@ def test_what_does_not_arrive_is_computed_again(tmp_path: Path, fmt: str) -> Non
 
 def engine_over(store: Path, plan: Plan, ring: Counted) -> Engine:
     digest = Store.open(store).digest
-    return Engine(plan, ring, NoText(), stop_ids=frozenset(), digest=digest, dtype="float32")
+    return Engine(Ring(plan, ring), NoText(), stop_ids=frozenset(), digest=digest, dtype="float32")
 
 
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, None, 0, ())
