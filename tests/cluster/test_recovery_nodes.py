@@ -13,6 +13,9 @@ from ray.cluster_utils import Cluster
 from ray_engines import ray_engine
 from rings import manual_plan
 
+from headrace.cluster import processes
+from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.launch import running_engine
 from headrace.runtime.store import Store
 from headrace.scheduler.placement import Tier
 
@@ -20,14 +23,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """Three nodes with room for two stages each."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Three nodes with room for so many stages each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
-    )
+    cpus = {"num_cpus": request.param}
+    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False} | cpus)
     for _ in range(2):
-        cluster.add_node(num_cpus=2)
+        cluster.add_node(**cpus)
     ray.init(address=cluster.address, log_to_driver=False)
     try:
         yield cluster
@@ -36,14 +38,15 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
+@pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_a_node_dies(cluster: Cluster, tmp_path: Path) -> None:
     store = wide_llama(tmp_path)
     room: Any = {"num_pages": 24, "max_sequences": 6, "token_budget": 100}
     plan = manual_plan(Store.open(store), stages=3, tier=Tier.DEVICE, **room)
     with ray_engine(store, plan) as engine:
         want = answers(engine, "a")
-        processes: Any = engine._recovery._members.processes  # type: ignore[union-attr]
-        used = [processes.node_of(stage) for stage in range(3)]
+        members: Any = engine._recovery._members  # type: ignore[union-attr]
+        used = [members.processes.node_of(stage) for stage in range(3)]
         victim = next(node for node in cluster.worker_nodes if node.node_id in used)
 
         def disturb(passes: int) -> None:
@@ -53,4 +56,23 @@ def test_a_node_dies(cluster: Cluster, tmp_path: Path) -> None:
         assert answers(engine, "b", disturb) == want
         gone = {stage for stage, node in enumerate(used) if node == victim.node_id}
         assert {*engine.stats.recoveries[-1].stages} >= gone
-        assert victim.node_id not in {processes.node_of(stage) for stage in range(3)}
+        assert victim.node_id not in {members.processes.node_of(stage) for stage in range(3)}
+
+
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_a_node_dies_and_there_is_no_other(
+    cluster: Cluster, stories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "PLACE_SECONDS", 5.0)
+    options = EngineOptions(stories, stages=3, device="cpu", device_memory=64 << 20, context=512)
+    with running_engine(options) as engine:
+        want = answers(engine, "a")
+
+        def disturb(passes: int) -> None:
+            if passes == 10 and victim in cluster.worker_nodes:
+                cluster.remove_node(victim, allow_graceful=False)
+
+        victim = next(iter(cluster.worker_nodes))
+        assert answers(engine, "b", disturb) == want
+        assert engine.plan.placement.num_stages == len(engine.stage_pids()) == 2
+        assert answers(engine, "c") == want
