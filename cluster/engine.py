@@ -21,9 +21,8 @@ from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.drafter import Guesses
 from headrace.scheduler.errors import NoPlaceError, StageError, StageLostError
-from headrace.scheduler.limits import check_request
+from headrace.scheduler.limits import check_request, limits_of
 from headrace.scheduler.moves import MoveReports
-from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult, Sample
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
@@ -82,7 +81,7 @@ class Engine:
         self._pipeline, self._logs = ring.pipeline, ring.logs
         self._replacer, self._recovery = ring.replacer, ring.recovery
         self._reports = MoveReports(ring.plan.placement.num_stages)
-        config = scheduler_config(ring.plan, self._identity, self._write_through)
+        config = limits_of(ring.plan, self._identity, write_through=self._write_through)
         self._scheduler = Scheduler(config)
         if ring.logs is not None:
             self._scheduler.adopt(ring.logs.keys())
@@ -424,30 +423,3 @@ class Engine:
             reason = FinishReason.STOP if error is None else FinishReason.ABORT
             self._scheduler.finish(request.request_id, reason, request.num_output)
         return ended
-
-
-def scheduler_config(
-    plan: Plan, identity: str = "", write_through: bool = False
-) -> SchedulerConfig:
-    """What the scheduler is told of a plan; `identity` of what its keys and values depend on."""
-    return SchedulerConfig(
-        num_pages=plan.num_pages,
-        num_tails=plan.num_tails,
-        max_context=plan.max_context,
-        token_budget=plan.token_budget,
-        max_sequences=plan.max_sequences,
-        micro_batches=plan.micro_batches,
-        micro_batch_tokens=plan.micro_batch_tokens,
-        passes_in_flight=plan.passes_in_flight,
-        ahead=plan.ahead,
-        host_pages=plan.host_pages,
-        nvme_pages=plan.nvme_pages,
-        costs=plan.kv_costs,
-        drafts=plan.drafts,
-        kv_ring_pages=plan.kv_ring_pages,
-        cold_micro_batches=plan.cold_micro_batches,
-        window_pages=plan.window_pages,
-        hot_window=plan.hot_window,
-        write_through=write_through,
-        identity=identity,
-    )

@@ -1,8 +1,9 @@
-"""How long a request may become, and which ones can never run."""
+"""What a plan allows: how long a request may become, and which ones can never run."""
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import ContextLengthError, RequestError
 from headrace.scheduler.pages import pages_for
+from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.request import Request
 
@@ -31,3 +32,28 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
             f"{PAGE_TOKENS} tokens, but there are {config.num_pages}; shorten the prompt, "
             "lower max_tokens or raise --context"
         )
+
+
+def limits_of(plan: Plan, identity: str = "", *, write_through: bool = False) -> SchedulerConfig:
+    """What the scheduler is told of a plan; `identity` is of what its keys and values depend on."""
+    return SchedulerConfig(
+        num_pages=plan.num_pages,
+        num_tails=plan.num_tails,
+        max_context=plan.max_context,
+        token_budget=plan.token_budget,
+        max_sequences=plan.max_sequences,
+        micro_batches=plan.micro_batches,
+        micro_batch_tokens=plan.micro_batch_tokens,
+        passes_in_flight=plan.passes_in_flight,
+        ahead=plan.ahead,
+        host_pages=plan.host_pages,
+        nvme_pages=plan.nvme_pages,
+        costs=plan.kv_costs,
+        drafts=plan.drafts,
+        kv_ring_pages=plan.kv_ring_pages,
+        cold_micro_batches=plan.cold_micro_batches,
+        window_pages=plan.window_pages,
+        hot_window=plan.hot_window,
+        write_through=write_through,
+        identity=identity,
+    )

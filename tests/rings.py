@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from headrace.cluster.engine import scheduler_config
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.kv.moves import PageLog
@@ -21,6 +20,7 @@ from headrace.runtime.store import Store
 from headrace.scheduler.config import DraftLimits
 from headrace.scheduler.errors import StageError
 from headrace.scheduler.kv_format import FORMATS
+from headrace.scheduler.limits import limits_of
 from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.placement import (
     Placement,
@@ -246,7 +246,7 @@ def run_all(
     seen: dict[int, list[Sample]] | None = None,
 ) -> dict[int, list[int]]:
     """Serve `requests` to their end; their outputs by id, and what was `seen` of them pass by pass."""
-    scheduler = scheduler or Scheduler(scheduler_config(plan))
+    scheduler = scheduler or Scheduler(limits_of(plan))
     reports = MoveReports(plan.placement.num_stages)
     for request in requests:
         scheduler.add(request)

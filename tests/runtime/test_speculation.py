@@ -11,9 +11,9 @@ import torch
 from rings import CallAgain, local_ring, manual_plan, run_all
 from stored import tiny_store
 
-from headrace.cluster.engine import scheduler_config
 from headrace.runtime.store import Store
 from headrace.scheduler.config import DraftLimits
+from headrace.scheduler.limits import limits_of
 from headrace.scheduler.placement import Tier
 from headrace.scheduler.plan import Sample
 from headrace.scheduler.request import Request, SamplingParams
@@ -108,7 +108,7 @@ Seen = dict[int, list[Sample]]
 def serve(path: Path, ring: dict[str, Any], known: Seen | None = None) -> tuple[Seen, DraftCounts]:
     """What each request is answered, by an oracle's guesses where the answers are `known`."""
     plan = manual_plan(Store.open(path), **ring)
-    scheduler, seen = Scheduler(scheduler_config(plan)), Seen()
+    scheduler, seen = Scheduler(limits_of(plan)), Seen()
     if known is not None:
         answers = [r.tokens + [s.token for s in known[r.request_id]] for r in make_requests()]
         scheduler.speculation.make_drafter = partial(Oracle, answers)
