@@ -152,7 +152,8 @@ def _more_stages(case: _Case) -> Iterator[str]:
     smallest = min(case.budgets, key=lambda budget: budget.device_memory)
     need = None
     for more in range(stages + 1, most + 1):
-        need = _need(replace(case, budgets=(smallest,) * more))
+        shared = replace(case.choices, stage_layers=None)
+        need = _need(replace(case, budgets=(smallest,) * more, choices=shared))
         if need.excess <= 0:
             break
     if need is not None:
