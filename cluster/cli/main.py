@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 
 from headrace import __version__
-from headrace.cluster.cli.bench import WeightFormat
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
 from headrace.cluster.cli.client import app as client_app
@@ -25,11 +24,12 @@ from headrace.cluster.cli.explain import explain_run
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.option_groups import takes_options
-from headrace.cluster.cli.options import RunOptions
-from headrace.cluster.cli.ring_options import ColdOption, RingOptions
+from headrace.cluster.cli.options import RunOptions, StoreArgument
+from headrace.cluster.cli.plan_command import plan_run
+from headrace.cluster.cli.profile_command import profile_run
+from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.sizes import format_size
 
 # Before transformers is imported: nothing here may look for a model on the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,9 +57,6 @@ class Format(str, Enum):
     BF16 = "bf16"
     INT8 = "int8"
     NF4 = "nf4"
-
-
-StoreArgument = Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -121,55 +118,7 @@ def inspect(
     run_inspect(Console(), store, verify=verify, as_json=json)
 
 
-@app.command()
-@takes_options
-def plan(
-    run: RunOptions,
-    store: StoreArgument,
-    cold: ColdOption = None,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-    what_if: Annotated[
-        Path | None, typer.Option(help="Pools of other hardware to plan for: nodes.yaml.")
-    ] = None,
-    prices: Annotated[
-        Path | None, typer.Option(help="Instances that the pools name: prices.yaml.")
-    ] = None,
-    format: Annotated[
-        WeightFormat, typer.Option(help="Of a model shape that is named instead of a store.")
-    ] = WeightFormat.NF4,
-    job_tokens: Annotated[
-        int, typer.Option(min=1, help="Output tokens of the job to be priced.")
-    ] = 1_000_000,
-) -> None:
-    """Print what a run on this machine would keep where, how fast it would be and what binds it.
-
-    With --what-if, on hardware that is described in a file; the model may then be a shape by its name,
-    such as 70b or deepseek-v3.
-    """
-    if what_if is not None:
-        from headrace.cluster.cli.what_if import as_json, ask, find_store, render
-
-        opened = find_store(store, format.value)
-        found = ask(opened, run.engine(store), what_if, prices)
-        if json:
-            Console().print_json(data=as_json(found, job_tokens))
-        else:
-            size = format_size(opened.nbytes)
-            title = f"{store.name}, {size} in {opened.format}"
-            Console().print(render(title, found, job_tokens))
-        raise typer.Exit(0 if any(outcome.plan for outcome in found) else 1)
-    if prices is not None:
-        raise HeadraceError("--prices is for --what-if: name the pools to plan for, too")
-    from headrace.cluster.cli.plan import plan_json, render_plan
-    from headrace.cluster.hydration import cold_model, open_store
-    from headrace.cluster.run_plan import local_plan
-
-    made = local_plan(run.engine(store), open_store(store, cold_model(store, cold)))
-    console = Console()
-    if json:
-        console.print_json(data=plan_json(made))
-    else:
-        console.print(render_plan(made))
+app.command("plan")(plan_run)
 
 
 @app.command()
@@ -235,43 +184,8 @@ def generate(
     raise typer.Exit(code)
 
 
-@app.command()
-@takes_options
-def profile(
-    run: RunOptions,
-    ring: RingOptions,
-    store: StoreArgument,
-    input: Annotated[
-        Path | None, typer.Option(help="Rows to run instead of random prompts, as generate does.")
-    ] = None,
-    sequences: Annotated[
-        int | None, typer.Option(min=1, help="Random prompts. [default: as many as run at once]")
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=2, help="Each with its answer. [default: the context that is planned]"),
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="The load's time at most.")] = 60.0,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:
-    """Run a load and say where the memory of each process went, beside what the plan says.
-
-    Exit code 1 if more than 5 % of a process's memory is unexplained.
-    """
-    from headrace.cluster.cli.profile import profile_json, render_profile
-    from headrace.cluster.profile.request import Load
-    from headrace.cluster.profile.run import profile_run
-
-    made = profile_run(run.engine(store, **ring.chosen()), Load(input, sequences, tokens, seconds))
-    described, console = profile_json(made), Console()
-    if json:
-        console.print_json(data=described)
-    else:
-        console.print(render_profile(made))
-    raise typer.Exit(0 if described["explained"] else 1)
-
-
 bench_app.command("serve")(serve_load)
+app.command("profile")(profile_run)
 app.command()(doctor)
 app.command()(push)
 app.command()(pull)

@@ -12,6 +12,8 @@ from headrace.cluster.engine_options import EngineOptions
 from headrace.runtime.stage_config import TENANT
 from headrace.scheduler.errors import HeadraceError
 
+StoreArgument = Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")]
+
 SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
 
 

@@ -94,7 +94,7 @@ def _cost(outcome: Outcome, tokens: int) -> str:
     return f"{outcome.cost(tokens):,.2f}" if outcome.price_per_hour else "-"
 
 
-def as_json(found: Sequence[Outcome], tokens: int) -> list[dict[str, Any]]:
+def what_if_json(found: Sequence[Outcome], tokens: int) -> list[dict[str, Any]]:
     return [_one(outcome, tokens) for outcome in found]
 
 
