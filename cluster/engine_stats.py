@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from headrace.cluster.recovery import Recovery
+from headrace.cluster.recovered import Recovery
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import Pass, PassResult, StageTimes
 from headrace.scheduler.speculation import DraftCounts

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 
 import ray
 
 from headrace.cluster.members import Members
+from headrace.cluster.recovered import Recovery
 from headrace.cluster.stage_actor import CONTROL
 from headrace.scheduler.errors import HeadraceError, StageError, StageLostError
 
@@ -47,29 +47,6 @@ LEGAL: Mapping[StageState, frozenset[StageState]] = {
     StageState.STARTING: frozenset({StageState.RESTING, StageState.BREAKING}),
 }
 """Each state's next ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recovery:
-    """The `stages` that have new processes, after so many rounds, and seconds by phase."""
-
-    cause: str
-    stages: tuple[int, ...]
-    rounds: int
-    phases: Mapping[str, float]
-    requests: int = 0
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.phases.values())
-
-    def __str__(self) -> str:
-        what = f"stages {', '.join(map(str, self.stages))}" if self.stages else "no stage"
-        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.phases.items())
-        return (
-            f"recovered in {self.seconds:.1f} s ({times}): {what} replaced, {self.requests} requests"
-            f" computed again. {self.cause}"
-        )
 
 
 class RingRecovery:

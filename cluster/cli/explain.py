@@ -1,34 +1,15 @@
-"""`headrace explain`: what bound a run, and what each change would buy."""
+"""What `headrace explain` prints: what bound a run, and what each change would buy."""
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from headrace.cluster.cli.plan import describe
 from headrace.cluster.cli.terms import TERMS
-from headrace.cluster.explain.explanation import MUCH, NEAR, Explanation, explain
-from headrace.cluster.explain.report import read_report
-
-
-def explain_run(
-    run: Annotated[Path, typer.Argument(help="The --output of a run, finished or not.")],
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:
-    """Say what bound a run, how far that was from the plan, and what each change would buy.
-
-    Changes are planned again from what the run measured of its machines; nothing is run.
-    """
-    found = explain(read_report(run))
-    console = Console()
-    if json:
-        console.print_json(data=as_json(found))
-    else:
-        console.print(render(found))
+from headrace.cluster.explain.explanation import MUCH, NEAR, Explanation
 
 
 def render(found: Explanation) -> RenderableType:
@@ -87,7 +68,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def as_json(found: Explanation) -> dict[str, Any]:
+def explain_json(found: Explanation) -> dict[str, Any]:
     prediction = found.plan.prediction
     return {
         "model": found.report.model,

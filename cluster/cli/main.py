@@ -20,7 +20,7 @@ from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.cold import app as cold_app
 from headrace.cluster.cli.cold import pull, push
 from headrace.cluster.cli.doctor import doctor
-from headrace.cluster.cli.explain import explain_run
+from headrace.cluster.cli.explain_command import explain_run
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
 from headrace.cluster.cli.option_groups import takes_options
