@@ -128,8 +128,9 @@ def test_a_stage_that_dies_with_nothing_to_do_is_replaced(llama: Path) -> None:
 @pytest.mark.timeout(600)
 def test_pages_on_nvme_outlive_the_process_that_wrote_them(llama: Path, tmp_path: Path) -> None:
     """Their keys are in the driver's memory, too, and in no file."""
-    plan = plan_of(llama, num_pages=9, host_pages=8, nvme_pages=500)
-    with ray_engine(llama, plan, LogConfig(str(tmp_path / "kv"), CAP)) as engine:
+    plan = plan_of(llama, host_pages=8, nvme_pages=500)
+    log = LogConfig(str(tmp_path / "kv"), CAP)
+    with ray_engine(llama, plan, log, write_through=True) as engine:
         want = answers(engine, "a")
         before, found = engine.stats.kv.nvme, engine.stats.kv.hits.nvme
         assert before
