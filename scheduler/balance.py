@@ -24,7 +24,7 @@ from headrace.scheduler.inputs import Budget, DeviceProfile
 from headrace.scheduler.memory import Cache, Layout, without_weights
 from headrace.scheduler.problem import Problem
 
-MOST_SPLITS = 2
+MOST_SPLITS = 3
 """Uneven splits of a kind of layout that are planned in full."""
 
 HALVINGS = 10
