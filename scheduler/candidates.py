@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import chain
 
 from headrace.scheduler.balance import splits
-from headrace.scheduler.layouts import modest_splits, resident_layouts, streaming_layouts
+from headrace.scheduler.layouts import modest_choices, resident_layouts, streaming_layouts
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.problem import Problem
 from headrace.scheduler.search import Candidate, search_pages
@@ -13,9 +13,15 @@ from headrace.scheduler.search import Candidate, search_pages
 
 def resident_candidates(problem: Problem, enough: int) -> list[Candidate]:
     """Everything resident, wherever that leaves KV for `enough` sequences (or all that are wanted)."""
+    alike = list(_resident_layouts(problem))
+    if not alike:
+        return []
+    # Its activations leave what an even split of it would have for layers; or the most modest one's.
+    like, caches = _roomiest(problem, iter(alike)), []
+    if like is not None:
+        caches = [search_pages(problem, like).cache]
     found = []
-    like = next(_resident_layouts(problem), None)
-    for split in (problem, *_uneven(problem, like)):
+    for split in (problem, *_uneven(problem, like or alike[-1], caches)):
         layout = _roomiest(split, _resident_layouts(split))
         if layout and split.most_sequences(layout) >= min(enough, split.wanted(layout)):
             found.append(search_pages(split, layout))
@@ -34,12 +40,10 @@ def streaming_candidates(problem: Problem) -> list[Candidate]:
 
 def _modest(problem: Problem) -> list[Candidate]:
     """What a refusal would have to name otherwise."""
-    if problem.choices.stage_layers is not None:
-        return []
     memory = [budget.device_memory for budget in problem.budgets]
     found = []
-    for layers in modest_splits(problem.shape.num_layers, memory):
-        split = replace(problem, choices=replace(problem.choices, stage_layers=layers))
+    for choices in modest_choices(problem.shape.num_layers, memory, problem.choices):
+        split = replace(problem, choices=choices)
         found += _streaming(split, _families(split))
     return found
 
@@ -60,11 +64,9 @@ def _streaming(problem: Problem, families: Iterable[Iterator[Layout]]) -> list[C
     return [search_pages(problem, layout) for layout in layouts if layout]
 
 
-def _uneven(
-    problem: Problem, like: Layout | None, caches: Sequence[Cache] = ()
-) -> Iterator[Problem]:
+def _uneven(problem: Problem, like: Layout, caches: Sequence[Cache] = ()) -> Iterator[Problem]:
     """The problem with splits chosen that may be faster than an even one."""
-    if like is None or len(problem.budgets) == 1 or problem.choices.stage_layers is not None:
+    if len(problem.budgets) == 1 or problem.choices.stage_layers is not None:
         return
     for layers in splits(problem, like, caches):
         yield replace(problem, choices=replace(problem.choices, stage_layers=layers))

@@ -110,21 +110,33 @@ def _visits(
     return cyclic_turns(turns, num_layers, layers_a_visit)
 
 
-def modest_splits(num_layers: int, device_memory: Sequence[int]) -> list[tuple[int, ...]]:
-    """Splits that take the least memory where it is short: next to nothing beside the head, or on every
-    stage but the largest."""
+def modest_choices(
+    num_layers: int, device_memory: Sequence[int], choices: Choices
+) -> Iterator[Choices]:
+    """The choices with splits that take the least memory where it is short: next to nothing beside the
+    head, or on every stage but the largest. None where a split was chosen.
+
+    Of contiguous layouts, unless others were asked for: those take no more memory.
+    """
     stages = len(device_memory)
-    if not 1 < stages < num_layers:
-        return []
-    found = []
-    for last in {stages - 1, (num_layers - 1) % stages}:
-        share, more = divmod(num_layers - 1, stages - 1)
-        others = [share + (i < more) for i in range(stages - 1)]
-        found.append((*others[:last], 1, *others[last:]))
+    if choices.stage_layers is None and 1 < stages < num_layers:
+        cyclic = choices.placement == "cyclic"
+        last = (num_layers - 1) % stages if cyclic else stages - 1
+        placement = "cyclic" if cyclic else "contiguous"
+        for layers in _modest_splits(num_layers, device_memory, last):
+            yield replace(choices, stage_layers=layers, placement=placement)
+
+
+def _modest_splits(
+    num_layers: int, device_memory: Sequence[int], last: int
+) -> list[tuple[int, ...]]:
+    stages = len(device_memory)
+    share, more = divmod(num_layers - 1, stages - 1)
+    others = [share + (i < more) for i in range(stages - 1)]
     largest = device_memory.index(max(device_memory))
     most = [1] * stages
     most[largest] = num_layers - stages + 1
-    return [*found, tuple(most)]
+    return [(*others[:last], 1, *others[last:]), tuple(most)]
 
 
 def _turns(layers: Sequence[int], visits: int) -> list[int]:

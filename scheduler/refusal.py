@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from headrace.scheduler.inputs import Budget, Choices, Experts, Kind, ModelShape
-from headrace.scheduler.layouts import modest_splits, streaming_layouts
+from headrace.scheduler.layouts import modest_choices, streaming_layouts
 from headrace.scheduler.memory import Cache, Layout, least_memory
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import StageMemory
@@ -29,15 +29,13 @@ class _Case:
 
     def layouts(self) -> Iterator[Layout]:
         memory = [budget.device_memory for budget in self.budgets]
-        splits = [self.choices.stage_layers]
-        if splits == [None]:
-            splits += modest_splits(self.shape.num_layers, memory)
-        for layers in splits:
+        modest = modest_choices(self.shape.num_layers, memory, self.choices)
+        for choices in (self.choices, *modest):
             families = streaming_layouts(
                 self.shape.num_layers,
                 len(memory),
                 self.kind,
-                replace(self.choices, stage_layers=layers),
+                choices,
                 split=self.shape.can_split,
             )
             for family in families:
