@@ -76,7 +76,7 @@ def ray_cluster(
             arguments["_metrics_export_port"] = metrics_port
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **arguments)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+    except Exception as error:  # Ray raises that, too, when it does not start in time
         if address is None:
             raise HeadraceError(
                 f"Ray did not start on this machine: {error}. Is it out of memory, disk in /tmp or "
