@@ -145,11 +145,11 @@ def disturb(
 
 
 def table(cases: list[Case], undisturbed: float) -> str:
-    names = ["breaking off", "starting and loading", "connecting"]
+    names = ["breaking off", "starting", "loading", "connecting"]
     lines = [
         f"undisturbed: {undisturbed:.1f} s. Seconds are medians (most).",
         f"{'scenario':10} {'cases':>5} {'same':>5} {'kept':>5} {'recov.':>6}"
-        + "".join(f"{name:>22}" for name in [*names, "noticed, again"]),
+        + "".join(f"{name:>18}" for name in [*names, "noticed, again"]),
     ]
     for scenario in dict.fromkeys(case.scenario for case in cases):
         some = [case for case in cases if case.scenario == scenario]
@@ -157,7 +157,7 @@ def table(cases: list[Case], undisturbed: float) -> str:
         columns = [[case.phases.get(name, 0.0) for case in hit] for name in names]
         columns.append([case.noticed for case in hit])
         cells = "".join(
-            f"{f'{statistics.median(c):.2f} ({max(c):.2f})' if c else '-':>22}" for c in columns
+            f"{f'{statistics.median(c):.2f} ({max(c):.2f})' if c else '-':>18}" for c in columns
         )
         lines.append(
             f"{scenario:10} {len(some):5} {sum(c.same for c in some):5} {sum(c.kept for c in some):5}"

@@ -37,11 +37,14 @@ class Members:
         """What a call of a stage's returned. StageLostError when it died or did not answer."""
         return gather([ref], deadline or self._deadline, doing=doing, first=stage)[0]
 
+    def open(self, stage: int, actor: Any, doing: str) -> None:
+        """Return when a new process is there, has imported what it runs, and has its device."""
+        opening = actor.open.remote(self.configs[stage].device)
+        self.ask(stage, opening, f"{doing}: starting in another process", START_SECONDS)
+
     def load(self, stage: int, actor: Any, step: int, doing: str) -> None:
         """Have a new process read the stage's layers, to run passes from `step` on."""
         config = self.configs[stage]
-        opening = actor.open.remote(config.device)
-        self.ask(stage, opening, f"{doing}: starting in another process", START_SECONDS)
         if config.hydration is not None:
             store = Store.described(config.store)
             hydrate_stages([actor], store, [config.hydration], first=stage)

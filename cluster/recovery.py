@@ -97,8 +97,12 @@ class RingRecovery:
         gone = self._in_state(StageState.GONE)
         replaced.update(gone)
         if gone:
-            with _timed(phases, "starting and loading"):
-                self._start(gone, step)
+            with _timed(phases, "starting"):
+                self._start(gone)
+            with _timed(phases, "loading"):
+                self._of_each(gone, lambda stage: self._load(stage, step))
+                for stage in gone:
+                    self._enter(stage, StageState.RESTING)
         with _timed(phases, "connecting"):
             self._members.connect()
         for stage in self._in_state(StageState.RESTING):
@@ -155,21 +159,27 @@ class RingRecovery:
         self._processes.stop(self._processes.actors[stage])
         self._enter(stage, StageState.GONE)
 
-    def _start(self, gone: Collection[int], step: int) -> None:
+    def _start(self, gone: Collection[int]) -> None:
         self._processes.await_places()
         for stage in gone:
             self._enter(stage, StageState.STARTING)
             self._members.leave_log(stage)
             self._members.seat(stage, self._processes.start(stage), None)
-        with ThreadPoolExecutor(len(gone)) as threads:
-            list(threads.map(lambda stage: self._load(stage, step), gone))
-        for stage in gone:
-            self._enter(stage, StageState.RESTING)
+        self._of_each(gone, self._open)
+
+    def _open(self, stage: int) -> None:
+        self._members.open(stage, self._processes.actors[stage], f"replacing stage {stage}")
 
     def _load(self, stage: int, step: int) -> None:
         actor = self._processes.actors[stage]
         self._members.load(stage, actor, step, f"replacing stage {stage}")
         self._members.open_log(stage)
+
+    @staticmethod
+    def _of_each(stages: Collection[int], work: Callable[[int], None]) -> None:
+        """Do it for all at once; the first error comes out when all have ended."""
+        with ThreadPoolExecutor(len(stages)) as threads:
+            list(threads.map(work, stages))
 
     def _in_state(self, state: StageState) -> list[int]:
         return [stage for stage, each in enumerate(self._states) if each is state]

@@ -97,7 +97,7 @@ class StageReplacer:
             keys = self._stop(stage, hand_over=True)
             new = self._processes.start(stage)
             try:
-                self._members.load(stage, new, step, f"replacing stage {stage}")
+                self._load(stage, new, step)
                 taken = self._taken(stage, new.import_payload.remote(manifest, path))
             except BaseException:
                 self._processes.stop(new)
@@ -111,12 +111,17 @@ class StageReplacer:
             _check_spare(self._members.configs[stage].device)
         new = self._processes.start(stage, node)
         try:
-            self._members.load(stage, new, step, f"replacing stage {stage}")
+            self._load(stage, new, step)
             taken = self._stream(stage, new, ids)
         except BaseException:
             self._processes.stop(new)
             raise
         return new, taken, self._stop(stage, hand_over=hand_over)
+
+    def _load(self, stage: int, new: Any, step: int) -> None:
+        doing = f"replacing stage {stage}"
+        self._members.open(stage, new, doing)
+        self._members.load(stage, new, step, doing)
 
     def _stream(self, stage: int, new: Any, ids: ContextIds) -> Taken:
         """Chunks through the object store; they are gone from there when they were taken."""
