@@ -19,7 +19,7 @@ from headrace.runtime.conversion import selfcheck
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.kv.store import page_nbytes
 from headrace.runtime.latents import find_latents, keeps_latents
-from headrace.runtime.matmul.packed_cpu import PackedLayout
+from headrace.runtime.matmul.packed_cpu import PackedLayout, has_kernel
 from headrace.runtime.plugs import attention_modules
 from headrace.runtime.shape import model_shape
 from headrace.runtime.skeleton import Skeleton, parse_config
