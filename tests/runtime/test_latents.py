@@ -233,6 +233,8 @@ def test_expansions_may_be_quantized(tmp_path: Path, fmt: str) -> None:
         )  # fmt: skip
         found.append(in_pieces(path, random_tokens(70), [66, 70], "fp32"))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    if not has_kernel():
+        return  # nothing is repacked on this CPU
     plain, repacked = (
         in_pieces(
             tmp_path / "False",
