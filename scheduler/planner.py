@@ -72,6 +72,8 @@ def make_plan(
     _check(problem, workload)
     resident = resident_candidates(problem, ENOUGH_SEQUENCES)
     candidates = resident or resident_candidates(problem, 1) + streaming_candidates(problem)
+    enough = [one for one in candidates if one.cache.in_all >= problem.min_sequences]
+    candidates = enough or candidates
     best = _fastest(problem, candidates)
     if best is None:
         raise DoesNotFitError(
