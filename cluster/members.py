@@ -54,6 +54,10 @@ class Members:
         if self._logs is not None:
             self._logs.replace(stage, actor)
 
+    def leave_trace(self, stage: int) -> None:
+        """Keep what the stage's process recorded, if it did, before another one takes its place."""
+        self._pipeline.traces.leave(stage)
+
     def leave_log(self, stage: int) -> None:
         """Note what the stage's log has done, before another process goes on with it."""
         if self._logs is not None:

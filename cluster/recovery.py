@@ -17,6 +17,7 @@ import ray
 
 from headrace.cluster.members import Members
 from headrace.cluster.stage_actor import CONTROL
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StageError, StageLostError
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,8 @@ class RingRecovery:
         """Each stage's."""
         return list(self._states)
 
-    def recover(self, error: StageLostError, step: int) -> Recovery:
-        """Have every stage ready to run pass `step`, with edges to the others.
+    def recover(self, error: StageLostError, step: int, tracer: Tracer = NULL_TRACER) -> Recovery:
+        """Have every stage ready to run pass `step`, with edges to the others; phases are spans of `tracer`.
 
         The stages of the result hold nothing for any request. The `error` comes out again, with what came
         between, when that cannot be had; NoPlaceError where there is no place for all.
@@ -104,7 +105,7 @@ class RingRecovery:
             if number > 1:
                 self._pause(2.0 ** (number - 2))
             try:
-                self._round(step, last.silent, replaced, phases)
+                self._round(step, last.silent, replaced, _Phases(phases, tracer))
             except StageLostError as failure:
                 log.warning("recovering from: %s Round %d: %s", error, number, failure)
                 last = failure
@@ -113,16 +114,16 @@ class RingRecovery:
         raise StageError(f"{error} It could not be recovered from in {ROUNDS} rounds: {last}")
 
     def _round(
-        self, step: int, silent: Collection[int], replaced: set[int], phases: dict[str, float]
+        self, step: int, silent: Collection[int], replaced: set[int], phases: "_Phases"
     ) -> None:
-        with _timed(phases, "breaking off"):
+        with phases.timed("breaking off"):
             self._break_off(step, silent)
         gone = self._in_state(StageState.GONE)
         replaced.update(gone)
         if gone:
-            with _timed(phases, "starting and loading"):
+            with phases.timed("starting and loading"):
                 self._start(gone, step)
-        with _timed(phases, "connecting"):
+        with phases.timed("connecting"):
             self._members.connect()
         for stage in self._in_state(StageState.RESTING):
             self._enter(stage, StageState.SERVING)
@@ -204,10 +205,18 @@ class RingRecovery:
         log.info("stage %d is %s", stage, state.value)
 
 
-@contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        phases[name] = phases.get(name, 0.0) + time.monotonic() - started
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """Seconds by phase, summed up over rounds."""
+
+    seconds: dict[str, float]
+    tracer: Tracer
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            with self.tracer.span(Kind.RECOVERY, name):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started

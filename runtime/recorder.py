@@ -210,6 +210,7 @@ class Recorder:
         return Span(timed.kind, start, end, timed.thread, timed.name, timed.number, timed.nbytes)
 
 
-def make_recorder(device: torch.device) -> Recorder:
+def make_recorder(device: torch.device, passes: int = KEPT_PASSES) -> Recorder:
     """For a stage on `device`; on CUDA its compute stream must be current."""
-    return Recorder(CudaTraceClock() if device.type == "cuda" else HostTraceClock())
+    clock = CudaTraceClock() if device.type == "cuda" else HostTraceClock()
+    return Recorder(clock, passes=passes)
