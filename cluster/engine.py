@@ -13,6 +13,7 @@ from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending
+from headrace.cluster.recovery import StageStanding
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.ring import Rebuild, Ring
 from headrace.cluster.ring_trace import RingTrace, RingTracing, TracedPipeline
@@ -261,6 +262,10 @@ class Engine:
     def stage_pids(self) -> list[int]:
         """Of the stages' processes, on the node where each is."""
         return [] if self._recovery is None else self._recovery.pids()
+
+    def roster(self) -> list[StageStanding]:
+        """Of each stage that is a process. Any thread may ask, at any time."""
+        return [] if self._recovery is None else self._recovery.roster()
 
     def tend(self) -> None:
         """While there is nothing to do, look whether all stages are alive: others take the place of those

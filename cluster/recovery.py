@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import ray
 
-from headrace.cluster.members import Members
+from headrace.cluster.members import Members, Place
 from headrace.cluster.stage_actor import CONTROL
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StageError, StageLostError
@@ -52,13 +52,15 @@ LEGAL: Mapping[StageState, frozenset[StageState]] = {
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """The `stages` that have new processes, after so many rounds, and seconds by phase."""
+    """The `stages` that have new processes, after so many rounds, and seconds by phase. It `ended` at that time, on
+    time.monotonic."""
 
     cause: str
     stages: tuple[int, ...]
     rounds: int
     phases: Mapping[str, float]
     requests: int = 0
+    ended: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:
@@ -73,12 +75,23 @@ class Recovery:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class StageStanding:
+    """What a stage's process does since so many seconds, where it is, and the name of its ring in metrics."""
+
+    state: StageState
+    seconds: float
+    place: Place
+    ring: str
+
+
 class RingRecovery:
     """Recovers the ring of `members`."""
 
     def __init__(self, members: Members, pause: Callable[[float], None] = time.sleep) -> None:
         self._members, self._processes, self._pause = members, members.processes, pause
         self._states = [StageState.SERVING] * len(members.configs)
+        self._since = [time.monotonic()] * len(members.configs)
 
     def pids(self) -> list[int]:
         """Of the stages' processes, on the node where each is."""
@@ -92,6 +105,15 @@ class RingRecovery:
     def states(self) -> list[StageState]:
         """Each stage's."""
         return list(self._states)
+
+    def roster(self) -> list[StageStanding]:
+        """Of each stage. Any thread may ask, and while stages are recovered, too."""
+        now = time.monotonic()
+        pairs = list(zip(self._states, self._since, strict=True))
+        return [
+            StageStanding(state, now - since, self._members.place(stage), self._members.ring)
+            for stage, (state, since) in enumerate(pairs)
+        ]
 
     def recover(self, error: StageLostError, step: int, tracer: Tracer = NULL_TRACER) -> Recovery:
         """Have every stage ready to run pass `step`, with edges to the others; phases are spans of `tracer`.
@@ -201,7 +223,7 @@ class RingRecovery:
     def _enter(self, stage: int, state: StageState) -> None:
         before = self._states[stage]
         assert state in LEGAL[before], f"stage {stage}: {before.value} -> {state.value}"
-        self._states[stage] = state
+        self._states[stage], self._since[stage] = state, time.monotonic()
         log.info("stage %d is %s", stage, state.value)
 
 

@@ -76,9 +76,9 @@ class RingTracing:
 
 
 class _TracedPending:
-    def __init__(self, pending: Pending, tracer: Tracer, step: int) -> None:
+    def __init__(self, pending: Pending, tracer: Tracer, step: int, submitted: int) -> None:
         self._pending, self._tracer, self._step = pending, tracer, step
-        self._submitted = time.time_ns()
+        self._submitted = submitted
 
     def result(self) -> list[PassResult]:
         results = self._pending.result()
@@ -93,7 +93,8 @@ class TracedPipeline:
         self._pipeline, self._tracer = pipeline, tracer
 
     def submit(self, a_pass: Pass) -> Pending:
-        return _TracedPending(self._pipeline.submit(a_pass), self._tracer, a_pass.step)
+        now = time.time_ns()  # before a stage can begin
+        return _TracedPending(self._pipeline.submit(a_pass), self._tracer, a_pass.step, now)
 
     def wait_host_tier(self) -> None:
         self._pipeline.wait_host_tier()
