@@ -13,7 +13,7 @@ from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending
-from headrace.cluster.recovery import StageStanding
+from headrace.cluster.recovery import StageStanding, StageState
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.ring import Rebuild, Ring
 from headrace.cluster.ring_trace import RingTrace, RingTracing, TracedPipeline
@@ -262,6 +262,11 @@ class Engine:
     def stage_pids(self) -> list[int]:
         """Of the stages' processes, on the node where each is."""
         return [] if self._recovery is None else self._recovery.pids()
+
+    @property
+    def stage_states(self) -> list[StageState]:
+        """Of the stages that are processes. Any thread may ask."""
+        return [] if self._recovery is None else self._recovery.states
 
     def roster(self) -> list[StageStanding]:
         """Of each stage that is a process. Any thread may ask, at any time."""

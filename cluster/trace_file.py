@@ -18,8 +18,7 @@ import msgspec
 
 from headrace.cluster.job_report import ComputeSplit
 from headrace.cluster.ring_trace import RingTrace, RingTracing
-from headrace.runtime.recorder import KEPT_PASSES
-from headrace.runtime.trace import Kind, Span, Trace
+from headrace.runtime.trace import KEPT_PASSES, Kind, Span, Trace
 from headrace.scheduler.errors import HeadraceError
 
 log = logging.getLogger(__name__)
@@ -74,23 +73,24 @@ class RunTrace:
         return [_split(trace) for trace in self._trace.newest]
 
 
-def check_writable(file: Path) -> None:
+def check_writable(file: Path, option: str = "--trace") -> None:
     """HeadraceError when `file` cannot become a trace: to be asked before anything runs.
 
     An earlier trace is replaced, no other file is.
     """
-    if file.is_file() and not _is_trace(file):
-        raise HeadraceError(f"--trace {file} is there and is no trace: choose another file")
+    if file.is_file() and not is_trace(file):
+        raise HeadraceError(f"{option} {file} is there and is no trace: choose another file")
     folder = file.absolute().parent
     if file.is_dir():
-        raise HeadraceError(f"--trace {file} is a directory: name a file in it")
+        raise HeadraceError(f"{option} {file} is a directory: name a file in it")
     if not folder.is_dir():
-        raise HeadraceError(f"--trace {file}: there is no directory {folder}: create it")
+        raise HeadraceError(f"{option} {file}: there is no directory {folder}: create it")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise HeadraceError(f"--trace {file}: {folder} may not be written to: choose another file")
+        raise HeadraceError(f"{option} {file}: {folder} may not be written to: choose another file")
 
 
-def _is_trace(file: Path) -> bool:
+def is_trace(file: Path) -> bool:
+    """Whether it begins as the traces do that are written here."""
     with file.open("rb") as opened:
         return opened.read(len(_BEGINNING)) == _BEGINNING
 

@@ -14,9 +14,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from headrace.runtime.trace import NO_SPAN, ON_HOST, Kind, Span, Trace
+from headrace.runtime.trace import KEPT_PASSES, NO_SPAN, ON_HOST, Kind, Span, Trace
 
-KEPT_PASSES = 64
 KEPT_SPANS = 200_000
 """Per stage, of the newest passes: some 40 MB of host memory."""
 

@@ -20,12 +20,12 @@ from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.memory.held import Holding, Owner
 from headrace.runtime.ready import Ready, ReadyBatch
-from headrace.runtime.recorder import KEPT_PASSES, Recorder, make_recorder
+from headrace.runtime.recorder import Recorder, make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
 from headrace.runtime.streaming.streamer import StreamCounters, wait_clock
-from headrace.runtime.trace import NULL_TRACER, Kind, SwitchTracer, Trace
+from headrace.runtime.trace import KEPT_PASSES, NULL_TRACER, Kind, SwitchTracer, Trace
 from headrace.runtime.verification import verified
 from headrace.scheduler.errors import StageError, StageLostError
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+KEPT_PASSES = 64
+"""What a trace has of a run as a whole: its newest passes."""
+
 
 class Kind(str, Enum):
     """What a span of time was spent on."""

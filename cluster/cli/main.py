@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, explain, serve, client, job, bench, kv, doctor."""
+"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -28,6 +28,8 @@ from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import RunOptions
 from headrace.cluster.cli.ring_options import ColdOption, RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
+from headrace.cluster.cli.top import top
+from headrace.cluster.cli.trace import trace_ring
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.sizes import format_size
 
@@ -278,6 +280,8 @@ app.command()(pull)
 app.command("explain")(explain_run)
 app.command()(serve)
 app.command("serve-key")(serve_key)
+app.command()(top)
+app.command("trace")(trace_ring)
 
 
 def _command() -> str:
