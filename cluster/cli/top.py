@@ -66,7 +66,7 @@ def _source(
     from headrace.cluster.top.nodes import nodes_here, nodes_of
 
     if address is None:
-        return MetricsSource("this machine", nodes_here())
+        return MetricsSource("this machine", nodes_here(), nodes_here)
     with Console(stderr=True).status(f"asking {address} for its nodes ..."):
         return MetricsSource(address, nodes_of(address))
 

@@ -28,13 +28,27 @@ class MetricsSource:
     warm_up = 24.0
 
     def __init__(
-        self, place: str, urls: Sequence[str], clock: Callable[[], float] = time.monotonic
+        self,
+        place: str,
+        urls: Sequence[str],
+        find_again: Callable[[], list[str]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`find_again` says where the nodes are after nothing was found at `urls`."""
         self.place = place
-        self._urls, self._clock = list(urls), clock
+        self._urls, self._find_again, self._clock = list(urls), find_again, clock
+        self._is_lost = False
         self._readings = Readings()
 
     def look(self) -> list[RingView]:
+        if self._is_lost and self._find_again is not None:
+            self._urls = self._find_again()
+        rings = self._look()
+        self._is_lost = not rings
+        return rings
+
+    def _look(self) -> list[RingView]:
+        self._is_lost = True  # until something was found
         with ThreadPoolExecutor(min(32, len(self._urls))) as threads:
             found = list(threads.map(_read, self._urls))
         if all(each is None for each in found):

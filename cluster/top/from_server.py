@@ -32,14 +32,14 @@ class ServerSource:
     warm_up = 0.0
 
     def __init__(self, door: Door) -> None:
-        self._door = door
+        self.door = door
 
     @property
     def place(self) -> str:
-        return self._door.url
+        return self.door.url
 
     def look(self) -> list[RingView]:
-        state = self._door.get("/ring")
+        state = self.door.get("/ring")
         try:
             return [ring_view(state)]
         except (KeyError, TypeError, AttributeError) as error:

@@ -29,8 +29,8 @@ def look_once(source: Source, sleep: Callable[[float], None] = time.sleep) -> li
 def _some(rings: list[RingView], source: Source) -> list[RingView]:
     if not rings:
         raise HeadraceError(
-            f"no ring runs at {source.place}, or none since 20 seconds: start one with `headrace serve`"
-            " or `headrace generate`"
+            f"no ring runs ({source.place}), or only since a few seconds: start one with `headrace serve` or"
+            " `headrace generate`"
         )
     return rings
 
@@ -64,7 +64,7 @@ class _Picture:
         yield made
 
 
-def watch(source: Source, console: Console) -> None:
+def watch(source: Source, console: Console, sleep: Callable[[float], None] = time.sleep) -> None:
     """Until Ctrl-C. HeadraceError when there is nothing to watch at first; what goes away later stays in the
     picture, which says since when nothing was heard of it."""
     picture = _Picture(source, _some(source.look(), source))
@@ -72,11 +72,11 @@ def watch(source: Source, console: Console) -> None:
     with Live(picture, console=console, screen=True, auto_refresh=False) as live:
         while True:
             live.refresh()
-            time.sleep(PERIOD)
+            sleep(PERIOD)
             try:
                 rings = source.look()
                 if not rings:
-                    raise HeadraceError(f"no ring runs at {source.place} any more")
+                    raise HeadraceError(f"no ring runs any more ({source.place}).")
             except HeadraceError as error:
                 silent = time.monotonic() - heard
                 picture.trouble = f"as it was {silent:.0f} s ago. {error} Ctrl-C ends this."

@@ -11,7 +11,9 @@ import pytest
 from commands import wait_for
 from local_engines import engine_of
 from served import EchoEngine, Served, serving
+from typer.testing import CliRunner
 
+from headrace.cluster.cli.main import app
 from headrace.cluster.serving.keys import add_key, load_keys
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.placement import Tier
@@ -81,6 +83,31 @@ def test_a_ring_is_recorded_while_it_serves(stories: Path) -> None:
                     assert outer["ts"] <= each["ts"]
                     assert each["ts"] + each["dur"] <= outer["ts"] + outer["dur"]
     assert not engine._tracing.tracer.on
+
+
+def test_the_command_writes_a_trace_and_sums_it_up(stories: Path, tmp_path: Path) -> None:
+    file, runner = tmp_path / "ring.json", CliRunner()
+    with engine_of(stories, {"stages": 2, "num_pages": 16}) as engine, serving(engine) as served:
+        command = ["trace", served.url, "-o", str(file)]
+        idle = runner.invoke(app, [*command, "--seconds", "0.2"])
+        assert "the ring had nothing to do" in str(idle.exception)
+        assert list(tmp_path.iterdir()) == []
+        with Asking(served):
+            found = runner.invoke(app, [*command, "--passes", "5"])
+        assert found.exit_code == 0, found.output
+        assert "The trace is in" in found.stdout and "5 passes in" in found.stdout
+        unnamed = runner.invoke(app, command[:2])
+        assert "name the file, too" in str(unnamed.exception)
+        (tmp_path / "other").write_text("mine")
+        other = runner.invoke(app, [*command[:3], str(tmp_path / "other")])
+        assert "is no trace" in str(other.exception)
+    assert set(spans_of(json.loads(file.read_text()))) == {"driver", "stage 0", "stage 1"}
+    again = runner.invoke(app, ["trace", str(file)])
+    assert again.stdout.count("matmul") == 1
+    assert "The longest waits" in again.stdout and "wait for link" in again.stdout
+    cut = tmp_path / "cut.json"
+    cut.write_bytes(file.read_bytes()[:-100])
+    assert "was cut off" in str(runner.invoke(app, ["trace", str(cut)]).exception)
 
 
 def test_an_idle_ring_and_a_client_that_leaves(stories: Path) -> None:
