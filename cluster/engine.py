@@ -13,10 +13,12 @@ from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending
+from headrace.cluster.recovery import StageStanding, StageState
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.ring import Rebuild, Ring
+from headrace.cluster.ring_trace import RingTrace, RingTracing, TracedPipeline
 from headrace.cluster.telemetry.events import EngineEvents
-from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
+from headrace.runtime.trace import Kind
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.drafter import Guesses
@@ -63,7 +65,8 @@ class Engine:
         self._identity = f"{digest} {ring.plan.kv_format} {dtype} {tenant}"
         self._write_through, self._rebuild, self._warned_of_keep = write_through, rebuild, False
         self.tokenizer, self.trace = tokenizer, trace
-        self._tracer: Tracer = trace.driver if trace else NULL_TRACER
+        self._tracing = RingTracing() if trace is None else trace.tracing
+        self._tracer = self._tracing.tracer
         self._stop_ids = stop_ids
         self._outputs = Outputs(tokenizer, stop_ids, vocabulary)
         self._enter(ring)
@@ -78,7 +81,8 @@ class Engine:
         """Begin with stages that hold nothing but what is in their logs."""
         self.plan, self.max_context = ring.plan, ring.plan.max_context
         self.inputs = ring.inputs
-        self._pipeline, self._logs = ring.pipeline, ring.logs
+        self._pipeline, self._logs = TracedPipeline(ring.pipeline, self._tracer), ring.logs
+        self._tracing.follow(ring.traces)
         self._replacer, self._recovery = ring.replacer, ring.recovery
         self._reports = MoveReports(ring.plan.placement.num_stages)
         config = limits_of(ring.plan, self._identity, write_through=self._write_through)
@@ -230,7 +234,8 @@ class Engine:
         self._come_to_rest()
         ids, step = self._scheduler.contexts(), self._scheduler.next_step
         try:
-            taken = self._replacer.replace(stage, ids, step, found)
+            with self._tracer.span(Kind.REPLACE, number=stage):
+                taken = self._replacer.replace(stage, ids, step, found)
         except StageLostError as error:
             self._recover(error)
             taken = Taken(lost=replace(ids, window=()))
@@ -244,9 +249,27 @@ class Engine:
         log.info("%s", done)
         return done
 
+    def begin_trace(self, passes: int) -> None:
+        """Record what the driver and the stages do, of each the newest `passes` passes, until `end_trace`; stages
+        begin when the passes under way have ended. HeadraceError when that is done already."""
+        self._tracing.begin(passes)
+
+    def end_trace(self) -> Callable[[], RingTrace]:
+        """Record no more. What is returned waits for the passes under way, in any thread."""
+        return self._tracing.end()
+
     def stage_pids(self) -> list[int]:
         """Of the stages' processes, on the node where each is."""
         return [] if self._recovery is None else self._recovery.pids()
+
+    @property
+    def stage_states(self) -> list[StageState]:
+        """Of the stages that are processes. Any thread may ask."""
+        return [] if self._recovery is None else self._recovery.states
+
+    def roster(self) -> list[StageStanding]:
+        """Of each stage that is a process. Any thread may ask, at any time."""
+        return [] if self._recovery is None else self._recovery.roster()
 
     def tend(self) -> None:
         """While there is nothing to do, look whether all stages are alive: others take the place of those
@@ -283,7 +306,8 @@ class Engine:
                 f"{error} No pass has returned since {MOST_FRUITLESS} recoveries: what runs now ends stages"
             )
         try:
-            done = self._recovery.recover(error, self._scheduler.next_step)
+            with self._tracer.span(Kind.RECOVERY, "as a whole"):
+                done = self._recovery.recover(error, self._scheduler.next_step, self._tracer)
         except NoPlaceError as no_place:
             self._move(no_place)
             return

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
@@ -24,6 +25,9 @@ from headrace.runtime.store import Store
 from headrace.runtime.streaming.page_cache import ReadAhead, available_memory
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.kv_format import check_kv_format
+
+if TYPE_CHECKING:
+    from headrace.cluster.trace_file import RunTrace  # imports torch: a driver has no time yet
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ def running_engine(options: EngineOptions, watch: Watch | None = None) -> Iterat
             digest=store.digest,
             dtype=model.dtype,
             tenant=options.kv_tenant,
-            trace=starter.trace,
+            trace=_run_trace(options),
             rebuild=starter.start_smaller,
             write_through=options.kv_write_through,
             vocabulary=measuring.result().vocab_size,
@@ -70,6 +74,14 @@ def running_engine(options: EngineOptions, watch: Watch | None = None) -> Iterat
         yield engine
         if options.kv_keep:  # not after an error
             engine.save()
+
+
+def _run_trace(options: EngineOptions) -> "RunTrace | None":
+    if options.trace is None:
+        return None
+    from headrace.cluster.trace_file import RunTrace
+
+    return RunTrace(options.trace)
 
 
 def _check(options: EngineOptions) -> None:

@@ -1,6 +1,7 @@
 """The processes that are a ring's stages, in all that knows them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from headrace.cluster.edges import Edges
@@ -11,6 +12,14 @@ from headrace.cluster.stage_logs import ActorLogs
 from headrace.cluster.wire import encode
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stage's process is: the address of its node, and its id there; "" and 0 while it starts."""
+
+    node: str
+    pid: int
 
 
 class Members:
@@ -32,6 +41,15 @@ class Members:
     def pids(self) -> list[int]:
         """Of the stages' processes, on the node where each is."""
         return [self.processes.pid_of(stage) for stage in range(len(self.configs))]
+
+    @property
+    def ring(self) -> str:
+        """What metrics of these stages are told apart by; "" where there are none."""
+        return self.processes.ring
+
+    def place(self, stage: int) -> Place:
+        """Any thread may ask."""
+        return Place(*self.processes.place_of(stage))
 
     def ask(self, stage: int, ref: Any, doing: str, deadline: float | None = None) -> Any:
         """What a call of a stage's returned. StageLostError when it died or did not answer."""
@@ -56,6 +74,10 @@ class Members:
         self._pipeline.replace(stage, actor)
         if self._logs is not None:
             self._logs.replace(stage, actor)
+
+    def leave_trace(self, stage: int) -> None:
+        """Keep what the stage's process recorded, if it did, before another one takes its place."""
+        self._pipeline.traces.leave(stage)
 
     def leave_log(self, stage: int) -> None:
         """Note what the stage's log has done, before another process goes on with it."""

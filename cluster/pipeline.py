@@ -3,21 +3,19 @@
 Every Ray call of a running ring is made here; the engine and the scheduler know only `Pipeline`.
 """
 
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import ray
 
 from headrace.cluster.pass_bound import PassDeadline
 from headrace.cluster.stage_actor import PASSES
+from headrace.cluster.stage_traces import StageTrace, StageTraces
 from headrace.cluster.wire import decode, encode
-from headrace.runtime.trace import Trace
 from headrace.scheduler.errors import HeadraceError, StageLostError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import Pass, PassResult
@@ -26,16 +24,11 @@ if TYPE_CHECKING:  # seconds to import, and drivers of actors have no use
     from headrace.runtime.ready import Ready
     from headrace.runtime.stage import Stage
 
-TRACE_SECONDS = 30.0
-"""How long stages may take to finish the passes under way and hand over their traces."""
-
 LOOK_SECONDS = 1.0
 """How often it is looked whether stages that are waited for are alive."""
 
 DEATH_SECONDS = 2.0
 """How long after a broken edge Ray may take to know of the death that broke it."""
-
-_PINGS = 8
 
 T = TypeVar("T")
 
@@ -187,6 +180,7 @@ class RayPipeline:
         self._actors, self._most, self._check = list(actors), deadline, check
         self._deadline = PassDeadline(plan, deadline)
         self._draws: _Draws[Any] = _Draws(plan)
+        self.traces = StageTraces(actors)
 
     def submit(self, a_pass: Pass) -> Pending:
         payload = encode(a_pass)
@@ -207,37 +201,12 @@ class RayPipeline:
     def replace(self, stage: int, actor: Any) -> None:
         """Another actor runs the stage's part of passes to come; none is under way."""
         self._actors[stage] = actor
-
-    def take_traces(self) -> list[Trace | None]:
-        """What each stage kept; None for one that is gone or too late."""
-        refs = [actor.take_trace.remote() for actor in self._actors]
-        ray.wait(refs, num_returns=len(refs), timeout=TRACE_SECONDS)
-        return [_trace(actor, ref) for actor, ref in zip(self._actors, refs, strict=True)]
+        self.traces.replace(stage, actor)
 
     def close(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors.clear()
-
-
-def _trace(actor: Any, ref: Any) -> Trace | None:
-    try:
-        trace = decode(ray.get(ref, timeout=1.0), Trace)
-        if trace.node == os.uname().nodename:
-            return trace
-        uncertain, ahead = min(_ping(actor) for _ in range(_PINGS))
-        return replace(trace, ahead=ahead, uncertain=uncertain)
-    except ray.exceptions.RayError:
-        return None
-
-
-def _ping(actor: Any) -> tuple[int, int]:
-    """How far an actor's clock is ahead of this one, after the error of that (half the way there
-    and back); in nanoseconds."""
-    asked = time.time_ns()
-    there = ray.get(actor.clock.remote(), timeout=TRACE_SECONDS)
-    half = (time.time_ns() - asked) // 2
-    return half, there - asked - half
 
 
 class _LocalPending:
@@ -276,8 +245,16 @@ class LocalPipeline:
         for stage in self._stages:
             stage.wait_host_tier()
 
-    def take_traces(self) -> list[Trace | None]:
-        return [stage.recorder.take() if stage.recorder else None for stage in self._stages]
+    def begin_trace(self, passes: int) -> None:
+        for thread, stage in zip(self._threads, self._stages, strict=True):
+            thread.submit(stage.begin_trace, passes)
+
+    def end_trace(self) -> Callable[[], list[StageTrace]]:
+        ending = [
+            thread.submit(stage.end_trace)
+            for thread, stage in zip(self._threads, self._stages, strict=True)
+        ]
+        return lambda: [StageTrace(i, each.result()) for i, each in enumerate(ending)]
 
     def close(self) -> None:
         for thread in self._threads:

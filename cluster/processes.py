@@ -187,6 +187,13 @@ class StageProcesses:
         found = actors(actor_id=self.actors[stage]._actor_id.hex())
         return int(found.get("Pid") or 0)
 
+    def place_of(self, stage: int) -> tuple[str, int]:
+        """The address of the node where the stage's actor is and its process id there; "" and 0 while it
+        starts. Any thread may ask."""
+        found = actors(actor_id=self.actors[stage]._actor_id.hex())
+        address = found.get("Address") or {}
+        return str(address.get("IPAddress") or ""), int(found.get("Pid") or 0)
+
     def start(self, stage: int, node: str | None = None) -> Any:
         """A new actor for the stage, in its bundle or on the node with that id."""
         strategy: Any = PlacementGroupSchedulingStrategy(

@@ -1,18 +1,21 @@
 """What recovering a ring took."""
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """The `stages` that have new processes, after so many rounds, and seconds by phase."""
+    """The `stages` that have new processes, after so many rounds, and seconds by phase. It `ended` at that time, on
+    time.monotonic."""
 
     cause: str
     stages: tuple[int, ...]
     rounds: int
     phases: Mapping[str, float]
     requests: int = 0
+    ended: float = field(default_factory=time.monotonic)
 
     @property
     def seconds(self) -> float:

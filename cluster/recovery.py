@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 
 import ray
 
-from headrace.cluster.members import Members
+from headrace.cluster.members import Members, Place
 from headrace.cluster.recovered import Recovery
 from headrace.cluster.stage_actor import CONTROL
+from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StageError, StageLostError
 
 log = logging.getLogger(__name__)
@@ -49,12 +51,23 @@ LEGAL: Mapping[StageState, frozenset[StageState]] = {
 """Each state's next ones."""
 
 
+@dataclass(frozen=True, slots=True)
+class StageStanding:
+    """What a stage's process does since so many seconds, where it is, and the name of its ring in metrics."""
+
+    state: StageState
+    seconds: float
+    place: Place
+    ring: str
+
+
 class RingRecovery:
     """Recovers the ring of `members`."""
 
     def __init__(self, members: Members, pause: Callable[[float], None] = time.sleep) -> None:
         self._members, self._processes, self._pause = members, members.processes, pause
         self._states = [StageState.SERVING] * len(members.configs)
+        self._since = [time.monotonic()] * len(members.configs)
 
     def pids(self) -> list[int]:
         """Of the stages' processes, on the node where each is."""
@@ -69,8 +82,17 @@ class RingRecovery:
         """Each stage's."""
         return list(self._states)
 
-    def recover(self, error: StageLostError, step: int) -> Recovery:
-        """Have every stage ready to run pass `step`, with edges to the others.
+    def roster(self) -> list[StageStanding]:
+        """Of each stage. Any thread may ask, and while stages are recovered, too."""
+        now = time.monotonic()
+        pairs = list(zip(self._states, self._since, strict=True))
+        return [
+            StageStanding(state, now - since, self._members.place(stage), self._members.ring)
+            for stage, (state, since) in enumerate(pairs)
+        ]
+
+    def recover(self, error: StageLostError, step: int, tracer: Tracer = NULL_TRACER) -> Recovery:
+        """Have every stage ready to run pass `step`, with edges to the others; phases are spans of `tracer`.
 
         The stages of the result hold nothing for any request. The `error` comes out again, with what came
         between, when that cannot be had; NoPlaceError where there is no place for all.
@@ -81,7 +103,7 @@ class RingRecovery:
             if number > 1:
                 self._pause(2.0 ** (number - 2))
             try:
-                self._round(step, last.silent, replaced, phases)
+                self._round(step, last.silent, replaced, _Phases(phases, tracer))
             except StageLostError as failure:
                 log.warning("recovering from: %s Round %d: %s", error, number, failure)
                 last = failure
@@ -90,20 +112,20 @@ class RingRecovery:
         raise StageError(f"{error} It could not be recovered from in {ROUNDS} rounds: {last}")
 
     def _round(
-        self, step: int, silent: Collection[int], replaced: set[int], phases: dict[str, float]
+        self, step: int, silent: Collection[int], replaced: set[int], phases: "_Phases"
     ) -> None:
-        with _timed(phases, "breaking off"):
+        with phases.timed("breaking off"):
             self._break_off(step, silent)
         gone = self._in_state(StageState.GONE)
         replaced.update(gone)
         if gone:
-            with _timed(phases, "starting"):
+            with phases.timed("starting"):
                 self._start(gone)
-            with _timed(phases, "loading"):
+            with phases.timed("loading"):
                 self._of_each(gone, lambda stage: self._load(stage, step))
                 for stage in gone:
                     self._enter(stage, StageState.RESTING)
-        with _timed(phases, "connecting"):
+        with phases.timed("connecting"):
             self._members.connect()
         for stage in self._in_state(StageState.RESTING):
             self._enter(stage, StageState.SERVING)
@@ -187,14 +209,22 @@ class RingRecovery:
     def _enter(self, stage: int, state: StageState) -> None:
         before = self._states[stage]
         assert state in LEGAL[before], f"stage {stage}: {before.value} -> {state.value}"
-        self._states[stage] = state
+        self._states[stage], self._since[stage] = state, time.monotonic()
         log.info("stage %d is %s", stage, state.value)
 
 
-@contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        phases[name] = phases.get(name, 0.0) + time.monotonic() - started
+@dataclass(frozen=True, slots=True)
+class _Phases:
+    """Seconds by phase, summed up over rounds."""
+
+    seconds: dict[str, float]
+    tracer: Tracer
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            with self.tracer.span(Kind.RECOVERY, name):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started

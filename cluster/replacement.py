@@ -143,6 +143,7 @@ class StageReplacer:
     def _stop(self, stage: int, *, hand_over: bool) -> dict[str, bytes]:
         """End the stage's process. Returns what the next one needs to read its log."""
         old = self._processes.actors[stage]
+        self._members.leave_trace(stage)
         self._members.leave_log(stage)
         keys = self._ask(stage, old.leave.remote(hand_over=hand_over), "leaving")
         self._processes.stop(old)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from headrace.cluster.pipeline import Pipeline
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
+from headrace.cluster.stage_traces import TraceSource
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan_inputs import PlanInputs
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Ring:
     """Stages that run passes of a `plan`. They can be replaced and recovered where they are processes, and
-    `logs` are what they have on NVMe; `inputs` are what the plan was made from, if that is known."""
+    `logs` are what they have on NVMe; `inputs` are what the plan was made from, if that is known;
+    `traces` record what they do."""
 
     plan: Plan
     pipeline: Pipeline
@@ -25,6 +27,7 @@ class Ring:
     replacer: StageReplacer | None = None
     recovery: RingRecovery | None = None
     inputs: PlanInputs | None = None
+    traces: TraceSource | None = None
 
 
 Rebuild = Callable[[], Ring]

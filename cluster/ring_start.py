@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from headrace.cluster.discovery import Discovery
 from headrace.cluster.edges import Edges
@@ -14,7 +14,7 @@ from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.hydration import cold_model, hydrate_stages
 from headrace.cluster.kv_options import log_config, log_keys, log_kv
 from headrace.cluster.members import Members
-from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
+from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, num_places
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
@@ -30,9 +30,6 @@ from headrace.runtime.streaming.page_cache import ReadAhead
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import ModelShape
 from headrace.scheduler.placement import Plan
-
-if TYPE_CHECKING:
-    from headrace.cluster.trace_file import RunTrace  # imports torch: a driver has no time yet
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +69,6 @@ class RingStarter:
         self.name = (
             ""  # what metrics of the ring are told apart by; none where nobody would see them
         )
-        self.trace: RunTrace | None = None
 
     def start(self, stages: int) -> Ring:
         """HeadraceError when the cluster has no room for them, or they have none for the model."""
@@ -102,7 +98,7 @@ class RingStarter:
         pipeline = RayPipeline(actors, plan, options.pass_timeout, edges.check)
         members = Members(processes, configs, pipeline, logs, edges, keys)
         replacer, recovery = StageReplacer(members), RingRecovery(members)
-        return Ring(plan, self._traced(pipeline), logs, replacer, recovery, inputs)
+        return Ring(plan, pipeline, logs, replacer, recovery, inputs, pipeline.traces)
 
     def start_smaller(self) -> Ring:
         """End what is left of the ring, and start one on as many stages as the cluster has places for now.
@@ -169,16 +165,6 @@ class RingStarter:
         self._opened.callback(edges.close)
         edges.connect(actors)
         return edges
-
-    def _traced(self, pipeline: RayPipeline) -> Pipeline:
-        if self._options.trace is None:
-            return pipeline
-        from headrace.cluster.trace_file import RunTrace, TracedPipeline
-
-        if self.trace is None:
-            self.trace = RunTrace(self._options.trace, pipeline)
-        self.trace.follow(pipeline)
-        return TracedPipeline(pipeline, self.trace.driver)
 
     def close(self) -> None:
         """End the ring that runs, if one does."""

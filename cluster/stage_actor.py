@@ -96,6 +96,9 @@ class StageActor:
         self._stage: Stage | None = None
         self._log: StageLog | None = None
         self._pulse: Pulse | None = None
+        self._trace_passes = (
+            0  # that a trace is to have, which was asked for before the stage was there
+        )
         # Ends with the process: a pass may still read from it when the log is closed.
         self._window: PageWindow | None = None
 
@@ -142,6 +145,8 @@ class StageActor:
         if config.device.startswith("cuda"):
             self._cap_device_memory(config)
         self._stage = self._thread.do(Stage, config, None, self._log, self._window)
+        if self._trace_passes:
+            self.begin_trace(self._trace_passes)
         if self._ring:
             self._metrics = StageMetrics(self._ring, config.stage, self._log)
         return self._stage.storage_name
@@ -231,10 +236,17 @@ class StageActor:
         assert self._stage is not None
         self._thread.do(reset_peaks, self._stage.device)
 
-    def take_trace(self) -> bytes:
-        """The Trace of the newest passes, for a stage that was told to keep one."""
-        assert self._stage is not None and self._stage.recorder is not None
-        return encode(self._thread.do(self._stage.recorder.take))
+    def begin_trace(self, passes: int) -> None:
+        """Record the newest `passes` passes from the next one on, or from the first one."""
+        self._trace_passes = passes
+        if self._stage is not None:
+            self._thread.do(self._stage.begin_trace, passes)
+
+    def end_trace(self) -> bytes | None:
+        """The Trace of what was recorded, if anything was; no more is."""
+        self._trace_passes = 0
+        trace = None if self._stage is None else self._thread.do(self._stage.end_trace)
+        return None if trace is None else encode(trace)
 
     def log_keys(self) -> list[bytes]:
         """Of the KV pages that this stage has on NVMe, oldest first."""

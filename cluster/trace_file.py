@@ -7,27 +7,21 @@ format is Chrome's "Trace Event Format"; times are microseconds since the first 
 
 import logging
 import os
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import msgspec
 
 from headrace.cluster.job_report import ComputeSplit
-from headrace.cluster.pipeline import Pending, Pipeline
-from headrace.runtime.recorder import KEPT_PASSES, HostTraceClock, Recorder
-from headrace.runtime.trace import Kind, Span, Trace
+from headrace.cluster.ring_trace import RingTrace, RingTracing
+from headrace.runtime.trace import KEPT_PASSES, Kind, Span, Trace
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.plan import Pass, PassResult
 
 log = logging.getLogger(__name__)
-
-_SPANS_A_PASS = 3
-"""The driver's: schedule, in flight, commit."""
 
 _TRACKS = {
     Kind.COPY: "copy",
@@ -38,6 +32,8 @@ _TRACKS = {
     Kind.SCHEDULE: "schedule and commit",
     Kind.COMMIT: "schedule and commit",
     Kind.IN_FLIGHT: "in flight",
+    Kind.RECOVERY: "recovery",
+    Kind.REPLACE: "recovery",
 }
 """All other kinds happen on the compute stream, but for reads, which have their thread's name."""
 
@@ -45,95 +41,56 @@ _BEGINNING = b'{"displayTimeUnit":"ms","otherData":{"headrace":'
 _DRIVER = 1  # Perfetto takes process 0 for the kernel's idle task
 
 
-class TraceSource(Protocol):
-    def take_traces(self) -> list[Trace | None]:
-        """What each stage kept; None for a stage that is gone or does not answer."""
-
-
-class _TracedPending:
-    def __init__(self, pending: Pending, tracer: Recorder, step: int) -> None:
-        self._pending, self._tracer, self._step = pending, tracer, step
-        self._submitted = time.time_ns()
-
-    def result(self) -> list[PassResult]:
-        results = self._pending.result()
-        self._tracer.add_since(self._submitted, Kind.IN_FLIGHT, self._step)
-        return results
-
-
-class TracedPipeline:
-    """A pipeline whose passes are noted from their submission until their results are taken."""
-
-    def __init__(self, pipeline: Pipeline, tracer: Recorder) -> None:
-        self._pipeline, self._tracer = pipeline, tracer
-
-    def submit(self, a_pass: Pass) -> Pending:
-        return _TracedPending(self._pipeline.submit(a_pass), self._tracer, a_pass.step)
-
-    def wait_host_tier(self) -> None:
-        self._pipeline.wait_host_tier()
-
-    def close(self) -> None:
-        self._pipeline.close()
-
-
 class RunTrace:
-    """Notes what the driver does, and writes that and what the stages kept to `file` at the end."""
+    """Has a ring recorded from its first pass on, and writes the newest ones to `file` at the end."""
 
-    def __init__(self, file: Path, stages: TraceSource) -> None:
-        self.file = file
-        self.driver = Recorder(HostTraceClock(), spans=_SPANS_A_PASS * KEPT_PASSES)
-        self._source = stages
+    def __init__(self, file: Path, passes: int = KEPT_PASSES) -> None:
+        self.file, self.tracing = file, RingTracing()
+        self.tracing.begin(passes)
         self.written = False
-        self._stages: list[Trace | None] | None = None
-
-    def follow(self, stages: TraceSource) -> None:
-        """Other stages run from now on; what those before them kept is gone with them."""
-        self._source = stages
+        self._trace: RingTrace | None = None
 
     def close(self) -> None:
         """Write the file, whole or not at all. Safe to call twice.
 
         What prevents it is logged: the run's results are there already, or its error is on its way.
         """
-        if self._stages is not None:
+        if self._trace is not None:
             return
-        self._stages = self._source.take_traces()
-        for stage, trace in enumerate(self._stages):
-            if trace is None:
-                log.warning("%s lacks stage %d, which did not answer", self.file, stage)
-            elif not trace.complete:
-                log.warning("stage %d had more spans a pass than %s can hold", stage, self.file)
+        self._trace = self.tracing.end()()
+        for note in notes_of(self._trace):
+            log.warning("%s: %s", self.file, note)
         try:
             check_writable(self.file)  # by now it may be the job's output
-            write_trace(self.file, self.driver.take(), self._stages)
+            write_trace(self.file, self._trace)
             self.written = True
         except (OSError, HeadraceError) as error:
             log.error("the trace was not written to %s: %s", self.file, error)
 
     def splits(self) -> list[ComputeSplit | None]:
-        """What each stage computed, from its first pass on. For a trace that is closed."""
-        assert self._stages is not None
-        return [_split(trace) for trace in self._stages]
+        """What each stage computed, from its process's first pass on. For a trace that is closed."""
+        assert self._trace is not None
+        return [_split(trace) for trace in self._trace.newest]
 
 
-def check_writable(file: Path) -> None:
+def check_writable(file: Path, option: str = "--trace") -> None:
     """HeadraceError when `file` cannot become a trace: to be asked before anything runs.
 
     An earlier trace is replaced, no other file is.
     """
-    if file.is_file() and not _is_trace(file):
-        raise HeadraceError(f"--trace {file} is there and is no trace: choose another file")
+    if file.is_file() and not is_trace(file):
+        raise HeadraceError(f"{option} {file} is there and is no trace: choose another file")
     folder = file.absolute().parent
     if file.is_dir():
-        raise HeadraceError(f"--trace {file} is a directory: name a file in it")
+        raise HeadraceError(f"{option} {file} is a directory: name a file in it")
     if not folder.is_dir():
-        raise HeadraceError(f"--trace {file}: there is no directory {folder}: create it")
+        raise HeadraceError(f"{option} {file}: there is no directory {folder}: create it")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise HeadraceError(f"--trace {file}: {folder} may not be written to: choose another file")
+        raise HeadraceError(f"{option} {file}: {folder} may not be written to: choose another file")
 
 
-def _is_trace(file: Path) -> bool:
+def is_trace(file: Path) -> bool:
+    """Whether it begins as the traces do that are written here."""
     with file.open("rb") as opened:
         return opened.read(len(_BEGINNING)) == _BEGINNING
 
@@ -150,28 +107,66 @@ def _split(trace: Trace | None) -> ComputeSplit | None:
     )
 
 
-def write_trace(file: Path, driver: Trace, stages: Sequence[Trace | None]) -> None:
-    """Write what `driver` and `stages` kept, replacing `file` when all of it is on disk."""
+def notes_of(trace: RingTrace) -> list[str]:
+    """What the trace lacks, and why."""
+    notes = list(trace.notes)
+    for each in trace.stages:
+        if each.trace is None and each.left:
+            died = "whose place another one took, is gone with what it recorded"
+            notes.append(f"lacks a process of stage {each.stage}, {died}")
+        elif each.trace is None:
+            notes.append(f"lacks stage {each.stage}, which did not answer")
+        elif not each.trace.complete:
+            notes.append(f"stage {each.stage} had more spans a pass than a trace can hold")
+    return notes
+
+
+def write_trace(file: Path, trace: RingTrace) -> None:
+    """Write what was recorded, replacing `file` when all of it is on disk."""
+    with replacing(file) as out:
+        out.writelines(trace_json(trace))
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `file` when the block ends without an error."""
     partial = file.with_name(f".{file.name}.partial")
-    processes = [_Process(_DRIVER, "driver", driver)]
-    for stage, trace in enumerate(stages):
-        if trace is not None:
-            processes.append(_Process(_DRIVER + 1 + stage, f"stage {stage}", trace))
     try:
         with partial.open("wb") as out:
-            encode = msgspec.json.Encoder().encode
-            out.write(_BEGINNING)
-            out.write(encode(_about(processes)))
-            out.write(b'},"traceEvents":[\n')
-            origin = min((p.origin for p in processes if p.trace.spans), default=0)
-            events = (event for process in processes for event in process.events(origin))
-            for i, event in enumerate(events):
-                out.write(b",\n" * (i > 0) + encode(event))
-            out.write(b"\n]}\n")
+            yield out
         partial.replace(file)
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
+
+
+def trace_json(trace: RingTrace) -> Iterator[bytes]:
+    """The file, a span at a time."""
+    processes, encode = _processes(trace), msgspec.json.Encoder().encode
+    yield _BEGINNING
+    yield encode(_about(trace, processes))
+    yield b'},"traceEvents":[\n'
+    origin = min((p.origin for p in processes if p.trace.spans), default=0)
+    events = (event for process in processes for event in process.events(origin))
+    for i, event in enumerate(events):
+        yield b",\n" * (i > 0) + encode(event)
+    yield b"\n]}\n"
+
+
+def _processes(trace: RingTrace) -> list["_Process"]:
+    """The driver, the stages in their order, and then those whose places they took."""
+    made = [_Process(_DRIVER, _DRIVER, "driver", trace.driver)]
+    stages = 1 + max((each.stage for each in trace.stages), default=-1)
+    earlier = 0
+    for each in trace.stages:
+        number, name = _DRIVER + 1 + each.stage, f"stage {each.stage}"
+        place = number
+        if each.left:
+            earlier += 1
+            number, name = _DRIVER + stages + earlier, f"{name} (process {earlier} that left)"
+        if each.trace is not None:
+            made.append(_Process(number, place, name, each.trace))
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +174,7 @@ class _Process:
     """One row of the trace viewer, with a track for each of its resources."""
 
     number: int
+    place: int
     name: str
     trace: Trace
 
@@ -190,7 +186,7 @@ class _Process:
     def events(self, origin: int) -> Iterator[dict[str, Any]]:
         """Trace events, in microseconds since `origin`."""
         yield self._named("process_name", 0, f"{self.name} on {self.trace.node}")
-        yield {**self._named("process_sort_index", 0, ""), "args": {"sort_index": self.number}}
+        yield {**self._named("process_sort_index", 0, ""), "args": {"sort_index": self.place}}
         tracks: dict[str, list[Span]] = defaultdict(list)
         for span in self.trace.spans:
             tracks[_track(span)].append(span)
@@ -264,10 +260,11 @@ def _label(span: Span) -> str:
     return " ".join(part for part in (span.kind.value, span.name, number) if part)
 
 
-def _about(processes: Iterable[_Process]) -> dict[str, Any]:
+def _about(trace: RingTrace, processes: Iterable[_Process]) -> dict[str, Any]:
     """How the clocks of the processes were put on one scale, and what is left out."""
     return {
-        "passes": f"the newest {KEPT_PASSES} of each process",
+        "passes": f"the newest {trace.passes} of each process",
+        "notes": notes_of(trace),
         "clocks": {
             p.name: {
                 "node": p.trace.node,

@@ -225,20 +225,21 @@ class NcclSender(_Sender):
         self, group: Any, edge: tuple[int, int], deadline: float, tracer: Tracer, window: int
     ) -> None:
         super().__init__(group, edge, deadline, tracer, window)
-        self._watching = torch.cuda.Stream() if tracer.on else None
+        self._watching: torch.cuda.Stream | None = None
 
     def send(self, x: torch.Tensor) -> None:
-        x = x.contiguous()
+        x, tag = x.contiguous(), self._tag()
         with self._breaking():
             work = self._group.send([x], 1, 0)
-            if self._watching is not None:
-                self._watch(self._watching, work, x)
+            if self._tracer.on:
+                self._watch(work, x, tag)
         self._keep(x, work)
 
-    def _watch(self, stream: torch.cuda.Stream, work: Any, x: torch.Tensor) -> None:
+    def _watch(self, work: Any, x: torch.Tensor, tag: int) -> None:
         """Time a transfer, from what was computed before it to its end, on a stream of its own."""
+        self._watching = stream = self._watching or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self._span(Kind.SEND, self._tag(), x):
+        with torch.cuda.stream(stream), self._span(Kind.SEND, tag, x):
             work.wait()
 
     def _wait(self, work: Any) -> None:

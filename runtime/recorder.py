@@ -14,9 +14,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from headrace.runtime.trace import NO_SPAN, ON_HOST, Kind, Span, Trace
+from headrace.runtime.trace import KEPT_PASSES, NO_SPAN, ON_HOST, Kind, Span, Trace
 
-KEPT_PASSES = 64
 KEPT_SPANS = 200_000
 """Per stage, of the newest passes: some 40 MB of host memory."""
 
@@ -210,6 +209,7 @@ class Recorder:
         return Span(timed.kind, start, end, timed.thread, timed.name, timed.number, timed.nbytes)
 
 
-def make_recorder(device: torch.device) -> Recorder:
+def make_recorder(device: torch.device, passes: int = KEPT_PASSES) -> Recorder:
     """For a stage on `device`; on CUDA its compute stream must be current."""
-    return Recorder(CudaTraceClock() if device.type == "cuda" else HostTraceClock())
+    clock = CudaTraceClock() if device.type == "cuda" else HostTraceClock()
+    return Recorder(clock, passes=passes)

@@ -20,12 +20,12 @@ from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.memory.held import Holding, Owner
 from headrace.runtime.ready import Ready, ReadyBatch
-from headrace.runtime.recorder import make_recorder
+from headrace.runtime.recorder import Recorder, make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
 from headrace.runtime.streaming.streamer import StreamCounters, wait_clock
-from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
+from headrace.runtime.trace import KEPT_PASSES, NULL_TRACER, Kind, SwitchTracer, Trace
 from headrace.runtime.verification import verified
 from headrace.scheduler.errors import StageError, StageLostError
 from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
@@ -81,8 +81,10 @@ class Stage:
         if self.device.type == "cpu":
             torch.set_num_threads(config.threads)
         with self._on_device(), ExitStack() as opened:
-            self.recorder = make_recorder(self.device) if config.trace else None
-            self.tracer: Tracer = self.recorder or NULL_TRACER
+            self.tracer = SwitchTracer()
+            self._recorder: Recorder | None = None
+            if config.trace:
+                self.begin_trace(KEPT_PASSES)
             parts = StageStart(config, self.device, self.tracer, pages, window).make(opened)
             self._storage, self._weights = parts.storage, parts.weights
             self._model, self._kv, self._moves = parts.model, parts.kv, parts.moves
@@ -100,6 +102,20 @@ class Stage:
     @property
     def storage_name(self) -> str:
         return self._storage.name
+
+    def begin_trace(self, passes: int) -> None:
+        """Record what the stage does from the next pass on, of the newest `passes` passes. Does nothing when
+        that is done already. No pass is under way."""
+        if self._recorder is None:
+            with self._on_device():
+                self._recorder = make_recorder(self.device, passes)
+            self.tracer.turn(self._recorder)
+
+    def end_trace(self) -> Trace | None:
+        """What was recorded, if anything was; no more is. No pass is under way."""
+        self.tracer.turn(NULL_TRACER)
+        recorder, self._recorder = self._recorder, None
+        return None if recorder is None else recorder.take()
 
     def wait_host_tier(self) -> None:
         """Return when all that belongs in host RAM is there: before measuring, or to fail early."""

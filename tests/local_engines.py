@@ -21,7 +21,11 @@ def engine_of(store: Path, ring: dict[str, Any]) -> Iterator[Engine]:
     with (
         local_ring(store, plan) as pipeline,
         Engine(
-            Ring(plan, pipeline), tokenizer, stop_ids=ends, digest="", dtype="float32"
+            Ring(plan, pipeline, traces=pipeline),
+            tokenizer,
+            stop_ids=ends,
+            digest="",
+            dtype="float32",
         ) as engine,
     ):
         yield engine

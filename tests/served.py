@@ -17,6 +17,8 @@ from headrace.cluster.cli.options import Device, RunOptions
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import StopStrings, decode
 from headrace.cluster.engine import Engine
+from headrace.cluster.recovery import Recovery, StageStanding
+from headrace.cluster.ring_trace import RingTrace, RingTracing
 from headrace.cluster.serving.server import Listener, Server, ServerOptions
 from headrace.cluster.telemetry.events import EngineEvents
 from headrace.scheduler.config import SchedulerConfig
@@ -178,6 +180,9 @@ class EchoEngine:
     tokens: int = 0
     prompt_tokens: int = 0
     busy_seconds: float = 0.0
+    num_recoveries: int = 0
+    recoveries: list[Recovery] = field(default_factory=list)
+    tracing: RingTracing = field(default_factory=RingTracing)
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -261,6 +266,15 @@ class EchoEngine:
 
     def tend(self) -> None:
         """It has no stages to lose."""
+
+    def roster(self) -> list[StageStanding]:
+        return []
+
+    def begin_trace(self, passes: int) -> None:
+        self.tracing.begin(passes)
+
+    def end_trace(self) -> Callable[[], RingTrace]:
+        return self.tracing.end()
 
     def abort(self, request_id: int) -> None:
         del self._live[request_id]

@@ -90,12 +90,14 @@ def local_engine(
         if window is not None:
             opened.enter_context(window)
         stage = Stage(config, pages=log, window=window)
+        pipeline = make_pipeline(stage)
         engine = Engine(
             Ring(
                 plan,
-                make_pipeline(stage),
+                pipeline,
                 None if log is None else LocalLogs([stage], [log]),
                 inputs=inputs,
+                traces=pipeline if isinstance(pipeline, LocalPipeline) else None,
             ),
             tokenizer,
             stop_ids=stop_ids(store, tokenizer),

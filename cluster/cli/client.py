@@ -128,11 +128,12 @@ def abort(
 def connect(address: str, key_file: Path | None, tls: bool, ca_file: Path | None) -> "Client":
     from headrace.cluster.client.client import Client
 
-    key = None if key_file is None else _read_key(key_file)
+    key = None if key_file is None else read_key(key_file)
     return Client(address, api_key=key, tls=tls, ca_file=ca_file)
 
 
-def _read_key(file: Path) -> str:
+def read_key(file: Path) -> str:
+    """HeadraceError for a file that others can read, or that has no key or more than one."""
     what = "API keys"
     with explained(file, what), file.open("rb") as opened:
         risk = f"others could use it. Run `chmod 600 {file}`"

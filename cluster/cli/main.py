@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, explain, serve, client, job, bench, kv, doctor."""
+"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -29,6 +29,8 @@ from headrace.cluster.cli.plan_command import plan_run
 from headrace.cluster.cli.profile_command import profile_run
 from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
+from headrace.cluster.cli.top import top
+from headrace.cluster.cli.trace import trace_ring
 from headrace.scheduler.errors import HeadraceError
 
 # Before transformers is imported: nothing here may look for a model on the network.
@@ -192,6 +194,8 @@ app.command()(pull)
 app.command("explain")(explain_run)
 app.command()(serve)
 app.command("serve-key")(serve_key)
+app.command()(top)
+app.command("trace")(trace_ring)
 
 
 def _command() -> str:

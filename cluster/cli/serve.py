@@ -141,6 +141,13 @@ def serve_key(
             min=1, max=999_999_999, help="TPM, of prompts and answers. [default: any number]"
         ),
     ] = None,
+    operator: Annotated[
+        bool,
+        typer.Option(
+            "--operator",
+            help="May record the ring (headrace trace), and see where its processes are.",
+        ),
+    ] = False,
 ) -> None:
     """Make an API key and print it, once: the file keeps a hash of it."""
     from headrace.cluster.serving.keys import add_key
@@ -153,5 +160,6 @@ def serve_key(
             weight,
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
+            operator=operator,
         )
     )

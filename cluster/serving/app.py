@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace.cluster.serving.async_engine import AsyncEngine
@@ -45,8 +45,8 @@ from headrace.cluster.serving.reader import Model, Reader, Work
 from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.ring import ring_state
 from headrace.cluster.serving.terms import TIMEOUT_HEADER
+from headrace.cluster.serving.tracing import TraceRequest, Tracing
 from headrace.scheduler.errors import RequestError
-from headrace.scheduler.placement import Plan
 
 T = TypeVar("T")
 
@@ -61,6 +61,7 @@ PATHS = frozenset(
         "/health/ready",
         "/metrics",
         "/ring",
+        "/trace",
         DESCRIPTION,
         *PAGE_PATHS,
     }
@@ -78,11 +79,10 @@ class Front:
         model: Model,
         metrics: Metrics,
         *,
-        plan: Plan,
         max_body: int,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
-        self._room, self._plan = room, plan
+        self._room, self._tracing = room, Tracing(engine)
         self._max_body, self._created = max_body, int(time.time())
 
     @property
@@ -136,6 +136,14 @@ class Front:
             ),
             Route("GET", "/metrics", self.metrics, "For Prometheus", kinds=(CONTENT_TYPE,)),
             Route("GET", "/ring", self.ring, "What the ring does"),
+            Route(
+                "POST",
+                "/trace",
+                self.trace,
+                "Record what the ring does, for ui.perfetto.dev; operators alone",
+                body=TraceRequest,
+                errors=(*READS, 409, 500, 503),
+            ),
         ]
 
     async def models(self) -> Response:
@@ -171,8 +179,22 @@ class Front:
     async def metrics(self) -> Response:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
-    async def ring(self) -> Response:
-        return JSON(ring_state(self._plan, self._engine.state, self._engine.now()))
+    async def ring(self, request: Request) -> Response:
+        engine, operator = self._engine, bool(request.state.operator)
+        standing = await asyncio.to_thread(engine.standing)
+        state = ring_state(engine.plan, engine.state, engine.now(), standing, operator=operator)
+        return JSON({"model": self._model.name, **state})
+
+    async def trace(self, request: Request) -> Response:
+        if not request.state.operator:
+            raise ApiError(
+                403,
+                "this API key is no operator's, who may have the ring recorded: headrace serve-key"
+                " NAME --operator makes one",
+                code="not_operator",
+            )
+        asked = await self._read(request, TraceRequest.model_validate_json)
+        return _Recording(self._tracing, asked)
 
     def _listed(self) -> dict[str, Any]:
         return {
@@ -217,6 +239,22 @@ class _Answering(Response):
             whole = await self._answer.whole(generation)
         response = Response(await asyncio.to_thread(encode, whole), media_type="application/json")
         await response(scope, receive, send)
+
+
+class _Recording(Response):
+    """Has the ring recorded while the client is there."""
+
+    def __init__(self, tracing: Tracing, asked: TraceRequest) -> None:
+        super().__init__()
+        self._tracing, self._asked = tracing, asked
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, self._respond(scope, receive, send))
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        chunks = await self._tracing.record(self._asked)
+        response = StreamingResponse(chunks, media_type="application/json")
+        await response.stream_response(send)
 
 
 def create_app(front: Front, files: FileRoutes | NoFiles, gate: Gate, metrics: Metrics) -> ASGIApp:

@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from headrace.cluster.serving.admission import Admission
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Generation, Order
 from headrace.cluster.serving.loop import EngineLoop, EngineState, News, ServedEngine
 from headrace.cluster.serving.rates import Rates
+from headrace.cluster.serving.ring import Standing
 from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.errors import HeadraceError, RequestError
+from headrace.scheduler.placement import Plan
 from headrace.scheduler.request import Priority
+
+T = TypeVar("T")
 
 RETRY_SECONDS = 2
 """When a client that was turned away should come back."""
@@ -55,6 +59,7 @@ class AsyncEngine:
         max_ttft: float | None = None,
         rates: Rates | None = None,
     ) -> None:
+        self._engine = engine
         self._loop = EngineLoop(engine, self._post_news, self._post_failure, clock)
         self._admission, self._max_ttft = Admission(engine.limits), max_ttft
         self._meter, self._max_waiting, self._clock = meter, max_waiting, clock
@@ -78,6 +83,28 @@ class AsyncEngine:
     @property
     def state(self) -> EngineState:
         return self._loop.state
+
+    @property
+    def plan(self) -> Plan:
+        """Of the ring that runs: another one may have taken its place."""
+        return self._engine.plan
+
+    @property
+    def passes(self) -> int:
+        """How many have returned until now."""
+        return self._engine.stats.passes
+
+    def standing(self) -> Standing:
+        """Of the stages and what befell them. It asks Ray: for another thread than the event loop's."""
+        stats, roster = self._engine.stats, self._engine.roster()
+        last = stats.recoveries[-1] if stats.recoveries else None
+        refused = dict(self._engine.events.refused)
+        return Standing(roster, refused, stats.num_recoveries, last)
+
+    async def call(self, work: Callable[[ServedEngine], T]) -> T:
+        """What the engine's thread makes of the engine, between two passes. HeadraceError from there, and when
+        it has ended."""
+        return await asyncio.wrap_future(self._loop.call(lambda: work(self._engine)))
 
     def start(self) -> None:
         """Called on the event loop."""

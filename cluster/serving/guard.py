@@ -47,10 +47,12 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is, and its share."""
+    """Whose request it is, its share, and whether it may look into the ring, as all may where there are no
+    keys."""
 
     tenant: str = ""
     weight: int = 1
+    operator: bool = True
 
 
 class Gate:
@@ -80,7 +82,7 @@ class Gate:
     ) -> Iterator[Caller]:
         """For as long as a request runs. ApiError 429 when it `counts` and its key has as many as it may,
         or when it `is_rated` and its key has had as many in the last minute."""
-        caller = Caller() if key is None else Caller(key.name, key.weight)
+        caller = Caller() if key is None else Caller(key.name, key.weight, key.operator)
         if not counts:
             yield caller
             return
@@ -144,7 +146,9 @@ class Guard:
             except ApiError as error:
                 await refuse(error)(scope, receive, send)
                 return
-            scope.setdefault("state", {}).update(tenant=caller.tenant, weight=caller.weight)
+            scope.setdefault("state", {}).update(
+                tenant=caller.tenant, weight=caller.weight, operator=caller.operator
+            )
             await self._app(scope, patient(receive), send)
 
     def _check(self, scope: Scope) -> ApiKey | None:

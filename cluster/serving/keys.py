@@ -20,7 +20,8 @@ _LINE = re.compile(
     (?::([1-9][0-9]{0,2})?
     (?::([1-9][0-9]{0,5})?
     (?::([1-9][0-9]{0,8})?
-    )?)?)?)?(?<!:)""",
+    (?::(operator)
+    )?)?)?)?)?(?<!:)""",
     re.VERBOSE,
 )
 
@@ -30,7 +31,8 @@ _WHAT = "API keys"
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """`digest` is the secret's SHA-256; at most `limit` requests at once, and so many requests and tokens a
-    minute, None any number. Where keys are short of something their shares of it are as their `weight`."""
+    minute, None any number. Where keys are short of something their shares of it are as their `weight`. An
+    `operator` may also have the ring recorded, and see where its processes are."""
 
     name: str
     digest: bytes
@@ -38,12 +40,14 @@ class ApiKey:
     weight: int = 1
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    operator: bool = False
 
     @property
     def line(self) -> str:
         weight = None if self.weight == 1 else self.weight
         numbers = (self.limit, weight, self.requests_per_minute, self.tokens_per_minute)
         fields = ["" if number is None else str(number) for number in numbers]
+        fields.append("operator" if self.operator else "")
         return ":".join([self.name, self.digest.hex(), *fields]).rstrip(":")
 
 
@@ -86,6 +90,7 @@ def add_key(
     *,
     requests_per_minute: int | None = None,
     tokens_per_minute: int | None = None,
+    operator: bool = False,
 ) -> str:
     """Add a key to a file, which is made if need be; returns its secret, which is nowhere else.
 
@@ -93,7 +98,7 @@ def add_key(
     """
     secret = PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(secret.encode()).digest()
-    key = ApiKey(name, digest, limit, weight, requests_per_minute, tokens_per_minute)
+    key = ApiKey(name, digest, limit, weight, requests_per_minute, tokens_per_minute, operator)
     if not _LINE.fullmatch(key.line):
         raise HeadraceError(
             f"{name!r} is no name for a key: use up to 64 letters, digits, dots, dashes, underscores"
@@ -118,18 +123,17 @@ def _parse(file: Path, content: bytes) -> list[ApiKey]:
         match = _LINE.fullmatch(line.strip())
         if match is None:
             raise HeadraceError(
-                f"{file}, line {number}: not NAME:SHA256[:[REQUESTS][:[WEIGHT][:[RPM][:TPM]]]], the hash in"
-                " 64 small hex digits, at most 999999 requests at once, a weight of 1 to 999, and at most"
-                " 999999 requests and 999999999 tokens a minute"
+                f"{file}, line {number}: not NAME:SHA256[:[REQUESTS][:[WEIGHT][:[RPM][:[TPM][:operator]]]]], the"
+                " hash in 64 small hex digits, at most 999999 requests at once, a weight of 1 to 999, and at"
+                " most 999999 requests and 999999999 tokens a minute"
             )
         if match[1] in keys:
             raise HeadraceError(f"{file}, line {number}: there are two keys named {match[1]!r}")
         limit, weight, requests, tokens = (
-            int(field) if field else None for field in match.groups()[2:]
+            int(field) if field else None for field in match.groups()[2:6]
         )
-        keys[match[1]] = ApiKey(
-            match[1], bytes.fromhex(match[2]), limit, weight or 1, requests, tokens
-        )
+        digest, operator = bytes.fromhex(match[2]), match[7] is not None
+        keys[match[1]] = ApiKey(match[1], digest, limit, weight or 1, requests, tokens, operator)
     return list(keys.values())
 
 

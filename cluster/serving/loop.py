@@ -2,14 +2,18 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from headrace.cluster.completion import Completion
 from headrace.cluster.job_report import Stats, Work
+from headrace.cluster.recovered import Recovery
+from headrace.cluster.recovery import StageStanding
+from headrace.cluster.ring_trace import RingTrace
 from headrace.cluster.serving.generation import Generation
 from headrace.cluster.serving.pass_model import Pace, PassModel
 from headrace.cluster.serving.recent_work import RecentWork, Span
@@ -24,6 +28,8 @@ from headrace.scheduler.speculation import DraftCounts
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 TEND_SECONDS = 1.0
 """How often an engine without work is asked to look after its stages."""
 
@@ -34,6 +40,12 @@ class EngineStats(Stats, Protocol):
 
     @property
     def tokens(self) -> int: ...
+
+    @property
+    def num_recoveries(self) -> int: ...
+
+    @property
+    def recoveries(self) -> Sequence[Recovery]: ...
 
 
 class ServedEngine(Protocol):
@@ -97,6 +109,12 @@ class ServedEngine(Protocol):
 
     def tend(self) -> None: ...
 
+    def roster(self) -> list[StageStanding]: ...
+
+    def begin_trace(self, passes: int) -> None: ...
+
+    def end_trace(self) -> Callable[[], RingTrace]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
@@ -143,7 +161,8 @@ class EngineLoop:
         self._recent = RecentWork(Work.of(engine.stats))
         self._wake = threading.Condition()
         self._commands: list[Callable[[], None]] = []
-        self._is_closing = False
+        self._is_closing, self._has_ended = False, False
+        self._calls: list[Future[Any]] = []
         self._news: dict[int, News] = {}  # of the pass under way, by request
         self._ids: dict[Generation, list[int]] = {}
         self.state = EngineState()
@@ -159,6 +178,24 @@ class EngineLoop:
     def abort(self, generation: Generation) -> None:
         """Give up what of it has not ended before the next pass."""
         self._command(partial(self._abort, generation))
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """What the engine's thread finds between two passes. HeadraceError when it has ended before."""
+        future: Future[T] = Future()
+
+        def settle() -> None:
+            try:
+                future.set_result(work())
+            except HeadraceError as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if self._has_ended:
+                future.set_exception(StageError("the engine has ended"))
+                return future
+            self._calls = [*(each for each in self._calls if not each.done()), future]
+        self._command(settle)
+        return future
 
     def close(self) -> None:
         """Return when the pass under way has ended and the engine is left alone."""
@@ -186,6 +223,16 @@ class EngineLoop:
         except Exception as error:
             log.exception("the engine failed")
             self._fail(StageError(f"the engine failed: {type(error).__name__}: {error}"))
+        finally:
+            self._end_calls()
+
+    def _end_calls(self) -> None:
+        with self._wake:
+            self._has_ended = True
+            calls, self._calls = self._calls, []
+        for future in calls:
+            if not future.done():
+                future.set_exception(StageError("the engine has ended"))
 
     def _obey(self) -> bool:
         """Carry out what was asked for, waiting for it if there is nothing else to do. False at the

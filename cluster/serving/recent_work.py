@@ -35,6 +35,9 @@ class RecentWork:
     def note(self, now: float, work: Work) -> None:
         """A pass has returned, and these are the totals now."""
         readings = self._readings
+        if len(work.stages) != len(readings[-1][1].stages):
+            readings.clear()  # another ring, whose stages begin anew
+            readings.append((now, work))
         while len(readings) > 1 and readings[1][0] <= now - _WINDOW:
             readings.popleft()
         self.span = Span(readings[0][1], work, now)

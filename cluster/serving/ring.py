@@ -1,20 +1,41 @@
 """What the ring is doing, for who looks at it: GET /ring."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 from headrace.cluster.job_report import Work
+from headrace.cluster.recovered import Recovery
+from headrace.cluster.recovery import StageStanding
 from headrace.cluster.serving.loop import EngineState
 from headrace.scheduler.kv_stats import PageCounts
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import PAGE_TOKENS, StageTimes
 
 
-def ring_state(plan: Plan, state: EngineState, now: float) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the stages stand, none where they are no processes; how many requests were turned away, by code; how
+    often stages were recovered, and the last time."""
+
+    roster: Sequence[StageStanding] = ()
+    refused: Mapping[str, int] = field(default_factory=dict)
+    num_recoveries: int = 0
+    last: Recovery | None = None
+
+
+def ring_state(
+    plan: Plan, state: EngineState, now: float, standing: Standing, *, operator: bool
+) -> dict[str, Any]:
     """Sequences, KV pages, the passes of the last seconds and each stage's part in them; `now` is on the
     engine's clock. Seconds, bytes a second, and shares of the time that the engine was busy; `passes`,
-    and `times` of stages, are None before the first pass."""
+    and `times` of stages, are None before the first pass. Where processes are, and why they were replaced, is
+    for an `operator`."""
     work = None if state.span is None else state.span.work
     stages = range(plan.placement.num_stages)
+    if work is not None and len(work.stages) != len(stages):
+        work = None  # of a ring whose place another one has just taken
     return {
         "object": "ring",
         "sequences": _sequences(plan, state),
@@ -22,8 +43,38 @@ def ring_state(plan: Plan, state: EngineState, now: float) -> dict[str, Any]:
         "plan": _planned(plan),
         "passes": None if work is None else _passes(work),
         "seconds_since_pass": None if state.span is None else max(0.0, now - state.span.ended),
-        "stages": [_stage(plan, stage, work) for stage in stages],
+        "rejected": dict(standing.refused),
+        "recoveries": _recoveries(standing, operator=operator),
+        "name": standing.roster[0].ring if standing.roster else "",
+        "stages": [
+            {**_stage(plan, stage, work), "process": _process(standing, stage, operator=operator)}
+            for stage in stages
+        ],
     }
+
+
+def _process(standing: Standing, stage: int, *, operator: bool) -> dict[str, Any] | None:
+    if stage >= len(standing.roster):
+        return None
+    one = standing.roster[stage]
+    told: dict[str, Any] = {"state": one.state.value, "seconds": one.seconds}
+    return {**told, "node": one.place.node, "pid": one.place.pid} if operator else told
+
+
+def _recoveries(standing: Standing, *, operator: bool) -> dict[str, Any]:
+    last = standing.last
+    if last is None:
+        return {"count": standing.num_recoveries, "last": None}
+    told: dict[str, Any] = {
+        "stages": list(last.stages),
+        "seconds": last.seconds,
+        "phases": dict(last.phases),
+        "requests": last.requests,
+        "seconds_ago": max(0.0, monotonic() - last.ended),
+    }
+    if operator:
+        told["cause"] = last.cause
+    return {"count": standing.num_recoveries, "last": told}
 
 
 def _sequences(plan: Plan, state: EngineState) -> dict[str, Any]:

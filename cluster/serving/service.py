@@ -50,7 +50,6 @@ class Service:
             self.room,
             self.model,
             self.metrics,
-            plan=engine.plan,
             max_body=options.max_body,
         )
         files: FileRoutes | NoFiles = NoFiles()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, Self
 
+from headrace.cluster.recovery import StageState
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.events import EngineEvents
 from headrace.cluster.telemetry.ray_sink import Beat, RaySink
@@ -61,6 +62,9 @@ class WatchedEngine(Protocol):
 
     @property
     def max_sequences(self) -> int: ...
+
+    @property
+    def stage_states(self) -> list[StageState]: ...
 
 
 class EngineMetrics:
@@ -134,6 +138,10 @@ class EngineMetrics:
         sink.total(table.KV_SPOILED, kv.spoiled)
 
     def _show_recoveries(self, events: EngineEvents) -> None:
+        for stage, now in enumerate(self._engine.stage_states):
+            for state in StageState:
+                labels = {"stage": str(stage), "state": state.value}
+                self._sink.gauge(table.STAGE_STATE, state is now, **labels)
         for stage in range(len(self._engine.stats.stages)):
             self._sink.total(table.RECOVERIES, events.recoveries[stage], stage=str(stage))
         for (stage, phase), seconds in dict(events.recovery_seconds).items():

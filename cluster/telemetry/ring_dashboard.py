@@ -184,6 +184,20 @@ DRIVES = Row(
         ),
         by_stage("Recoveries", COUNT, now(table.RECOVERIES, "ring, stage")),
         Panel(
+            "Stages that do not serve", COUNT,
+            (
+                Query(
+                    now(table.STAGE_STATE, "ring, stage, state", 'state!="serving"'),
+                    "{{ring}} stage {{stage}} {{state}}",
+                ),
+            ),
+            "1 for what a stage does while it or another one is replaced.",
+        ),
+        by_stage(
+            "Process id", COUNT, now(table.STAGE_PID, "ring, stage"),
+            "On the stage's node; another one takes its place when it is replaced.",
+        ),
+        Panel(
             "Seconds of recoveries, by phase", SECONDS,
             (Query(now(table.RECOVERY_SECONDS, "ring, stage, phase"), "{{ring}} stage {{stage}} {{phase}}"),),
         ),

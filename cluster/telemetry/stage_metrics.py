@@ -1,5 +1,6 @@
 """What a stage's process tells of its passes and of the drive of its KV pages."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -52,6 +53,7 @@ class StageMetrics:
         with self._lock:
             times, passes, self._passes = self._sum, self._passes, Sampled()
         self._sink.observe(table.STAGE_PASS_SECONDS, passes.values)
+        self._sink.gauge(table.STAGE_PID, os.getpid())
         self._parts(times)
         self._bytes(times)
         total = self._sink.total

@@ -107,6 +107,9 @@ KV_DRIVE_WEAR = MetricSpec(
     " where smartctl or nvme-cli may ask it.",
     _STAGE,
 )  # fmt: skip
+STAGE_PID = MetricSpec(
+    "headrace_stage_pid", _GAUGE, "1", "The process id of a stage, on its node.", _STAGE
+)
 
 # Engines.
 BUSY_SECONDS = MetricSpec(
@@ -238,6 +241,11 @@ RECOVERIES = MetricSpec(
 RECOVERY_SECONDS = MetricSpec(
     "headrace_recovery_seconds", _COUNTER, "seconds", "How long recoveries of a stage took, by phase.",
     _ENGINE, ("stage", "phase"),
+)  # fmt: skip
+STAGE_STATE = MetricSpec(
+    "headrace_stage_state", _GAUGE, "1",
+    "1 for the state that a stage is in (serving, breaking off, resting, gone, starting), 0 for the others.",
+    _ENGINE, ("stage", "state"),
 )  # fmt: skip
 
 # Servers, at their own /metrics alone.

@@ -15,6 +15,7 @@ from commands import STORIES
 
 from headrace import LLM, SamplingParams, StructuredOutputsParams
 from headrace.cluster.cli.main import main
+from headrace.cluster.trace_summary import summarize
 from headrace.runtime.conversion.convert import convert
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError, RequestError
 from headrace.scheduler.placement import Tier
@@ -137,7 +138,11 @@ def test_a_stage_moves_to_another_process_between_calls(stories: Path, tmp_path:
             llm.replace_stage(2)
     with LLM(stories, **room) as llm:
         assert llm.generate([[*tokens, 5, 6, 7]], GREEDY)[0].outputs == second.outputs
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    told = summarize(tmp_path / "trace.json")
+    left = [f"stage {stage} (process {stage + 1} that left)" for stage in range(2)]
+    assert set(told.nodes) == {"driver", "stage 0", "stage 1", *left}
+    assert all(told.spans[process]["pass"] for process in left)
+    assert told.spans["driver"]["replace a stage"] == 2 and told.notes == ()
 
 
 def test_samples_of_one_prompt(llm: LLM) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from headrace.cluster.cli.main import main
 from headrace.cluster.engine import Engine
 from headrace.cluster.pipeline import LocalPipeline, Pending
 from headrace.cluster.ring import Ring
+from headrace.cluster.ring_trace import RingTrace
+from headrace.cluster.stage_traces import StageTrace
 from headrace.cluster.tokenizer import load_tokenizer
 from headrace.cluster.trace_file import (
     RunTrace,
-    TracedPipeline,
     check_writable,
     lanes,
     write_trace,
@@ -100,6 +102,7 @@ def check_kinds(tracks: dict[tuple[str, str], list[Event]], wanted: set[Kind]) -
 
 
 ON_CPU = set(Kind) - {Kind.GRAPH, Kind.KV_COPY, Kind.KV_LOG, Kind.KV_WAIT}
+ON_CPU -= {Kind.RECOVERY, Kind.REPLACE}
 BETWEEN_PROCESSES = {Kind.SEND, Kind.RECV}
 
 
@@ -110,10 +113,10 @@ def traced_run(stories: Path, file: Path) -> tuple[Keeping, list[int]]:
     plan = manual_plan(store, stages=2, cyclic=True, tier=tiers)
     with local_ring(stories, plan, trace=True) as pipeline:
         kept = Keeping(pipeline)
-        trace = RunTrace(file, pipeline)
+        trace = RunTrace(file)
         tokenizer = load_tokenizer(stories)
         with Engine(
-            Ring(plan, TracedPipeline(kept, trace.driver)),
+            Ring(plan, kept, traces=pipeline),
             tokenizer,
             stop_ids=frozenset(),
             digest=store.digest,
@@ -192,7 +195,8 @@ def test_clocks_of_other_nodes_and_arrows(tmp_path: Path) -> None:
     ours = Trace("a", (span(1_000, 9_000, Kind.SEND, "0->1", 7),), {}, True)
     theirs = (span(502_000, 512_000, Kind.RECV, "0->1", 7),)
     far = Trace("b", theirs, {}, True, ahead=500_000, uncertain=300)
-    write_trace(tmp_path / "t.json", Trace("a", (), {}, True), [ours, None, far])
+    stages = tuple(StageTrace(i, each) for i, each in enumerate((ours, None, far)))
+    write_trace(tmp_path / "t.json", RingTrace(Trace("a", (), {}, True), stages, 64))
     events = events_of(tmp_path / "t.json")
     sent, received = (e for e in events if e["ph"] == "X")
     assert (sent["pid"], sent["ts"], sent["dur"]) == (2, 0.0, 8.0)
@@ -204,11 +208,11 @@ def test_clocks_of_other_nodes_and_arrows(tmp_path: Path) -> None:
 
 def test_an_earlier_trace_outlives_a_failure(tmp_path: Path) -> None:
     file, none = tmp_path / "t.json", Trace("a", (), {}, True)
-    write_trace(file, none, [])
+    write_trace(file, RingTrace(none, (), 64))
     before = file.read_bytes()
     broken = Trace("a", (span(0, 1)._replace(nbytes=object()),), {}, True)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
-        write_trace(file, none, [broken])
+        write_trace(file, RingTrace(none, (StageTrace(0, broken),), 64))
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
     check_writable(file)
@@ -238,10 +242,13 @@ def test_a_disk_that_is_full_does_not_hide_the_results(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class NoStages:
-        def take_traces(self) -> list[Trace | None]:
-            return [None]
+        def begin_trace(self, passes: int) -> None: ...
 
-    trace = RunTrace(tmp_path / "gone" / "t.json", NoStages())  # a folder that was removed
+        def end_trace(self) -> Callable[[], list[StageTrace]]:
+            return lambda: [StageTrace(0, None)]
+
+    trace = RunTrace(tmp_path / "gone" / "t.json")  # a folder that was removed
+    trace.tracing.follow(NoStages())
     with caplog.at_level(logging.WARNING):
         trace.close()
     assert not trace.written and trace.splits() == [None]
@@ -256,8 +263,8 @@ def test_a_stage_that_dies_leaves_the_others_traces(stories: Path, tmp_path: Pat
         stories, stages=2, device_memory="8MiB", resident_layers=2, trace=str(file), **room
     ) as llm:
         llm.generate("Once upon", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
-        source = llm._engine.trace._source  # type: ignore[union-attr]
-        actor = source._actors[1]  # type: ignore[attr-defined]
+        source = llm._engine.trace.tracing._source  # type: ignore[union-attr]
+        actor = source._actors[1]  # type: ignore[union-attr]
         ray.kill(actor)
         with pytest.raises(ray.exceptions.RayActorError):  # it may still answer for a moment
             while True:

@@ -141,7 +141,9 @@ def test_the_ring_before_and_after_passes(stories: Path) -> None:
         assert served.ask("POST", "/v1/chat/completions", body)[0] == 200
         after = served.ask("GET", "/ring")[1]
     passes = after["passes"]
-    assert 0 < passes["count"] <= 20  # of the newest seconds, in which there may not have been time for all
+    assert (
+        0 < passes["count"] <= 20
+    )  # of the newest seconds, in which there may not have been time for all
     rate = passes["count"] / passes["busy_seconds"]
     assert passes["tokens_per_second"] == pytest.approx(rate)
     share = passes["bound_seconds"] / passes["pass_seconds"]

@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,14 @@ from pathlib import Path
 import openai
 import pytest
 from commands import Command, headrace, wait_for
+from prometheus import free_port
+
+from headrace.cluster.top.door import Door
+from headrace.cluster.top.from_metrics import MetricsSource
+from headrace.cluster.top.from_server import ServerSource
+from headrace.cluster.top.nodes import nodes_here
+from headrace.cluster.top.watch import look_once
+from headrace.cluster.trace_summary import summarize
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +82,49 @@ def test_a_signal_lets_streams_finish(stories: Path, tmp_path: Path) -> None:
         wait_for(lambda: not command.processes(), 60.0, lambda: str(command.processes()))
         assert "1 requests may finish" in command.stderr
         assert "Traceback" not in command.stderr
+
+
+@pytest.mark.timeout(400)
+def test_whoever_watches_sees_a_stage_replaced(stories: Path, tmp_path: Path) -> None:
+    """In `top`, by the server and by what nodes show, and in a trace that was begun before."""
+    file, rings = tmp_path / "t.json", ("--metrics-port", free_port())
+    with serve(tmp_path, stories, *rings) as (command, client):
+        url = str(client.base_url).removesuffix("/v1/")
+        source, readings = ServerSource(Door(url)), f"http://127.0.0.1:{rings[1]}"
+        agents = MetricsSource("a node", [readings])
+        assert f":{rings[1]}" in " ".join(nodes_here())
+        reading = Reading(client, max_tokens=450)
+        reading.start()
+        assert reading.begun.wait(30.0)
+        pieces = source.door.post("/trace", {"seconds": 90, "passes": 400}, 200.0)
+        recording = threading.Thread(target=lambda: file.write_bytes(b"".join(pieces)))
+        recording.start()
+        time.sleep(2.0)  # some hundred passes, of which the first begins it
+        (before,) = source.look()
+        victim = command.stage(1)
+        assert [each.state for each in before.stages] == ["serving", "serving"]
+        assert before.stages[1].pid == victim.pid
+        victim.kill()
+        wait_for(lambda: bool(source.look()[0].troubled), 30.0, lambda: str(source.look()))
+        wait_for(lambda: source.look()[0].recoveries == 1, 90.0, lambda: command.stderr)
+        recording.join(150.0)
+        (after,) = source.look()
+        assert after.stages[0].pid == before.stages[0].pid
+        assert after.stages[1].pid not in (0, victim.pid)
+        assert after.last is not None and after.last.stages == (1,)
+        assert "loading" in after.last.phases and "stage 1" in after.last.cause
+        (shown,) = look_once(agents)
+        assert shown.name == after.name and shown.recoveries == 1
+        assert [each.pid for each in shown.stages] == [each.pid for each in after.stages]
+        assert [each.state for each in shown.stages] == ["serving", "serving"]
+        reading.join(60.0)
+    assert reading.error is None
+    found = summarize(file)
+    assert set(found.nodes) == {"driver", "stage 0", "stage 1"}
+    assert {"recovery", "in flight"} <= set(found.spans["driver"])
+    assert all("pass" in found.spans[f"stage {stage}"] for stage in (0, 1))
+    (note,) = found.notes
+    assert "stage 1, whose place another one took" in note
 
 
 def test_ctrl_c_ends_a_server_when_the_grace_is_over(stories: Path, tmp_path: Path) -> None:

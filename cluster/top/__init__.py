@@ -1,0 +1,1 @@
+"""What rings do, for whoever watches: `headrace top` and `headrace trace`."""
