@@ -38,12 +38,7 @@ class Edges:
         port: int = 0,
         patience: float,
     ) -> None:
-        if local:
-            self._host = "127.0.0.1"
-        elif interface is None:
-            self._host = ray.util.get_node_ip_address()
-        else:
-            self._host = find_interface(interface).address
+        self._host = meeting_host(interface, local=local)
         self._watch = Watch(stages, self._beats, patience)
         self._server: RendezvousServer | None = None
         self._port, self._pinned = port, interface is not None
@@ -80,6 +75,15 @@ class Edges:
         if self._server is not None:
             self._server.close()
             self._server = None
+
+
+def meeting_host(interface: str | None, *, local: bool = False) -> str:
+    """This machine's address at which stages find each other."""
+    if local:
+        return "127.0.0.1"
+    if interface is None:
+        return str(ray.util.get_node_ip_address())
+    return find_interface(interface).address
 
 
 def loopback() -> str:

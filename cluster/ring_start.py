@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from headrace.cluster.discovery import Discovery
-from headrace.cluster.edges import Edges
+from headrace.cluster.edges import Edges, meeting_host
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.hydration import cold_model, hydrate_stages
 from headrace.cluster.kv_options import log_config, log_keys, log_kv
 from headrace.cluster.members import Members
+from headrace.cluster.network_speed import NetworkSpeed
 from headrace.cluster.pipeline import Pipeline, RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, num_places
 from headrace.cluster.recovery import RingRecovery
@@ -83,6 +84,16 @@ class RingStarter:
         found = self._discover(actors)
         times.ended("stages")
         inputs = inputs_of_run(options, model.device, found, model.shape.result())
+        if options.network_gbps is None and len({*inputs.nodes}) > 1:
+            speed = NetworkSpeed(
+                meeting_host(options.interface),
+                options.rendezvous_port,
+                options.interface or "",
+                pinned=options.interface is not None,
+                device=stage_device(model.device),
+            )
+            inputs = replace(inputs, links=speed.links(inputs.links, actors, inputs.nodes))
+            times.ended("network")
         plan = inputs.plan()
         times.ended("plan")
         logs = None
