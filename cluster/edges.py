@@ -13,11 +13,12 @@ from headrace.cluster.watch import Watch
 from headrace.cluster.wire import encode
 from headrace.runtime.interfaces import find_interface
 from headrace.runtime.pulse import beat_key
-from headrace.runtime.rendezvous import RendezvousServer
+from headrace.runtime.rendezvous import EDGE_SECONDS, RendezvousServer
 from headrace.scheduler.errors import StageError
 
-GIVE_UP_SECONDS = 10.0
-"""How long stages may take to stop waiting for another end when there is no store any more."""
+GIVE_UP_SECONDS = EDGE_SECONDS + 5.0
+"""How long stages may take to stop waiting for another end when there is no store any more: those that know where
+it is go on trying to reach it. A stage that still does when edges form anew would be taken for silent."""
 
 
 class Edges:

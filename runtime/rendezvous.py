@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.errors import HeadraceError, StageLostError
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+
+
+EDGE_SECONDS = 40.0
+"""How long the two ends of a Gloo edge may take to reach each other: where nothing comes through, TCP asks ever
+less often, and a link that is back is found sooner by those who ask anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,23 @@ def _listen(host: str, port: int) -> socket.socket:
 def edge_group(
     rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: "torch.device", interface: str
 ) -> Any:
-    """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist."""
+    """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist.
+
+    StageLostError when the other one does not come, or cannot be reached.
+    """
+    try:
+        return _edge_group(rendezvous, edge, rank, device, interface)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        over = f" over {interface}" if interface else ""
+        raise StageLostError(
+            f"stage {edge[rank]} on {socket.gethostname()} did not reach stage {edge[1 - rank]}{over}: {said}"
+        ) from error
+
+
+def _edge_group(
+    rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: "torch.device", interface: str
+) -> Any:
     import torch.distributed as dist
 
     store = rendezvous.store(edge, timedelta(seconds=120))
@@ -97,7 +118,7 @@ def edge_group(
         group.eager_connect_single_device(device)
         return group
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._timeout = timedelta(seconds=120)
+    gloo._timeout = timedelta(seconds=EDGE_SECONDS)
     gloo._devices = [
         dist.ProcessGroupGloo.create_device(interface=interface)
         if interface
