@@ -39,6 +39,12 @@ class Cluster:
                 self.ray.cut(host, other)
                 self.data.cut(host, other)
 
+    def await_nodes(self) -> None:
+        """Return when all hosts are nodes that live. TimeoutError when they are not."""
+        ray = shutil.which("ray")
+        assert ray is not None
+        await_nodes(self.hosts[0], ray, self.address, len(self.hosts))
+
     def heal(self) -> None:
         self.ray.heal()
         self.data.heal()

@@ -180,7 +180,7 @@ def host(
     )
     script = (
         'set -e; hostname "$1"; mount --bind "$2/ray" /tmp/ray; mount --bind "$2/hosts" /etc/hosts;'
-        " ip link set lo up; touch $2/ready; exec sleep infinity"
+        " ip link set lo up; touch $2/ready; while :; do sleep 5; done"
     )
     namespaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
     init = subprocess.Popen(["unshare", *namespaces, "sh", "-c", script, "sh", name, str(own)])

@@ -77,7 +77,9 @@ class RingStarter:
 
     def start(self, stages: int) -> Ring:
         """HeadraceError when the cluster has no room for them, or they have none for the model."""
-        options, model, times = replace(self._options, stages=stages), self._model, self._times
+        options, model, times = self._options, self._model, self._times
+        if stages != options.stages:  # layers of each stage were told for other ones
+            options = replace(options, stages=stages, stage_layers=None)
         processes = StageProcesses(stages, model.device, model.store.path.name, self.name)
         self.name = processes.ring
         actors = self._opened.enter_context(processes).actors
