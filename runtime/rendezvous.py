@@ -5,6 +5,9 @@ torch is imported when it is needed: a driver knows the names here before it has
 
 import os
 import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,9 +19,12 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 
-EDGE_SECONDS = 40.0
-"""How long the two ends of a Gloo edge may take to reach each other: where nothing comes through, TCP asks ever
-less often, and a link that is back is found sooner by those who ask anew."""
+MEET_SECONDS = 120.0
+"""How long an end may take to be there at all."""
+
+EDGE_SECONDS = 15.0
+"""How long the two ends of a Gloo edge may take to reach each other once both are there: where nothing comes
+through, TCP asks ever less often, and a link that is back is found sooner by those who ask anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,7 @@ def _edge_group(
 ) -> Any:
     import torch.distributed as dist
 
-    store = rendezvous.store(edge, timedelta(seconds=120))
+    store = rendezvous.store(edge, timedelta(seconds=MEET_SECONDS))
     if device.type == "cuda":
         # A dead peer must be an error of ours, not torch's watchdog ending this process.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
@@ -124,4 +130,24 @@ def _edge_group(
         if interface
         else dist.ProcessGroupGloo.create_default_device()
     ]
-    return dist.ProcessGroupGloo(store, rank, 2, gloo)
+    store.set(f"here {rank}", "")
+    store.wait([f"here {1 - rank}"])
+    return _within(EDGE_SECONDS, lambda: dist.ProcessGroupGloo(store, rank, 2, gloo))
+
+
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """What `make` returns. RuntimeError when it takes longer: Gloo's end that is to be reached waits for five times
+    as long as it is told, and is left to."""
+    made: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except RuntimeError as error:
+            made.set_exception(error)
+
+    threading.Thread(target=work, name="headrace-edge", daemon=True).start()
+    try:
+        return made.result(seconds)
+    except TimeoutError as error:
+        raise RuntimeError(f"nothing came within {seconds:.0f} s") from error
