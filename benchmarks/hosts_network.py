@@ -217,6 +217,8 @@ def machines(
 ) -> Iterator[tuple[list[Host], list[Cables]]]:
     """One host for each of `drives`, on all networks; their names lead to their addresses on the first."""
     names = {f"host{i + 1}": networks[0].address(i) for i in range(len(drives))}
+    for network in networks[1:]:
+        names |= {f"host{i + 1}-{network.name}": network.address(i) for i in range(len(drives))}
     device = os.stat(folder).st_dev
     with ExitStack() as stack:
         hosts = [
