@@ -13,11 +13,12 @@ from headrace.cluster.watch import Watch
 from headrace.cluster.wire import encode
 from headrace.runtime.interfaces import find_interface
 from headrace.runtime.pulse import beat_key
-from headrace.runtime.rendezvous import RendezvousServer
+from headrace.runtime.rendezvous import EDGE_SECONDS, RendezvousServer
 from headrace.scheduler.errors import StageError
 
-GIVE_UP_SECONDS = 10.0
-"""How long stages may take to stop waiting for another end when there is no store any more."""
+GIVE_UP_SECONDS = EDGE_SECONDS + 5.0
+"""How long stages may take to stop waiting for another end when there is no store any more: those that know where
+it is go on trying to reach it. A stage that still does when edges form anew would be taken for silent."""
 
 
 class Edges:
@@ -38,12 +39,7 @@ class Edges:
         port: int = 0,
         patience: float,
     ) -> None:
-        if local:
-            self._host = "127.0.0.1"
-        elif interface is None:
-            self._host = ray.util.get_node_ip_address()
-        else:
-            self._host = find_interface(interface).address
+        self._host = meeting_host(interface, local=local)
         self._watch = Watch(stages, self._beats, patience)
         self._server: RendezvousServer | None = None
         self._port, self._pinned = port, interface is not None
@@ -80,6 +76,15 @@ class Edges:
         if self._server is not None:
             self._server.close()
             self._server = None
+
+
+def meeting_host(interface: str | None, *, local: bool = False) -> str:
+    """This machine's address at which stages find each other."""
+    if local:
+        return "127.0.0.1"
+    if interface is None:
+        return str(ray.util.get_node_ip_address())
+    return find_interface(interface).address
 
 
 def loopback() -> str:

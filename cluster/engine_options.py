@@ -22,8 +22,9 @@ class EngineOptions:
     `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
-    `network_gbps` and `network_latency` (seconds) are of the network between nodes, None takes it to be as
-    fast as what is within them;
+    `stage_layers` are how many layers each stage has, None as many as is fastest;
+    `network_gbps` and `network_latency` (seconds) are of the network between nodes, None has it measured
+    where stages are on several;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
     on it stages find each other at `rendezvous_port` of this machine (0: a free one) and speak over the network
     `interface` of that name or in that network, which None leaves to Ray's address of each machine;
@@ -59,6 +60,7 @@ class EngineOptions:
     min_sequences: int = 1
     micro_batches: int | None = None
     resident_layers: int | None = None
+    stage_layers: tuple[int, ...] | None = None
     context: int | None = None
     storage: str = "auto"
     graphs: bool | None = None

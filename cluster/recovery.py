@@ -27,7 +27,13 @@ BREAK_OFF_SECONDS = 30.0
 """How long stages may take to give up a pass: a kernel may be under way, or a large read."""
 
 ROUNDS = 6
-"""How often a ring is brought together before it is given up; pauses between two double from a second on."""
+"""How often a ring is brought together at least before it is given up; pauses between two double from a second
+on."""
+
+LONGEST_PAUSE = 16.0
+
+OUTAGE_SECONDS = 600.0
+"""How long it is tried at least: links and nodes that are back after some minutes are waited for."""
 
 
 class StageState(Enum):
@@ -99,9 +105,11 @@ class RingRecovery:
         """
         phases: dict[str, float] = {}
         replaced, last = set[int](), error
-        for number in range(1, ROUNDS + 1):
+        end, number = time.monotonic() + OUTAGE_SECONDS, 0
+        while number < ROUNDS or time.monotonic() < end:
+            number += 1
             if number > 1:
-                self._pause(2.0 ** (number - 2))
+                self._pause(min(LONGEST_PAUSE, 2.0 ** (number - 2)))
             try:
                 self._round(step, last.silent, replaced, _Phases(phases, tracer))
             except StageLostError as failure:
@@ -109,7 +117,7 @@ class RingRecovery:
                 last = failure
                 continue
             return Recovery(str(error), tuple(sorted(replaced)), number, phases)
-        raise StageError(f"{error} It could not be recovered from in {ROUNDS} rounds: {last}")
+        raise StageError(f"{error} It could not be recovered from in {number} rounds: {last}")
 
     def _round(
         self, step: int, silent: Collection[int], replaced: set[int], phases: "_Phases"

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from headrace.cluster.discovery import Discovery
-from headrace.cluster.edges import Edges
+from headrace.cluster.edges import Edges, meeting_host
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.hydration import cold_model, hydrate_stages
 from headrace.cluster.kv_options import log_config, log_keys, log_kv
 from headrace.cluster.members import Members
+from headrace.cluster.network_speed import NetworkSpeed
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, num_places
 from headrace.cluster.recovery import RingRecovery
@@ -72,13 +73,25 @@ class RingStarter:
 
     def start(self, stages: int) -> Ring:
         """HeadraceError when the cluster has no room for them, or they have none for the model."""
-        options, model, times = replace(self._options, stages=stages), self._model, self._times
+        options, model, times = self._options, self._model, self._times
+        if stages != options.stages:  # layers of each stage were told for other ones
+            options = replace(options, stages=stages, stage_layers=None)
         processes = StageProcesses(stages, model.device, model.store.path.name, self.name)
         self.name = processes.ring
         actors = self._opened.enter_context(processes).actors
         found = self._discover(actors)
         times.ended("stages")
         inputs = inputs_of_run(options, model.device, found, model.shape.result())
+        if options.network_gbps is None and len({*inputs.nodes}) > 1:
+            speed = NetworkSpeed(
+                meeting_host(options.interface),
+                options.rendezvous_port,
+                options.interface or "",
+                pinned=options.interface is not None,
+                device=stage_device(model.device),
+            )
+            inputs = replace(inputs, links=speed.links(inputs.links, actors, inputs.nodes))
+            times.ended("network")
         plan = inputs.plan()
         times.ended("plan")
         logs = None

@@ -88,6 +88,7 @@ def choices_of(options: EngineOptions) -> Choices:
         graphs=options.graphs,
         kv_hot_window=options.kv_hot_window,
         drafts=options.ngram_speculation,
+        stage_layers=options.stage_layers,
     )
 
 

@@ -77,6 +77,18 @@ class Connection:
     pinned: bool = False
 
 
+def _interface_of(connection: Connection) -> str:
+    """The name of this machine's interface for a connection. HeadraceError when there is none."""
+    import ray
+
+    from headrace.runtime.interfaces import bind_nccl, find_interface
+
+    found = find_interface(connection.interface or ray.util.get_node_ip_address())
+    if connection.pinned:
+        bind_nccl(found)
+    return found.name
+
+
 class StageActor:
     """One process, one device. It starts empty, so that the plan can be made from what it measures.
 
@@ -123,6 +135,18 @@ class StageActor:
     def discover(self, device: str, store: str) -> bytes:
         return encode(self._thread.do(discover, device, store))
 
+    def measure_link(self, payload: bytes, end: int, device: str) -> bytes:
+        """The Hop between this process and another one, which is told the same Connection at the same time and
+        the other `end`."""
+        import torch
+
+        from headrace.runtime.link_speed import measure_link
+
+        connection, where = decode(payload, Connection), torch.device(device)
+        interface = _interface_of(connection)
+        work = partial(measure_link, end, connection.rendezvous, where, interface)
+        return encode(self._thread.do(work))
+
     def load(
         self, payload: bytes, joins_at: int | None = None, keys: dict[str, bytes] | None = None
     ) -> str:
@@ -156,17 +180,12 @@ class StageActor:
 
         Ends that it has are closed first: no pass is under way.
         """
-        import ray
-
-        from headrace.runtime.interfaces import bind_nccl, find_interface
         from headrace.runtime.link import connect
         from headrace.runtime.pulse import Pulse
 
         assert self._stage is not None
         stage, connection = self._stage, decode(payload, Connection)
-        interface = find_interface(connection.interface or ray.util.get_node_ip_address())
-        if connection.pinned:
-            bind_nccl(interface)
+        interface = _interface_of(connection)
         if self._pulse is not None:
             self._pulse.close()
         self._pulse = Pulse(connection.rendezvous, stage.config.stage)
@@ -178,7 +197,7 @@ class StageActor:
             ring=stage.receive_ring(),
             device=stage.device,
             deadline=stage.config.deadline,
-            interface=interface.name,
+            interface=interface,
             tracer=stage.tracer,
         )
         stage.connect(*ends)

@@ -5,15 +5,26 @@ torch is imported when it is needed: a driver knows the names here before it has
 
 import os
 import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.errors import HeadraceError, StageLostError
 
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+
+
+MEET_SECONDS = 120.0
+"""How long an end may take to be there at all."""
+
+EDGE_SECONDS = 15.0
+"""How long the two ends of a Gloo edge may take to reach each other once both are there: where nothing comes
+through, TCP asks ever less often, and a link that is back is found sooner by those who ask anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +94,26 @@ def _listen(host: str, port: int) -> socket.socket:
 def edge_group(
     rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: "torch.device", interface: str
 ) -> Any:
-    """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist."""
+    """The edge's own process group: rank 0 sends, rank 1 receives. Blocks until both ends exist.
+
+    StageLostError when the other one does not come, or cannot be reached.
+    """
+    try:
+        return _edge_group(rendezvous, edge, rank, device, interface)
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        over = f" over {interface}" if interface else ""
+        raise StageLostError(
+            f"stage {edge[rank]} on {socket.gethostname()} did not reach stage {edge[1 - rank]}{over}: {said}"
+        ) from error
+
+
+def _edge_group(
+    rendezvous: Rendezvous, edge: tuple[int, int], rank: int, device: "torch.device", interface: str
+) -> Any:
     import torch.distributed as dist
 
-    store = rendezvous.store(edge, timedelta(seconds=120))
+    store = rendezvous.store(edge, timedelta(seconds=MEET_SECONDS))
     if device.type == "cuda":
         # A dead peer must be an error of ours, not torch's watchdog ending this process.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
@@ -97,10 +124,30 @@ def edge_group(
         group.eager_connect_single_device(device)
         return group
     gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._timeout = timedelta(seconds=120)
+    gloo._timeout = timedelta(seconds=EDGE_SECONDS)
     gloo._devices = [
         dist.ProcessGroupGloo.create_device(interface=interface)
         if interface
         else dist.ProcessGroupGloo.create_default_device()
     ]
-    return dist.ProcessGroupGloo(store, rank, 2, gloo)
+    store.set(f"here {rank}", "")
+    store.wait([f"here {1 - rank}"])
+    return _within(EDGE_SECONDS, lambda: dist.ProcessGroupGloo(store, rank, 2, gloo))
+
+
+def _within(seconds: float, make: Callable[[], Any]) -> Any:
+    """What `make` returns. RuntimeError when it takes longer: Gloo's end that is to be reached waits for five times
+    as long as it is told, and is left to."""
+    made: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            made.set_result(make())
+        except RuntimeError as error:
+            made.set_exception(error)
+
+    threading.Thread(target=work, name="headrace-edge", daemon=True).start()
+    try:
+        return made.result(seconds)
+    except TimeoutError as error:
+        raise RuntimeError(f"nothing came within {seconds:.0f} s") from error

@@ -12,10 +12,9 @@ import torch
 from headrace.cluster.edges import loopback
 from headrace.cluster.pipeline import gather
 from headrace.cluster.processes import START_SECONDS, ray_cluster
-from headrace.runtime.link import ReceiveRing, connect
+from headrace.runtime.link_speed import LinkEnd
 from headrace.runtime.rendezvous import Rendezvous, RendezvousServer
 
-EDGES = ((0, 1), (1, 0))
 ROW = 8192
 """Elements of a row of hidden states, in bfloat16."""
 
@@ -37,50 +36,23 @@ class HopActor:
     """One of two processes that send hidden states to and fro over the product's own links."""
 
     def __init__(self, device: str) -> None:
-        self._stage, self._device = 0, torch.device(device)
+        self._device = torch.device(device)
 
     def echo(self) -> None:
         """What a Ray call takes."""
 
     def connect(self, stage: int, host: str, port: int, interface: str, epoch: int = 0) -> None:
         """Be one end, 0 or 1, of a pair that has the epoch to itself."""
-        self._stage = stage
-        ring = ReceiveRing(4, LARGE, ROW, torch.bfloat16, self._device)
-        senders, receivers = connect(
-            self._stage,
-            EDGES,
-            Rendezvous(host, port, epoch),
-            ring=ring,
-            device=self._device,
-            deadline=DEADLINE,
-            interface=interface,
-        )
-        other = 1 - self._stage
-        self._sender, self._receiver = senders[other], receivers[other]
+        place = Rendezvous(host, port, epoch), self._device, interface
+        self._link = LinkEnd(stage, *place, rows=LARGE, width=ROW)
 
     def disconnect(self) -> None:
-        self._sender.close()
-        self._receiver.close()
+        self._link.close()
 
     def exchange(self, rows: int) -> float:
         """Seconds of one way, over ROUNDS ways there and back."""
-        x = torch.zeros(rows, ROW, dtype=torch.bfloat16, device=self._device)
-        self._volley(x, 3)
-        started = time.perf_counter()
-        self._volley(x, ROUNDS)
-        return (time.perf_counter() - started) / ROUNDS / 2
-
-    def _volley(self, x: torch.Tensor, rounds: int) -> None:
-        """Each message is the one that came, so that the device waits where the host does not."""
-        for _ in range(rounds):
-            if self._stage == 0:
-                self._sender.send(x)
-                x = self._receiver.recv(len(x))
-            else:
-                x = self._receiver.recv(len(x))
-                self._sender.send(x)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._link.volley(rows, 3)
+        return self._link.volley(rows, ROUNDS)[0]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headrace.cluster.doctor.finding import Finding, Status, Subject
+from headrace.scheduler.errors import HeadraceError
 
 STYLES = {
     Status.OK: "green",
@@ -28,6 +29,13 @@ def doctor(
     address: Annotated[
         str | None,
         typer.Option(help="A Ray cluster, of which to look at all nodes. [default: this machine]"),
+    ] = None,
+    interface: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|NETWORK",
+            help="With --address, what stages will speak over, as for `headrace generate`.",
+        ),
     ] = None,
     kv_directory: Annotated[
         Path | None, typer.Option(help="Where KV pages on NVMe will be.")
@@ -48,7 +56,7 @@ def doctor(
     subject = Subject(*absolute)
     console, err = Console(), Console(stderr=True)
     with err.status("looking ..."):
-        found = _look(subject, address)
+        found = _look(subject, address, interface)
     if json:
         typer.echo(json_module.dumps(findings_json(found), indent=2))
     else:
@@ -59,8 +67,14 @@ def doctor(
     raise typer.Exit(1 if has_problem(found) else 0)
 
 
-def _look(subject: Subject, address: str | None) -> dict[str, tuple[Finding, ...]]:
+def _look(
+    subject: Subject, address: str | None, interface: str | None
+) -> dict[str, tuple[Finding, ...]]:
     """Findings by node; those of all of them are the cluster's."""
+    if address is None and interface is not None:
+        raise HeadraceError(
+            "--interface is of links between nodes: give the cluster's --address, too"
+        )
     if address is None:
         from headrace.cluster.doctor.node import look
 
@@ -68,7 +82,7 @@ def _look(subject: Subject, address: str | None) -> dict[str, tuple[Finding, ...
         return {report.facts.node: report.findings}
     from headrace.cluster.doctor.fleet import look_at_cluster
 
-    cluster = look_at_cluster(subject, address)
+    cluster = look_at_cluster(subject, address, interface)
     return {**cluster.nodes, "cluster": cluster.findings}
 
 

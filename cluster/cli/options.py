@@ -164,8 +164,8 @@ class RunOptions:
         float | None,
         typer.Option(
             min=1e-6,
-            help="GB/s between nodes, where stages are on several: 0.0125 for 100 Mbit/s. "
-            "[default: as within a node]",
+            help="GB/s between nodes, where stages are on several: 0.0125 for 100 Mbit/s, not measured then. "
+            "[default: measured]",
         ),
     ] = None
     network_latency: Annotated[

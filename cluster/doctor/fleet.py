@@ -25,11 +25,13 @@ from headrace.cluster.doctor.finding import (
     warn,
 )
 from headrace.cluster.doctor.hop import ROWS, described
-from headrace.cluster.doctor.network import own_interface, reach, refuses
+from headrace.cluster.doctor.network import reach, refuses
 from headrace.cluster.doctor.node import look
+from headrace.cluster.edges import meeting_host
 from headrace.cluster.pipeline import gather
 from headrace.cluster.processes import ray_cluster
 from headrace.cluster.wire import decode, encode
+from headrace.runtime.interfaces import bind_nccl, find_interface
 from headrace.runtime.rendezvous import RendezvousServer
 
 AREA = "cluster"
@@ -60,11 +62,20 @@ class ClusterReport:
 
 
 class LinkActor(HopActor):
-    """One end of links to other nodes."""
+    """One end of links to other nodes, over the interface that stages would take if they were told `interface`."""
+
+    def __init__(self, device: str, interface: str | None) -> None:
+        super().__init__(device)
+        self._interface = find_interface(interface or ray.util.get_node_ip_address())
+        if interface is not None:
+            bind_nccl(self._interface)
 
     def interface(self) -> str:
-        found = own_interface()
-        return f"{found.name} ({found.address})"
+        return f"{self._interface.name} ({self._interface.address})"
+
+    def meet(self, stage: int, host: str, port: int, epoch: int) -> None:
+        """As `connect`, over that interface."""
+        self.connect(stage, host, port, self._interface.name, epoch)
 
 
 def nodes() -> list[Node]:
@@ -87,8 +98,11 @@ def nodes() -> list[Node]:
     return sorted(found, key=lambda node: node.name)
 
 
-def look_at_cluster(subject: Subject, address: str) -> ClusterReport:
-    """Minutes on a large one. Raises HeadraceError when it cannot be joined."""
+def look_at_cluster(subject: Subject, address: str, interface: str | None = None) -> ClusterReport:
+    """Minutes on a large one. Links are those over the network `interface` of that name or network. Raises
+    HeadraceError when it cannot be joined, or this machine has no such interface."""
+    if interface is not None:
+        find_interface(interface)
     with ray_cluster(1, address):
         found = nodes()
         answers = _ask_each(found, subject)
@@ -100,7 +114,7 @@ def look_at_cluster(subject: Subject, address: str) -> ClusterReport:
             ("clocks", partial(_clocks, found)),
         ]
         findings += run_checks(AREA, checks)
-        findings += _links(found)
+        findings += _links(found, interface)
     return ClusterReport({name: one.findings for name, one in reports.items()}, tuple(findings))
 
 
@@ -260,29 +274,32 @@ def _ahead(node: Node) -> float:
     return best[1] / 1e9
 
 
-def _links(found: Sequence[Node]) -> Iterator[Finding]:
+def _links(found: Sequence[Node], interface: str | None) -> Iterator[Finding]:
     """Each pair of nodes, by Gloo, and by NCCL between those with GPUs."""
     if len(found) < 2:
         yield unchecked("links", "between nodes", "there is one node only")
         return
-    yield from run_checks("links", [("Gloo", partial(_pairs, found, "Gloo", "cpu"))])
+    yield from run_checks("links", [("Gloo", partial(_pairs, found, "Gloo", "cpu", interface))])
     with_gpu = [node for node in found if node.has_gpu]
     if len(with_gpu) > 1:
-        yield from run_checks("links", [("NCCL", partial(_pairs, with_gpu, "NCCL", "cuda:0"))])
+        nccl = partial(_pairs, with_gpu, "NCCL", "cuda:0", interface)
+        yield from run_checks("links", [("NCCL", nccl)])
 
 
-def _pairs(found: Sequence[Node], kind: str, device: str) -> Iterator[Finding]:
+def _pairs(
+    found: Sequence[Node], kind: str, device: str, interface: str | None
+) -> Iterator[Finding]:
     gpus = 1 if device.startswith("cuda") else 0
     with ExitStack() as stack:
         actors = []
         for node in found:
-            actor = on_node(node, LinkActor, num_gpus=gpus).remote(device)
+            actor = on_node(node, LinkActor, num_gpus=gpus).remote(device, interface)
             stack.callback(ray.kill, actor)
             actors.append(actor)
         interfaces = gather(
             [one.interface.remote() for one in actors], PAIR_SECONDS, doing="starting"
         )
-        server = RendezvousServer(ray.util.get_node_ip_address())
+        server = RendezvousServer(meeting_host(interface))
         stack.callback(server.close)
         for epoch, (a, b) in enumerate(combinations(range(len(found)), 2)):
             names = f"{found[a].name} - {found[b].name}"
@@ -298,8 +315,8 @@ def _pair(
     pair: Sequence[Any], server: RendezvousServer, epoch: int, name: str, how: str
 ) -> Iterator[Finding]:
     try:
-        place = server.host, server.port, "", epoch
-        ends = [actor.connect.remote(stage, *place) for stage, actor in enumerate(pair)]
+        place = server.host, server.port, epoch
+        ends = [actor.meet.remote(stage, *place) for stage, actor in enumerate(pair)]
         gather(ends, PAIR_SECONDS, doing="connecting")
         seconds = []
         for rows in (1, ROWS):

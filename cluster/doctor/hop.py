@@ -1,6 +1,5 @@
 """Hidden states between two stages: the product's own links, inside one machine and between nodes."""
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,8 +10,6 @@ ROW_BYTES, ROWS = 16384, 64
 """64 rows are a MiB."""
 
 ROUNDS = 20
-DEADLINE = 30.0
-EDGES = ((0, 1), (1, 0))
 
 
 def links() -> Iterator[Finding]:
@@ -58,30 +55,12 @@ def loopback_hop(rows: int) -> float:
 def _volley(stage: int, rows: int, rendezvous: object, interface: str) -> float:
     import torch
 
-    from headrace.runtime.link import ReceiveRing, connect
+    from headrace.runtime.link_speed import LinkEnd
     from headrace.runtime.rendezvous import Rendezvous
 
     assert isinstance(rendezvous, Rendezvous)
-    device = torch.device("cpu")
-    ring = ReceiveRing(4, rows, ROW_BYTES // 2, torch.bfloat16, device)
-    senders, receivers = connect(
-        stage, EDGES, rendezvous, ring=ring, device=device, deadline=DEADLINE, interface=interface
-    )
-    other = 1 - stage
-    sender, receiver = senders[other], receivers[other]
-    x = torch.zeros(rows, ROW_BYTES // 2, dtype=torch.bfloat16)
-    try:
-        started = 0.0
-        for turn in range(ROUNDS + 3):
-            if turn == 3:
-                started = time.perf_counter()
-            if stage == 0:
-                sender.send(x)
-                x = receiver.recv(rows)
-            else:
-                x = receiver.recv(rows)
-                sender.send(x)
-        return (time.perf_counter() - started) / ROUNDS / 2
-    finally:
-        sender.close()
-        receiver.close()
+    width = ROW_BYTES // torch.bfloat16.itemsize
+    place = rendezvous, torch.device("cpu"), interface
+    with LinkEnd(stage, *place, rows=rows, width=width) as link:
+        link.volley(rows, 3)
+        return link.volley(rows, ROUNDS)[0]
