@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import headrace
@@ -50,7 +51,8 @@ def test_a_stage_holds_what_its_plan_says(stories: Path, chosen: dict[str, int])
     options = EngineOptions(stories, device="cpu", **chosen)  # type: ignore[arg-type]
     with local_engine(options) as engine:
         engine.wait_host_tier()
-        [stage] = engine._pipeline._stages  # type: ignore[attr-defined]
+        ring: Any = engine._pipeline
+        [stage] = ring._pipeline._stages
         held = {part.name: part.nbytes for part in parts_of(stage.memory())}
         [memory] = engine.plan.memory
     assert {name: held.get(name, 0) for name in PLANNED} == {

@@ -151,7 +151,7 @@ def test_pages_that_were_written_through_are_not_computed_again(
     for through in (False, True):
         log = LogConfig(str(tmp_path / "kv"), CAP)
         with ray_engine(llama, plan, log, write_through=through) as engine:
-            ring: Any = engine._pipeline
+            ring: Any = engine._pipeline._pipeline  # type: ignore[attr-defined]
             want = answers(engine, "a")
             before = ring.computed
             assert answers(engine, "b", Blow(engine, [1], 45)) == want
@@ -176,7 +176,7 @@ def test_without_recovery_a_death_is_an_error(llama: Path) -> None:
     with ray_engine(llama, plan_of(llama), recovers=False) as engine:
         blow = Blow(engine, [], 0)
         assert blow.pids == []
-        ring: Any = engine._pipeline
+        ring: Any = engine._pipeline._pipeline  # type: ignore[attr-defined]
         ray.kill(ring._actors[1])
         with pytest.raises(StageError, match="stage 1 died"):
             answers(engine, "a")

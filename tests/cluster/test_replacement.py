@@ -67,7 +67,7 @@ def answers(
     engine: Engine, tenant: str, *changes: Change, keep: bool = True
 ) -> tuple[list[Any], int]:
     """Of all prompts at once, and how many tokens were computed; one change after the other is made."""
-    ring: Any = engine._pipeline
+    ring: Any = engine._pipeline._pipeline  # type: ignore[attr-defined]
     before, done, left = ring.computed, {}, list(changes)
     ids = [
         engine.add(tokens, PARAMS[i % 2], seed=i, tenant=tenant, keep=keep)

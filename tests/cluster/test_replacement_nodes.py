@@ -56,7 +56,7 @@ def test_a_node_is_taken_out_of_service(nodes: list[str], tmp_path: Path) -> Non
         nvme_pages=500,
     )
     with ray_engine(store, plan, LogConfig(str(tmp_path / "kv"), CAP)) as engine:
-        ring: Any = engine._pipeline
+        ring: Any = engine._pipeline._pipeline  # type: ignore[attr-defined]
         want = answers(engine, PROMPTS, NEW, keep=True)
         assert engine.stats.kv.nvme
         done = engine.replace_stage(1, nodes[1])
