@@ -10,13 +10,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 BLKIO = Path("/sys/fs/cgroup/blkio")
+END_SECONDS = 20.0
 NAMESPACES = ["-n", "-u", "-m", "-p"]
 
 
@@ -204,11 +206,11 @@ def host(
 
 
 def _remove(group: Path) -> None:
-    for pid in (group / "cgroup.procs").read_text().split():
-        with suppress(OSError):
-            (BLKIO / "cgroup.procs").write_text(pid)
-    with suppress(OSError):
-        group.rmdir()
+    """When its processes, which were killed, have ended."""
+    end = time.monotonic() + END_SECONDS
+    while (group / "cgroup.procs").read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    group.rmdir()
 
 
 @contextmanager

@@ -101,7 +101,8 @@ def edge_group(
     try:
         return _edge_group(rendezvous, edge, rank, device, interface)
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
+        # Gloo begins with where in its source that was.
+        said = str(error).splitlines()[0].rpartition("] ")[2].removesuffix("$1")
         over = f" over {interface}" if interface else ""
         raise StageLostError(
             f"stage {edge[rank]} on {socket.gethostname()} did not reach stage {edge[1 - rank]}{over}: {said}"
