@@ -278,12 +278,14 @@ def test_a_ring_closes_while_pages_move(llama: Path, tmp_path: Path) -> None:
 def test_moves_are_in_the_trace(llama: Path, tmp_path: Path) -> None:
     log = SlowLog(tmp_path / "log")
     plan = plan_of(llama, RINGS[0])
-    with local_ring(llama, plan, trace=True, logs=[log]) as pipeline:
+    with local_ring(llama, plan, logs=[log]) as pipeline:
+        pipeline.begin_trace(64)
         driver = Driver(pipeline)
         driver.begin((0, 1, TAIL_PAGE))
         for kind in (OUT, SPILL, FETCH, IN):
             driver.wait(driver.move(kind, 0, 0, b"key"))
-        (trace,) = pipeline.take_traces()
+        [recorded] = pipeline.end_trace()()
+    trace = recorded.trace
     assert trace is not None
     found = {kind: [span for span in trace.spans if span.kind is kind] for kind in Kind}
     assert [(span.name, span.number) for span in found[Kind.KV_COPY]] == [("out", 1), ("in", 4)]

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from attention_cases import CASES, micro_batch
+from bits import same_bits
 from quantized_cases import expected, make_quantized
 from torch import Tensor
 
@@ -60,9 +61,6 @@ def cuttings() -> list[list[int]]:
     return [[64, 128, LENGTH], [63, 65, 200, LENGTH], [100, *range(120, LENGTH + 1)], *some]
 
 
-EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Elsewhere a product of few rows is summed in another order."""
-
 RULES = [
     {},
     {"sliding_window": 70},
@@ -89,9 +87,7 @@ def test_any_chunks_give_the_same_bits(
         for cuts in cuttings():
             other = layer(fmt)
             found = attend_in(cuts, other, q, k, v, **rule)
-            assert torch.equal(found, want) or (
-                not EXACT and torch.allclose(found, want, atol=1e-5)
-            )
+            assert same_bits(found, want), cuts
             for ours, theirs in ((kv.k, other.k), (kv.v, other.v)):
                 assert torch.equal(ours.codes, theirs.codes)
                 full = list(range(17, 2, -3))[: LENGTH // 64]
