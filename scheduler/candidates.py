@@ -8,7 +8,7 @@ from headrace.scheduler.balance import splits
 from headrace.scheduler.layouts import modest_choices, resident_layouts, streaming_layouts
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.problem import Problem
-from headrace.scheduler.search import Candidate, search_pages
+from headrace.scheduler.search import Candidate, as_stored, search_pages
 
 
 def resident_candidates(problem: Problem, enough: int) -> list[Candidate]:
@@ -21,10 +21,11 @@ def resident_candidates(problem: Problem, enough: int) -> list[Candidate]:
     if like is not None:
         caches = [search_pages(problem, like).cache]
     found = []
-    for split in (problem, *_uneven(problem, like or alike[-1], caches)):
+    for split in (problem, *_even(problem), *_uneven(problem, like or alike[-1], caches)):
         layout = _roomiest(split, _resident_layouts(split))
         if layout and split.most_sequences(layout) >= min(enough, split.wanted(layout)):
-            found.append(search_pages(split, layout))
+            chosen = search_pages(split, layout)
+            found += [one for one in (chosen, as_stored(split, chosen)) if one is not None]
     return found
 
 
@@ -62,6 +63,15 @@ def _families(problem: Problem) -> Iterator[Iterator[Layout]]:
 def _streaming(problem: Problem, families: Iterable[Iterator[Layout]]) -> list[Candidate]:
     layouts = (_roomiest(problem, family) for family in families)
     return [search_pages(problem, layout) for layout in layouts if layout]
+
+
+def _even(problem: Problem) -> Iterator[Problem]:
+    """The problem with the last stages, which has the head to hold, no larger than the first ones."""
+    layers, stages = problem.shape.num_layers, len(problem.budgets)
+    if layers % stages and problem.choices.stage_layers is None:
+        share, more = divmod(layers, stages)
+        split = tuple(share + (stage < more) for stage in range(stages))
+        yield replace(problem, choices=replace(problem.choices, stage_layers=split))
 
 
 def _uneven(problem: Problem, like: Layout, caches: Sequence[Cache] = ()) -> Iterator[Problem]:

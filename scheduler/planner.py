@@ -41,7 +41,7 @@ from headrace.scheduler.timing import passes_ahead
 __all__ = ["Budget", "Choices", "DeviceProfile", "ModelShape", "Workload", "make_plan"]
 
 ENOUGH_SEQUENCES = 16
-"""With KV for this many sequences beside the whole model, nothing is streamed."""
+"""With KV for this many sequences beside an even split of the whole model, nothing is streamed."""
 
 
 def make_plan(
@@ -70,8 +70,10 @@ def make_plan(
         links or Links.of(profiles),
     )
     _check(problem, workload)
-    resident = resident_candidates(problem, ENOUGH_SEQUENCES)
-    candidates = resident or resident_candidates(problem, 1) + streaming_candidates(problem)
+    candidates = resident_candidates(problem, ENOUGH_SEQUENCES)
+    if not any(is_even(one.layout.visits, one.layout.num_stages) for one in candidates):
+        candidates = candidates or resident_candidates(problem, 1)
+        candidates += streaming_candidates(problem)
     enough = [one for one in candidates if one.cache.in_all >= problem.min_sequences]
     candidates = enough or candidates
     best = _fastest(problem, candidates)

@@ -23,6 +23,9 @@ from headrace.scheduler.plan import PAGE_TOKENS
 ACTIVATIONS_SHARE = 8
 """Passes are cut until activations take at most one part in so many of the device budget."""
 
+PAGES_SHARE = 4
+"""And until so many times what they take is left beside the least of the weights."""
+
 RING_SHARE = 16
 """A KV ring takes at most one part in so many of the device budget."""
 
@@ -128,13 +131,15 @@ class Problem:
         return all(m.device <= b.device_memory for m, b in zip(memory, self.budgets, strict=True))
 
     def is_roomy(self, layout: Layout) -> bool:
-        """Whether activations leave most of every budget to pages and layers."""
+        """Whether activations leave most of every budget to pages and layers, and pages several times
+        what they take themselves."""
         memory = (
             least_memory(self.shape, layout, stage, self.cache(0))
             for stage in range(layout.num_stages)
         )
         return all(
             m.activations * ACTIVATIONS_SHARE <= b.device_memory
+            and m.device + PAGES_SHARE * m.activations <= b.device_memory
             for m, b in zip(memory, self.budgets, strict=True)
         )
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from headrace.scheduler.decode import Decode
+from headrace.scheduler.decode import FUSED_ROWS, Decode
 from headrace.scheduler.filling import Filling, fill
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Prediction
@@ -57,6 +57,17 @@ def search_pages(problem: Problem, layout: Layout) -> Candidate:
             best = i
     resident = [one for one in good if not one.cache.guests and not any(one.filling.ring_slots)]
     return resident[-1] if found[best] in resident else found[best]
+
+
+def as_stored(problem: Problem, candidate: Candidate) -> Candidate | None:
+    """The same with so few sequences that GPUs multiply 4-bit weights as they are stored: the formula,
+    which is a bound, does not know what dequantizing costs. None where there are no more anyway, or where
+    more are asked for."""
+    layout = candidate.layout
+    most = FUSED_ROWS * layout.micro_batches * layout.passes_in_flight
+    if candidate.cache.guests or not problem.min_sequences <= most < candidate.cache.in_all:
+        return None
+    return _candidate(problem, layout, problem.cache(most))
 
 
 def _with_guests(problem: Problem, layout: Layout) -> list[Candidate]:

@@ -101,9 +101,9 @@ def test_memory_that_holds_no_page_is_refused() -> None:
 
 def test_sequences_beyond_what_the_device_holds_raise_the_throughput() -> None:
     """Weights come from the drive, and the link is idle for most of a pass."""
-    for stages in (1, 2):
-        without = plan_of(LLAMA_70B, [Budget(24 * GB, 0)] * stages)
-        budgets = [Budget(24 * GB, 60 * GB, kv_host_memory=60 * GB)] * stages
+    for stages, device in ((1, 24 * GB), (2, 16 * GB)):
+        without = plan_of(LLAMA_70B, [Budget(device, 0)] * stages)
+        budgets = [Budget(device, 60 * GB, kv_host_memory=60 * GB)] * stages
         plan = plan_of(LLAMA_70B, budgets)
         found, before = plan.prediction, without.prediction
         assert found.guests > 0 == before.guests
