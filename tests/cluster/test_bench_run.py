@@ -92,7 +92,7 @@ def test_more_sequences_than_the_device_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", ["mixtral-8x7b", "qwen3-235b", "deepseek-v3"])
-@pytest.mark.parametrize("tier", ["nvme", "host"])
+@pytest.mark.parametrize("tier", ["nvme", pytest.param("host", marks=pytest.mark.slow)])
 def test_experts_are_loaded_as_tokens_reach_them(tmp_path: Path, shape: str, tier: str) -> None:
     work = Work(batch=2, prompt=8, new=8, tier=tier, local=True)
     config = small_config(shape) | {"num_hidden_layers": 5}
@@ -136,6 +136,7 @@ def test_a_mixture_that_does_not_stay_whole_is_no_tier_device(tmp_path: Path) ->
         run_work(given, work, store)
 
 
+@pytest.mark.slow
 def test_the_batch_is_what_the_plan_has_room_for(tmp_path: Path) -> None:
     small = replace(CPU, max_sequences=6)
     result = measured(tmp_path, "8b", Work(prompt=8, new=6, tier="nvme", local=True), small)
@@ -150,6 +151,7 @@ def test_the_batch_is_what_the_plan_has_room_for(tmp_path: Path) -> None:
         measured(tmp_path, "8b", work, tiny)
 
 
+@pytest.mark.slow
 def test_pages_have_room_in_host_memory_whatever_the_tier(tmp_path: Path) -> None:
     given = replace(CPU, kv_host_memory=1 << 20)
     for tier in ("nvme", "device", "host"):
@@ -210,6 +212,7 @@ def test_a_profile(tmp_path: Path) -> None:
     assert "calls a pass" in printed(bench_tables.profile_table("8b", found))
 
 
+@pytest.mark.slow
 def test_the_drive_and_the_device(tmp_path: Path) -> None:
     readings = [*measure_drive(tmp_path, "cpu", 8 << 20), *measure_devices("cpu")]
     assert not list(tmp_path.iterdir())

@@ -67,6 +67,7 @@ def blocks_in(path: Path) -> list[str]:
     return [block.name for block in Store.open(path).present]
 
 
+@pytest.mark.slow
 def test_from_an_empty_directory(tier: ColdModel, expected: list[int], tmp_path: Path) -> None:
     path = tmp_path / "node" / "stories"
     with LLM(path, device="cpu", stages=2, cold=tier.url) as llm:
@@ -74,6 +75,7 @@ def test_from_an_empty_directory(tier: ColdModel, expected: list[int], tmp_path:
     assert len(blocks_in(path)) == 14
 
 
+@pytest.mark.slow
 def test_stages_with_stores_of_their_own(
     tier: ColdModel, stories: Path, expected: list[int], tmp_path: Path
 ) -> None:

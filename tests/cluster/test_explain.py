@@ -101,6 +101,7 @@ def test_where_nobody_waited_drives_are_not_the_advice() -> None:
     assert gains["one more stage like the last, on a node of its own"] > 1.3
 
 
+@pytest.mark.slow
 def test_each_drive_is_advised_alone() -> None:
     slow = replace(GPU, nvme_gbps=0.5)
     of = inputs(2)

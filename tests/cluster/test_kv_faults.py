@@ -75,6 +75,7 @@ Fault = Callable[[Path, random.Random], None]
 KINDS: list[Fault] = [flip, cut, delete, blank, mix, exchange]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("encrypted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_thousand_faults_and_never_another_token(tmp_path: Path, encrypted: bool) -> None:

@@ -69,7 +69,7 @@ TIERS = {"device": (0, 0), "host": (40, 0), "nvme": (5, 500), "all": (20, 500)}
     ("tiers", "kv_format"),
     [
         pytest.param(tiers, kv_format, marks=() if tiers in quick else pytest.mark.slow)
-        for kv_format, quick in (("fp32", {"device", "all"}), ("int8", {"all"}))
+        for kv_format, quick in (("fp32", {"all"}), ("int8", {"all"}))
         for tiers in TIERS
     ],
 )
@@ -172,6 +172,7 @@ def watched(directory: Path) -> Iterator[list[int]]:
         result += most.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_drive_is_never_overfull_and_empty_afterwards(
     llama: Path, tmp_path: Path, kept: bool
@@ -215,6 +216,7 @@ def test_a_key_file_that_others_may_read_is_refused(llama: Path, tmp_path: Path)
         pass
 
 
+@pytest.mark.slow
 def test_a_daily_budget_that_is_spent_costs_pages_and_no_token(llama: Path, tmp_path: Path) -> None:
     log = log_in(tmp_path, daily_writes=2_000_000)
     plan = plan_of(llama, host_pages=5, nvme_pages=500)
@@ -243,6 +245,7 @@ def test_a_drive_that_is_full_costs_pages_and_no_token(llama: Path, tmp_path: Pa
         assert engine.stats.kv.lost[SPILL]
 
 
+@pytest.mark.slow
 def test_pages_go_when_their_time_is_over(llama: Path, tmp_path: Path) -> None:
     plan = plan_of(llama, host_pages=5, nvme_pages=500)
     with paged_engine(llama, plan, log_in(tmp_path, ttl=0.2)) as engine:

@@ -105,6 +105,7 @@ def test_no_tokenizer(refused: Refused, store: Path, checkpoint: Path, rows: Pat
     assert "has no tokenizer" in refused("convert", checkpoint, store.parent / "new")
 
 
+@pytest.mark.slow
 def test_a_damaged_tokenizer(refused: Refused, store: Path, rows: Path) -> None:
     """Found while Ray starts, and told when what was started is gone."""
     (store / "tokenizer.json").write_text("{")

@@ -58,7 +58,9 @@ def serve(store: Path, plan: Plan, *, alone: bool) -> tuple[dict[int, list[int]]
     return answers, counting.num_tokens, engine
 
 
-@pytest.mark.parametrize(("kv_format", "ahead"), [("fp32", 0), ("int8", 1)])
+@pytest.mark.parametrize(
+    ("kv_format", "ahead"), [pytest.param("fp32", 0, marks=pytest.mark.slow), ("int8", 1)]
+)
 def test_a_shared_prefix_is_computed_once_and_changes_no_token(
     stories: Path, kv_format: str, ahead: int
 ) -> None:

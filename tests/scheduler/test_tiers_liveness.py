@@ -444,7 +444,7 @@ def test_all_tiers_are_used(ahead: int) -> None:
         write_backs=4,
     )
     hits, moved, swaps = Counter[str](), Counter[MoveKind](), 0
-    for seed in range(6):
+    for seed in range(4):
         driver = Driver(config, random.Random(seed), interference=0.01)
         stats = driver.run(20, 1 + ahead)
         hits.update(device=stats.hits.device, host=stats.hits.host, nvme=stats.hits.nvme)
@@ -484,7 +484,7 @@ def test_what_decodes_over_host_memory_carries_drafts(num_tails: int) -> None:
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_requests_decode_over_pages_in_host_memory_and_come_back(ahead: int) -> None:
     cold = most = moved = 0
-    for seed in range(6):
+    for seed in range(4):
         driver = Driver(replace(HOSTING, ahead=ahead), random.Random(seed), interference=0.01)
         stats = driver.run(20, 1 + ahead)
         assert stats.preempted_by_recompute + stats.preempted_by_swap <= 3
@@ -503,7 +503,7 @@ def test_whatever_a_replaced_stage_has_lost_is_computed_again(
     config: SchedulerConfig, num_tails: int
 ) -> None:
     put_back = cold = 0
-    for seed in range(6):
+    for seed in range(4):
         some = replace(config, nvme_pages=20, num_tails=num_tails)
         driver = Driver(some, random.Random(seed), replacing=0.1)
         driver.run(20, 1)
@@ -518,7 +518,7 @@ def test_passes_that_are_broken_off_cost_no_token(
     config: SchedulerConfig, num_tails: int, drafts: DraftLimits
 ) -> None:
     put_back = 0
-    for seed in range(6):
+    for seed in range(4):
         some = replace(
             config, nvme_pages=20, num_tails=num_tails, drafts=drafts, ahead=1, passes_in_flight=2
         )
@@ -555,7 +555,7 @@ def test_pages_do_not_sink_while_host_memory_has_room() -> None:
 @pytest.mark.parametrize("depth", [1, 3])
 def test_damage_on_nvme_costs_computation_and_no_token(depth: int) -> None:
     spoiled = 0
-    for seed in range(6):
+    for seed in range(4):
         config = replace(SINKING, ahead=int(depth > 1), passes_in_flight=max(1, depth - 1))
         driver = Driver(config, random.Random(seed), damage=0.05, interference=0.01)
         spoiled += driver.run(20, depth).spoiled
