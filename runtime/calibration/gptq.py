@@ -54,25 +54,22 @@ def gptq(
 
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U, upper triangular [K, K] float32, with U' U = (gram + damping)^-1.
+    """U, upper triangular [K, K] float32, with U' U = (gram + damping)^-1. `gram` is written over.
 
-    Where float32 does not do, ten times the damping is tried. Raises ValueError if no damping
+    With rows and columns backwards, a lower Cholesky factor of gram is an upper one, R R' = gram, and
+    U = R^-1. Where float32 does not do, ten times the damping is tried. Raises ValueError if no damping
     helps: `gram` then holds what is no number.
     """
-    damped = gram.clone()
-    diagonal = damped.diagonal()
+    diagonal = gram.diagonal()
     mean = diagonal.mean()
     diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    mean = diagonal.mean()
+    mean, added = diagonal.mean(), 0.0
     while damping <= _MOST_DAMPING:
-        tried = damped.clone()
-        tried.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(tried)
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper
+        diagonal += (damping - added) * mean
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
+        if not failed and bool(torch.isfinite(lower.diagonal()).all()):
+            identity = torch.eye(len(gram), device=gram.device)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         log.info("second moments of inputs are not positive definite with damping %g", damping)
-        damping = max(damping, DAMPING / 10) * 10
+        damping, added = max(damping, DAMPING / 10) * 10, damping
     raise ValueError("the second moments of a matrix's inputs hold no finite numbers")

@@ -14,6 +14,9 @@ from torch import Tensor
 RATIOS = tuple(1 - step / 25 for step in range(13))
 """Shares of a block's range that are tried: 1 down to 0.52."""
 
+_LEAST_SCALE = 2.0**-24
+"""The least float16 above zero."""
+
 Errors = Callable[[Tensor, int], Tensor]
 """(differences [blocks, block], index of the first block) -> their cost [blocks]."""
 
@@ -108,7 +111,7 @@ def affine_grid(
 ) -> AffineGrid:
     """Codes 0 ... 2^bits - 1 between each block's least and greatest weight, zero among them.
 
-    Scales are numbers of float16, as they are stored, if none is too large for that; zeros are whole. With
+    Scales are numbers of float16, as they are stored (infinite where that has none), zeros are whole. With
     `errors`, of RATIOS of the range the one that costs least is taken, for each block.
     """
     top = 2**bits - 1
@@ -125,13 +128,8 @@ def affine_grid(
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """Scales as float16 keeps them, and none zero: a block of zeros must not become 0/0.
-
-    Left alone, but for that, if some are too large for float16.
-    """
-    if bool((scale > torch.finfo(torch.float16).max).any()):
-        return scale.clamp(min=torch.finfo(torch.float32).tiny)
-    return scale.clamp(min=2.0**-24).half().float()
+    """Scales as float16 keeps them, and none zero: a block of zeros must not become 0/0."""
+    return scale.clamp(min=_LEAST_SCALE).half().float()
 
 
 def row_grid(weight: Tensor, errors: Errors | None = None) -> AffineGrid:
