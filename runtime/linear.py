@@ -69,6 +69,13 @@ class Weight(ABC):
             return Int8Weight(parts["data"].view(spec.shape), parts["scale"])
         if spec.format in ("nf4", "fp4"):
             return FourBitWeight(spec, parts)
+        # Imported late: they are weights themselves.
+        from headrace.runtime.grouped_weights import GroupedInt8Weight, Int4Weight
+
+        if spec.format == "int4":
+            return Int4Weight(spec, parts)
+        if spec.format == "int8g":
+            return GroupedInt8Weight(spec, parts)
         raise StoreError(
             f"a weight is stored as {spec.format!r}, which this version cannot read: convert again"
         )
@@ -134,7 +141,7 @@ class Weight(ABC):
         self, x: Tensor, bias: Tensor | None, scratch: Scratch | None, *, transposed: bool = False
     ) -> Tensor:
         """`linear` with all of this weight dequantized at once."""
-        tracer = _tracer(scratch)
+        tracer = tracer_of(scratch)
         if x.dtype == self.dtype:
             values = self.dense(x.dtype, scratch)
         else:
@@ -272,7 +279,7 @@ class FourBitWeight(Weight):
         scratch: Scratch | None = None,
         transposed: bool = False,
     ) -> Tensor:
-        found = None if transposed else multiply(x, [self], [bias], _tracer(scratch))
+        found = None if transposed else multiply(x, [self], [bias], tracer_of(scratch))
         return super().linear(x, bias, scratch, transposed) if found is None else found[0]
 
     def together(
@@ -285,14 +292,15 @@ class FourBitWeight(Weight):
         weights = [self, *(weight for weight in others if isinstance(weight, FourBitWeight))]
         if len(weights) <= len(others):
             return None
-        return multiply(x, weights, biases, _tracer(scratch))
+        return multiply(x, weights, biases, tracer_of(scratch))
 
     def codes(self) -> Codes:
         columns, depth = self.shape
         return Codes(self.kind, self._packed, self._scales(), self.group, (columns, depth))
 
 
-def _tracer(scratch: Scratch | None) -> Tracer:
+def tracer_of(scratch: Scratch | None) -> Tracer:
+    """Who times work that may use a scratch."""
     return NULL_TRACER if scratch is None else scratch.tracer
 
 

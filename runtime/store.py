@@ -60,6 +60,14 @@ class WeightSpec:
         "nested_code": F32[256]}, `nested_blocksize` and `nested_offset`.
     format "int8" (bitsandbytes row-wise): parts {"data": I8 [rows, columns], "scale": F32[rows]},
         weight = data * scale / 127.
+    format "int4": parts {"data": U8 packed, even element in the high nibble; "scale": F16, BF16 or
+        F32 [rows, columns / blocksize]} and either "zero": U8 of scale's shape (8 everywhere when
+        absent), weight = (data - zero) * scale, or "offset" of scale's type and shape,
+        weight = data * scale + offset. Optional "order": I32 [columns], of a single matrix:
+        column j of the data is column order[j] of the weight.
+    format "int8g": parts {"data": I8 [rows, columns], "scale", optional "offset"} as in int4,
+        weight = data * scale + offset.
+    rows are those of all matrices of a stack, one after another; `blocksize` divides columns.
     `shape` is the logical weight's.
     """
 

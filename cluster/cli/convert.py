@@ -39,6 +39,7 @@ def run_convert(
     format: str,
     policy: Sequence[str],
     double_quant: bool,
+    group_size: int | None = None,
     allow_missing_tokenizer: bool,
     self_check: Callable[[PretrainedConfig], bool] | None,
 ) -> Store:
@@ -51,6 +52,7 @@ def run_convert(
             format=format,
             policy=pairs,
             double_quant=double_quant,
+            group_size=group_size,
             progress=_Meter(bar),
             self_check=self_check,
             allow_missing_tokenizer=allow_missing_tokenizer,

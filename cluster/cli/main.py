@@ -59,6 +59,7 @@ class Format(str, Enum):
     BF16 = "bf16"
     INT8 = "int8"
     NF4 = "nf4"
+    INT4 = "int4"
 
 
 @app.callback(invoke_without_command=True)
@@ -88,6 +89,10 @@ def convert(
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="Quantize NF4's scales, too.")
     ] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns that share a scale in int4: 32, 64 or 128. [default: 64]"),
+    ] = None,
     allow_missing_tokenizer: Annotated[
         bool, typer.Option("--allow-missing-tokenizer", help="Convert without a tokenizer.")
     ] = False,
@@ -103,6 +108,7 @@ def convert(
         format=format.value,
         policy=policy or [],
         double_quant=double_quant,
+        group_size=group_size,
         allow_missing_tokenizer=allow_missing_tokenizer,
         self_check=check,
     )

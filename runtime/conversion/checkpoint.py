@@ -13,7 +13,8 @@ import xxhash
 from torch import Tensor
 
 from headrace.runtime.block_file import Entry, read_header
-from headrace.runtime.conversion.quantize import PART_SUFFIXES, TORCH_DTYPES, Part
+from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.quantize import PART_SUFFIXES, TORCH_DTYPES
 from headrace.scheduler.errors import StoreError
 
 CHUNK_BYTES = 8 << 20

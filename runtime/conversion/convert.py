@@ -64,14 +64,15 @@ def convert(
     format: str = "nf4",
     policy: Sequence[tuple[str, str]] = (),
     double_quant: bool = False,
+    group_size: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     self_check: Callable[[PretrainedConfig], bool] | None = None,
     allow_missing_tokenizer: bool = False,
 ) -> Store:
     """Converts the checkpoint in `source` into a store in `dest` and opens it.
 
-    `format` is "keep" (bytes as they are), "bf16", "int8" or "nf4"; int8 and nf4 apply to the
-    matrices of linear layers and experts, `policy` overrides by glob: (pattern, format) pairs, of
+    `format` is "keep" (bytes as they are), "bf16", "int8", "nf4" or "int4"; the last three apply to
+    the matrices of linear layers and experts, with `group_size` columns a scale in int4 (64), `policy` overrides by glob: (pattern, format) pairs, of
     which the first match decides. `self_check` may refuse the architecture before anything is
     written, and says whether pages may keep latents. Needs memory for a few row chunks of one matrix, whatever the model's size.
 
@@ -79,7 +80,8 @@ def convert(
     Raises StoreError or UnsupportedModelError for whatever cannot be converted, and when the disk
     is full or another conversion is writing to `dest`.
     """
-    options = Options(format, tuple((glob, fmt) for glob, fmt in policy), double_quant)
+    pairs = tuple((glob, fmt) for glob, fmt in policy)
+    options = Options(format, pairs, double_quant, group_size)
     checkpoint, dest = Checkpoint(Path(source)), Path(dest)
     if not (checkpoint.has_tokenizer or allow_missing_tokenizer):
         raise StoreError(
@@ -207,7 +209,7 @@ class _Conversion:
         source = weight.source
         state = source.state
         state_name = next((p.entry.name for p in weight.parts if p.role == "state"), None)
-        for name, data in _stream(weight):
+        for name, data in stored_bytes(weight):
             writer.write(name, data)
             self._report(block.name, len(data))
             if weight.encoded and name == state_name:
@@ -251,7 +253,7 @@ def _pretty(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def _stream(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
+def stored_bytes(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
     """(stored name, bytes) in stored order, a bounded number of bytes at a time."""
     source = weight.source
     if not weight.encoded:

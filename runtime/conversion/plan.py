@@ -9,17 +9,21 @@ from typing import Any
 from torch import nn
 
 from headrace.runtime.block_file import Layout, lay_out
+from headrace.runtime.conversion.affine import GROUP_SIZE, GROUP_SIZES, group_of
 from headrace.runtime.conversion.checkpoint import Checkpoint, SourceWeight
-from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, Part, parts_of
+from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton, load_config
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("keep", "bf16", "int8", "nf4")
+FORMATS = ("keep", "bf16", "int8", "nf4", "int4")
 FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 FOUR_BIT = ("nf4", "fp4")
+BITSANDBYTES = (*FOUR_BIT, "int8")
+OWN_METHOD = "headrace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,23 +31,39 @@ class Options:
     """`format` for the matrices of layers (and for everything when it is "keep" or "bf16").
 
     `policy` pairs a glob over tensor names with the format of what it matches; the first match
-    decides. `double_quant` quantizes NF4's scales to 8 bits. Raises StoreError on unknown formats.
+    decides. `double_quant` quantizes NF4's scales to 8 bits, `group_size` is the number of columns
+    that share a scale in int4. Raises StoreError on unknown formats.
     """
 
     format: str
     policy: tuple[tuple[str, str], ...] = ()
     double_quant: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (self.format, *(fmt for _, fmt in self.policy)):
+        for name in self._formats:
             if name not in FORMATS:
                 raise StoreError(f"unknown format {name!r}; choose among {', '.join(FORMATS)}")
-        if self.double_quant and "nf4" not in (self.format, *(fmt for _, fmt in self.policy)):
+        if self.double_quant and "nf4" not in self._formats:
             raise StoreError(f"double quantization is part of nf4, not of {self.format}")
+        if self.group_size is None:
+            return
+        if "int4" not in self._formats:
+            raise StoreError(f"a group size is part of int4, not of {self.format}")
+        if self.group_size not in GROUP_SIZES:
+            known = ", ".join(map(str, GROUP_SIZES))
+            raise StoreError(f"int4 has groups of {known} columns, not of {self.group_size}")
+
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        return (self.format, *(fmt for _, fmt in self.policy))
 
     def as_json(self) -> dict[str, Any]:
         policy = [list(pair) for pair in self.policy]
-        return {"format": self.format, "policy": policy, "double_quant": self.double_quant}
+        described = {"format": self.format, "policy": policy, "double_quant": self.double_quant}
+        if "int4" in self._formats:
+            described["group_size"] = self.group_size or GROUP_SIZE
+        return described
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +186,7 @@ class _Chooser:
         self._checkpoint = checkpoint
         self._options = options
         self._head = _head_name(skeleton)
+        self._regrouped: dict[int, int] = {}
         self._quantized = next(
             (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
         )
@@ -196,6 +217,8 @@ class _Chooser:
                     f"policy pattern {pattern!r} decides about no tensor; names look like "
                     f"{', '.join(sorted(roles)[:3])}"
                 )
+        for columns, group in sorted(self._regrouped.items()):
+            log.warning("rows of %d columns have groups of %d in int4", columns, group)
         return plans
 
     def _plan_weight(self, weight: SourceWeight, role: Role, asked: str | None) -> WeightPlan:
@@ -230,8 +253,17 @@ class _Chooser:
             raise StoreError(f"{weight.name} is {weight.data.dtype} and cannot be stored as {fmt}")
 
     def _encoded(self, weight: SourceWeight, fmt: str, dtype: str) -> WeightPlan:
-        double_quant = self._options.double_quant
-        parts = parts_of(weight.name, dtype, weight.shape, fmt, double_quant=double_quant)
+        group_size = self._options.group_size or GROUP_SIZE
+        if fmt == "int4" and group_of(weight.shape[-1], group_size) != group_size:
+            self._regrouped[weight.shape[-1]] = group_of(weight.shape[-1], group_size)
+        parts = parts_of(
+            weight.name,
+            dtype,
+            weight.shape,
+            fmt,
+            double_quant=self._options.double_quant,
+            group_size=group_size,
+        )
         return WeightPlan(weight, fmt, True, parts)
 
 
@@ -278,6 +310,10 @@ def _config(
         for name, module in skeleton.model.named_modules()
         if type(module) is nn.Linear and name not in quantized
     ]
+    if not {plan.format for plan in plans.values()} <= {"raw", *BITSANDBYTES}:
+        # No other reader knows these formats. With a name that none has, they all refuse to try.
+        config["quantization_config"] = {"quant_method": OWN_METHOD, "format": fmt}
+        return config
     known = checkpoint.config.get("quantization_config") or _quantization(fmt, plans, config[key])
     config["quantization_config"] = {**known, "llm_int8_skip_modules": skipped}
     return config
