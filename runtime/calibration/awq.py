@@ -30,26 +30,29 @@ class Scaling:
 
 
 def search_scales(
-    weights: Sequence[Tensor],
+    matrices: Sequence[tuple[Tensor, Rounding]],
     gram: Tensor,
     magnitude: Tensor,
-    rounding: Rounding,
     sharing: Callable[[Tensor], Tensor] = lambda scales: scales,
 ) -> Scaling:
-    """The scales that the matrices `weights` [N, K], which get the same input, lose least with.
+    """The scales that the matrices [N, K], which get the same input, lose least with, each by its rounding.
 
     `gram` [K, K] is the mean of x x', `magnitude` [K] that of |x|. `sharing` makes channels' scales equal
     where what is before them can make no difference.
     """
     ones = torch.ones_like(magnitude)
     best, alpha = ones, 0.0
-    least = without = sum(output_error(w, rounding(w), gram) for w in weights)
+    least = without = _error(matrices, gram, ones)
     for step in range(1, STEPS + 1):
         scales = sharing(channel_scales(magnitude, step / STEPS))
-        error = sum(output_error(w, rounding(w * scales) / scales, gram) for w in weights)
+        error = _error(matrices, gram, scales)
         if error < least:
             best, alpha, least = scales, step / STEPS, error
     return Scaling(best, alpha, least, without)
+
+
+def _error(matrices: Sequence[tuple[Tensor, Rounding]], gram: Tensor, scales: Tensor) -> float:
+    return sum(output_error(w, rounding(w * scales) / scales, gram) for w, rounding in matrices)
 
 
 def channel_scales(magnitude: Tensor, alpha: float) -> Tensor:

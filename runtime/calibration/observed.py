@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.linear import Scratch, Weight
-from headrace.runtime.store import Block, WeightSpec
 
 Matrix = tuple[str, int | None]
 """A tensor's name, and the expert where the tensor is a stack of several experts' matrices."""
@@ -74,26 +73,6 @@ class Watched(Weight):
     ) -> Tensor:
         self._note(self._matrix, x)
         return self._weight.linear(x, bias, scratch, transposed)
-
-
-class Names:
-    """The weights of a block by where they lie: what a view is asked for, by name."""
-
-    def __init__(self, block: Block) -> None:
-        self._by_place = {spec.parts["data"].offset: name for name, spec in block.weights.items()}
-
-    def of(self, spec: WeightSpec) -> str:
-        return self._by_place[spec.parts["data"].offset]
-
-    def watching(
-        self, note: Callable[[Matrix, Tensor], None]
-    ) -> Callable[[WeightSpec, Tensor], Weight]:
-        """A view of weights that are watched."""
-
-        def view(spec: WeightSpec, block: Tensor) -> Weight:
-            return Watched(Weight.view(spec, block), note, (self.of(spec), None))
-
-        return view
 
 
 class InputGroups:
