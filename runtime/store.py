@@ -67,8 +67,14 @@ class WeightSpec:
         column j of the data is column order[j] of the weight.
     format "int8g": parts {"data": I8 [rows, columns], "scale", optional "offset"} as in int4,
         weight = data * scale + offset.
-    rows are those of all matrices of a stack, one after another; `blocksize` divides columns.
-    `shape` is the logical weight's.
+    format "fp8": parts {"data": F8_E4M3 [rows, columns], "scale": F32 [matrices x blocks of rows,
+        blocks of columns]}, weight = data * scale; blocks are of `block_rows` rows of a matrix and
+        `blocksize` columns, the last ones may be smaller.
+    format "mxfp4": parts {"data": U8 packed as in int4, of e2m1 codes; "scale": U8 [rows, columns / 32]
+        (E8M0)}, weight = e2m1[data] * 2 ** (scale - 127).
+    rows are those of all matrices of a stack, one after another; `blocksize` divides columns but in fp8.
+    `shape` is the logical weight's. `turned`: parts are those of the stack whose matrices are
+    transposed, [experts, columns, rows].
     """
 
     format: str
@@ -77,6 +83,8 @@ class WeightSpec:
     blocksize: int = 0
     nested_blocksize: int = 0
     nested_offset: float = 0.0
+    block_rows: int = 0
+    turned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
