@@ -21,12 +21,12 @@ from transformers import PretrainedConfig
 
 from headrace.runtime.block_file import BlockWriter, write_durably
 from headrace.runtime.conversion.checkpoint import Checkpoint
+from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.journal import Journal, journal_line
 from headrace.runtime.conversion.plan import (
     BlockPlan,
     ConversionPlan,
     Options,
-    WeightPlan,
     plan_conversion,
 )
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
