@@ -64,10 +64,12 @@ class RayPeer:
         self._actor = actor
 
     def files(self) -> Mapping[str, int]:
-        return self._get(self._actor.files.remote())
+        found: Mapping[str, int] = self._get(self._actor.files.remote())
+        return found
 
     def read(self, name: str, offset: int, nbytes: int) -> bytes:
-        return self._get(self._actor.read.remote(name, offset, nbytes))
+        piece: bytes = self._get(self._actor.read.remote(name, offset, nbytes))
+        return piece
 
     def _get(self, ref: Any) -> Any:
         try:
