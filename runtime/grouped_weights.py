@@ -11,6 +11,7 @@ from headrace.runtime.affine import int4_values, int8_values
 from headrace.runtime.linear import Scratch, Weight, tracer_of
 from headrace.runtime.matmul.configs import LEAST_GROUP, Codes
 from headrace.runtime.matmul.few_rows import multiply
+from headrace.runtime.small_floats import mxfp4_values
 from headrace.runtime.store import WeightSpec
 
 
@@ -136,3 +137,10 @@ class GroupedInt8Weight(GroupedWeight):
     def _fill(self, out: Tensor) -> Tensor:
         parts = self._parts
         return int8_values(parts["data"], parts["scale"], parts.get("offset"), out)
+
+
+class Mxfp4Weight(GroupedWeight):
+    """4-bit floats (e2m1), 32 of which share a power of two."""
+
+    def _fill(self, out: Tensor) -> Tensor:
+        return mxfp4_values(self._parts["data"], self._parts["scale"], out)

@@ -20,7 +20,6 @@ from headrace.runtime.matmul.few_rows import multiply
 from headrace.runtime.product import product
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
-from headrace.scheduler.errors import StoreError
 
 if TYPE_CHECKING:
     from headrace.runtime.linear_group import LinearGroup
@@ -70,15 +69,9 @@ class Weight(ABC):
         if spec.format in ("nf4", "fp4"):
             return FourBitWeight(spec, parts)
         # Imported late: they are weights themselves.
-        from headrace.runtime.grouped_weights import GroupedInt8Weight, Int4Weight
+        from headrace.runtime.stored_weights import stored_weight
 
-        if spec.format == "int4":
-            return Int4Weight(spec, parts)
-        if spec.format == "int8g":
-            return GroupedInt8Weight(spec, parts)
-        raise StoreError(
-            f"a weight is stored as {spec.format!r}, which this version cannot read: convert again"
-        )
+        return stored_weight(spec, parts)
 
     @property
     @abstractmethod

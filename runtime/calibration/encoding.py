@@ -21,7 +21,7 @@ from headrace.runtime.calibration.grids import (
     table_grid,
     weighted_squares,
 )
-from headrace.runtime.conversion.plan import WeightPlan
+from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.quantize import (
     BLOCKSIZE,
     double_quantized,
@@ -139,7 +139,7 @@ def stored(plan: WeightPlan, matrices: list[Rounded]) -> list[tuple[str, Tensor]
     else:
         absmax = [each.grid.numbers[0] if each.absmax is None else each.absmax for each in matrices]
         whole = torch.cat(absmax).cpu()
-        tail = dict(nf4_tail(whole, is_double(plan), plan.source.data.dtype, plan.source.shape))
+        tail = dict(nf4_tail(whole, is_double(plan), plan.dtype, plan.source.shape))
         data = _packed(codes)
     parts = {"data": data} | tail
     return [

@@ -29,7 +29,7 @@ from headrace.runtime.calibration.observed import (
     Watched,
     batches,
 )
-from headrace.runtime.conversion.plan import WeightPlan
+from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.linear import Weight
 from headrace.runtime.store import LayerShape, WeightSpec
@@ -153,7 +153,8 @@ class LayerCalibration:
         for group in groups:
             names = [name for name, _ in group]
             linear = all(self._weights.roles[name].kind == "linear" for name in names)
-            if linear and all(name in self._plans for name in names):
+            whole = all(n in self._plans and self._weights.is_raw(n) for n in names)
+            if linear and whole:
                 fold = find_fold(self._weights, names, before, self._shape, run)
                 if fold is not None:
                     found[group[0]] = fold

@@ -6,7 +6,8 @@ from math import prod
 import torch
 
 from headrace.runtime.calibration.encoding import CALIBRATED
-from headrace.runtime.conversion.plan import ConversionPlan, WeightPlan
+from headrace.runtime.conversion.described import WeightPlan
+from headrace.runtime.conversion.plan import ConversionPlan
 from headrace.runtime.shape import model_shape
 from headrace.runtime.streaming.page_cache import available_memory
 from headrace.runtime.sweep.room import FEWEST_TOKENS, sweep_bytes

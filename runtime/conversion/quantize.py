@@ -31,6 +31,7 @@ from headrace.runtime.conversion.affine import (
     int4_tail,
 )
 from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.small_floats import SMALL_FLOATS, decode_small_floats
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.scheduler.errors import StoreError
 
@@ -44,7 +45,7 @@ TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 STORE_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -238,9 +239,10 @@ def weight_spec(
 ) -> WeightSpec:
     """The manifest's record of a weight whose parts lie at `tensors`; `state` is the 4-bit one."""
     state = state or {}
-    if fmt in AFFINE:
+    if fmt in (*AFFINE, "mxfp4"):
         scales = next(part.entry.shape[-1] for part in parts if part.role == "scale")
-        state = {"blocksize": shape[-1] // scales}
+        columns = shape[-2] if state.get("turned") else shape[-1]
+        state = {**state, "blocksize": columns // scales}
     return WeightSpec(
         format=fmt,
         shape=shape,
@@ -252,6 +254,8 @@ def weight_spec(
         blocksize=state.get("blocksize", 0),
         nested_blocksize=state.get("nested_blocksize", 0),
         nested_offset=state.get("nested_offset", 0.0),
+        block_rows=state.get("block_rows", 0),
+        turned=state.get("turned", False),
     )
 
 
@@ -265,6 +269,8 @@ def decode(spec: WeightSpec, parts: Mapping[str, Tensor], dtype: torch.dtype) ->
         return scaled.reshape(spec.shape).to(dtype)
     if spec.format in AFFINE:
         return decode_affine(spec, parts).to(dtype)
+    if spec.format in SMALL_FLOATS:
+        return decode_small_floats(spec, parts).to(dtype)
     count = prod(spec.shape)
     packed = data.reshape(-1)
     codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[:count]

@@ -14,6 +14,7 @@ from headrace.runtime.conversion.affine import decode_affine, encode_int4, group
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import Options
 from headrace.runtime.conversion.quantize import decode, encode
+from headrace.runtime.grouped_weights import Int4Weight
 from headrace.runtime.linear import Scratch, Weight
 from headrace.runtime.store import Store, WeightSpec
 from headrace.scheduler.errors import StoreError
@@ -106,6 +107,22 @@ def test_experts_are_slices_of_a_stack(kind: str) -> None:
         expert = stack.expert(e)
         torch.testing.assert_close(expert.dense(torch.float32), expected[e], rtol=0, atol=1e-6)
     torch.testing.assert_close(stack.dense(torch.float32), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4 zero"])
+def test_the_kernel_is_given_the_same_values(kind: str) -> None:
+    parts = made(kind, (48, 96), torch.float16)
+    specs, block = packed_block(parts)
+    weight = Weight.view(WeightSpec("int4", (48, 96), specs, blocksize=GROUP), block)
+    assert isinstance(weight, Int4Weight)
+    codes = weight.rows(8, 40).codes()  # type: ignore[attr-defined]
+    packed = codes.packed.view(32, 48).int()
+    numbers = torch.stack((packed // 16, packed % 16), -1).view(32, 96 // GROUP, GROUP)
+    zeros = 8 if codes.zeros is None else codes.zeros.view(32, -1, 1)
+    values = (numbers - zeros) * codes.scales.view(32, -1, 1)
+    assert codes.scales.dtype == torch.float32 and codes.shape == (32, 96)
+    expected = by_hand(kind, (48, 96), parts)[8:40]
+    torch.testing.assert_close(values.view(32, 96).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_many_rows_are_dequantized_in_runs() -> None:
