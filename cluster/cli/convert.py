@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from rich.progress import TaskID
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from headrace.cluster.cli.calibrate_options import CalibrationOptions
+from headrace.cluster.cli.calibration import chosen, roundings
 from headrace.cluster.cli.progress import byte_bar
+from headrace.runtime.calibration.calibrate import convert_calibrated
 from headrace.runtime.conversion.convert import CHANGES, REQUANTIZED, Progress, convert
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
@@ -47,13 +51,15 @@ def run_convert(
     requantize: bool = False,
     allow_missing_tokenizer: bool,
     self_check: Callable[[PretrainedConfig], bool] | None,
+    calibration: CalibrationOptions,
 ) -> Store:
     """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
     pairs = parse_policy(policy)
+    settled = chosen(calibration, source, frozenset((format, *(fmt for _, fmt in pairs))))
+    tally = None
     with byte_bar(console) as bar:
-        store = convert(
-            source,
-            dest,
+        run = partial(
+            convert,
             format=format,
             policy=pairs,
             double_quant=double_quant,
@@ -63,7 +69,13 @@ def run_convert(
             self_check=self_check,
             allow_missing_tokenizer=allow_missing_tokenizer,
         )
+        if settled is None:
+            store = run(source, dest)
+        else:
+            store, tally = convert_calibrated(source, dest, settled, run)
     console.print(summary(store))
+    if tally is not None and tally.counts:
+        console.print(roundings(tally))
     if (store.path / CHANGES).exists():
         console.print(changes(store.path / CHANGES))
     return store

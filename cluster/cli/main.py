@@ -15,6 +15,7 @@ from rich.console import Console
 from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
+from headrace.cluster.cli.calibrate_options import CalibrationOptions
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.cold import app as cold_app
@@ -79,7 +80,9 @@ def _root(
 
 
 @app.command()
+@takes_options
 def convert(
+    calibration: CalibrationOptions,
     checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
@@ -117,6 +120,7 @@ def convert(
         requantize=requantize,
         allow_missing_tokenizer=allow_missing_tokenizer,
         self_check=check,
+        calibration=calibration,
     )
 
 

@@ -6,7 +6,7 @@ layer is given. Only a few layers are in memory at a time, on a device with litt
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,16 +57,14 @@ class Calibration:
 
 
 def convert_calibrated(
-    source: Path, dest: Path, calibration: Calibration, **options: Any
+    source: Path, dest: Path, calibration: Calibration, run: Callable[..., Store] = convert
 ) -> tuple[Store, Tally]:
-    """`convert` with its options, calibrated; and how matrices were rounded in this run.
+    """`run`, which is `convert` with its options, calibrated; and how matrices were rounded in this run.
 
     Raises what `convert` does, and DoesNotFitError when the device's memory does not suffice.
     """
     with Calibrator(source, dest, calibration) as calibrator:
-        store = convert(
-            source, dest, encoder=calibrator, calibration=calibration.as_json(), **options
-        )
+        store = run(source, dest, encoder=calibrator, calibration=calibration.as_json())
     return store, calibrator.tally
 
 
