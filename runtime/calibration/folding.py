@@ -18,8 +18,9 @@ from headrace.runtime.store import LayerShape
 
 log = logging.getLogger(__name__)
 
-_SAME = 3e-2
-"""Largest change of an output, in its range, that counts as rounding in 16 bits; a wrong fold changes all of it."""
+_SAME = 0.05
+"""Of what larger columns alone change: as much may be left of it by a fold, as rounding in 16 bits. A wrong fold
+leaves all of it, or more."""
 
 
 class Fold(Protocol):
@@ -117,7 +118,6 @@ def find_fold(
     what it was given.
     """
     before = run()
-    size = before.abs().amax()
     columns = weights.shape(matrices[0])[-1]
     random = torch.Generator().manual_seed(0)
     powers = torch.randint(-3, 4, (columns,), generator=random).float().exp2().to(weights.device)
@@ -125,14 +125,13 @@ def find_fold(
     def change(names: Sequence[str], alter: Callable[[], None]) -> float:
         with weights.restored(*names):
             alter()
-            return float((run() - before).abs().amax() / size)
+            return float((run() - before).abs().amax())
 
     def multiply(scales: Tensor) -> None:
         for name in matrices:
             weights.raw(name).mul_(scales)
 
-    if not change(matrices, lambda: multiply(powers)) > 10 * _SAME:
-        return None  # These tokens would not show a wrong one.
+    alone = change(matrices, lambda: multiply(powers))
     for fold in _candidates(weights, columns, producers, shape):
         # Rows that make several channels divide them alike, by powers of two again.
         scales = fold.shared(powers).log2().round().exp2()
@@ -143,7 +142,7 @@ def find_fold(
             for name, values in found.items():
                 weights.raw(name).copy_(values)
 
-        if change((*matrices, *fold.names), both) < _SAME:
+        if change((*matrices, *fold.names), both) < _SAME * alone:
             return fold
     return None
 

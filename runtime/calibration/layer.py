@@ -91,8 +91,8 @@ class LayerCalibration:
         """Runs `states`, the layer's input, through the layer as often as the budget asks for, and leaves them
         as they are. Norms that were changed are among what is given back."""
         with _sample(states) as sample:
-            groups = self._linear_groups(sample) + self._expert_groups()
-            folds = self._folds(groups, sample) if self._method == "awq" else {}
+            groups = self.linear_groups(sample) + self._expert_groups()
+            folds = self.folds(groups, sample) if self._method == "awq" else {}
         # Backwards, because rows may be divided for the sake of a matrix that comes after.
         leaders = {group[0]: self._columns(group[0]) for group in reversed(groups)}
         by_leader = {group[0]: group for group in groups}
@@ -112,7 +112,7 @@ class LayerCalibration:
 
         return view
 
-    def _linear_groups(self, sample: States) -> list[tuple[Matrix, ...]]:
+    def linear_groups(self, sample: States) -> list[tuple[Matrix, ...]]:
         """Linears that get the same tensor, in the order of calls; those that are not rounded here come last."""
         groups = InputGroups()
         self._layer.rebind(self._watching(groups))
@@ -139,7 +139,7 @@ class LayerCalibration:
                     groups.setdefault(key, []).append((name, None))
         return [tuple(group) for group in groups.values()]
 
-    def _folds(self, groups: Sequence[Sequence[Matrix]], sample: States) -> dict[Matrix, Fold]:
+    def folds(self, groups: Sequence[Sequence[Matrix]], sample: States) -> dict[Matrix, Fold]:
         """By the first matrix of a group, what can divide the group's input."""
 
         def run() -> Tensor:
