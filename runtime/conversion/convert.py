@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from headrace.runtime.block_file import BlockWriter, write_durably
+from headrace.runtime.block_file import BlockWriter, sync_directory, write_durably
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.journal import Journal, journal_line
 from headrace.runtime.conversion.plan import (
@@ -34,6 +34,7 @@ from headrace.runtime.conversion.plan import (
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
 from headrace.runtime.skeleton import load_config
 from headrace.runtime.store import (
+    HELD,
     JOURNAL,
     MANIFEST,
     VERSION,
@@ -93,6 +94,9 @@ def convert(
         "options": options.as_json(),
     }
     with _locked(dest):
+        if (dest / HELD).exists():
+            _refuse_other_held(dest, identity)
+            release(dest)
         if (dest / MANIFEST).exists():
             return _finished_store(dest, identity)
         latents = self_check is None or self_check(load_config(checkpoint.path))
@@ -118,6 +122,31 @@ def _locked(dest: Path) -> Iterator[None]:
         raise StoreError(f"another conversion is writing to {dest}; wait until it ends") from error
     finally:
         os.close(descriptor)
+
+
+def hold_back(dest: Path) -> None:
+    """From now on a finished store is none, though nothing of it is lost; it survives a power cut."""
+    (dest / MANIFEST).replace(dest / HELD)
+    sync_directory(dest)
+
+
+def release(dest: Path) -> None:
+    """Makes what was held back a store again."""
+    (dest / HELD).replace(dest / MANIFEST)
+    sync_directory(dest)
+
+
+def _refuse_other_held(dest: Path, identity: dict[str, Any]) -> None:
+    try:
+        held = json.loads((dest / HELD).read_bytes())
+        same = all(held[key] == value for key, value in identity.items())
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise StoreError(
+            f"{dest} holds another conversion, which has not passed its gate; delete it or choose another "
+            "directory"
+        )
 
 
 def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:
