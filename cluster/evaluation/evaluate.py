@@ -119,10 +119,17 @@ class _Run:
         shapes = [self._shapes[i] for i in chosen]
         context = self.windows.context
         self.tokens = fitting_tokens(shapes, context, budget, MOST_TOKENS[self.device.type])
-        options = {"context": context, "micro_batch_tokens": self.tokens}
         with ExitStack() as stack:
             yield [
-                stack.enter_context(Sweep(self._models[i], self.device, self._dtype, **options))
+                stack.enter_context(
+                    Sweep(
+                        self._models[i],
+                        self.device,
+                        self._dtype,
+                        context=context,
+                        micro_batch_tokens=self.tokens,
+                    )
+                )
                 for i in chosen
             ]
 

@@ -6,8 +6,8 @@ with Sweep(open_model(path), device, dtype, context=1024) as sweep, sweep.embed(
     logits = sweep.logits(states.values[0])
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -109,14 +109,17 @@ class Sweep:
             _part(states, piece).copy_(x.view(piece.last - piece.first, -1, x.shape[-1]))
         return states
 
-    def layers(self) -> Iterator["SweptLayer"]:
+    def layers(self) -> Generator["SweptLayer", None, None]:
         """The layers in order; each can be run until the next one is asked for.
+
+        Whoever stops before the last one closes the generator.
 
         Raises StoreError when one cannot be read.
         """
-        for index, block in enumerate(self._feed.blocks()):
-            self._stage.bind(index, block)
-            yield SweptLayer(self, index, self._stage.layer(index))
+        with closing(self._feed.blocks()) as blocks:
+            for index, block in enumerate(blocks):
+                self._stage.bind(index, block)
+                yield SweptLayer(self, index, self._stage.layer(index))
 
     @torch.inference_mode()
     def run_layer(self, index: int, states: States, *, keep: bool) -> None:
