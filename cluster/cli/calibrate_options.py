@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from headrace.cluster.cli.options import Device
-
 
 class Method(str, Enum):
     GPTQ = "gptq"
@@ -17,7 +15,7 @@ class Method(str, Enum):
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """How a conversion's roundings are to follow a text. Sizes are texts such as "8GiB"."""
+    """How a conversion's roundings are to follow a text."""
 
     calibrate: Annotated[
         Path | None,
@@ -32,9 +30,4 @@ class CalibrationOptions:
     calibration_context: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens of a sequence. [default: 2048, or the model's]"),
-    ] = None
-    device: Annotated[Device, typer.Option(help="Where the text is read.")] = Device.AUTO
-    device_memory: Annotated[
-        str | None,
-        typer.Option(help="For --calibrate, such as 8GiB. [default: a part of what is free]"),
     ] = None

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from headrace.cluster.cli.calibrate_options import CalibrationOptions
-from headrace.cluster.cli.sizes import parse_size
+from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.evaluation.corpus import CHARACTERS, special_prefix
 from headrace.cluster.run_plan import resolve_device
 from headrace.cluster.tokenizer import load_tokenizer
@@ -29,15 +29,15 @@ SHOWN = 3
 
 
 def chosen(
-    options: CalibrationOptions, checkpoint: Path, formats: frozenset[str]
+    options: CalibrationOptions, where: CorpusOptions, checkpoint: Path, formats: frozenset[str]
 ) -> Calibration | None:
     """None without --calibrate. Raises HeadraceError for options that do not go together, a text that cannot be
     read, or one with less than a sequence; StoreError without a tokenizer."""
     if options.calibrate is None:
         if options != CalibrationOptions():
             raise HeadraceError(
-                "--method, --calibration-tokens, --calibration-context, --device and --device-memory say how a "
-                "text is used: give --calibrate TEXT with them"
+                "--method, --calibration-tokens and --calibration-context say how a text is used: give --calibrate TEXT "
+                "with them"
             )
         return None
     if not formats & set(CALIBRATED):
@@ -51,8 +51,8 @@ def chosen(
         tokens=tokens,
         text=xxhash.xxh3_128_hexdigest(tokens.numpy()),
         method=options.method.value,
-        device=torch.device(resolve_device(options.device.value)),
-        device_memory=None if options.device_memory is None else parse_size(options.device_memory),
+        device=torch.device(resolve_device(where.device.value)),
+        device_memory=where.memory_bytes,
     )
 
 

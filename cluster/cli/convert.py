@@ -13,10 +13,9 @@ from rich.progress import TaskID
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from headrace.cluster.cli.calibrate_options import CalibrationOptions
-from headrace.cluster.cli.calibration import chosen, roundings
+from headrace.cluster.cli.calibration import roundings
 from headrace.cluster.cli.progress import byte_bar
-from headrace.runtime.calibration.calibrate import convert_calibrated
+from headrace.runtime.calibration.calibrate import Calibration, convert_calibrated
 from headrace.runtime.conversion.convert import CHANGES, REQUANTIZED, Progress, convert
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
@@ -51,11 +50,10 @@ def run_convert(
     requantize: bool = False,
     allow_missing_tokenizer: bool,
     self_check: Callable[[PretrainedConfig], bool] | None,
-    calibration: CalibrationOptions,
+    calibration: Calibration | None = None,
 ) -> Store:
     """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
     pairs = parse_policy(policy)
-    settled = chosen(calibration, source, frozenset((format, *(fmt for _, fmt in pairs))))
     tally = None
     with byte_bar(console) as bar:
         run = partial(
@@ -69,10 +67,10 @@ def run_convert(
             self_check=self_check,
             allow_missing_tokenizer=allow_missing_tokenizer,
         )
-        if settled is None:
+        if calibration is None:
             store = run(source, dest)
         else:
-            store, tally = convert_calibrated(source, dest, settled, run)
+            store, tally = convert_calibrated(source, dest, calibration, run)
     console.print(summary(store))
     if tally is not None and tally.counts:
         console.print(roundings(tally))

@@ -98,6 +98,12 @@ class Evaluation:
     reference: ModelFigures | None
     stores: list[StoreFigures]
 
+    @property
+    def models(self) -> list[ModelFigures]:
+        """The reference, if there is one, and the stores."""
+        first = [] if self.reference is None else [self.reference]
+        return [*first, *(store.model for store in self.stores)]
+
     def as_json(self) -> dict[str, Any]:
         """Infinite numbers (the last edge of a histogram) are None."""
         found: dict[str, Any] = _finite(asdict(self))

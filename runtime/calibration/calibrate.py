@@ -7,7 +7,7 @@ layer is given. Only a few layers are in memory at a time, on a device with litt
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -156,7 +156,7 @@ class Calibrator:
             first = 0
         else:
             self._file.load(first, self._states.values)
-        self._layers = self._sweep.layers(first)
+        self._layers = self._stack.enter_context(closing(self._sweep.layers(first)))
 
     def _skeleton_facts(self, dtype: torch.dtype) -> None:
         skeleton = Skeleton(load_config(self._source), dtype, expand=True)

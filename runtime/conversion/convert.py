@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from headrace.runtime.block_file import BlockWriter, write_durably
+from headrace.runtime.block_file import BlockWriter, sync_directory, write_durably
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.encoder import STATES, Encoder
@@ -36,6 +36,7 @@ from headrace.runtime.conversion.requantize import in_memory, loaded, relative_e
 from headrace.runtime.conversion.source import bytes_of
 from headrace.runtime.skeleton import load_config
 from headrace.runtime.store import (
+    HELD,
     JOURNAL,
     MANIFEST,
     VERSION,
@@ -112,6 +113,9 @@ def convert(
         "options": options.as_json() | ({"calibration": calibration} if calibration else {}),
     }
     with _locked(dest):
+        if (dest / HELD).exists():
+            _refuse_other_held(dest, identity)
+            release(dest)
         if (dest / MANIFEST).exists():
             return _finished_store(dest, identity)
         latents = self_check is None or self_check(load_config(checkpoint.path))
@@ -137,6 +141,31 @@ def _locked(dest: Path) -> Iterator[None]:
         raise StoreError(f"another conversion is writing to {dest}; wait until it ends") from error
     finally:
         os.close(descriptor)
+
+
+def hold_back(dest: Path) -> None:
+    """From now on a finished store is none, though nothing of it is lost; it survives a power cut."""
+    (dest / MANIFEST).replace(dest / HELD)
+    sync_directory(dest)
+
+
+def release(dest: Path) -> None:
+    """Makes what was held back a store again."""
+    (dest / HELD).replace(dest / MANIFEST)
+    sync_directory(dest)
+
+
+def _refuse_other_held(dest: Path, identity: dict[str, Any]) -> None:
+    try:
+        held = json.loads((dest / HELD).read_bytes())
+        same = all(held[key] == value for key, value in identity.items())
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise StoreError(
+            f"{dest} holds another conversion, which has not passed its gate; delete it or choose another "
+            "directory"
+        )
 
 
 def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:

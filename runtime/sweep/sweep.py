@@ -6,8 +6,8 @@ with Sweep(open_model(path), device, dtype, context=1024) as sweep, sweep.embed(
     logits = sweep.logits(states.values[0])
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -110,14 +110,17 @@ class Sweep:
             _part(states, piece).copy_(x.view(piece.last - piece.first, -1, x.shape[-1]))
         return states
 
-    def layers(self, first: int = 0) -> Iterator["SweptLayer"]:
+    def layers(self, first: int = 0) -> Generator["SweptLayer", None, None]:
         """The layers in order, from `first` on; each can be run until the next one is asked for.
+
+        Whoever stops before the last one closes the generator.
 
         Raises StoreError when one cannot be read.
         """
-        for index, block in self._feed.blocks(first):
-            self._stage.bind(index, block)
-            yield SweptLayer(self, index, self._stage.layer(index), block)
+        with closing(self._feed.blocks(first)) as blocks:
+            for index, block in blocks:
+                self._stage.bind(index, block)
+                yield SweptLayer(self, index, self._stage.layer(index), block)
 
     def rebind(self, index: int, block: Tensor, view: View) -> None:
         """`SweptLayer.rebind`."""

@@ -139,9 +139,7 @@ def test_scales_are_searched_for_the_outputs():
     def rounding(w):
         return affine_grid(w, 64).round(w)[1]
 
-    found = search_scales(
-        [(weight[:40], rounding), (weight[40:], rounding)], gram, x.abs().mean(0)
-    )
+    found = search_scales([(weight[:40], rounding), (weight[40:], rounding)], gram, x.abs().mean(0))
     assert found.alpha > 0
     scaled = (x / found.scales) @ rounding(weight * found.scales).T
     error = (scaled - x @ weight.T).square().sum(1).mean()
