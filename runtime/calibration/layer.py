@@ -84,6 +84,11 @@ class LayerCalibration:
             and plan.source.name not in transposed
             and not (len(plan.source.shape) == 3 and is_double(plan))
         }
+        self._left = [
+            plan.source.name
+            for plan in plans
+            if plan.encoded and plan.format in CALIBRATED and plan.source.name not in self._plans
+        ]
         self._rounded: dict[Matrix, Rounded] = {}
 
     @torch.inference_mode()
@@ -103,6 +108,8 @@ class LayerCalibration:
             for leader in batch:
                 fold = folds.get(leader)
                 self._round(by_leader[leader], collector.take(leader), fold, tally)
+        if self._left:
+            tally.counts["to nearest, in stacks that are not calibrated"] += len(self._left)
         return dict(self._encoded())
 
     def _watching(self, watcher: Collector | InputGroups) -> View:

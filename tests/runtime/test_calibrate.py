@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import tiny_model
+from commands import STORIES
 from stored import stored_weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.runtime.calibration.calibrate import Calibration, convert_calibrated
 from headrace.runtime.calibration.layer import FEWEST_TOKENS, LayerCalibration
@@ -20,6 +22,9 @@ from headrace.runtime.calibration.observed import batches
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import Options, plan_conversion
+from headrace.runtime.evaluation.figures import perplexity
+from headrace.runtime.evaluation.measure import measure
+from headrace.runtime.evaluation.windows import Windows
 from headrace.runtime.linear import Weight
 from headrace.runtime.skeleton import Skeleton, load_config
 from headrace.runtime.store import Store
@@ -109,7 +114,6 @@ def test_all_kinds_of_layers_are_calibrated(name, method, tmp_path):
     expected = reference(source, text())
     nearest = off(logits(tmp_path / "nearest", text()), expected)
     found = off(logits(store.path, text()), expected)
-    print(name, method, found, nearest)
     assert found < nearest * (1.0 if method == "gptq" else 1.1), (found, nearest)
 
 
@@ -174,6 +178,43 @@ def test_dividing_channels_before_a_matrix_changes_no_output(name, tmp_path):
             torch.testing.assert_close(states.values, before.values, rtol=1e-5, atol=1e-5)
     assert kinds == {"NormFold", "RowsFold"} or name in ("phi", "stablelm"), kinds
     assert "NormFold" in kinds
+
+
+TEXTS = STORIES.parent / "text"
+
+
+def windows(name, half):
+    """Sequences of 256 tokens of the first or the last half of an example text."""
+    whole = (TEXTS / name).read_text()
+    part = whole[len(whole) // 2 :] if half else whole[: len(whole) // 2]
+    ids = AutoTokenizer.from_pretrained(STORIES)(part, add_special_tokens=False).input_ids
+    return torch.tensor(ids[: 16 * 256]).view(16, 256)
+
+
+def held_out(*paths):
+    """Perplexities over text that no rounding followed."""
+    tokens = torch.cat([windows(f"held_out_{n}.txt", 1) for n in ("stories", "public_domain")])
+    tests = Windows(tokens, (256,) * len(tokens), 0)
+    with ExitStack() as stack:
+        sweeps = [
+            stack.enter_context(Sweep(open_model(path), CPU, torch.float32, context=256))
+            for path in paths
+        ]
+        return [perplexity(tests, found) for found in measure(sweeps, tests, lambda *_: None)]
+
+
+@pytest.mark.parametrize("group_size", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_a_trained_model_loses_less_on_text_that_it_was_not_calibrated_with(group_size, tmp_path):
+    tokens = torch.cat([windows(f"held_out_{n}.txt", 0) for n in ("stories", "public_domain")])
+    options = {"format": "int4", "group_size": group_size}
+    convert(STORIES, tmp_path / "nearest", **options)
+    for method in ("gptq", "awq"):
+        calibrated(STORIES, tmp_path / method, calibration(method, tokens), **options)
+    places = (tmp_path / name for name in ("nearest", "gptq", "awq"))
+    plain, nearest, gptq, awq = held_out(STORIES, *places)
+    # Half of what rounding to nearest costs, or about that.
+    assert gptq - plain < 0.7 * (nearest - plain), (plain, nearest, gptq)
+    assert awq - plain < 0.9 * (nearest - plain), (plain, nearest, awq)
 
 
 def test_awq_says_what_nothing_can_divide(tmp_path):
