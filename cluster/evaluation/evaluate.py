@@ -22,7 +22,7 @@ from headrace.runtime.evaluation.greedy import continue_greedily
 from headrace.runtime.evaluation.measure import Predictions, Progress, measure
 from headrace.runtime.evaluation.windows import Windows
 from headrace.runtime.shape import model_shape
-from headrace.runtime.sweep.room import fitting_tokens
+from headrace.runtime.sweep.room import device_budget, fitting_tokens
 from headrace.runtime.sweep.source import SweptModel
 from headrace.runtime.sweep.sweep import MOST_TOKENS, Sweep
 from headrace.scheduler.errors import HeadraceError
@@ -113,9 +113,7 @@ class _Run:
 
     @contextmanager
     def _sweeps(self, chosen: Sequence[int]) -> Iterator[list[Sweep]]:
-        budget = self._options.device_memory
-        if budget is None and self.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.device)[0] * 9 // 10
+        budget = device_budget(self.device, self._options.device_memory)
         shapes = [self._shapes[i] for i in chosen]
         context = self.windows.context
         self.tokens = fitting_tokens(shapes, context, budget, MOST_TOKENS[self.device.type])

@@ -69,7 +69,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
         if not failed and bool(torch.isfinite(lower.diagonal()).all()):
             identity = torch.eye(len(gram), device=gram.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return factor
         log.info("second moments of inputs are not positive definite with damping %g", damping)
         damping, added = max(damping, DAMPING / 10) * 10, damping
     raise ValueError("the second moments of a matrix's inputs hold no finite numbers")

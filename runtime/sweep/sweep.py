@@ -21,7 +21,7 @@ from headrace.runtime.model import Prepared, StageModel
 from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.feed import LayerFeed
 from headrace.runtime.sweep.pages import SweepPages
-from headrace.runtime.sweep.room import fitting_tokens, logit_rows, pages_of
+from headrace.runtime.sweep.room import device_budget, fitting_tokens, logit_rows, pages_of
 from headrace.runtime.sweep.source import SweptModel
 from headrace.runtime.sweep.states import States
 from headrace.scheduler.errors import HeadraceError
@@ -45,7 +45,7 @@ class Sweep:
     """A model, of which two layers and what follows the last one are in the device's memory at a time.
 
     `context` is the longest sequence. A micro-batch has at most `micro_batch_tokens` tokens, by default as
-    many as `device_memory` bytes have room for; a sequence that is longer goes through a layer in parts,
+    many as `device_memory` bytes have room for (on CUDA by default most of what is free); a sequence that is longer goes through a layer in parts,
     over its own keys and values. `host_memory` is for hidden states, see `States`; `storage` says how a
     store's files are read. Raises DoesNotFitError, with the figure, when `device_memory` does not suffice, and
     HeadraceError when the model does not go as far as `context`.
@@ -68,7 +68,8 @@ class Sweep:
         self.device, self.dtype, self.context = device, dtype, context
         shape = model_shape(model, dtype)
         most = MOST_TOKENS[device.type] if micro_batch_tokens is None else micro_batch_tokens
-        self.micro_batch_tokens = fitting_tokens([shape], context, device_memory, most)
+        budget = device_budget(device, device_memory)
+        self.micro_batch_tokens = fitting_tokens([shape], context, budget, most)
         self.vocabulary = shape.vocab_size
         self.logit_rows = logit_rows(shape.vocab_size)
         self._host_memory, self._directory = host_memory, directory

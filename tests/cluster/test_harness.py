@@ -27,10 +27,9 @@ def instances(*arguments: tuple[Any, ...]) -> list[Any]:
 
 
 @torch.no_grad()
-def expected(context: str, continuation: str) -> tuple[float, bool]:
+def expected(model: Any, context: str, continuation: str) -> tuple[float, bool]:
     """By transformers; a text of its own follows the model's end of text."""
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
     before = tokenizer(context).input_ids or [tokenizer.bos_token_id or tokenizer.eos_token_id]
     after = tokenizer(context + continuation).input_ids[len(tokenizer(context).input_ids) :]
     logs = model(torch.tensor([before + after])).logits[0].double().log_softmax(-1)
@@ -43,15 +42,16 @@ def test_likelihoods_are_transformers() -> None:
     from headrace.cluster.evaluation.harness.model import HeadraceLM
 
     model = HeadraceLM(str(STORIES), device="cpu", max_length=64)
+    reference = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
     pairs = [(start, end) for start, ends in STARTS for end in ends]
-    pairs += [("", "The sun was out."), ("A cat. " * 12, " A cat.")]  # of unlike lengths
+    pairs += [("", "The sun was out."), (" ".join(["A cat."] * 12), " A cat.")]  # of unlike lengths
     found = model.loglikelihood(instances(*pairs), disable_tqdm=True)
     for (log, greedy), pair in zip(found, pairs, strict=True):
-        wanted = expected(*pair)
+        wanted = expected(reference, *pair)
         assert log == pytest.approx(wanted[0], rel=1e-4) and greedy == wanted[1], pair
     assert any(greedy for _, greedy in found) and not all(greedy for _, greedy in found)
     [rolled] = model.loglikelihood_rolling(instances(("The sun was out.",)), disable_tqdm=True)
-    assert rolled == pytest.approx(expected("", "The sun was out.")[0], rel=1e-4)
+    assert rolled == pytest.approx(expected(reference, "", "The sun was out.")[0], rel=1e-4)
 
 
 CHOICES = """
