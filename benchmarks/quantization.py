@@ -62,7 +62,7 @@ def stores(
     """Each row's name, and its store once it is made."""
     convert(checkpoint, folder / "bf16", format="bf16", self_check=check)
     yield "bf16", folder / "bf16"
-    text = xxhash.xxh3_128_hexdigest(calibration.numpy())
+    text = xxhash.xxh3_128_hexdigest(calibration.numpy().tobytes())
     for name, options in FORMATS.items():
         run = partial(convert, self_check=check, **options)
         run(checkpoint, folder / name)

@@ -49,7 +49,7 @@ def chosen(
     )
     return Calibration(
         tokens=tokens,
-        text=xxhash.xxh3_128_hexdigest(tokens.numpy()),
+        text=xxhash.xxh3_128_hexdigest(tokens.numpy().tobytes()),
         method=options.method.value,
         device=torch.device(resolve_device(where.device.value)),
         device_memory=where.memory_bytes,

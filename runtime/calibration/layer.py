@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 FEWEST_TOKENS = 128
 """Of a matrix whose rounding follows its inputs. Fewer tell little of what an expert is given."""
 
+UNSCALED = "awq without scales, which nothing can divide"
+
 Encoded = dict[str, list[tuple[str, Tensor]]]
 """By a weight's name, what is stored of it, (stored name, tensor on the host) in order."""
 
@@ -197,12 +199,8 @@ class LayerCalibration:
             self._rounded[matrix] = rounded
             if rounded.error is not None:
                 tally.errors.append(rounded.error)
-            how = self._method
-            if how == "awq":
-                how = (
-                    "awq" if scales is not None else "awq without scales, which nothing can divide"
-                )
-            tally.counts[how] += 1
+            alone = self._method == "awq" and scales is None
+            tally.counts[UNSCALED if alone else self._method] += 1
 
     def _scales(
         self, group: Sequence[Matrix], gram: Tensor, magnitude: Tensor, fold: Fold

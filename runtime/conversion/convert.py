@@ -207,6 +207,7 @@ class _Conversion:
         self._missing = [block for block in plan.blocks if block.name not in journal.done]
         self._resumed = plan.nbytes - sum(block.layout.file_bytes for block in self._missing)
         self._written = self._resumed
+        self._errors: dict[str, dict[str, Any]] = {}  # of the block that is being written
 
     def run(self, identity: dict[str, Any]) -> None:
         for stale in self._dest.glob("*.tmp"):
@@ -246,7 +247,7 @@ class _Conversion:
     def _write_block(self, block: BlockPlan) -> None:
         file = self._dest / f"{block.name}.safetensors"
         before, weights = self._written, {}
-        self._errors: dict[str, Any] = {}
+        self._errors = {}
         encoded = {} if self._encoder is None else self._encoder.encode(block)
         with BlockWriter(file, block.layout) as writer:
             for weight in block.weights:

@@ -186,6 +186,8 @@ class _Chooser:
         self._quantized = next(
             (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
         )
+        if options.requantize and not self._quantized:
+            raise StoreError(f"{checkpoint.path} is not quantized: leave out --requantize")
         if self._quantized and not (options.requantize or self._is_kept(options.format)):
             raise StoreError(
                 f"{checkpoint.path} is already quantized to {self._quantized}; making it "

@@ -24,11 +24,13 @@ CPU = torch.device("cpu")
 GROUP = 32
 
 
-def made(kind: str, shape: tuple[int, ...], scales: torch.dtype) -> dict[str, Tensor]:
+def made(
+    kind: str, shape: tuple[int, ...], scales: torch.dtype, group: int = GROUP
+) -> dict[str, Tensor]:
     """Random parts of a weight; `kind` names what there is beside codes and scales."""
     generator = torch.Generator().manual_seed(1)
     rows, columns = torch.Size(shape[:-1]).numel(), shape[-1]
-    groups = (rows, columns // GROUP)
+    groups = (rows, columns // group)
     bits = torch.randint(256, (rows, columns), dtype=torch.uint8, generator=generator)
     eight = "int8g" in kind
     parts = {
@@ -44,10 +46,12 @@ def made(kind: str, shape: tuple[int, ...], scales: torch.dtype) -> dict[str, Te
     return parts
 
 
-def by_hand(kind: str, shape: tuple[int, ...], parts: dict[str, Tensor]) -> Tensor:
+def by_hand(
+    kind: str, shape: tuple[int, ...], parts: dict[str, Tensor], group: int = GROUP
+) -> Tensor:
     """float64, one element after another's formula and nothing shared with the code under test."""
     columns = shape[-1]
-    scale = parts["scale"].double().repeat_interleave(GROUP, 1)
+    scale = parts["scale"].double().repeat_interleave(group, 1)
     if "int8g" in kind:
         codes = parts["data"].double()
     else:
@@ -55,9 +59,9 @@ def by_hand(kind: str, shape: tuple[int, ...], parts: dict[str, Tensor]) -> Tens
         codes = torch.empty(len(scale), columns, dtype=torch.float64)
         codes[:, 0::2], codes[:, 1::2] = (byte // 16).double(), (byte % 16).double()
     if "offset" in kind:
-        values = codes * scale + parts["offset"].double().repeat_interleave(GROUP, 1)
+        values = codes * scale + parts["offset"].double().repeat_interleave(group, 1)
     elif "zero" in kind:
-        values = (codes - parts["zero"].double().repeat_interleave(GROUP, 1)) * scale
+        values = (codes - parts["zero"].double().repeat_interleave(group, 1)) * scale
     else:
         values = (codes if "int8g" in kind else codes - 8) * scale
     if "order" in kind:
@@ -123,6 +127,25 @@ def test_the_kernel_is_given_the_same_values(kind: str) -> None:
     assert codes.scales.dtype == torch.float32 and codes.shape == (32, 96)
     expected = by_hand(kind, (48, 96), parts)[8:40]
     torch.testing.assert_close(values.view(32, 96).double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("kind", ["int4", "int4 zero", "int4 zero order", "int4 offset"])
+def test_products_on_cuda(kind: str, group: int) -> None:
+    """Few rows by the kernel where it has one for the weight, many by dequantizing."""
+    shape = (256, 1024)
+    parts = made(kind, shape, torch.float16, group)
+    expected = by_hand(kind, shape, parts, group).cuda()
+    specs, block = packed_block(parts)
+    weight = Weight.view(WeightSpec("int4", shape, specs, blocksize=group), block.cuda())
+    dense = weight.dense(torch.float32).double()
+    torch.testing.assert_close(dense, expected, rtol=0, atol=1e-6)
+    for rows in (1, 4, 16, 200):
+        x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        product = x.double() @ expected.T
+        error = (weight.linear(x).double() - product).norm() / product.norm()
+        assert float(error) < 1e-2, rows
 
 
 def test_many_rows_are_dequantized_in_runs() -> None:
