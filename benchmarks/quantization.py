@@ -6,7 +6,7 @@ is; divergence and agreement are of the others beside it. Bits are of the layers
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def stores(
     yield "bf16", folder / "bf16"
     text = xxhash.xxh3_128_hexdigest(calibration.numpy().tobytes())
     for name, options in FORMATS.items():
-        run = partial(convert, self_check=check, **options)
+        run: Callable[..., Store] = partial(convert, self_check=check, **options)
         run(checkpoint, folder / name)
         yield f"{name}, to nearest", folder / name
         for method in METHODS:
