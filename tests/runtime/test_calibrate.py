@@ -180,20 +180,21 @@ def test_dividing_channels_before_a_matrix_changes_no_output(name, tmp_path):
     assert "NormFold" in kinds
 
 
-TEXTS = STORIES.parent / "text"
-
-
-def windows(name, half):
-    """Sequences of 256 tokens of the first or the last half of an example text."""
-    whole = (TEXTS / name).read_text()
-    part = whole[len(whole) // 2 :] if half else whole[: len(whole) // 2]
-    ids = AutoTokenizer.from_pretrained(STORIES)(part, add_special_tokens=False).input_ids
-    return torch.tensor(ids[: 16 * 256]).view(16, 256)
+def windows(half, count):
+    """Of each example text `count` sequences of 256 tokens, from its first half or its last."""
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    found = []
+    for name in ("held_out_stories.txt", "held_out_public_domain.txt"):
+        whole = (STORIES.parent / "text" / name).read_text()
+        part = whole[len(whole) // 2 :] if half else whole[: len(whole) // 2]
+        ids = tokenizer(part[: count * 3000], add_special_tokens=False).input_ids
+        found.append(torch.tensor(ids[: count * 256]).view(count, 256))
+    return torch.cat(found)
 
 
 def held_out(*paths):
     """Perplexities over text that no rounding followed."""
-    tokens = torch.cat([windows(f"held_out_{n}.txt", 1) for n in ("stories", "public_domain")])
+    tokens = windows(1, 8)
     tests = Windows(tokens, (256,) * len(tokens), 0)
     with ExitStack() as stack:
         sweeps = [
@@ -203,18 +204,25 @@ def held_out(*paths):
         return [perplexity(tests, found) for found in measure(sweeps, tests, lambda *_: None)]
 
 
-@pytest.mark.parametrize("group_size", [64, pytest.param(128, marks=pytest.mark.slow)])
-def test_a_trained_model_loses_less_on_text_that_it_was_not_calibrated_with(group_size, tmp_path):
-    tokens = torch.cat([windows(f"held_out_{n}.txt", 0) for n in ("stories", "public_domain")])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("method", "group_size"),
+    [
+        ("gptq", 64),
+        pytest.param("gptq", 128, marks=pytest.mark.slow),
+        pytest.param("awq", 64, marks=pytest.mark.slow),
+        pytest.param("awq", 128, marks=pytest.mark.slow),
+    ],
+)
+def test_a_trained_model_loses_less_on_other_text_than_it_was_calibrated_with(
+    method, group_size, tmp_path
+):
     options = {"format": "int4", "group_size": group_size}
     convert(STORIES, tmp_path / "nearest", **options)
-    for method in ("gptq", "awq"):
-        calibrated(STORIES, tmp_path / method, calibration(method, tokens), **options)
-    places = (tmp_path / name for name in ("nearest", "gptq", "awq"))
-    plain, nearest, gptq, awq = held_out(STORIES, *places)
-    # Half of what rounding to nearest costs, or about that.
-    assert gptq - plain < 0.7 * (nearest - plain), (plain, nearest, gptq)
-    assert awq - plain < 0.9 * (nearest - plain), (plain, nearest, awq)
+    calibrated(STORIES, tmp_path / "store", calibration(method, windows(0, 12)), **options)
+    plain, nearest, found = held_out(STORIES, tmp_path / "nearest", tmp_path / "store")
+    limit = 0.75 if method == "gptq" else 0.9
+    assert plain < found and found - plain < limit * (nearest - plain), (plain, nearest, found)
 
 
 def test_awq_says_what_nothing_can_divide(tmp_path):
