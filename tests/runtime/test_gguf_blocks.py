@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.runtime.conversion.gguf_blocks import BLOCK_TYPES, unpack
+from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, unpack
 
 
 def blocks_of(name: str, rows: int, count: int) -> np.ndarray:
