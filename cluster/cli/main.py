@@ -93,6 +93,10 @@ def convert(
         int | None,
         typer.Option(help="Columns that share a scale in int4: 32, 64 or 128. [default: 64]"),
     ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Change what is quantized already; say what it changed."),
+    ] = False,
     allow_missing_tokenizer: Annotated[
         bool, typer.Option("--allow-missing-tokenizer", help="Convert without a tokenizer.")
     ] = False,
@@ -109,6 +113,7 @@ def convert(
         policy=policy or [],
         double_quant=double_quant,
         group_size=group_size,
+        requantize=requantize,
         allow_missing_tokenizer=allow_missing_tokenizer,
         self_check=check,
     )

@@ -10,9 +10,11 @@ from torch import nn
 
 from headrace.runtime.block_file import Layout, lay_out
 from headrace.runtime.conversion.affine import GROUP_SIZE, GROUP_SIZES, group_of
-from headrace.runtime.conversion.checkpoint import Checkpoint, SourceWeight
+from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
+from headrace.runtime.conversion.readers import READERS
+from headrace.runtime.conversion.source import SourceWeight
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton, load_config
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError
@@ -32,13 +34,15 @@ class Options:
 
     `policy` pairs a glob over tensor names with the format of what it matches; the first match
     decides. `double_quant` quantizes NF4's scales to 8 bits, `group_size` is the number of columns
-    that share a scale in int4. Raises StoreError on unknown formats.
+    that share a scale in int4. `requantize`: what is quantized in another format gets this one all
+    the same. Raises StoreError on unknown formats.
     """
 
     format: str
     policy: tuple[tuple[str, str], ...] = ()
     double_quant: bool = False
     group_size: int | None = None
+    requantize: bool = False
 
     def __post_init__(self) -> None:
         for name in self._formats:
@@ -63,17 +67,27 @@ class Options:
         described = {"format": self.format, "policy": policy, "double_quant": self.double_quant}
         if "int4" in self._formats:
             described["group_size"] = self.group_size or GROUP_SIZE
+        if self.requantize:
+            described["requantize"] = True
         return described
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
-    """One weight: its bytes are copied, or encoded when `encoded`, into `parts`."""
+    """One weight: its bytes are copied, or encoded when `encoded`, into `parts`.
+
+    `dtype` is the type that an encoded weight's values have, or are taken to have.
+    """
 
     source: SourceWeight
     format: str
     encoded: bool
     parts: tuple[Part, ...]
+    dtype: str = ""
+
+    @property
+    def is_requantized(self) -> bool:
+        return self.encoded and self.source.format != "raw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +139,11 @@ def plan_conversion(
 
 
 def _refuse_other_quantization(checkpoint: Checkpoint) -> None:
-    method = (checkpoint.config.get("quantization_config") or {}).get(
-        "quant_method", "bitsandbytes"
-    )
-    if method != "bitsandbytes":
+    known = ("bitsandbytes", *READERS)
+    if checkpoint.method not in known:
         raise StoreError(
-            f"{checkpoint.path} is quantized with {method!r}, which cannot be converted; "
-            "use the original checkpoint or a bitsandbytes one"
+            f"{checkpoint.path} is quantized with {checkpoint.method!r}, which cannot be converted; "
+            f"use the original checkpoint, or one that is quantized with {', '.join(known)}"
         )
 
 
@@ -190,11 +202,11 @@ class _Chooser:
         self._quantized = next(
             (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
         )
-        if self._quantized and not self._is_kept(options.format):
+        if self._quantized and not (options.requantize or self._is_kept(options.format)):
             raise StoreError(
                 f"{checkpoint.path} is already quantized to {self._quantized}; making it "
-                f"{options.format} would add a second error: use the format keep, or convert the "
-                "original checkpoint"
+                f"{options.format} would add a second error: use the format keep, which stores it as it "
+                "is, convert the original checkpoint, or say --requantize to accept the error"
             )
 
     def _is_kept(self, fmt: str) -> bool:
@@ -224,11 +236,7 @@ class _Chooser:
     def _plan_weight(self, weight: SourceWeight, role: Role, asked: str | None) -> WeightPlan:
         fmt = asked or self._default(weight, role)
         if weight.format != "raw":
-            if not self._is_kept(fmt):
-                raise StoreError(
-                    f"{weight.name} is {weight.format} already and cannot become {fmt}"
-                )
-            return _kept(weight)
+            return self._plan_quantized(weight, role, fmt)
         if fmt in QUANTIZED:
             self._refuse_unquantizable(weight, role, fmt)
             return self._encoded(weight, fmt, weight.data.dtype)
@@ -236,10 +244,25 @@ class _Chooser:
             return self._encoded(weight, "raw", "BF16")
         return _kept(weight)
 
+    def _plan_quantized(self, weight: SourceWeight, role: Role, fmt: str) -> WeightPlan:
+        if fmt == "keep" or weight.format == fmt or {weight.format, fmt} <= set(FOUR_BIT):
+            return _kept(weight)
+        if not self._options.requantize:
+            raise StoreError(
+                f"{weight.name} is {weight.format} already and cannot become {fmt} without --requantize"
+            )
+        if fmt == "bf16":
+            return self._encoded(weight, "raw", "BF16")
+        self._refuse_unquantizable(weight, role, fmt)
+        return self._encoded(weight, fmt, self._checkpoint.dtype)
+
     def _default(self, weight: SourceWeight, role: Role) -> str:
         fmt = self._options.format
         if fmt in QUANTIZED:
-            return "keep" if self._quantized or role.kind not in ("linear", "expert") else fmt
+            asked = not self._quantized or (self._options.requantize and weight.format != "raw")
+            return fmt if asked and role.kind in ("linear", "expert") else "keep"
+        if weight.format != "raw":
+            return fmt
         # What a checkpoint stores with more precision than the rest needs it (routers' biases).
         return fmt if weight.data.dtype == self._checkpoint.dtype else "keep"
 
@@ -249,7 +272,7 @@ class _Chooser:
                 f"{weight.name} cannot be stored as {fmt}: only the matrices of linear layers, of "
                 "experts and of the LM head can; use keep or bf16 for it"
             )
-        if weight.data.dtype not in FLOATS:
+        if weight.format == "raw" and weight.data.dtype not in FLOATS:
             raise StoreError(f"{weight.name} is {weight.data.dtype} and cannot be stored as {fmt}")
 
     def _encoded(self, weight: SourceWeight, fmt: str, dtype: str) -> WeightPlan:
@@ -264,11 +287,11 @@ class _Chooser:
             double_quant=self._options.double_quant,
             group_size=group_size,
         )
-        return WeightPlan(weight, fmt, True, parts)
+        return WeightPlan(weight, fmt, True, parts, dtype)
 
 
 def _kept(weight: SourceWeight) -> WeightPlan:
-    return WeightPlan(weight, weight.format, False, tuple(part for part, _ in weight.parts))
+    return WeightPlan(weight, weight.format, False, weight.stored)
 
 
 def _main_format(plans: Iterable[WeightPlan]) -> str:
@@ -303,6 +326,7 @@ def _config(
     config[key] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
     fmt = _main_format(plans.values())
     if not fmt:
+        config.pop("quantization_config", None)
         return config
     quantized = {roles[name].module for name, plan in plans.items() if plan.format != "raw"}
     skipped = [
@@ -314,7 +338,9 @@ def _config(
         # No other reader knows these formats. With a name that none has, they all refuse to try.
         config["quantization_config"] = {"quant_method": OWN_METHOD, "format": fmt}
         return config
-    known = checkpoint.config.get("quantization_config") or _quantization(fmt, plans, config[key])
+    known = _quantization(fmt, plans, config[key])
+    if checkpoint.method == "bitsandbytes":
+        known = checkpoint.config.get("quantization_config") or known
     config["quantization_config"] = {**known, "llm_int8_skip_modules": skipped}
     return config
 
