@@ -26,7 +26,9 @@ KEYS = {
 ARCHITECTURES = {"qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
 
 
-def write(model: Any, path: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+def write(
+    model: Any, path: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None
+) -> None:
     """The model as a GGUF file whose matrices are of that kind. Its parameters become what the file holds."""
     config = model.config
     arch = ARCHITECTURES.get(config.model_type, config.model_type)
@@ -92,11 +94,15 @@ def _tensors(name: str, parameter: nn.Parameter, names: Any, config: Any) -> Any
 def _add(writer: gguf.GGUFWriter, name: str, values: Tensor, kind: str) -> Tensor:
     array = values.float().numpy()
     if kind in ("F32", "F16", "BF16") or values.dim() < 2 or "ffn_gate_inp" in name:
-        number = gguf.GGMLQuantizationType[kind if values.dim() > 1 and "inp" not in name else "F32"]
+        number = gguf.GGMLQuantizationType[
+            kind if values.dim() > 1 and "inp" not in name else "F32"
+        ]
     else:
         number = gguf.GGMLQuantizationType[kind]
-    data = _random(values, number) if kind.endswith(("_K", "_NL")) and number > 2 and number != 30 else (
-        gguf.quantize(array, number)
+    data = (
+        _random(values, number)
+        if kind.endswith(("_K", "_NL")) and number > 2 and number != 30
+        else (gguf.quantize(array, number))
     )
     writer.add_tensor(name, data, raw_dtype=number)
     return torch.from_numpy(gguf.dequantize(data, number).reshape(values.shape).copy())

@@ -1,8 +1,7 @@
 """A GGUF file as a checkpoint: the weights that conversion reads, and the files that it writes beside them."""
 
-import os
-from collections.abc import Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +15,10 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from headrace.runtime.block_file import Entry
+from headrace.runtime.conversion.checkpoint import companions_in, has_tokenizer_in
 from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, Affine, BlockType, unpack
 from headrace.runtime.conversion.gguf.naming import (
     PLUS_ONE,
-    Named,
     as_trained,
     heads_of,
     names_of,
@@ -27,11 +26,16 @@ from headrace.runtime.conversion.gguf.naming import (
 )
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.source import Repacking, SourceTensor, SourceWeight, rows_at_once
-from headrace.runtime.skeleton import Skeleton, parse_config
+from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.errors import StoreError
 
 PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 ROPE_FACTORS = "rope_freqs.weight"
+KEYS = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 DECODED = "F16"
@@ -52,7 +56,9 @@ class GGUFCheckpoint:
         try:
             self._reader = gguf.GGUFReader(file)
         except (OSError, ValueError, IndexError, KeyError) as error:
-            raise StoreError(f"{file} is no whole GGUF file ({error}): download it again") from error
+            raise StoreError(
+                f"{file} is no whole GGUF file ({error}): download it again"
+            ) from error
         if "split.count" in self._reader.fields and _field(self._reader, "split.count") > 1:
             raise StoreError(
                 f"{file} is one of {_field(self._reader, 'split.count')} parts: join them first, with"
@@ -85,11 +91,19 @@ class GGUFCheckpoint:
             ) from error
         finally:
             transformers_logging.set_verbosity(verbosity)
+        self._complete(config)
         factors = self._tensors.get(ROPE_FACTORS)
         if factors is not None:
             values = torch.from_numpy(factors.data.copy()).float()
             config.rope_parameters = rope_scaling(values, config)
         return config
+
+    def _complete(self, config: PretrainedConfig) -> None:
+        """What transformers does not read for every architecture."""
+        arch = _field(self._reader, "general.architecture")
+        for key, name in KEYS.items():
+            if f"{arch}.{key}" in self._reader.fields and hasattr(config, name):
+                setattr(config, name, _field(self._reader, f"{arch}.{key}"))
 
     @staticmethod
     def _config_dict(config: PretrainedConfig) -> dict[str, Any]:
@@ -109,7 +123,9 @@ class GGUFCheckpoint:
     def _weights_of(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[SourceWeight]:
         named, shape = self._names.get(name), _shape_of(tensor)
         if named is None:
-            raise StoreError(f"{self.path} holds a tensor {name}, which {self._model_type} does not have here")
+            raise StoreError(
+                f"{self.path} holds a tensor {name}, which {self._model_type} does not have here"
+            )
         if not named.experts:
             if name.endswith("ffn_gate_inp_shexp.weight"):
                 shape = (1, *shape[-1:])
@@ -148,32 +164,30 @@ class GGUFCheckpoint:
     def _is_plus_one(self, name: str) -> bool:
         return self._model_type in PLUS_ONE and name.endswith("norm.weight")
 
-    @cached_property
-    def _written(self) -> "TemporaryDirectory[str]":
-        """Tokenizer files made of the metadata; gone with this object."""
-        folder = TemporaryDirectory(prefix="headrace-gguf-")
-        name = self.path.name
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=name)
-        except Exception as error:
-            raise StoreError(
-                f"{self.path}: transformers cannot read its tokenizer: {error}. Put the original tokenizer.json and"
-                " tokenizer_config.json beside the file"
-            ) from error
-        tokenizer.save_pretrained(folder.name)
-        return folder
-
-    def companions(self) -> tuple[Path, ...]:
-        from headrace.runtime.conversion.checkpoint import companions_in, has_tokenizer_in
-
+    def companions(self) -> dict[str, bytes]:
         beside = self.path.parent
-        return companions_in(beside if has_tokenizer_in(beside) else Path(self._written.name))
+        if has_tokenizer_in(beside) or not self._has_own_tokenizer:
+            return companions_in(beside)
+        with TemporaryDirectory(prefix="headrace-gguf-") as folder:
+            self._own_tokenizer().save_pretrained(folder)
+            return companions_in(Path(folder))
+
+    def _own_tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+        except Exception as error:  # whatever its readers of single tokenizers raise
+            raise StoreError(
+                f"{self.path}: transformers cannot read its tokenizer: {error}. Put the original"
+                " tokenizer.json and tokenizer_config.json beside the file"
+            ) from error
 
     @property
     def has_tokenizer(self) -> bool:
-        from headrace.runtime.conversion.checkpoint import has_tokenizer_in
+        return has_tokenizer_in(self.path.parent) or self._has_own_tokenizer
 
-        return has_tokenizer_in(self.path.parent) or "tokenizer.ggml.model" in self._reader.fields
+    @property
+    def _has_own_tokenizer(self) -> bool:
+        return "tokenizer.ggml.model" in self._reader.fields
 
     def fingerprint(self) -> str:
         """Tells this file from others without reading it whole: metadata and samples."""
@@ -229,7 +243,9 @@ def _plain(name: str, source: SourceTensor, heads: int, *, minus_one: bool) -> S
         values = source.tensor()
         yield "data", as_trained(values, heads) if heads else values - 1
 
-    return SourceWeight(name, "raw", source.shape, ((part, source),), None, Repacking((part,), pieces))
+    return SourceWeight(
+        name, "raw", source.shape, ((part, source),), None, Repacking((part,), pieces)
+    )
 
 
 def _decoded(name: str, kind: BlockType, rows: _Rows) -> SourceWeight:
@@ -241,7 +257,9 @@ def _decoded(name: str, kind: BlockType, rows: _Rows) -> SourceWeight:
         for run in rows.runs():
             yield "data", _values(kind, unpack(kind, run)).half()
 
-    return SourceWeight(name, "raw", rows.shape, ((part, source),), None, Repacking((part,), pieces))
+    return SourceWeight(
+        name, "raw", rows.shape, ((part, source),), None, Repacking((part,), pieces)
+    )
 
 
 def _values(kind: BlockType, found: Affine) -> Tensor:
@@ -265,7 +283,7 @@ def _affine(name: str, kind: BlockType, rows: _Rows, heads: int) -> SourceWeight
     source = ((parts[0], rows.data),)
     repacking = Repacking(tuple(parts), partial(_pieces, kind, rows, heads))
     fmt = "int4" if kind.bits == 4 else "int8g"
-    return SourceWeight(name, fmt, rows.shape, source, {"blocksize": kind.group}, repacking)
+    return SourceWeight(name, fmt, rows.shape, source, None, repacking)
 
 
 def _pieces(kind: BlockType, rows: _Rows, heads: int) -> Iterator[tuple[str, Tensor]]:
