@@ -24,13 +24,12 @@ def fp8_values(
     for run in row_runs(rows, columns, data.device):
         row = torch.arange(first + run.start, first + run.stop, device=data.device) // height
         scales = scale.index_select(0, row)  # [run, blocks of a row]
+        some, onto = data[run].float(), out[run]
         if scales.shape[1] * width == columns:
-            shape = (-1, scales.shape[1], width)
-            some, wide = data[run].view(shape), scales[..., None]
+            wide, shape = scales[..., None], (len(some), -1, width)
+            torch.mul(some.view(shape), wide, out=onto.view(shape))
         else:
-            shape = (-1, columns)
-            some, wide = data[run], scales.repeat_interleave(width, dim=1)[:, :columns]
-        torch.mul(some.float(), wide, out=out[run].view(shape))
+            torch.mul(some, scales.repeat_interleave(width, dim=1)[:, :columns], out=onto)
 
 
 def mxfp4_values(packed: Tensor, scale: Tensor, out: Tensor) -> Tensor:

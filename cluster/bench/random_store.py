@@ -23,12 +23,12 @@ from headrace.cluster.bench.random_weights import RandomWeights
 from headrace.runtime.block_file import BlockWriter, Entry, lay_out, write_durably
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.journal import Journal
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.plan import (
     BlockPlan,
     Options,
-    WeightPlan,
     plan_conversion,
 )
 from headrace.runtime.conversion.quantize import STORE_DTYPES, weight_spec

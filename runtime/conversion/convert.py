@@ -20,13 +20,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from headrace.runtime.block_file import BlockWriter, write_durably
+from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.journal import Journal, journal_line
 from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.conversion.plan import (
     BlockPlan,
     ConversionPlan,
     Options,
-    WeightPlan,
     plan_conversion,
 )
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
@@ -164,6 +164,7 @@ class _Conversion:
         self._missing = [block for block in plan.blocks if block.name not in journal.done]
         self._resumed = plan.nbytes - sum(block.layout.file_bytes for block in self._missing)
         self._written = self._resumed
+        self._errors: dict[str, dict[str, Any]] = {}  # of the block that is being written
 
     def run(self, identity: dict[str, Any]) -> None:
         for stale in self._dest.glob("*.tmp"):
@@ -200,7 +201,7 @@ class _Conversion:
     def _write_block(self, block: BlockPlan) -> dict[str, Any]:
         file = self._dest / f"{block.name}.safetensors"
         before, weights = self._written, {}
-        self._errors: dict[str, Any] = {}
+        self._errors = {}
         with BlockWriter(file, block.layout) as writer:
             for weight in block.weights:
                 weights[weight.source.name] = self._write_weight(block, weight, writer)

@@ -1,7 +1,7 @@
 """What a conversion will write: every weight's format and place, settled before the first byte."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 
 from headrace.runtime.block_file import Layout, lay_out
 from headrace.runtime.conversion.affine import GROUP_SIZE, GROUP_SIZES, group_of
-from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.described import WeightPlan, described, main_format
 from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
 from headrace.runtime.conversion.readers import READERS
 from headrace.runtime.conversion.source import AnyCheckpoint, SourceWeight
@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 FORMATS = ("keep", "bf16", "int8", "nf4", "int4")
 FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 FOUR_BIT = ("nf4", "fp4")
-BITSANDBYTES = (*FOUR_BIT, "int8")
-OWN_METHOD = "headrace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +61,16 @@ class Options:
 
     def as_json(self) -> dict[str, Any]:
         policy = [list(pair) for pair in self.policy]
-        described = {"format": self.format, "policy": policy, "double_quant": self.double_quant}
+        options: dict[str, Any] = {
+            "format": self.format,
+            "policy": policy,
+            "double_quant": self.double_quant,
+        }
         if "int4" in self._formats:
-            described["group_size"] = self.group_size or GROUP_SIZE
+            options["group_size"] = self.group_size or GROUP_SIZE
         if self.requantize:
-            described["requantize"] = True
-        return described
-
-
-@dataclass(frozen=True, slots=True)
-class WeightPlan:
-    """One weight: its bytes are copied, or encoded when `encoded`, into `parts`.
-
-    `dtype` is the type that an encoded weight's values have, or are taken to have.
-    """
-
-    source: SourceWeight
-    format: str
-    encoded: bool
-    parts: tuple[Part, ...]
-    dtype: str = ""
-
-    @property
-    def is_requantized(self) -> bool:
-        return self.encoded and self.source.format != "raw"
+            options["requantize"] = True
+        return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +112,10 @@ def plan_conversion(
     keys: list[BlockKey] = ["embed", *range(len(skeleton.layers)), "head"]
     dtype = "BF16" if options.format == "bf16" else checkpoint.dtype
     return ConversionPlan(
-        format=_main_format(plans.values()) or FLOATS[dtype],
+        format=main_format(plans.values()) or FLOATS[dtype],
         dtype=dtype,
         tied=skeleton.tied,
-        config=_config(checkpoint, skeleton, roles, plans, dtype),
+        config=described(checkpoint, skeleton, roles, plans, dtype),
         layer_shapes=skeleton.layer_shapes(),
         blocks=tuple(_block(key, roles, plans) for key in keys),
     )
@@ -203,6 +187,8 @@ class _Chooser:
         self._quantized = next(
             (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
         )
+        if options.requantize and not self._quantized:
+            raise StoreError(f"{checkpoint.path} is not quantized: leave out --requantize")
         if self._quantized and not (options.requantize or self._is_kept(options.format)):
             raise StoreError(
                 f"{checkpoint.path} is already quantized to {self._quantized}; making it "
@@ -295,15 +281,6 @@ def _kept(weight: SourceWeight) -> WeightPlan:
     return WeightPlan(weight, weight.format, False, weight.stored)
 
 
-def _main_format(plans: Iterable[WeightPlan]) -> str:
-    """The quantized format of most weights; empty when none is quantized."""
-    counts: dict[str, int] = {}
-    for plan in plans:
-        if plan.format != "raw":
-            counts[plan.format] = counts.get(plan.format, 0) + 1
-    return max(counts, key=lambda fmt: counts[fmt], default="")
-
-
 def _block(key: BlockKey, roles: Mapping[str, Role], plans: Mapping[str, WeightPlan]) -> BlockPlan:
     names = sorted(
         (name for name, role in roles.items() if role.block == key),
@@ -312,59 +289,3 @@ def _block(key: BlockKey, roles: Mapping[str, Role], plans: Mapping[str, WeightP
     weights = tuple(plans[name] for name in names)
     layout = lay_out(part.entry for weight in weights for part in weight.parts)
     return BlockPlan(key if isinstance(key, str) else f"layer-{key:05d}", weights, layout)
-
-
-def _config(
-    checkpoint: AnyCheckpoint,
-    skeleton: Skeleton,
-    roles: Mapping[str, Role],
-    plans: Mapping[str, WeightPlan],
-    dtype: str,
-) -> dict[str, Any]:
-    """The checkpoint's config.json, saying what from_pretrained must know about types and formats."""
-    config = dict(checkpoint.config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
-    fmt = _main_format(plans.values())
-    if not fmt:
-        config.pop("quantization_config", None)
-        return config
-    quantized = {roles[name].module for name, plan in plans.items() if plan.format != "raw"}
-    skipped = [
-        name
-        for name, module in skeleton.model.named_modules()
-        if type(module) is nn.Linear and name not in quantized
-    ]
-    if not {plan.format for plan in plans.values()} <= {"raw", *BITSANDBYTES}:
-        # No other reader knows these formats. With a name that none has, they all refuse to try.
-        config["quantization_config"] = {"quant_method": OWN_METHOD, "format": fmt}
-        return config
-    known = _quantization(fmt, plans, config[key])
-    if checkpoint.method == "bitsandbytes":
-        known = checkpoint.config.get("quantization_config") or known
-    config["quantization_config"] = {**known, "llm_int8_skip_modules": skipped}
-    return config
-
-
-def _quantization(fmt: str, plans: Mapping[str, WeightPlan], dtype: str) -> dict[str, Any]:
-    if fmt == "int8":
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_8bit": True,
-            "load_in_4bit": False,
-            # Only weights are int8 here. bitsandbytes rounds activations, too, except in columns
-            # above the threshold: below every activation, it multiplies by the weights as they are.
-            "llm_int8_threshold": 1e-3,
-        }
-    double_quant = any(
-        part.role == "nested_absmax" for plan in plans.values() for part in plan.parts
-    )
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_8bit": False,
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": fmt,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-    }

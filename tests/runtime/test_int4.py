@@ -14,6 +14,7 @@ from headrace.runtime.conversion.affine import decode_affine, encode_int4, group
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import Options
 from headrace.runtime.conversion.quantize import decode, encode
+from headrace.runtime.grouped_weights import Int4Weight
 from headrace.runtime.linear import Scratch, Weight
 from headrace.runtime.store import Store, WeightSpec
 from headrace.scheduler.errors import StoreError
@@ -23,11 +24,13 @@ CPU = torch.device("cpu")
 GROUP = 32
 
 
-def made(kind: str, shape: tuple[int, ...], scales: torch.dtype) -> dict[str, Tensor]:
+def made(
+    kind: str, shape: tuple[int, ...], scales: torch.dtype, group: int = GROUP
+) -> dict[str, Tensor]:
     """Random parts of a weight; `kind` names what there is beside codes and scales."""
     generator = torch.Generator().manual_seed(1)
     rows, columns = torch.Size(shape[:-1]).numel(), shape[-1]
-    groups = (rows, columns // GROUP)
+    groups = (rows, columns // group)
     bits = torch.randint(256, (rows, columns), dtype=torch.uint8, generator=generator)
     eight = "int8g" in kind
     parts = {
@@ -43,10 +46,12 @@ def made(kind: str, shape: tuple[int, ...], scales: torch.dtype) -> dict[str, Te
     return parts
 
 
-def by_hand(kind: str, shape: tuple[int, ...], parts: dict[str, Tensor]) -> Tensor:
+def by_hand(
+    kind: str, shape: tuple[int, ...], parts: dict[str, Tensor], group: int = GROUP
+) -> Tensor:
     """float64, one element after another's formula and nothing shared with the code under test."""
     columns = shape[-1]
-    scale = parts["scale"].double().repeat_interleave(GROUP, 1)
+    scale = parts["scale"].double().repeat_interleave(group, 1)
     if "int8g" in kind:
         codes = parts["data"].double()
     else:
@@ -54,9 +59,9 @@ def by_hand(kind: str, shape: tuple[int, ...], parts: dict[str, Tensor]) -> Tens
         codes = torch.empty(len(scale), columns, dtype=torch.float64)
         codes[:, 0::2], codes[:, 1::2] = (byte // 16).double(), (byte % 16).double()
     if "offset" in kind:
-        values = codes * scale + parts["offset"].double().repeat_interleave(GROUP, 1)
+        values = codes * scale + parts["offset"].double().repeat_interleave(group, 1)
     elif "zero" in kind:
-        values = (codes - parts["zero"].double().repeat_interleave(GROUP, 1)) * scale
+        values = (codes - parts["zero"].double().repeat_interleave(group, 1)) * scale
     else:
         values = (codes if "int8g" in kind else codes - 8) * scale
     if "order" in kind:
@@ -106,6 +111,41 @@ def test_experts_are_slices_of_a_stack(kind: str) -> None:
         expert = stack.expert(e)
         torch.testing.assert_close(expert.dense(torch.float32), expected[e], rtol=0, atol=1e-6)
     torch.testing.assert_close(stack.dense(torch.float32), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4 zero"])
+def test_the_kernel_is_given_the_same_values(kind: str) -> None:
+    parts = made(kind, (48, 96), torch.float16)
+    specs, block = packed_block(parts)
+    weight = Weight.view(WeightSpec("int4", (48, 96), specs, blocksize=GROUP), block)
+    assert isinstance(weight, Int4Weight)
+    codes = weight.rows(8, 40).codes()  # type: ignore[attr-defined]
+    packed = codes.packed.view(32, 48).int()
+    numbers = torch.stack((packed // 16, packed % 16), -1).view(32, 96 // GROUP, GROUP)
+    zeros = 8 if codes.zeros is None else codes.zeros.view(32, -1, 1)
+    values = (numbers - zeros) * codes.scales.view(32, -1, 1)
+    assert codes.scales.dtype == torch.float32 and codes.shape == (32, 96)
+    expected = by_hand(kind, (48, 96), parts)[8:40]
+    torch.testing.assert_close(values.view(32, 96).double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("kind", ["int4", "int4 zero", "int4 zero order", "int4 offset"])
+def test_products_on_cuda(kind: str, group: int) -> None:
+    """Few rows by the kernel where it has one for the weight, many by dequantizing."""
+    shape = (256, 1024)
+    parts = made(kind, shape, torch.float16, group)
+    expected = by_hand(kind, shape, parts, group).cuda()
+    specs, block = packed_block(parts)
+    weight = Weight.view(WeightSpec("int4", shape, specs, blocksize=group), block.cuda())
+    dense = weight.dense(torch.float32).double()
+    torch.testing.assert_close(dense, expected, rtol=0, atol=1e-6)
+    for rows in (1, 4, 16, 200):
+        x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        product = x.double() @ expected.T
+        error = (weight.linear(x).double() - product).norm() / product.norm()
+        assert float(error) < 1e-2, rows
 
 
 def test_many_rows_are_dequantized_in_runs() -> None:

@@ -1,6 +1,7 @@
 """Quantized checkpoints of other tools: a store gives the logits of a plain model with their values."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from whole import WholeModel
 
 from headrace.cluster.cli.convert import run_convert
-from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.convert import Progress, convert
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.plan import Slice
@@ -193,6 +194,32 @@ def test_quantizing_again_is_asked_for_and_reported(tmp_path: Path) -> None:
     text = console.export_text()
     worst = max(changes, key=lambda name: changes[name]["relative_rms"])
     assert f"quantized again: {len(changes)} weights" in text and worst in text
+
+
+def test_a_resumed_conversion_reports_all_that_it_changed(tmp_path: Path) -> None:
+    settings = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    quantized, _ = write(tmp_path, "llama", settings, fp8((32, 32), "scale_inv"))
+
+    def stop(progress: Progress) -> None:
+        if progress.block == "layer-00002":
+            raise InterruptedError
+
+    def run(dest: Path, progress: Callable[[Progress], None] | None = None) -> bytes:
+        store = convert(
+            quantized, dest, format="int4", requantize=True, allow_missing_tokenizer=True,
+            progress=progress,
+        )  # fmt: skip
+        return (store.path / "headrace-changes.json").read_bytes()
+
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "resumed", stop)
+    assert run(tmp_path / "resumed") == run(tmp_path / "whole")
+
+
+def test_there_must_be_something_to_quantize_again(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "src")
+    with pytest.raises(StoreError, match="is not quantized: leave out --requantize"):
+        convert(tmp_path / "src", tmp_path / "store", requantize=True, allow_missing_tokenizer=True)
 
 
 @pytest.mark.parametrize("fmt", ["bf16", "int4", "int8"])

@@ -89,3 +89,22 @@ def test_mxfp4_is_what_transformers_reads() -> None:
         torch.testing.assert_close(product, x @ expected[e], rtol=1e-4, atol=1e-2)
         y = torch.randn(2, 48)
         torch.testing.assert_close(expert.linear(y), y @ expected[e].T, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cuda_gives_the_same_values(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    of_blocks = blocks((48, 96), 20, 7)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (48 * 32, 1), dtype=torch.uint8, generator=generator)
+    powers = torch.randint(100, 140, (48, 2), dtype=torch.uint8, generator=generator)
+    for fmt, parts, shape, sizes in (
+        ("fp8", of_blocks, (48, 96), {"blocksize": 7, "block_rows": 20}),
+        ("mxfp4", {"data": codes, "scale": powers}, (48, 64), {"blocksize": 32}),
+    ):
+        specs, block = packed_block(parts)
+        spec = WeightSpec(fmt, shape, specs, **sizes)
+        expected = Weight.view(spec, block).dense(dtype)
+        found = Weight.view(spec, block.cuda()).dense(dtype)
+        torch.testing.assert_close(found.cpu(), expected, **EXACT)

@@ -50,6 +50,7 @@ class AffineWeight:
         each = (rows, self.groups)
         # An offset is a product of 8 and at most 11 bits: float32 holds it as it is.
         wide = self.bits == 8 and self.has_zeros
+        others: dict[str, tuple[str, tuple[int, ...]]]
         others = {"scale": ("F32" if wide else self.scale_dtype, each)}
         if self.has_zeros:
             others["offset" if wide else "zero"] = ("F32" if wide else "U8", each)
