@@ -79,7 +79,9 @@ def _root(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
+    ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
     policy: Annotated[

@@ -110,11 +110,15 @@ def test_formats_and_requantizing(tmp_path: Path) -> None:
     """What is plain becomes nf4 as it would from a checkpoint; what is quantized only when asked."""
     model = tiny("llama")
     write(model, tmp_path / "plain.gguf", "F16")
-    write(model, tmp_path / "four.gguf", "Q4_K")
     model.half().save_pretrained(tmp_path / "checkpoint")
     for name in ("plain.gguf", "checkpoint"):
-        convert(tmp_path / name, tmp_path / f"{name}.nf4", format="nf4", allow_missing_tokenizer=True)
-    assert_near(logits_of(tmp_path / "plain.gguf.nf4"), logits_of(tmp_path / "checkpoint.nf4"), 1e-6)
+        convert(
+            tmp_path / name, tmp_path / f"{name}.nf4", format="nf4", allow_missing_tokenizer=True
+        )
+    assert_near(
+        logits_of(tmp_path / "plain.gguf.nf4"), logits_of(tmp_path / "checkpoint.nf4"), 1e-6
+    )
+    write(model.float(), tmp_path / "four.gguf", "Q4_K")
     options: dict[str, Any] = {"format": "nf4", "allow_missing_tokenizer": True}
     with pytest.raises(StoreError, match="requantize"):
         convert(tmp_path / "four.gguf", tmp_path / "four", **options)
