@@ -93,7 +93,7 @@ def convert(
     ] = False,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Columns that share a scale in int4: 32, 64 or 128. [default: 64]"),
+        typer.Option(help="Columns that share a scale in int4: 32, 64 (if not given) or 128."),
     ] = None,
     requantize: Annotated[
         bool,
