@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from headrace.runtime.block_file import BlockWriter, write_durably
+from headrace.runtime.block_file import BlockWriter, sync_directory, write_durably
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.journal import Journal, journal_line
 from headrace.runtime.conversion.opening import open_checkpoint
@@ -34,6 +34,7 @@ from headrace.runtime.conversion.requantize import in_memory, loaded, relative_e
 from headrace.runtime.conversion.source import AnyCheckpoint, bytes_of
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import (
+    HELD,
     JOURNAL,
     MANIFEST,
     VERSION,
@@ -105,6 +106,9 @@ def convert(
         "options": options.as_json(),
     }
     with _locked(dest):
+        if (dest / HELD).exists():
+            _refuse_other_held(dest, identity)
+            release(dest)
         if (dest / MANIFEST).exists():
             return _finished_store(dest, identity)
         latents = self_check is None or self_check(
@@ -132,6 +136,31 @@ def _locked(dest: Path) -> Iterator[None]:
         raise StoreError(f"another conversion is writing to {dest}; wait until it ends") from error
     finally:
         os.close(descriptor)
+
+
+def hold_back(dest: Path) -> None:
+    """From now on a finished store is none, though nothing of it is lost; it survives a power cut."""
+    (dest / MANIFEST).replace(dest / HELD)
+    sync_directory(dest)
+
+
+def release(dest: Path) -> None:
+    """Makes what was held back a store again."""
+    (dest / HELD).replace(dest / MANIFEST)
+    sync_directory(dest)
+
+
+def _refuse_other_held(dest: Path, identity: dict[str, Any]) -> None:
+    try:
+        held = json.loads((dest / HELD).read_bytes())
+        same = all(held[key] == value for key, value in identity.items())
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise StoreError(
+            f"{dest} holds another conversion, which has not passed its gate; delete it or choose another "
+            "directory"
+        )
 
 
 def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:
@@ -225,7 +254,7 @@ class _Conversion:
         state = None if weight.encoded else source.state
         state_name = next((p.entry.name for p in weight.parts if p.role == "state"), None)
         written: list[tuple[str, memoryview]] = []
-        for name, data in _stream(weight):
+        for name, data in stored_bytes(weight):
             writer.write(name, data)
             self._report(block.name, len(data))
             if weight.encoded and name == state_name:
@@ -299,7 +328,7 @@ def _pretty(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def _stream(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
+def stored_bytes(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
     """(stored name, bytes) in stored order, a bounded number of bytes at a time."""
     source = weight.source
     if not weight.encoded:
