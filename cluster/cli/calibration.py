@@ -11,14 +11,14 @@ from transformers import PretrainedConfig
 
 from headrace.cluster.cli.calibrate_options import CalibrationOptions
 from headrace.cluster.cli.evaluate_options import CorpusOptions
-from headrace.cluster.evaluation.corpus import CHARACTERS, special_prefix
+from headrace.cluster.evaluation.corpus import CHARACTERS, special_prefix, tokenizer_of
 from headrace.cluster.run_plan import resolve_device
-from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.calibration.calibrate import Calibration
 from headrace.runtime.calibration.encoding import CALIBRATED
 from headrace.runtime.calibration.layer import Tally
 from headrace.runtime.rope import context_limit
-from headrace.runtime.skeleton import load_config
+from headrace.runtime.skeleton import parse_config
+from headrace.runtime.sweep.source import CheckpointModel
 from headrace.scheduler.errors import HeadraceError
 
 CONTEXT = 2048
@@ -59,13 +59,14 @@ def chosen(
 def sequences(checkpoint: Path, file: Path, tokens: int, context: int | None) -> Tensor:
     """Token ids [sequences, context] int64: whole sequences from the text's beginning, each with what
     the tokenizer puts before a text. Raises HeadraceError, and StoreError without a tokenizer."""
-    longest = _longest(load_config(checkpoint))
+    model = CheckpointModel(checkpoint, self_check=None)
+    longest = _longest(parse_config(model.config, str(checkpoint)))
     if context is not None and context > longest:
         raise HeadraceError(
             f"--calibration-context {context} is longer than the {longest} tokens that the model was made for"
         )
     length = min(CONTEXT, longest, tokens) if context is None else context
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = tokenizer_of(model)
     prefix = special_prefix(tokenizer)
     step = length - len(prefix)
     wanted = tokens // length

@@ -86,7 +86,9 @@ def _root(
 def convert(
     calibration: CalibrationOptions,
     corpus: CorpusOptions,
-    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
+    ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
     policy: Annotated[
@@ -98,7 +100,7 @@ def convert(
     ] = False,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Columns that share a scale in int4: 32, 64 or 128. [default: 64]"),
+        typer.Option(help="Columns that share a scale in int4: 32, 64 (if not given) or 128."),
     ] = None,
     requantize: Annotated[
         bool,

@@ -24,7 +24,7 @@ from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import BlockPlan, ConversionPlan
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.linear import Weight
-from headrace.runtime.skeleton import Role, Skeleton, load_config
+from headrace.runtime.skeleton import Role, Skeleton, parse_config
 from headrace.runtime.store import Block, Store, WeightSpec
 from headrace.runtime.sweep.source import CheckpointModel
 from headrace.runtime.sweep.states import States
@@ -159,7 +159,7 @@ class Calibrator:
         self._layers = self._stack.enter_context(closing(self._sweep.layers(first)))
 
     def _skeleton_facts(self, dtype: torch.dtype) -> None:
-        skeleton = Skeleton(load_config(self._source), dtype, expand=True)
+        skeleton = Skeleton(parse_config(self._model.config, str(self._source)), dtype, expand=True)
         names = [name for block in self._model.blocks for name in block.weights]
         self._roles: Mapping[str, Role] = skeleton.classify(names)
         self._transposed = frozenset(

@@ -28,6 +28,16 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+def companions_in(path: Path) -> dict[str, bytes]:
+    """Tokenizer, chat template and generation config in a directory, by name."""
+    found = {file for pattern in COMPANIONS for file in path.glob(pattern)}
+    return {file.name: file.read_bytes() for file in sorted(found) if file.is_file()}
+
+
+def has_tokenizer_in(path: Path) -> bool:
+    return any(True for pattern in TOKENIZERS for _ in path.glob(pattern))
+
+
 class Checkpoint:
     """A local directory with config.json and safetensors files, checked to be whole.
 
@@ -121,14 +131,13 @@ class Checkpoint:
             raise StoreError(f"{self.path} has no weights in float32, float16 or bfloat16")
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def companions(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template and generation config: files that a store takes over as they are."""
-        found = {file for pattern in COMPANIONS for file in self.path.glob(pattern)}
-        return tuple(sorted(file for file in found if file.is_file()))
+    def companions(self) -> dict[str, bytes]:
+        """Tokenizer, chat template and generation config: files that a store takes over, by name."""
+        return companions_in(self.path)
 
     @property
     def has_tokenizer(self) -> bool:
-        return any(True for pattern in TOKENIZERS for _ in self.path.glob(pattern))
+        return has_tokenizer_in(self.path)
 
     def fingerprint(self) -> str:
         """Tells this checkpoint from others without reading it whole: config, headers and samples."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from headrace.runtime.block_file import BlockWriter, sync_directory, write_durably
-from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.encoder import STATES, Encoder
 from headrace.runtime.conversion.journal import Journal, journal_line
+from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.conversion.plan import (
     BlockPlan,
     ConversionPlan,
@@ -33,8 +33,8 @@ from headrace.runtime.conversion.plan import (
 )
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
 from headrace.runtime.conversion.requantize import in_memory, loaded, relative_error, values
-from headrace.runtime.conversion.source import bytes_of
-from headrace.runtime.skeleton import load_config
+from headrace.runtime.conversion.source import AnyCheckpoint, bytes_of
+from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import (
     HELD,
     JOURNAL,
@@ -100,7 +100,7 @@ def convert(
     """
     pairs = tuple((glob, fmt) for glob, fmt in policy)
     options = Options(format, pairs, double_quant, group_size, requantize)
-    checkpoint, dest = Checkpoint(Path(source)), Path(dest)
+    checkpoint, dest = open_checkpoint(Path(source)), Path(dest)
     if not (checkpoint.has_tokenizer or allow_missing_tokenizer):
         raise StoreError(
             f"{source} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
@@ -118,7 +118,9 @@ def convert(
             release(dest)
         if (dest / MANIFEST).exists():
             return _finished_store(dest, identity)
-        latents = self_check is None or self_check(load_config(checkpoint.path))
+        latents = self_check is None or self_check(
+            parse_config(checkpoint.config, str(checkpoint.path))
+        )
         plan = plan_conversion(checkpoint, options, expand=not latents)
         with Journal(dest, identity) as journal:
             _Conversion(checkpoint, dest, plan, journal, progress, encoder).run(identity)
@@ -191,7 +193,7 @@ class _Conversion:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         dest: Path,
         plan: ConversionPlan,
         journal: Journal,
@@ -314,8 +316,8 @@ class _Conversion:
 
     def _write_surroundings(self) -> None:
         """config.json, the index that transformers reads, and the checkpoint's other small files."""
-        for file in self._checkpoint.companions():
-            write_durably(self._dest / file.name, file.read_bytes())
+        for name, data in self._checkpoint.companions().items():
+            write_durably(self._dest / name, data)
         places = {
             part.entry.name: f"{block.name}.safetensors"
             for block in self._plan.blocks
@@ -362,7 +364,8 @@ def stored_bytes(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
     if not weight.encoded:
         yield from source.stream()
         return
-    runs = values(source) if weight.is_requantized else source.data.rows()
+    whole = weight.is_requantized or source.repacking is not None
+    runs = values(source) if whole else source.data.rows()
     for name, piece in encode_rows(runs, weight.parts, weight.dtype, source.shape, weight.format):
         yield name, bytes_of(piece)
 

@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.conversion.source import SourceWeight
+from headrace.runtime.conversion.source import AnyCheckpoint, SourceWeight
 from headrace.runtime.skeleton import Role, Skeleton
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
@@ -44,7 +43,7 @@ def main_format(plans: Iterable[WeightPlan]) -> str:
 
 
 def described(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     skeleton: Skeleton,
     roles: Mapping[str, Role],
     plans: Mapping[str, WeightPlan],

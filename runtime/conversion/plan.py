@@ -10,12 +10,11 @@ from torch import nn
 
 from headrace.runtime.block_file import Layout, lay_out
 from headrace.runtime.conversion.affine import GROUP_SIZE, GROUP_SIZES, group_of
-from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.described import WeightPlan, described, main_format
 from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
 from headrace.runtime.conversion.readers import READERS
-from headrace.runtime.conversion.source import SourceWeight
-from headrace.runtime.skeleton import BlockKey, Role, Skeleton, load_config
+from headrace.runtime.conversion.source import AnyCheckpoint, SourceWeight
+from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError
 
@@ -98,14 +97,14 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    checkpoint: Checkpoint, options: Options, *, expand: bool = False
+    checkpoint: AnyCheckpoint, options: Options, *, expand: bool = False
 ) -> ConversionPlan:
     """For a model that is to `expand` its latents, or not.
 
     Raises StoreError or UnsupportedModelError when the checkpoint cannot be converted so.
     """
     _refuse_other_quantization(checkpoint)
-    config = load_config(checkpoint.path)
+    config = parse_config(checkpoint.config, str(checkpoint.path))
     skeleton = Skeleton(config, TORCH_DTYPES[checkpoint.dtype], expand=expand)
     roles = _used_roles(checkpoint, skeleton)
     _refuse_missing(checkpoint, skeleton, roles)
@@ -122,8 +121,8 @@ def plan_conversion(
     )
 
 
-def _refuse_other_quantization(checkpoint: Checkpoint) -> None:
-    known = ("bitsandbytes", *READERS)
+def _refuse_other_quantization(checkpoint: AnyCheckpoint) -> None:
+    known = ("bitsandbytes", "gguf", *READERS)
     if checkpoint.method not in known:
         raise StoreError(
             f"{checkpoint.path} is quantized with {checkpoint.method!r}, which cannot be converted; "
@@ -131,7 +130,7 @@ def _refuse_other_quantization(checkpoint: Checkpoint) -> None:
         )
 
 
-def _used_roles(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Role]:
+def _used_roles(checkpoint: AnyCheckpoint, skeleton: Skeleton) -> dict[str, Role]:
     roles = skeleton.classify(checkpoint.weights)
     copy = checkpoint.weights.get(_head_name(skeleton))
     table = checkpoint.weights.get(skeleton.embedding_name)
@@ -148,7 +147,9 @@ def _used_roles(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Role]:
     return {name: role for name, role in roles.items() if role.kind != "unused"}
 
 
-def _refuse_missing(checkpoint: Checkpoint, skeleton: Skeleton, roles: Mapping[str, Role]) -> None:
+def _refuse_missing(
+    checkpoint: AnyCheckpoint, skeleton: Skeleton, roles: Mapping[str, Role]
+) -> None:
     found: dict[str, set[tuple[int | None, int | None]]] = {}
     for role in roles.values():
         found.setdefault(role.target, set()).add((role.expert, role.part))
@@ -178,7 +179,7 @@ def _head_name(skeleton: Skeleton) -> str:
 class _Chooser:
     """Decides every weight's format, and remembers which patterns of the policy were of use."""
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, options: Options) -> None:
+    def __init__(self, checkpoint: AnyCheckpoint, skeleton: Skeleton, options: Options) -> None:
         self._checkpoint = checkpoint
         self._options = options
         self._head = _head_name(skeleton)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -141,3 +141,34 @@ class Imported:
 
     weights: Sequence[SourceWeight]
     used: frozenset[str]
+
+
+class AnyCheckpoint(Protocol):
+    """What is converted: a directory of safetensors, or a GGUF file. `dtype` is the type of most of what is not
+    quantized, `method` says how the rest is, `config` is a config.json."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def weights(self) -> Mapping[str, SourceWeight]: ...
+
+    @property
+    def has_tokenizer(self) -> bool: ...
+
+    def companions(self) -> dict[str, bytes]:
+        """Tokenizer, chat template and generation config: files that a store takes over, by name."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Tells this checkpoint from others without reading it whole."""
+        ...
