@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from rich.progress import TaskID
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from headrace.cluster.cli.calibration import roundings
 from headrace.cluster.cli.progress import byte_bar
+from headrace.runtime.calibration.calibrate import Calibration, convert_calibrated
 from headrace.runtime.conversion.convert import CHANGES, REQUANTIZED, Progress, convert
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
@@ -47,13 +50,14 @@ def run_convert(
     requantize: bool = False,
     allow_missing_tokenizer: bool,
     self_check: Callable[[PretrainedConfig], bool] | None,
+    calibration: Calibration | None = None,
 ) -> Store:
     """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
     pairs = parse_policy(policy)
+    tally = None
     with byte_bar(console) as bar:
-        store = convert(
-            source,
-            dest,
+        run = partial(
+            convert,
             format=format,
             policy=pairs,
             double_quant=double_quant,
@@ -63,7 +67,13 @@ def run_convert(
             self_check=self_check,
             allow_missing_tokenizer=allow_missing_tokenizer,
         )
+        if calibration is None:
+            store = run(source, dest)
+        else:
+            store, tally = convert_calibrated(source, dest, calibration, run)
     console.print(summary(store))
+    if tally is not None and tally.counts:
+        console.print(roundings(tally))
     if (store.path / CHANGES).exists():
         console.print(changes(store.path / CHANGES))
     return store

@@ -15,6 +15,7 @@ from rich.console import Console
 from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
+from headrace.cluster.cli.calibrate_options import CalibrationOptions
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.cold import app as cold_app
@@ -83,6 +84,7 @@ def _root(
 @app.command()
 @takes_options
 def convert(
+    calibration: CalibrationOptions,
     corpus: CorpusOptions,
     checkpoint: Annotated[
         Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
@@ -117,11 +119,16 @@ def convert(
 ) -> None:
     """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time.
 
-    Options about texts, --device and --dtype are the gate's, as in headrace eval.
+    With --calibrate TEXT, roundings follow what matrices are given when the text is read. Options about other
+    texts and --dtype are the gate's, as in headrace eval; --device and --device-memory are of both.
     """
-    from headrace.cluster.cli.convert import run_convert
+    from headrace.cluster.cli.calibration import chosen
+    from headrace.cluster.cli.convert import parse_policy, run_convert
     from headrace.cluster.cli.gated_convert import GatedConversion
     from headrace.runtime.conversion.selfcheck import check
+
+    formats = frozenset((format.value, *(fmt for _, fmt in parse_policy(policy or []))))
+    settled = chosen(calibration, corpus, checkpoint, formats)
 
     def run() -> Store:
         return run_convert(
@@ -135,10 +142,11 @@ def convert(
             requantize=requantize,
             allow_missing_tokenizer=allow_missing_tokenizer,
             self_check=check,
+            calibration=settled,
         )
 
     if gate is None:
-        corpus.refuse_without_gate()
+        corpus.refuse_without_gate(calibrating=settled is not None)
         run()
     else:
         raise typer.Exit(GatedConversion(Console(), checkpoint, store, corpus, gate).run(run))

@@ -11,16 +11,18 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from headrace.runtime.block_file import BlockWriter, sync_directory, write_durably
 from headrace.runtime.conversion.described import WeightPlan
+from headrace.runtime.conversion.encoder import STATES, Encoder
 from headrace.runtime.conversion.journal import Journal, journal_line
 from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.conversion.plan import (
@@ -41,6 +43,7 @@ from headrace.runtime.store import (
     Block,
     Store,
     WeightSpec,
+    block_from_json,
     block_to_json,
 )
 from headrace.scheduler.errors import StoreError
@@ -76,6 +79,8 @@ def convert(
     progress: Callable[[Progress], None] | None = None,
     self_check: Callable[[PretrainedConfig], bool] | None = None,
     allow_missing_tokenizer: bool = False,
+    encoder: Encoder | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Store:
     """Converts the checkpoint in `source` into a store in `dest` and opens it.
 
@@ -86,6 +91,8 @@ def convert(
     `self_check` may refuse the architecture before anything is
     written, and says whether pages may keep latents. Needs memory for a few row chunks of one matrix,
     and of a quantized one that changes its layout or format all codes, whatever the model's size.
+
+    `encoder` may decide other bytes for layers' weights, as `calibration` describes in the manifest.
 
     Run again with the same arguments, it resumes; on a finished store it returns at once.
     Raises StoreError or UnsupportedModelError for whatever cannot be converted, and when the disk
@@ -103,7 +110,7 @@ def convert(
     identity = {
         "version": VERSION,
         "source": checkpoint.fingerprint(),
-        "options": options.as_json(),
+        "options": options.as_json() | ({"calibration": calibration} if calibration else {}),
     }
     with _locked(dest):
         if (dest / HELD).exists():
@@ -116,8 +123,8 @@ def convert(
         )
         plan = plan_conversion(checkpoint, options, expand=not latents)
         with Journal(dest, identity) as journal:
-            _Conversion(checkpoint, dest, plan, journal, progress).run(identity)
-        (dest / JOURNAL).unlink()
+            _Conversion(checkpoint, dest, plan, journal, progress, encoder).run(identity)
+        _remove_notes(dest)
     return Store.open(dest)
 
 
@@ -170,8 +177,15 @@ def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:
             f"{dest} is already a store, made from another checkpoint or with other options "
             f"({store.options}); delete it or choose another directory"
         )
-    (dest / JOURNAL).unlink(missing_ok=True)
+    _remove_notes(dest)
     return store
+
+
+def _remove_notes(dest: Path) -> None:
+    """What only an unfinished conversion needs."""
+    for states in dest.glob(STATES):
+        states.unlink()
+    (dest / JOURNAL).unlink(missing_ok=True)
 
 
 class _Conversion:
@@ -184,12 +198,14 @@ class _Conversion:
         plan: ConversionPlan,
         journal: Journal,
         progress: Callable[[Progress], None] | None,
+        encoder: Encoder | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._dest = dest
         self._plan = plan
         self._journal = journal
         self._progress = progress
+        self._encoder = encoder
         self._missing = [block for block in plan.blocks if block.name not in journal.done]
         self._resumed = plan.nbytes - sum(block.layout.file_bytes for block in self._missing)
         self._written = self._resumed
@@ -200,8 +216,11 @@ class _Conversion:
             stale.unlink()
         self._refuse_small_disk()
         try:
+            if self._encoder is not None:
+                done = (block_from_json(self._dest, each) for each in self._journal.done.values())
+                self._encoder.start(self._plan, {block.name: block for block in done})
             for block in self._missing:
-                self._journal.record(self._write_block(block))
+                self._write_block(block)
             self._write_surroundings()
             self._write_changes()
             self._write_manifest(identity)
@@ -227,13 +246,16 @@ class _Conversion:
                 f"free {needed - free:,} bytes or choose another disk"
             )
 
-    def _write_block(self, block: BlockPlan) -> dict[str, Any]:
+    def _write_block(self, block: BlockPlan) -> None:
         file = self._dest / f"{block.name}.safetensors"
         before, weights = self._written, {}
         self._errors = {}
+        encoded = {} if self._encoder is None else self._encoder.encode(block)
         with BlockWriter(file, block.layout) as writer:
             for weight in block.weights:
-                weights[weight.source.name] = self._write_weight(block, weight, writer)
+                name = weight.source.name
+                pieces = _bytes_of_all(encoded[name]) if name in encoded else stored_bytes(weight)
+                weights[name] = self._write_weight(block, weight, pieces, writer)
             written = writer.finish()
         self._report(block.name, before + block.layout.file_bytes - self._written)
         log.debug("wrote %s: %d bytes", file, block.layout.file_bytes)
@@ -245,16 +267,24 @@ class _Conversion:
             xxh3_64=written.data_hash,
             weights=weights,
         )
-        return block_to_json(whole, written.header_hash) | {REQUANTIZED: self._errors}
+        self._journal.record(
+            block_to_json(whole, written.header_hash) | {REQUANTIZED: self._errors}
+        )
+        if self._encoder is not None:
+            self._encoder.written(whole)
 
     def _write_weight(
-        self, block: BlockPlan, weight: WeightPlan, writer: BlockWriter
+        self,
+        block: BlockPlan,
+        weight: WeightPlan,
+        pieces: Iterable[tuple[str, memoryview]],
+        writer: BlockWriter,
     ) -> WeightSpec:
         source = weight.source
         state = None if weight.encoded else source.state
         state_name = next((p.entry.name for p in weight.parts if p.role == "state"), None)
         written: list[tuple[str, memoryview]] = []
-        for name, data in stored_bytes(weight):
+        for name, data in pieces:
             writer.write(name, data)
             self._report(block.name, len(data))
             if weight.encoded and name == state_name:
@@ -338,3 +368,8 @@ def stored_bytes(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
     runs = values(source) if whole else source.data.rows()
     for name, piece in encode_rows(runs, weight.parts, weight.dtype, source.shape, weight.format):
         yield name, bytes_of(piece)
+
+
+def _bytes_of_all(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, memoryview]]:
+    for name, tensor in tensors:
+        yield name, bytes_of(tensor)

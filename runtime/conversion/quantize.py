@@ -123,7 +123,7 @@ def encode_rows(
             raise StoreError(f"{names['data']} holds NaN or infinity, which cannot be quantized")
         scales.append(scale)
         yield names["data"], data
-    tail = _int8_tail if fmt == "int8" else _nf4_tail
+    tail = _int8_tail if fmt == "int8" else nf4_tail
     for role, tensor in tail(torch.cat(scales), "nested_absmax" in names, dtype, shape):
         yield names[role], tensor
 
@@ -164,9 +164,28 @@ def _nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-def _nf4_tail(
+def nf4_table() -> Tensor:
+    """The sixteen values of NF4, float32, ascending."""
+    from headrace.runtime.bnb import functional
+
+    table: Tensor = functional.get_4bit_type("nf4", device="cpu")
+    return table
+
+
+def double_quantized(absmax: Tensor) -> Tensor:
+    """NF4's scales, float32 [blocks], as they are read when they are quantized, too."""
+    from headrace.runtime.bnb import functional
+
+    offset = absmax.mean()
+    codes, state = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    scales: Tensor = functional.dequantize_blockwise(codes, state)
+    return scales + offset
+
+
+def nf4_tail(
     absmax: Tensor, double_quant: bool, dtype: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor]]:
+    """What follows a weight's codes: (role, tensor), from its scales [blocks] float32."""
     from headrace.runtime.bnb import functional
 
     state: dict[str, Any] = {
@@ -187,7 +206,7 @@ def _nf4_tail(
     if double_quant:
         yield "nested_absmax", nested.absmax
         yield "nested_code", nested.code
-    yield "code", functional.get_4bit_type("nf4", device="cpu")
+    yield "code", nf4_table()
     text = json.dumps(state).encode()
     assert len(text) <= STATE_BYTES, text
     yield "state", torch.frombuffer(bytearray(text.ljust(STATE_BYTES)), dtype=torch.uint8)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.binding import View
 from headrace.runtime.model import Prepared, StageModel
 from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.feed import LayerFeed
@@ -110,17 +111,21 @@ class Sweep:
             _part(states, piece).copy_(x.view(piece.last - piece.first, -1, x.shape[-1]))
         return states
 
-    def layers(self) -> Generator["SweptLayer", None, None]:
-        """The layers in order; each can be run until the next one is asked for.
+    def layers(self, first: int = 0) -> Generator["SweptLayer", None, None]:
+        """The layers in order, from `first` on; each can be run until the next one is asked for.
 
         Whoever stops before the last one closes the generator.
 
         Raises StoreError when one cannot be read.
         """
-        with closing(self._feed.blocks()) as blocks:
-            for index, block in enumerate(blocks):
+        with closing(self._feed.blocks(first)) as blocks:
+            for index, block in blocks:
                 self._stage.bind(index, block)
-                yield SweptLayer(self, index, self._stage.layer(index))
+                yield SweptLayer(self, index, self._stage.layer(index), block)
+
+    def rebind(self, index: int, block: Tensor, view: View) -> None:
+        """`SweptLayer.rebind`."""
+        self._stage.bind_through(index, block, view)
 
     @torch.inference_mode()
     def run_layer(self, index: int, states: States, *, keep: bool) -> None:
@@ -196,16 +201,22 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class SweptLayer:
-    """One layer, whose weights are in device memory now. `module` is transformers' own: forward hooks of its
-    linears (QuantLinear; `named`) are called once a micro-batch, with inputs [1, T, features]."""
+    """One layer, whose weights are in device memory now, in `block` (uint8). `module` is transformers' own: forward
+    hooks of its linears (QuantLinear; `named`) are called once a micro-batch, with inputs [1, T, features]."""
 
     sweep: Sweep
     index: int
     module: nn.Module
+    block: Tensor
 
     def named(self) -> dict[str, nn.Module]:
         """The layer's modules by name, such as "self_attn.q_proj"."""
         return {name: module for name, module in self.module.named_modules() if name}
+
+    def rebind(self, view: View) -> None:
+        """From now on the layer's matrices are what `view` makes of their places in `block`, and all else is
+        what `block` holds now."""
+        self.sweep.rebind(self.index, self.block, view)
 
     def run(self, states: States, *, keep: bool = True) -> None:
         """Takes all sequences through the layer, in place; without `keep` the states stay as they were, for
