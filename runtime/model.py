@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headrace.runtime import plugs, rope
 from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.binding import Binder, ExpertStack, FetchedStack, View
+from headrace.runtime.binding import Binder, Binding, ExpertStack, FetchedStack, View
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
@@ -119,6 +119,7 @@ class StageModel:
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
         self._table: EmbeddingTable | None = None
         self._with_head = with_head
+        self._head: list[tuple[Binding, Tensor]] = []
         self._ends: list[Tensor] = []  # what lies before and after the layers, on the device
         read = read or partial(_read, store)
         if with_embedding or len(store.embed.weights) > 1 or (with_head and self._skeleton.tied):
@@ -127,8 +128,8 @@ class StageModel:
         if with_head:
             data = read(store.head, device)
             self._ends.append(data)
-            for binding in binder.bindings("head"):
-                binding.bind(data)
+            self._head = [(binding, data) for binding in binder.bindings("head")]
+            self.bind_head_through(Weight.view)
 
     @property
     def context_limit(self) -> int | None:
@@ -167,6 +168,11 @@ class StageModel:
         for binding in self._bindings[layer]:
             binding.bind(block, view)
         self._bound.pop(layer, None)
+
+    def bind_head_through(self, view: View) -> None:
+        """`bind_through` for what has weights of its own behind the last layer."""
+        for binding, block in self._head:
+            binding.bind(block, view)
 
     def bind(self, layer: int, block: Tensor) -> None:
         """Points the layer's weights at `block`, its data section on the device (uint8).

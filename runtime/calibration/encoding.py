@@ -98,22 +98,39 @@ def nearest(plan: WeightPlan) -> Callable[[Tensor], Tensor]:
 
 def round_matrix(plan: WeightPlan, weight: Tensor, gram: Tensor | None, method: Method) -> Rounded:
     """`weight` [N, K] float32, given inputs' second moments [K, K]; to nearest where there are none."""
+    found = chosen(plan, weight, gram, method)
+    codes = _small(plan, found.codes)
+    if gram is None:
+        return Rounded(codes, found.grid, found.absmax, None)
+    size = output_error(torch.zeros_like(weight), weight, gram)
+    error = output_error(weight, found.values, gram) / size if size > 0 else None
+    return Rounded(codes, found.grid, found.absmax, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Codes and the values that they stand for, both [N, K] float32; the rest as in Rounded."""
+
+    codes: Tensor
+    values: Tensor
+    grid: Grid
+    absmax: Tensor | None
+
+
+def chosen(plan: WeightPlan, weight: Tensor, gram: Tensor | None, method: Method) -> Chosen:
+    """`round_matrix` before anything is packed."""
     if gram is None:
         grid, absmax = make_grid(plan, weight)
-        return Rounded(_small(plan, grid.round(weight)[0]), grid, absmax, None)
+        return Chosen(*grid.round(weight), grid, absmax)
     block = block_of(plan)
     if method == "gptq":
         # What an error costs beside others, which later columns make up for, is its column's part.
         grid, absmax = make_grid(plan, weight, weighted_squares(gram.diagonal(), block))
-        codes, values = gptq(weight, gram, grid)
-    else:
-        whole = weight.shape[-1] % block == 0
-        errors = output_errors(gram, block) if whole else weighted_squares(gram.diagonal(), block)
-        grid, absmax = make_grid(plan, weight, errors)
-        codes, values = grid.round(weight)
-    size = output_error(torch.zeros_like(weight), weight, gram)
-    error = output_error(weight, values, gram) / size if size > 0 else None
-    return Rounded(_small(plan, codes), grid, absmax, error)
+        return Chosen(*gptq(weight, gram, grid), grid, absmax)
+    whole = weight.shape[-1] % block == 0
+    errors = output_errors(gram, block) if whole else weighted_squares(gram.diagonal(), block)
+    grid, absmax = make_grid(plan, weight, errors)
+    return Chosen(*grid.round(weight), grid, absmax)
 
 
 def _small(plan: WeightPlan, codes: Tensor) -> Tensor:

@@ -127,6 +127,10 @@ class Sweep:
         """`SweptLayer.rebind`."""
         self._stage.bind_through(index, block, view)
 
+    def rebind_head(self, view: View) -> None:
+        """From now on logits are made with a head that is what `view` makes of it."""
+        self._stage.bind_head_through(view)
+
     @torch.inference_mode()
     def run_layer(self, index: int, states: States, *, keep: bool) -> None:
         """`SweptLayer.run`."""

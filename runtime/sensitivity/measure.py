@@ -1,0 +1,251 @@
+"""What every matrix costs in every format: how far the model's predictions go when it alone is rounded.
+
+The checkpoint is swept once, in float32. Every layer is run with each group of matrices rounded in each way, from the
+states that the layer gets when nothing is rounded, and the output's relative error e (squared) is taken. In some layers
+one of these outputs of each group goes on through all layers that follow, so that its KL divergence D from the
+model's predictions is seen. To second order D is quadratic in what is changed, with the Fisher matrix of the predictions
+(its first derivative is zero where nothing is changed: Kullback, "Information Theory and Statistics", 1959, chapter
+2.6), so that D = c e with c = D / e of the same group, and in layers between, c is interpolated. For the same reason
+divergences of several changes add up where their directions have nothing to do with each other; tests compare.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from headrace.runtime.binding import View
+from headrace.runtime.calibration.layer_weights import LayerWeights
+from headrace.runtime.calibration.room import Room
+from headrace.runtime.evaluation.measure import divergence
+from headrace.runtime.linear import Weight
+from headrace.runtime.sensitivity.candidates import KEEP, Candidates
+from headrace.runtime.sensitivity.factors import Factors, kind_of
+from headrace.runtime.sensitivity.layer import LayerTrial, Rounding, Tried
+from headrace.runtime.sensitivity.rounded import RoundedWeight
+from headrace.runtime.sweep.source import CheckpointModel
+from headrace.runtime.sweep.states import States
+from headrace.runtime.sweep.sweep import Sweep, SweptLayer
+
+SAMPLE_TOKENS = 2048
+"""Over which errors and divergences are measured, from all over the text."""
+
+SAMPLE_CONTEXT = 512
+"""Tokens of a sequence of the sample, at most."""
+
+HEAD_TOKENS = 512
+"""Of the sample, over which the head's divergence is measured: it is rounded again for every few of them."""
+
+PROBED_LAYERS = 8
+"""From which divergences are seen, if there are more: the first, the last, and others evenly between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Matrices that get one format: names in the checkpoint, and by each format that was tried the bytes and the
+    divergence (nats a token) of the model with it."""
+
+    names: tuple[str, ...]
+    nbytes: Mapping[str, int]
+    kld: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """`groups` in order of the model; `rounding` is how they were rounded, over `sample` tokens."""
+
+    groups: tuple[Group, ...]
+    rounding: Rounding
+    sample: int
+
+
+Progress = Callable[[int, int], None]
+"""Layers that are done, of how many."""
+
+
+def sample_of(tokens: Tensor) -> Tensor:
+    """Sequences from all over `tokens` [sequences, length], cut."""
+    length = min(tokens.shape[1], SAMPLE_CONTEXT)
+    count = max(1, min(len(tokens), SAMPLE_TOKENS // length))
+    rows = [i * len(tokens) // count for i in range(count)]
+    return tokens[rows, :length]
+
+
+def probed_layers(count: int) -> frozenset[int]:
+    most = min(count, PROBED_LAYERS)
+    return frozenset(round(i * (count - 1) / max(most - 1, 1)) for i in range(most))
+
+
+def measure(
+    candidates: Candidates,
+    tokens: Tensor,
+    rounding: Rounding,
+    device: torch.device,
+    *,
+    device_memory: int | None = None,
+    progress: Progress = lambda *_: None,
+) -> Sensitivity:
+    """Of all matrices that have a choice, over a sample of `tokens` [sequences, length] (int64).
+
+    Of models with experts everything is rounded to nearest, whatever `rounding` is: so many matrices take too long
+    otherwise. Raises DoesNotFitError, with the figure, where `device_memory` does not suffice.
+    """
+    if any(role.kind == "expert" for role in candidates.roles.values()):
+        rounding = "nearest"
+    with _Measuring(candidates, tokens, rounding, device, device_memory) as measuring:
+        return measuring.run(progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """States of the sample that go on from what was tried in layer `layer`."""
+
+    layer: int
+    tried: Tried
+    states: States
+
+
+class _Measuring:
+    """The sweep, the sample's states, and those that are on their way to the end."""
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        tokens: Tensor,
+        rounding: Rounding,
+        device: torch.device,
+        device_memory: int | None,
+    ) -> None:
+        self._candidates, self._rounding = candidates, rounding
+        # Linears that make keys of latents have to be seen at work, so latents are expanded.
+        self._model = CheckpointModel(candidates.checkpoint.path, self_check=lambda _: False)
+        context = tokens.shape[1]
+        # What is rounded is kept beside it as it was.
+        beside = max(block.nbytes for block in self._model.layers)
+        room = Room.of(
+            self._model, candidates.plan, torch.float32, context, device, device_memory, beside
+        )
+        self._moments_bytes = room.gram_bytes
+        with ExitStack() as stack:
+            self._sweep = stack.enter_context(
+                Sweep(
+                    self._model,
+                    device,
+                    torch.float32,
+                    context=context,
+                    device_memory=room.sweep_bytes,
+                )
+            )
+            self._sample = stack.enter_context(self._sweep.embed(sample_of(tokens)))
+            self._all: States | None = None
+            if rounding != "nearest":
+                self._all = stack.enter_context(self._sweep.embed(tokens))
+            self._stack = stack.pop_all()
+        self._probes: list[_Probe] = []
+        self._tried: list[tuple[int, Tried]] = []
+
+    def run(self, progress: Progress) -> Sensitivity:
+        total = self._sweep.num_layers
+        for layer in self._sweep.layers():
+            progress(layer.index, total)
+            self._run_layer(layer, probed_layers(total))
+        progress(total, total)
+        factors = Factors()
+        for probe, kld in zip(self._probes, self._divergences(), strict=True):
+            factors.add(probe.layer, kind_of(probe.tried.names), kld, probe.tried.error)
+        groups = (*self._layer_groups(factors), *self._head_group())
+        return Sensitivity(groups, self._rounding, self._sample.tokens.numel())
+
+    @torch.inference_mode()
+    def _run_layer(self, layer: SweptLayer, probed: frozenset[int]) -> None:
+        block = self._model.layers[layer.index]
+        weights = LayerWeights(block, layer.block, self._candidates.roles)
+        shape = self._model.layer_shapes[layer.index]
+        trial = LayerTrial(
+            layer, weights, self._candidates, shape, self._rounding, self._moments_bytes
+        )
+        started = []
+        known = {kind_of(tried.names) for _, tried in self._tried}
+        for tried in trial.run(self._sample, self._all):
+            is_new = layer.index in probed or kind_of(tried.names) not in known
+            if is_new and tried.fmt == self._candidates.smallest:
+                states = self._going_on(tried.output)
+                started.append(_Probe(layer.index, replace(tried, output=states.values), states))
+            # Of outputs only those are kept that go on.
+            self._tried.append((layer.index, replace(tried, output=torch.empty(0))))
+        for states in (self._sample, self._all, *(probe.states for probe in self._probes)):
+            if states is not None:
+                layer.run(states)
+        self._probes += started
+
+    def _going_on(self, output: Tensor) -> States:
+        states = States(tuple(output.shape), output.dtype, self._sample.tokens)
+        self._stack.callback(states.close)
+        states.values.copy_(output)
+        return states
+
+    @torch.inference_mode()
+    def _divergences(self) -> list[float]:
+        """Of all probes, from the sample's predictions: means over its tokens."""
+        sums = [0.0] * len(self._probes)
+        reference = self._sample.values.flatten(0, 1)
+        places = torch.arange(len(reference))
+        for rows in places.split(self._sweep.logit_rows):
+            logs = self._logs(reference[rows])
+            for i, probe in enumerate(self._probes):
+                found = self._logs(probe.states.values.flatten(0, 1)[rows])
+                sums[i] += float(divergence(logs, found).sum())
+        return [each / len(places) for each in sums]
+
+    def _logs(self, rows: Tensor) -> Tensor:
+        """Logarithms of probabilities [R, vocabulary]."""
+        return self._sweep.logits(rows).log_softmax(-1)
+
+    def _layer_groups(self, factors: Factors) -> Iterator[Group]:
+        by_names: dict[tuple[str, ...], dict[str, float]] = {}
+        for layer, tried in self._tried:
+            kld = factors.at(layer, kind_of(tried.names)) * tried.error
+            by_names.setdefault(tried.names, {})[tried.fmt] = kld
+        for names, kld in by_names.items():
+            yield self._group(names, kld)
+
+    def _group(self, names: tuple[str, ...], kld: Mapping[str, float]) -> Group:
+        formats = self._candidates.formats
+        sizes = {fmt: self._candidates.nbytes(names, fmt) for fmt in formats}
+        return Group(names, sizes, {**kld, KEEP: 0.0})
+
+    @torch.inference_mode()
+    def _head_group(self) -> Iterator[Group]:
+        """The head's divergence is seen as it is."""
+        head = self._candidates.head
+        if head is None:
+            return
+        rows = self._sample.values.flatten(0, 1)
+        pieces = rows[:: -(-len(rows) // HEAD_TOKENS)].split(self._sweep.logit_rows)
+        kld: dict[str, float] = {}
+        for fmt in self._candidates.formats[:-1]:
+            total = 0.0
+            for piece in pieces:
+                self._sweep.rebind_head(Weight.view)
+                logs = self._logs(piece)
+                self._sweep.rebind_head(self._rounded(head, fmt))
+                total += float(divergence(logs, self._logs(piece)).sum())
+            kld[fmt] = total / sum(map(len, pieces))
+        yield self._group((head,), kld)
+
+    def _rounded(self, name: str, fmt: str) -> View:
+        rounding = self._candidates.rounding(name, fmt)
+        return lambda spec, block: RoundedWeight(Weight.view(spec, block), rounding)
+
+    def close(self) -> None:
+        self._stack.close()
+        self._probes.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
