@@ -42,43 +42,38 @@ class Recipe(BaseModel):
 
     def options(self) -> tuple[list[tuple[str, str]], int | None]:
         """A conversion's policy, and its group size where it needs one."""
-        policy = [(name, line.format) for line in self.weights for name in line.names]
+        policy: list[tuple[str, str]] = [
+            (name, line.format) for line in self.weights for name in line.names
+        ]
         return policy, self.group_size if any(fmt == "int4" for _, fmt in policy) else None
 
 
 def recipe_of(mix: Mix, candidates: Candidates, made: dict[str, Any]) -> Recipe:
     sensitivity = mix.sensitivity
     lines = [
-        Line(
-            names=list(names),
-            format=fmt,
-            bits=round(8 * group.nbytes[fmt] / candidates.count(group.names), 3),
-            kld={tried: float(f"{kld:.4g}") for tried, kld in group.kld.items() if kld},
-        )
+        {
+            "names": list(names),
+            "format": fmt,
+            "bits": round(8 * group.nbytes[fmt] / candidates.count(group.names), 3),
+            "kld": {tried: float(f"{kld:.4g}") for tried, kld in group.kld.items() if kld},
+        }
         for group, (names, fmt) in zip(
             sensitivity.groups, rules_of(sensitivity.groups, mix.formats), strict=True
         )
     ]
     size = candidates.group_size or GROUP_SIZE
-    return Recipe(recipe=1, made=made, group_size=size, weights=lines)
+    return Recipe.model_validate({"recipe": 1, "made": made, "group_size": size, "weights": lines})
 
 
 def write_recipe(file: Path, recipe: Recipe) -> None:
     """Raises HeadraceError where the file cannot be written, or is there already."""
     lines = recipe.model_dump(exclude_none=True)
-    text = yaml.dump(lines, Dumper=_Dumper, sort_keys=False, width=120, default_flow_style=None)
+    text = yaml.safe_dump(lines, sort_keys=False, width=120, default_flow_style=None)
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(HEADER + text)
     except OSError as error:
         raise HeadraceError(f"cannot write --write-recipe {file}: {error.strerror}") from error
-
-
-class _Dumper(yaml.SafeDumper):
-    """One line of names is one line of text."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def refuse_taken(file: Path) -> None:

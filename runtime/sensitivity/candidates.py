@@ -52,7 +52,10 @@ class Candidates:
         """The LM head's weight, where it is a matrix that nothing else uses."""
         if skeleton.tied or type(skeleton.model.get_output_embeddings()) is not torch.nn.Linear:
             return None
-        named = (name for name, role in self.roles.items() if role.target == skeleton.head_name)
+        return self._named(skeleton.head_name)
+
+    def _named(self, target: str) -> str | None:
+        named = (name for name, role in self.roles.items() if role.target == target)
         return next(named, None)
 
     def _plan(self, fmt: str) -> ConversionPlan:

@@ -78,8 +78,7 @@ class LayerTrial:
 
     def _output(self, sample: States) -> Tensor:
         self._layer.rebind(Weight.view)
-        with States(tuple(sample.values.shape), sample.values.dtype, sample.tokens) as states:
-            states.values.copy_(sample.values)
+        with sample.beside(sample.values) as states:
             self._layer.run(states)
             return states.values
 

@@ -182,10 +182,7 @@ class _Measuring:
         self._probes += started
 
     def _going_on(self, output: Tensor) -> States:
-        states = States(tuple(output.shape), output.dtype, self._sample.tokens)
-        self._stack.callback(states.close)
-        states.values.copy_(output)
-        return states
+        return self._stack.enter_context(self._sample.beside(output))
 
     @torch.inference_mode()
     def _divergences(self) -> list[float]:
