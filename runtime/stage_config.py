@@ -35,6 +35,7 @@ class StageConfig:
     type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
     for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
     stage keeps a Trace of its newest passes. `kv_log` is for KV pages on NVMe, if there are to be any.
+    `adapter_host_memory` bytes keep adapters that are not on the device.
     What the directory `store` lacks comes from `cold`, before the stage is built.
     """
 
@@ -50,6 +51,7 @@ class StageConfig:
     trace: bool = False
     kv_log: LogConfig | None = None
     cold: ColdModel | None = None
+    adapter_host_memory: int = 0
 
     @property
     def hydration(self) -> Hydration | None:
