@@ -74,7 +74,7 @@ class Holdings:
 
     def contexts(self) -> ContextIds:
         """All that stages hold something in; no move is under way."""
-        assert not self.is_moving
+        assert not len(self._tiers.moves)
         tails = self.tails.filled() if self._has_tails else ()
         slots, window = self._tiers.host.filled(), self._tiers.window.filled()
         return ContextIds(self.pool.filled(), tails, slots, window)

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from headrace.cluster.adapters import adapter_host_bytes, check_adapter_options
 from headrace.cluster.discovery import discover
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
@@ -63,6 +64,7 @@ def local_engine(
     """What running_engine gives, with its one stage in this process."""
     assert options.stages == 1, "several stages need processes of their own"
     check_kv_options(options)
+    check_adapter_options(options)
     store = Store.open(options.store)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
@@ -82,6 +84,7 @@ def local_engine(
         deadline=options.pass_timeout,
         threads=torch.get_num_threads(),
         kv_log=log_config(options),
+        adapter_host_memory=adapter_host_bytes(options),
     )
     tokenizer = load_tokenizer(store.path)
     with ExitStack() as opened:
@@ -106,6 +109,7 @@ def local_engine(
             tenant=options.kv_tenant,
             vocabulary=shape.vocab_size,
         )
-        yield opened.enter_context(engine)
+        opened.enter_context(engine).load_adapters(options.adapters)
+        yield engine
         if options.kv_keep:
             engine.save()

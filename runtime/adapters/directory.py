@@ -60,17 +60,18 @@ class AdapterFiles:
     modules: Mapping[str, Factors]
 
     @property
-    def rank(self) -> int:
-        """The largest."""
-        return max(factors.rank for factors in self.modules.values())
-
-    @property
     def weights(self) -> Path:
         return Path(self.adapter.path) / WEIGHTS
 
 
 def open_adapter(path: Path) -> AdapterFiles:
     """What is in the directory `path`. StoreError, with the reason, when that is no adapter that can be applied."""
+    modules = read_modules(path)
+    return AdapterFiles(Adapter(digest_of(path), str(path.absolute())), modules)
+
+
+def read_modules(path: Path) -> dict[str, Factors]:
+    """What the adapter in a directory changes, by module. StoreError as for `open_adapter`."""
     config = _read_config(path)
     _check_config(path, config)
     file = path / WEIGHTS
@@ -78,11 +79,11 @@ def open_adapter(path: Path) -> AdapterFiles:
         raise StoreError(f"the adapter {path} has no {WEIGHTS}: save it as safetensors")
     try:
         with safe_open(file, "np") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            names = opened.keys()
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{file} cannot be read: {error}") from error
-    modules = _modules(path, config, shapes)
-    return AdapterFiles(Adapter(digest_of(path), str(path.absolute())), modules)
+    return _modules(path, config, shapes)
 
 
 def digest_of(path: Path) -> str:
@@ -147,7 +148,7 @@ def _factors(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Factors:
     if len(names) != 2:
-        raise StoreError(f"the adapter {path} has only lora_{[*names][0]} of {module}")
+        raise StoreError(f"the adapter {path} has only lora_{next(iter(names))} of {module}")
     (rank, inputs), (outputs, other) = shapes[names["A"]], shapes[names["B"]]
     told = _of_module(config.get("rank_pattern"), module, config.get("r"))
     if not rank == other == told:
