@@ -396,8 +396,9 @@ class Scheduler:
     def _end_without(self, failed: Mapping[Adapter, int], update: Update) -> None:
         """End those that hold a slot for an adapter that has not come; others will ask for it once more."""
         for request in [*self._roster.running.values()] if failed else ():
-            if request.adapter in failed:
-                update.without_adapter.append((request, failed[request.adapter]))
+            adapter = request.adapter
+            if adapter is not None and adapter in failed:
+                update.without_adapter.append((request, failed[adapter]))
                 self._end(request, FinishReason.ABORT)
 
     def _name(self, request: Request, end: int) -> None:

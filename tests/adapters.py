@@ -20,7 +20,7 @@ def save_adapter(model: str, folder: Path, seed: int = 0, **settings: Any) -> Pa
     for name, matrix in made.named_parameters():
         if "lora_B" in name:
             matrix.data.mul_(4)
-    made.save_pretrained(folder)
+    made.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 

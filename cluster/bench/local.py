@@ -26,7 +26,7 @@ from headrace.runtime.kv_log.stage_log import StageLog
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
-from headrace.scheduler.plan import Pass, PassResult
+from headrace.scheduler.plan import Adapter, Pass, PassResult
 
 
 class _Done:
@@ -48,6 +48,9 @@ class InlinePipeline:
 
     def wait_host_tier(self) -> None:
         self._stage.wait_host_tier()
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        self._stage.check_adapter(adapter)
 
     def close(self) -> None:
         self._stage.close()

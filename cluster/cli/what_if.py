@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cluster.adapters import adapter_room
 from headrace.cluster.bench.hollow import hollow_store
 from headrace.cluster.bench.shapes import SHAPES, config_of
 from headrace.cluster.cli.plan import describe, plan_json
 from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.adapters import adapter_room
 from headrace.cluster.run_plan import choices_of, resolve_dtype, shape_in
 from headrace.cluster.whatif.hardware import Pool, read_pools
 from headrace.cluster.whatif.inputs import plan_inputs
