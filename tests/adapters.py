@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from architectures import tiny_model
+from commands import STORIES
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DENSE = ("gate_proj", "up_proj", "down_proj")
@@ -14,9 +16,14 @@ DENSE = ("gate_proj", "up_proj", "down_proj")
 
 def save_adapter(model: str, folder: Path, seed: int = 0, **settings: Any) -> Path:
     """A random adapter of a tiny model, with changes large enough to be heard."""
+    return adapt(tiny_model(model), folder, seed, **settings)
+
+
+def adapt(model: Any, folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """A random adapter of a model."""
     torch.manual_seed(seed + 1)
     wanted = {"target_modules": [*ATTENTION], "init_lora_weights": False, **settings}
-    made = get_peft_model(tiny_model(model), LoraConfig(task_type="CAUSAL_LM", **wanted))
+    made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **wanted))
     for name, matrix in made.named_parameters():
         if "lora_B" in name:
             matrix.data.mul_(4)
@@ -56,4 +63,13 @@ def merged_tokens(
             do_sample=False,
         )
         found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def stories_adapters(folder: Path, count: int = 2) -> dict[str, Path]:
+    """Of the bundled model, by name."""
+    found = {}
+    for i in range(count):
+        model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+        found[f"adapter-{i}"] = adapt(model, folder / f"adapter-{i}", seed=i, r=4 + i)
     return found
