@@ -159,7 +159,7 @@ def test_mistakes_are_told_at_once(
     files = ["--input", "in.jsonl", "--output", "out.jsonl", "--device", "cpu"]
     with headrace(tmp_path, "generate", stories, *files, *given) as command:
         assert command.wait() == 1
-        error = command.stderr()
+        error = command.stderr
     assert told in error
     assert "Traceback" not in error
 
