@@ -37,7 +37,6 @@ class StageConfig:
     stage keeps a Trace of its newest passes. `kv_log` is for KV pages on NVMe, if there are to be any.
     What the directory `store` lacks comes from `cold`, or `from_peers`, before the stage is built.
     `adapter_host_memory` bytes keep adapters that are not on the device.
-    What the directory `store` lacks comes from `cold`, before the stage is built.
     """
 
     store: str
