@@ -108,7 +108,7 @@ class AdapterLoader:
         files = open_adapter(Path(adapter.path))
         if files.adapter.digest != adapter.digest:
             raise StoreError(
-                f"the adapter {adapter.path} is not what it was when it was named: load it again under another name"
+                f"the adapter {adapter.path} is not what it was when it was named: load it again"
             )
         return files
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import many_adapters, merged_tokens, save_adapter
-from rings import local_ring, manual_plan, run_all
+from rings import CallAgain, local_ring, manual_plan, run_all
 from safetensors.torch import load_file, save_file
 from stored import tiny_store
 
@@ -19,6 +19,7 @@ from headrace.runtime.adapters.directory import WEIGHTS, open_adapter
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.limits import limits_of
+from headrace.scheduler.placement import Tier
 from headrace.scheduler.plan import Adapter, MoveKind
 from headrace.scheduler.request import FinishReason, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
@@ -106,6 +107,21 @@ def test_streamed_layers_and_several_passes_under_way(llama: Case) -> None:
     """Streamed, in several passes at once, over three stages that take turns."""
     said, _ = llama.run(stages=3, cyclic=True, passes_in_flight=2, ahead=1, adapter_slots=4)
     assert said == llama.said
+
+
+def test_decodes_with_adapters_are_not_replayed(llama: Case) -> None:
+    """Those without are, beside them."""
+    plan = manual_plan(
+        Store.open(llama.store), num_pages=40, adapter_slots=8, graph_rows=16, tier=Tier.DEVICE
+    )
+    again = CallAgain()
+    with local_ring(llama.store, plan, capture=again) as ring:
+        outputs = run_all(plan, ring, llama.requests())
+        assert [outputs[i] for i in range(len(llama.said))] == llama.said
+        replayed = sum(again.replays)
+        alone = [request(i, llama.prompts[0], None) for i in range(2)]
+        assert run_all(plan, ring, alone) == {0: llama.said[0], 1: llama.said[0]}
+    assert sum(again.replays) > replayed
 
 
 def test_a_prefix_is_shared_by_requests_of_one_adapter_alone(llama: Case) -> None:
