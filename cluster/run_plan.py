@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed: it takes seconds.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from headrace.cluster.adapters import adapter_host_bytes, adapter_room, check_adapter_options
 from headrace.cluster.discovery import Discovery, discover
@@ -18,6 +19,9 @@ from headrace.scheduler.kv_format import resolve_kv_format
 from headrace.scheduler.links import Hop, Links
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan_inputs import PlanInputs
+
+if TYPE_CHECKING:
+    from headrace.runtime.sweep.source import SweptModel
 
 OVERHEAD_BYTES = 64 << 20
 """What a stage process takes besides what is counted: allocator arenas, buffers of Ray and links."""
@@ -42,7 +46,7 @@ def resolve_device(device: str, address: str | None = None) -> str:
     return device
 
 
-def resolve_dtype(dtype: str, device: str, store: Store) -> str:
+def resolve_dtype(dtype: str, device: str, store: "SweptModel") -> str:
     """ "auto" is float32 on CPU, where it is exact and never slow, and the model's own on CUDA."""
     if dtype == "auto":
         own = {"BF16": "bfloat16", "F16": "float16"}.get(store.dtype, "float32")

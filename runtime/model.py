@@ -14,7 +14,7 @@ from headrace.runtime.adapters.matrices import RunningRows
 from headrace.runtime.adapters.places import AdapterPlaces
 from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.binding import Binder, ExpertStack, FetchedStack, PackedLinear
+from headrace.runtime.binding import Binder, ExpertStack, FetchedStack, PackedLinear, View
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
@@ -164,6 +164,18 @@ class StageModel:
             if tied:
                 path = self._skeleton.head_name.removesuffix(".weight")
                 binder.packed(path, spec).bind(on_device)
+
+    def layer(self, index: int) -> nn.Module:
+        """transformers' layer, whose linears are QuantLinear while it is one of this stage's."""
+        return self._modules[index]
+
+    def bind_through(self, layer: int, block: Tensor, view: View) -> None:
+        """`bind`, with another view of the weights that matrix products take; it lasts until the next call."""
+        for group in self._groups[layer]:
+            group.forget()
+        for binding in self._bindings[layer]:
+            binding.bind(block, view)
+        self._bound.pop(layer, None)
 
     def bind(self, layer: int, block: Tensor) -> None:
         """Points the layer's weights at `block`, its data section on the device (uint8).

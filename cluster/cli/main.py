@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
+"""`headrace`: convert, inspect, eval, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -15,11 +15,14 @@ from rich.console import Console
 from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
+from headrace.cluster.cli.calibrate_options import CalibrationOptions
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.cold import app as cold_app
 from headrace.cluster.cli.cold import pull, push
 from headrace.cluster.cli.doctor import doctor
+from headrace.cluster.cli.evaluate_command import evaluate_stores
+from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.cli.explain_command import explain_run
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
@@ -31,6 +34,7 @@ from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.cluster.cli.top import top
 from headrace.cluster.cli.trace import trace_ring
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 
 # Before transformers is imported: nothing here may look for a model on the network.
@@ -59,6 +63,7 @@ class Format(str, Enum):
     BF16 = "bf16"
     INT8 = "int8"
     NF4 = "nf4"
+    INT4 = "int4"
 
 
 @app.callback(invoke_without_command=True)
@@ -77,8 +82,13 @@ def _root(
 
 
 @app.command()
+@takes_options
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
+    calibration: CalibrationOptions,
+    corpus: CorpusOptions,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
+    ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
     policy: Annotated[
@@ -88,24 +98,58 @@ def convert(
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="Quantize NF4's scales, too.")
     ] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns that share a scale in int4: 32, 64 (if not given) or 128."),
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Change what is quantized already; say what it changed."),
+    ] = False,
     allow_missing_tokenizer: Annotated[
         bool, typer.Option("--allow-missing-tokenizer", help="Convert without a tokenizer.")
     ] = False,
+    gate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Thresholds (YAML) for the store beside the checkpoint over --text; one that crosses them is "
+            "held back, with exit code 3."
+        ),
+    ] = None,
 ) -> None:
-    """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time."""
-    from headrace.cluster.cli.convert import run_convert
+    """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time.
+
+    With --calibrate TEXT, roundings follow what matrices are given when the text is read. Options about other
+    texts and --dtype are the gate's, as in headrace eval; --device and --device-memory are of both.
+    """
+    from headrace.cluster.cli.calibration import chosen
+    from headrace.cluster.cli.convert import parse_policy, run_convert
+    from headrace.cluster.cli.gated_convert import GatedConversion
     from headrace.runtime.conversion.selfcheck import check
 
-    run_convert(
-        Console(),
-        checkpoint,
-        store,
-        format=format.value,
-        policy=policy or [],
-        double_quant=double_quant,
-        allow_missing_tokenizer=allow_missing_tokenizer,
-        self_check=check,
-    )
+    formats = frozenset((format.value, *(fmt for _, fmt in parse_policy(policy or []))))
+    settled = chosen(calibration, corpus, checkpoint, formats)
+
+    def run() -> Store:
+        return run_convert(
+            Console(),
+            checkpoint,
+            store,
+            format=format.value,
+            policy=policy or [],
+            double_quant=double_quant,
+            group_size=group_size,
+            requantize=requantize,
+            allow_missing_tokenizer=allow_missing_tokenizer,
+            self_check=check,
+            calibration=settled,
+        )
+
+    if gate is None:
+        corpus.refuse_without_gate(calibrating=settled is not None)
+        run()
+    else:
+        raise typer.Exit(GatedConversion(Console(), checkpoint, store, corpus, gate).run(run))
 
 
 @app.command()
@@ -120,6 +164,7 @@ def inspect(
     run_inspect(Console(), store, verify=verify, as_json=json)
 
 
+app.command("eval")(evaluate_stores)
 app.command("plan")(plan_run)
 
 
