@@ -1,12 +1,13 @@
 """A Hugging Face checkpoint as it lies on disk: which tensors there are, and their bytes."""
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -28,6 +29,21 @@ COMPANIONS = (
     *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "merges.txt", "chat_template*", "generation_config.json", "LICENSE*",
 )  # fmt: skip
+
+
+class TensorBytes(Protocol):
+    """A tensor whose bytes come in pieces: as it lies in a file, or made of one that does."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def chunks(self) -> Iterator[memoryview]: ...
+    def read(self) -> bytes: ...
+    def rows(self) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +102,24 @@ class SourceWeight:
     name: str
     format: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[Part, SourceTensor], ...]
+    parts: tuple[tuple[Part, TensorBytes], ...]
     state: Mapping[str, Any] | None = None
 
     @property
-    def data(self) -> SourceTensor:
+    def data(self) -> TensorBytes:
         return self.parts[0][1]
 
 
 class Checkpoint:
     """A local directory with config.json and safetensors files, checked to be whole.
 
-    Raises StoreError, naming the file and what to do, when it is not.
+    A store is one, too, but is taken for a mistake unless `stores` are welcome. Raises StoreError, naming
+    the file and what to do, when it is not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, stores: bool = False) -> None:
         self.path = path
+        self._stores = stores
         self.config = self._read_config()
         self._tensors: dict[str, SourceTensor] = {}
         self._shards = self._find_shards()
@@ -119,7 +137,7 @@ class Checkpoint:
             raise StoreError(
                 f"{self.path} is no directory; download the model first and give its path"
             )
-        if (self.path / "headrace.json").exists():
+        if not self._stores and (self.path / "headrace.json").exists():
             raise StoreError(f"{self.path} is a store already; convert the original checkpoint")
         file = self.path / "config.json"
         if not file.exists():
@@ -179,6 +197,12 @@ class Checkpoint:
         if not sizes:
             raise StoreError(f"{self.path} has no weights in float32, float16 or bfloat16")
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def changed(self, config: dict[str, Any], weights: Mapping[str, SourceWeight]) -> "Checkpoint":
+        """The checkpoint with another config.json and other weights; its other files are the same."""
+        other = copy.copy(self)
+        other.config, other.weights = config, dict(weights)
+        return other
 
     def companions(self) -> tuple[Path, ...]:
         """Tokenizer, chat template and generation config: files that a store takes over as they are."""

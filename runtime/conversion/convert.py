@@ -32,7 +32,7 @@ from headrace.runtime.conversion.plan import (
     plan_conversion,
 )
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
-from headrace.runtime.skeleton import load_config
+from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import (
     JOURNAL,
     MANIFEST,
@@ -80,31 +80,52 @@ def convert(
     is full or another conversion is writing to `dest`.
     """
     options = Options(format, tuple((glob, fmt) for glob, fmt in policy), double_quant)
-    checkpoint, dest = Checkpoint(Path(source)), Path(dest)
-    if not (checkpoint.has_tokenizer or allow_missing_tokenizer):
+    checkpoint = Checkpoint(Path(source))
+    refuse_missing_tokenizer(checkpoint, allow_missing_tokenizer)
+    identity = identity_of(checkpoint, options.as_json())
+    with locked(Path(dest)):
+        return write_store(checkpoint, Path(dest), options, identity, progress, self_check)
+
+
+def refuse_missing_tokenizer(checkpoint: Checkpoint, allowed: bool) -> None:
+    if not (checkpoint.has_tokenizer or allowed):
         raise StoreError(
-            f"{source} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
+            f"{checkpoint.path} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
             "store cannot read or write text; copy it there, or say --allow-missing-tokenizer to feed "
             "token ids"
         )
-    identity = {
-        "version": VERSION,
-        "source": checkpoint.fingerprint(),
-        "options": options.as_json(),
-    }
-    with _locked(dest):
-        if (dest / MANIFEST).exists():
-            return _finished_store(dest, identity)
-        latents = self_check is None or self_check(load_config(checkpoint.path))
-        plan = plan_conversion(checkpoint, options, expand=not latents)
-        with Journal(dest, identity) as journal:
-            _Conversion(checkpoint, dest, plan, journal, progress).run(identity)
-        (dest / JOURNAL).unlink()
+
+
+def identity_of(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """What tells a store, and an unfinished one, from others in the same place."""
+    return {"version": VERSION, "source": checkpoint.fingerprint(), "options": options}
+
+
+def write_store(
+    checkpoint: Checkpoint,
+    dest: Path,
+    options: Options,
+    identity: dict[str, Any],
+    progress: Callable[[Progress], None] | None = None,
+    self_check: Callable[[PretrainedConfig], bool] | None = None,
+) -> Store:
+    """The store of this identity in `dest`, which is locked: written, finished or found finished.
+
+    Raises what `convert` does.
+    """
+    if (dest / MANIFEST).exists():
+        return _finished_store(dest, identity)
+    config = parse_config(checkpoint.config, str(checkpoint.path / "config.json"))
+    latents = self_check is None or self_check(config)
+    plan = plan_conversion(checkpoint, options, expand=not latents)
+    with Journal(dest, identity) as journal:
+        _Conversion(checkpoint, dest, plan, journal, progress).run(identity)
+    (dest / JOURNAL).unlink()
     return Store.open(dest)
 
 
 @contextmanager
-def _locked(dest: Path) -> Iterator[None]:
+def locked(dest: Path) -> Iterator[None]:
     """Creates the directory and keeps other conversions out of it."""
     try:
         dest.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from torch import nn
 from headrace.runtime.block_file import Layout, lay_out
 from headrace.runtime.conversion.checkpoint import Checkpoint, SourceWeight
 from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, Part, parts_of
-from headrace.runtime.skeleton import BlockKey, Role, Skeleton, load_config
+from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError
 
@@ -87,7 +87,7 @@ def plan_conversion(
     Raises StoreError or UnsupportedModelError when the checkpoint cannot be converted so.
     """
     _refuse_other_quantization(checkpoint)
-    config = load_config(checkpoint.path)
+    config = parse_config(checkpoint.config, str(checkpoint.path / "config.json"))
     skeleton = Skeleton(config, TORCH_DTYPES[checkpoint.dtype], expand=expand)
     roles = _used_roles(checkpoint, skeleton)
     _refuse_missing(checkpoint, skeleton, roles)
