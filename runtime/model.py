@@ -156,6 +156,10 @@ class StageModel:
                 path = self._skeleton.head_name.removesuffix(".weight")
                 binder.packed(path, spec).bind(on_device)
 
+    def layer(self, index: int) -> nn.Module:
+        """transformers' layer, whose linears are QuantLinear while it is one of this stage's."""
+        return self._modules[index]
+
     def bind(self, layer: int, block: Tensor) -> None:
         """Points the layer's weights at `block`, its data section on the device (uint8).
 

@@ -1,7 +1,9 @@
 """A store's sizes, as the planner wants them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -12,7 +14,7 @@ from headrace.runtime.kv.store import page_nbytes, plain_format
 from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
-from headrace.runtime.store import Block, LayerShape, Store
+from headrace.runtime.store import Block, LayerShape
 from headrace.scheduler.inputs import Experts, ModelShape
 from headrace.scheduler.kv_format import KVFormat
 
@@ -20,7 +22,32 @@ SCRATCH_BYTES = 512 << 20
 """Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
 
 
-def model_shape(store: Store, dtype: torch.dtype, fmt: KVFormat | None = None) -> ModelShape:
+class Described(Protocol):
+    """What sizes are taken from: a Store, or a checkpoint seen as one."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def embed(self) -> Block: ...
+
+    @property
+    def layers(self) -> Sequence[Block]: ...
+
+    @property
+    def head(self) -> Block: ...
+
+    @property
+    def layer_shapes(self) -> Sequence[LayerShape]: ...
+
+    @property
+    def tied(self) -> bool: ...
+
+
+def model_shape(store: Described, dtype: torch.dtype, fmt: KVFormat | None = None) -> ModelShape:
     """What running `store` with compute type `dtype` takes; `fmt` of KV pages is that, if not given.
 
     UnsupportedModelError when `fmt` cannot hold the model's keys and values.

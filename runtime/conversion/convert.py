@@ -228,7 +228,7 @@ class _Conversion:
         source = weight.source
         state = source.state
         state_name = next((p.entry.name for p in weight.parts if p.role == "state"), None)
-        for name, data in _stream(weight):
+        for name, data in stored_bytes(weight):
             writer.write(name, data)
             self._report(block.name, len(data))
             if weight.encoded and name == state_name:
@@ -272,7 +272,7 @@ def _pretty(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def _stream(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
+def stored_bytes(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
     """(stored name, bytes) in stored order, a bounded number of bytes at a time."""
     source = weight.source
     if not weight.encoded:

@@ -1,0 +1,80 @@
+"""Models that can be swept: stores, and Hugging Face checkpoints seen as stores that were never written."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from headrace.runtime.conversion.checkpoint import Checkpoint
+from headrace.runtime.conversion.convert import stored_bytes
+from headrace.runtime.conversion.plan import BlockPlan, Options, plan_conversion
+from headrace.runtime.conversion.quantize import weight_spec
+from headrace.runtime.conversion.selfcheck import check
+from headrace.runtime.skeleton import load_config
+from headrace.runtime.store import MANIFEST, Block, LayerShape, Store
+
+
+class CheckpointModel:
+    """A checkpoint as the store that `headrace convert --format keep` would make, in no file.
+
+    A block's bytes are put together from the checkpoint's tensors when they are read. `self_check` may
+    refuse the architecture, and says whether pages may keep latents. Raises StoreError or
+    UnsupportedModelError as a conversion does.
+    """
+
+    def __init__(
+        self, path: Path, self_check: Callable[[PretrainedConfig], bool] | None = check
+    ) -> None:
+        checkpoint = Checkpoint(path)
+        latents = self_check is None or self_check(load_config(path))
+        plan = plan_conversion(checkpoint, Options("keep"), expand=not latents)
+        self.path = path
+        self.config: dict[str, Any] = plan.config
+        self.dtype = plan.dtype
+        self.format = plan.format
+        self.tied = plan.tied
+        self.layer_shapes: Sequence[LayerShape] = plan.layer_shapes
+        self._plans = {block.name: block for block in plan.blocks}
+        self.blocks = tuple(_block(path, block) for block in plan.blocks)
+        self.embed, self.head = self.blocks[0], self.blocks[-1]
+        self.layers = self.blocks[1:-1]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    def read_block(self, block: Block) -> bytearray:
+        """The data section that a store's block would have. StoreError when a file cannot be read."""
+        plan = self._plans[block.name]
+        data = bytearray(block.nbytes)
+        for weight in plan.weights:
+            filled: dict[str, int] = {}
+            for name, piece in stored_bytes(weight):
+                at = filled.setdefault(name, plan.layout.tensors[name].offset)
+                data[at : at + len(piece)] = piece
+                filled[name] = at + len(piece)
+        return data
+
+
+SweptModel = Store | CheckpointModel
+
+
+def open_model(path: Path) -> SweptModel:
+    """The store or the checkpoint in `path`, whole. Raises StoreError, saying what it is instead."""
+    if (path / MANIFEST).exists() or not (path / "config.json").exists():
+        store = Store.open(path)
+        store.require(store.blocks)
+        return store
+    return CheckpointModel(path)
+
+
+def _block(path: Path, plan: BlockPlan) -> Block:
+    tensors = plan.layout.tensors
+    weights = {
+        weight.source.name: weight_spec(
+            weight.format, weight.source.shape, weight.parts, tensors, weight.source.state
+        )
+        for weight in plan.weights
+    }
+    return Block(plan.name, path / plan.name, 0, plan.layout.nbytes, "", weights)
