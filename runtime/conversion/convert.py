@@ -114,7 +114,7 @@ def write_store(
     Raises what `convert` does.
     """
     if (dest / MANIFEST).exists():
-        return _finished_store(dest, identity)
+        return finished_store(dest, identity)
     config = parse_config(checkpoint.config, str(checkpoint.path / "config.json"))
     latents = self_check is None or self_check(config)
     plan = plan_conversion(checkpoint, options, expand=not latents)
@@ -141,7 +141,8 @@ def locked(dest: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:
+def finished_store(dest: Path, identity: dict[str, Any]) -> Store:
+    """The store in `dest`. StoreError when it is another one than that of this identity."""
     store = Store.open(dest)
     if (store.source, store.options) != (identity["source"], identity["options"]):
         raise StoreError(

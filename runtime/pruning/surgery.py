@@ -60,6 +60,11 @@ class Subject:
     def layers(self) -> list[nn.Module]:
         return self.skeleton.layers
 
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values in each layer."""
+        return kv_heads(self.config)
+
     def linears(self, layer: int) -> tuple[str, ...]:
         """Names, in the layer, of its linears that are stored as matrices."""
         return tuple(
@@ -105,7 +110,7 @@ class Subject:
             if stays.neurons:
                 mine |= neurons(self.layers[layer]).cuts(stays.neurons[layer])
             if stays.groups:
-                units = head_groups(self.layers[layer], kv_heads(self.config))
+                units = head_groups(self.layers[layer], self.kv_heads)
                 mine |= units.cuts(stays.groups[layer])
             if stays.pattern is not None:
                 norms = stays.norms.get(layer, {})
@@ -125,8 +130,8 @@ class Subject:
         if stays.neurons:
             described = with_neurons(described, _one_size(stays.neurons))
         if stays.groups:
-            units = head_groups(self.layers[stays.layers[0]], kv_heads(self.config))
-            heads = self.config.num_attention_heads // kv_heads(self.config)
+            units = head_groups(self.layers[stays.layers[0]], self.kv_heads)
+            heads = self.config.num_attention_heads // self.kv_heads
             groups = _one_size(stays.groups)
             described = with_head_groups(described, self.config, groups, units.each // heads)
         return described
