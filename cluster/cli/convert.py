@@ -51,7 +51,7 @@ def run_convert(
             format=format,
             policy=pairs,
             double_quant=double_quant,
-            progress=_Meter(bar),
+            progress=Meter(bar),
             self_check=self_check,
             allow_missing_tokenizer=allow_missing_tokenizer,
         )
@@ -78,7 +78,7 @@ def run_inspect(console: Console, path: Path, *, verify: bool, as_json: bool) ->
         console.print(f"verified: {which} are as they were written")
 
 
-class _Meter:
+class Meter:
     """Turns a conversion's reports into a bar, whose speed leaves out what an earlier run wrote."""
 
     def __init__(self, bar: Bar) -> None:

@@ -62,19 +62,23 @@ def parse_request(
     mlp_neurons: str | None,
     heads: str | None,
     sparsity: str | None,
-    method: Method,
+    method: Method | None,
 ) -> Request:
     """Raises HeadraceError, naming the option, for what cannot be understood."""
     if not (drop_layers or mlp_neurons or heads or sparsity):
         raise HeadraceError(
             "nothing is to be pruned: give --drop-layers, --mlp-neurons, --heads or --sparsity"
         )
+    if method is not None and sparsity is None:
+        raise HeadraceError(
+            f"--method {method} says which weights --sparsity makes zero: give that, too"
+        )
     return Request(
         () if drop_layers is None else _parse_layers(drop_layers),
         _parse_units("--mlp-neurons", mlp_neurons),
         _parse_units("--heads", heads),
         None if sparsity is None else parse_pattern(sparsity),
-        method,
+        method or "wanda",
     )
 
 

@@ -29,7 +29,7 @@ def with_layers(
             described[key] = sum(old < value for old in kept)
         elif isinstance(value, list) and len(value) == count and not key.endswith("token_id"):
             described[key] = [value[old] for old in kept]
-        elif _goes_by_index(value):
+        elif key != "id2label" and _goes_by_index(value):
             described[key] = {
                 str(new): value[str(old)] for new, old in enumerate(kept) if str(old) in value
             }

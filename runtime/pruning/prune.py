@@ -76,33 +76,24 @@ def prune(
 ) -> tuple[Store, Report]:
     """Writes the checkpoint or store in `source`, without what `request` asks to leave out, as a store in `dest`.
 
-    `calibration` is asked for its tokens where activations decide. `format` is that of `convert`, but "keep" by
-    default. The report is in `dest`, too (headrace-prune.json). Run again with the same arguments, it resumes.
-    Raises HeadraceError for what cannot be had, before anything is written.
+    `calibration` is asked for its tokens, which decide where activations do, and tell layers' influence in any
+    case. `format` is that of `convert`, but "keep" by default. The report is in `dest`, too (headrace-prune.json).
+    Run again with the same arguments, it resumes. Raises HeadraceError for what cannot be had, before anything
+    is written.
     """
     subject = Subject(Checkpoint(source, stores=True))
     refuse_missing_tokenizer(subject.checkpoint, allow_missing_tokenizer)
-    check_request(request, subject)
-    if request.needs_text and calibration is None:
-        raise HeadraceError(
-            "activations decide what is left out, so a text is needed: give --calibration FILE, or name "
-            "layers (--drop-layers 3,7) and use --method magnitude"
-        )
-    if request.neurons or request.heads:
-        check_cuts(subject.config, cut_neurons=bool(request.neurons), cut_heads=bool(request.heads))
-    subject.without(any_choice(request, subject))
-    given = calibration() if calibration is not None and request.needs_text else None
+    _refuse(subject, request, has_text=calibration is not None)
+    given = None if calibration is None else calibration()
     options = Options(format)
     asked: dict[str, Any] = request.as_json() | {"calibration": given and given.digest}
     identity = identity_of(subject.checkpoint, options.as_json() | {"prune": asked})
     with locked(dest):
         if (dest / MANIFEST).exists() and (dest / REPORT).exists():
             return finished_store(dest, identity), read_report(dest)
-        found = (
-            None
-            if given is None
-            else _statistics(subject, dest, request, given, identity, reporter)
-        )
+        found = None
+        if given is not None:
+            found = _statistics(subject, dest, request, given, identity, reporter)
         stays = choose(request, subject, found)
         pruned = subject.without(stays)
         store = write_store(pruned, dest, options, identity, reporter.writing, self_check)
@@ -110,6 +101,19 @@ def prune(
         write_report(dest, report)
         (dest / STATISTICS).unlink(missing_ok=True)
     return store, report
+
+
+def _refuse(subject: Subject, request: Request, *, has_text: bool) -> None:
+    """Whatever can be known to be impossible before calibration."""
+    check_request(request, subject)
+    if request.needs_text and not has_text:
+        raise HeadraceError(
+            "activations decide what is left out, so a text is needed: give --calibrate FILE, or name "
+            "layers (--drop-layers 3,7) and use --method magnitude"
+        )
+    if request.neurons or request.heads:
+        check_cuts(subject.config, cut_neurons=bool(request.neurons), cut_heads=bool(request.heads))
+    subject.without(any_choice(request, subject))
 
 
 def _statistics(

@@ -47,6 +47,16 @@ class ColdTier:
 
 
 @dataclass(frozen=True, slots=True)
+class Perplexity:
+    """Of the whole and of the pruned model, over so many `tokens` of each of these `texts`."""
+
+    texts: tuple[str, ...]
+    tokens: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Bytes are those of weights: `before`, `after` in the format that they had, and `stored` in the store's.
 
@@ -61,7 +71,7 @@ class Report:
     stored: int
     zeros: str | None
     cold_tier: ColdTier | None
-    perplexity: dict[str, Any] | None = None
+    perplexity: Perplexity | None = None
 
 
 def write_report(store: Path, report: Report) -> None:

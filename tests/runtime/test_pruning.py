@@ -268,6 +268,24 @@ def test_layers_of_a_mixture(tmp_path: Path) -> None:
     assert_same(ours(store.path), logits(model), 1e-4)
 
 
+def test_heads_of_a_mixture(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "src")
+    tokens = torch.randint(4, 256, (3, 40), generator=torch.Generator().manual_seed(0))
+    store, report = prune(
+        tmp_path / "src",
+        tmp_path / "pruned",
+        Request(heads=0.5),
+        calibrated(tokens),
+        allow_missing_tokenizer=True,
+    )
+    for layer, found in zip(model.model.layers, report.layers, strict=True):
+        [gone] = found.groups_gone
+        silence(layer.self_attn.o_proj, torch.arange((1 - gone) * 32, (2 - gone) * 32))
+    assert_same(logits(opened(store.path)), logits(model), 1e-5)
+    assert_same(ours(store.path), logits(model), 1e-4)
+
+
 @pytest.mark.parametrize(
     ("model", "request_", "message"),
     [
@@ -308,10 +326,12 @@ def test_a_request_that_means_nothing_is_explained() -> None:
     for given in ({"drop_layers": "two"}, {"mlp_neurons": "0.25"}, {"sparsity": "4:2"}, {}):
         options = {"drop_layers": None, "mlp_neurons": None, "heads": None, "sparsity": None}
         with pytest.raises(HeadraceError, match="--"):
-            parse_request(**(options | given), method="wanda")
-    assert parse_request("3,", None, None, None, "wanda").layers == (3,)
-    assert parse_request("3", None, None, None, "wanda").layers == 3
-    with pytest.raises(HeadraceError, match="--calibration"):
+            parse_request(**(options | given), method=None)
+    assert parse_request("3,", None, None, None, None).layers == (3,)
+    assert parse_request("3", None, None, None, None).layers == 3
+    with pytest.raises(HeadraceError, match="give that, too"):
+        parse_request("3", None, None, None, "wanda")
+    with pytest.raises(HeadraceError, match="--calibrate"):
         prune(STORIES, Path("/nonexistent"), Request(layers=2))
 
 

@@ -1,0 +1,91 @@
+"""`headrace prune` as users run it: what it prints, writes and refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from commands import STORIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from headrace.cluster.cli.main import main
+from headrace.runtime.store import Store
+
+TEXTS = STORIES.parent / "text"
+STORY = str(TEXTS / "held_out_stories.txt")
+OTHER = str(TEXTS / "held_out_public_domain.txt")
+SHORT = ["--calibration-tokens", "512", "--calibration-context", "128"]
+
+
+def run(*arguments: object) -> int:
+    """The exit code."""
+    try:
+        main(["prune", *map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@torch.no_grad()
+def perplexity(path: Path, tokens: int, context: int) -> float:
+    """transformers', over windows."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    text = Path(OTHER).read_text()[: tokens * 16]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(path)(text).input_ids[:tokens])
+    total = count = 0
+    for window in ids.split(context):
+        logits = model(window[None], use_cache=False).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.double(), window[1:], reduction="sum")
+        total, count = total + loss.item(), count + len(window) - 1
+    return math.exp(total / count)
+
+
+def test_layers_and_neurons_go_and_the_report_says_what_it_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dest = tmp_path / "pruned"
+    options = ["--drop-layers", 2, "--mlp-neurons", "25%", "--calibrate", STORY, *SHORT]
+    asked = [*options, "--text", OTHER, "--tokens", 512, "--context", 256]
+    assert run(STORIES, dest, *asked) == 0
+    said = capsys.readouterr().out
+    assert said.count("dropped") == 2 and said.count("160") == 10 and "influence" in said
+    report = json.loads((dest / "headrace-prune.json").read_text())
+    found = report["perplexity"]
+    assert found["before"] == pytest.approx(perplexity(STORIES, 512, 256), rel=1e-4)
+    assert found["after"] == pytest.approx(perplexity(dest, 512, 256), rel=1e-4)
+    assert f"{found['before']:.3f} -> {found['after']:.3f}" in said
+    store = Store.open(dest)
+    assert (len(store.layers), store.config["intermediate_size"]) == (10, 480)
+    assert report["after"] == report["stored"] < 0.8 * report["before"]
+    # Again: nothing is done, and the same is said.
+    written = (dest / "layer-00003.safetensors").stat().st_mtime_ns
+    assert run(STORIES, dest, *options) == 0
+    assert (dest / "layer-00003.safetensors").stat().st_mtime_ns == written
+
+
+def test_zeros_are_said_to_bring_little(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(STORIES, tmp_path / "p", "--sparsity", "2:4", "--method", "magnitude") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.0% less" in said and "no fewer bytes" in said and "Headrace has none" in said
+    assert "measured on layers 0, 6, 11" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing is to be pruned"),
+        (["--drop-layers", "2"], "give --calibrate FILE"),
+        (["--drop-layers", "2", "--calibrate", "/nowhere.txt"], "--calibrate /nowhere.txt"),
+        (["--drop-layers", "12,"], "layers 0 to 11"),
+        (["--heads", "25%", "--calibrate", STORY], "one is 50%"),
+        (["--sparsity", "half"], "--sparsity is a share"),
+    ],
+)
+def test_mistakes_are_one_message(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(STORIES, tmp_path / "p", *arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error:") and message in said
+    assert not (tmp_path / "p").exists()
