@@ -79,7 +79,9 @@ def prune_model(
     from headrace.cluster.cli.prune import PruneOptions, run_prune
     from headrace.runtime.pruning.choice import parse_request
 
-    request = parse_request(drop_layers, mlp_neurons, heads, sparsity, method and method.value)
+    request = parse_request(
+        drop_layers, mlp_neurons, heads, sparsity, None if method is None else method.value
+    )
     options = PruneOptions(
         format=format.value,
         calibrate=tuple(calibrate or ()),

@@ -91,11 +91,17 @@ def prune(
     with locked(dest):
         if (dest / MANIFEST).exists() and (dest / REPORT).exists():
             return finished_store(dest, identity), read_report(dest)
-        found = None
-        if given is not None:
-            found = _statistics(subject, dest, request, given, identity, reporter)
-        stays = choose(request, subject, found)
-        pruned = subject.without(stays)
+        with Journal(dest, identity) as journal:
+            try:
+                found = given and _statistics(subject, dest, request, given, reporter)
+                stays = choose(request, subject, found)
+                pruned = subject.without(stays)
+            except HeadraceError:
+                if not journal.done:
+                    # Nothing was begun that another attempt, perhaps with other options, would go on with.
+                    (dest / STATISTICS).unlink(missing_ok=True)
+                    (dest / JOURNAL).unlink()
+                raise
         store = write_store(pruned, dest, options, identity, reporter.writing, self_check)
         report = make_report(subject, pruned, store, options, request, stays, found)
         write_report(dest, report)
@@ -117,25 +123,14 @@ def _refuse(subject: Subject, request: Request, *, has_text: bool) -> None:
 
 
 def _statistics(
-    subject: Subject,
-    dest: Path,
-    request: Request,
-    given: Calibration,
-    identity: dict[str, Any],
-    reporter: Reporter,
+    subject: Subject, dest: Path, request: Request, given: Calibration, reporter: Reporter
 ) -> Statistics:
     """Those of an earlier run, or gathered now and kept beside the journal."""
-    with Journal(dest, identity):
-        file = dest / STATISTICS
-        if file.exists():
-            return Statistics.load(file)
-        try:
-            found = _gathered(subject, request, given, reporter)
-        except HeadraceError:
-            # Nothing was begun that another attempt, perhaps with other options, would go on with.
-            (dest / JOURNAL).unlink()
-            raise
-        found.save(file)
+    file = dest / STATISTICS
+    if file.exists():
+        return Statistics.load(file)
+    found = _gathered(subject, request, given, reporter)
+    found.save(file)
     return found
 
 

@@ -154,7 +154,12 @@ class Subject:
             return
         smaller = self._skeleton(parse_config(described, self.origin))
         state = smaller.model.state_dict(keep_vars=True)
-        roles = {n: r for n, r in smaller.classify(weights).items() if r.kind != "unused"}
+        # Experts are never cut, and are pieces of what there is in memory.
+        roles = {
+            name: role
+            for name, role in smaller.classify(weights).items()
+            if role.kind not in ("unused", "expert")
+        }
         left = {name: weights[name].shape for name in roles}
         built = {name: tuple(state[role.target].shape) for name, role in roles.items()}
         try:

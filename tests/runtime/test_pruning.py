@@ -24,7 +24,12 @@ from headrace.runtime.pruning.choice import Request, parse_request
 from headrace.runtime.pruning.pattern import Pattern, parse_pattern, zeroed
 from headrace.runtime.pruning.prune import STATISTICS, Calibration, prune
 from headrace.runtime.store import JOURNAL, Store
-from headrace.scheduler.errors import HeadraceError, StoreError, UnsupportedModelError
+from headrace.scheduler.errors import (
+    DoesNotFitError,
+    HeadraceError,
+    StoreError,
+    UnsupportedModelError,
+)
 from headrace.scheduler.plan import Slice
 
 CPU = torch.device("cpu")
@@ -320,6 +325,15 @@ def test_kinds_of_layers_that_follow_from_the_index_are_not_shifted(tmp_path: Pa
     with pytest.raises(UnsupportedModelError, match="follows from its index"):
         prune(tmp_path / "src", tmp_path / "no", Request(layers=(0,)), allow_missing_tokenizer=True)
     prune(tmp_path / "src", tmp_path / "yes", Request(layers=(0, 1)), allow_missing_tokenizer=True)
+
+
+def test_what_turns_out_impossible_leaves_room_for_another_attempt(tmp_path: Path) -> None:
+    enough = calibrated(story_tokens())()
+    small = Calibration(enough.tokens, CPU, torch.float32, device_memory=1000)
+    with pytest.raises(DoesNotFitError, match="--device-memory"):
+        prune(STORIES, tmp_path / "p", Request(layers=2), lambda: small)
+    assert not list((tmp_path / "p").iterdir())
+    prune(STORIES, tmp_path / "p", Request(layers=3), lambda: enough)
 
 
 def test_a_request_that_means_nothing_is_explained() -> None:
