@@ -26,7 +26,7 @@ from headrace.runtime.conversion.convert import (
 from headrace.runtime.conversion.journal import Journal
 from headrace.runtime.conversion.plan import Options
 from headrace.runtime.pruning.choice import Request, any_choice, check_request, choose
-from headrace.runtime.pruning.report import REPORT, Report, make_report, read_report, write_report
+from headrace.runtime.pruning.report import Report, make_report, read_report, write_report
 from headrace.runtime.pruning.statistics import Statistics, gather
 from headrace.runtime.pruning.surgery import Subject
 from headrace.runtime.pruning.trial import check_cuts
@@ -89,8 +89,10 @@ def prune(
     asked: dict[str, Any] = request.as_json() | {"calibration": given and given.digest}
     identity = identity_of(subject.checkpoint, options.as_json() | {"prune": asked})
     with locked(dest):
-        if (dest / MANIFEST).exists() and (dest / REPORT).exists():
-            return finished_store(dest, identity), read_report(dest)
+        if (dest / MANIFEST).exists():
+            store = finished_store(dest, identity)
+            (dest / STATISTICS).unlink(missing_ok=True)
+            return store, read_report(dest)
         with Journal(dest, identity) as journal:
             try:
                 found = given and _statistics(subject, dest, request, given, reporter)
@@ -102,9 +104,10 @@ def prune(
                     (dest / STATISTICS).unlink(missing_ok=True)
                     (dest / JOURNAL).unlink()
                 raise
-        store = write_store(pruned, dest, options, identity, reporter.writing, self_check)
-        report = make_report(subject, pruned, store, options, request, stays, found)
+        # First, so that a store that is whole has one.
+        report = make_report(subject, pruned, options, request, stays, found)
         write_report(dest, report)
+        store = write_store(pruned, dest, options, identity, reporter.writing, self_check)
         (dest / STATISTICS).unlink(missing_ok=True)
     return store, report
 

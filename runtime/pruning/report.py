@@ -17,7 +17,6 @@ from headrace.runtime.pruning.choice import Request
 from headrace.runtime.pruning.statistics import Statistics
 from headrace.runtime.pruning.surgery import Stays, Subject
 from headrace.runtime.pruning.units import head_groups, neurons
-from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 
 REPORT = "headrace-prune.json"
@@ -91,7 +90,6 @@ def read_report(store: Path) -> Report:
 def make_report(
     subject: Subject,
     pruned: Checkpoint,
-    store: Store,
     options: Options,
     request: Request,
     stays: Stays,
@@ -108,10 +106,10 @@ def make_report(
         before=_bytes_of_checkpoint(subject.checkpoint, subject.weights),
         after=_bytes_of_checkpoint(pruned, pruned.weights),
         stored=sum(
-            part.nbytes
-            for block in store.blocks
-            for weight in block.weights.values()
-            for part in weight.parts.values()
+            part.entry.nbytes
+            for block in plan_conversion(pruned, options).blocks
+            for weight in block.weights
+            for part in weight.parts
         ),
         zeros=str(stays.pattern) if stays.pattern else None,
         cold_tier=cold,
