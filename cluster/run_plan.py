@@ -6,6 +6,7 @@ Nothing here imports torch before it is needed: it takes seconds.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.engine_options import EngineOptions
@@ -17,6 +18,9 @@ from headrace.scheduler.kv_format import resolve_kv_format
 from headrace.scheduler.links import Hop, Links
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan_inputs import PlanInputs
+
+if TYPE_CHECKING:
+    from headrace.runtime.sweep.source import SweptModel
 
 OVERHEAD_BYTES = 64 << 20
 """What a stage process takes besides what is counted: allocator arenas, buffers of Ray and links."""
@@ -41,7 +45,7 @@ def resolve_device(device: str, address: str | None = None) -> str:
     return device
 
 
-def resolve_dtype(dtype: str, device: str, store: Store) -> str:
+def resolve_dtype(dtype: str, device: str, store: "SweptModel") -> str:
     """ "auto" is float32 on CPU, where it is exact and never slow, and the model's own on CUDA."""
     if dtype == "auto":
         own = {"BF16": "bfloat16", "F16": "float16"}.get(store.dtype, "float32")

@@ -1,4 +1,4 @@
-"""`headrace`: convert, prune, inspect, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
+"""`headrace`: convert, prune, inspect, eval, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -20,6 +20,7 @@ from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.cold import app as cold_app
 from headrace.cluster.cli.cold import pull, push
 from headrace.cluster.cli.doctor import doctor
+from headrace.cluster.cli.evaluate_command import evaluate_stores
 from headrace.cluster.cli.explain_command import explain_run
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
@@ -122,6 +123,7 @@ def inspect(
 
 
 app.command("prune")(prune_model)
+app.command("eval")(evaluate_stores)
 app.command("plan")(plan_run)
 
 

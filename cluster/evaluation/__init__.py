@@ -1,0 +1,1 @@
+"""What compression costs: a store beside its reference, in figures, on a page, and as a gate."""
