@@ -1,12 +1,10 @@
 """`headrace prune`: a smaller store, and a table of what went and what it cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from headrace.cluster.evaluation.corpus import Corpus
-from headrace.cluster.evaluation.evaluate import CONTEXT, EvalOptions, evaluate
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress as Bar
@@ -14,107 +12,110 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from headrace.cluster.cli.convert import Meter
+from headrace.cluster.cli.evaluate import checked_gate, how, judge, measured, table
+from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.cli.progress import byte_bar
-from headrace.cluster.run_plan import resolve_device
+from headrace.cluster.evaluation.corpus import Corpus
+from headrace.cluster.evaluation.evaluate import CONTEXT
+from headrace.cluster.evaluation.gate import Gate
+from headrace.cluster.evaluation.results import Evaluation
+from headrace.cluster.run_plan import resolve_device, resolve_dtype
 from headrace.runtime.conversion.checkpoint import Checkpoint
-from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.pruning.choice import Request
 from headrace.runtime.pruning.prune import Calibration, Reporter, prune
-from headrace.runtime.pruning.report import ColdTier, Perplexity, Report, write_report
+from headrace.runtime.pruning.report import ColdTier, Cost, Report, write_report
 from headrace.scheduler.errors import HeadraceError
-
-FEWEST_TOKENS = 2
-"""A window of one token has no attention to look at."""
 
 
 @dataclass(frozen=True, slots=True)
-class PruneOptions:
-    """`calibrate` and `text` are files of text, of which so many tokens are used in windows of the contexts
-    (None: 1024, or what the model is made for); `device_memory` in bytes."""
+class Calibrating:
+    """Files of text, how many tokens of each, in windows of `context` (None: up to 1024)."""
 
-    format: str = "keep"
-    calibrate: tuple[Path, ...] = ()
-    calibration_tokens: int = 16384
-    calibration_context: int | None = None
-    text: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
     tokens: int = 16384
     context: int | None = None
-    device: str = "auto"
-    device_memory: int | None = None
-    allow_missing_tokenizer: bool = False
 
 
 def run_prune(
-    console: Console, source: Path, dest: Path, request: Request, options: PruneOptions
-) -> Report:
-    """Prunes behind a bar, evaluates where there is a text, and prints what came out. Raises HeadraceError."""
-    _refuse_missing("--text", options.text)
-    _refuse_missing("--calibrate", options.calibrate)
+    console: Console,
+    source: Path,
+    dest: Path,
+    request: Request,
+    calibrating: Calibrating,
+    corpus: CorpusOptions,
+    *,
+    format: str,
+    gate: Path | None,
+    allow_missing_tokenizer: bool,
+) -> int:
+    """Prunes behind a bar, compares where there is a text, and prints what came out. The exit code.
+
+    Raises HeadraceError.
+    """
+    judged = _checked(source, gate, calibrating, corpus)
     with byte_bar(console) as bar:
         store, report = prune(
             source,
             dest,
             request,
-            (lambda: calibration(source, options)) if options.calibrate else None,
-            format=options.format,
+            (lambda: calibration(source, calibrating, corpus)) if calibrating.files else None,
+            format=format,
             reporter=Reporter(_LayerMeter(bar), Meter(bar)),
             self_check=check,
-            allow_missing_tokenizer=options.allow_missing_tokenizer,
+            allow_missing_tokenizer=allow_missing_tokenizer,
         )
-    if options.text:
-        before, after = (_perplexity(console, path, options) for path in (source, dest))
-        texts = tuple(str(file) for file in options.text)
-        report = replace(report, perplexity=Perplexity(texts, options.tokens, before, after))
-        write_report(dest, report)
     print_report(console, report, store.path)
-    return report
+    if not corpus.text:
+        return 0
+    found = measured(console, [dest], source, corpus)
+    write_report(dest, replace(report, cost=_cost(found)))
+    console.print(table(found))
+    console.print(how(found), style="dim", highlight=False)
+    return judge(console, judged, found)
 
 
-def _refuse_missing(option: str, files: tuple[Path, ...]) -> None:
+def _checked(
+    source: Path, gate: Path | None, calibrating: Calibrating, corpus: CorpusOptions
+) -> Gate | None:
+    """The gate. Raises HeadraceError for mistakes that would show late."""
+    _refuse_missing("--text", corpus.text or ())
+    _refuse_missing("--calibrate", calibrating.files)
+    if gate is not None and not corpus.text:
+        raise HeadraceError(f"--gate {gate} judges what pruning costs on a text: give --text FILE")
+    return checked_gate(gate, source, corpus)
+
+
+def _refuse_missing(option: str, files: Sequence[Path]) -> None:
     for file in files:
         if not file.is_file():
             raise HeadraceError(f"{option} {file}: there is no such file")
 
 
-def calibration(source: Path, options: PruneOptions) -> Calibration:
-    """Whole windows of the texts, and the device that they run on."""
+def calibration(source: Path, asked: Calibrating, corpus: CorpusOptions) -> Calibration:
+    """Whole windows of the texts, and where they are run."""
     checkpoint = Checkpoint(source, stores=True)
-    device = torch.device(resolve_device(options.device))
-    own = TORCH_DTYPES[checkpoint.dtype]
+    device = torch.device(resolve_device(corpus.device.value))
+    dtype = resolve_dtype(corpus.dtype.value, device.type, checkpoint)
     most = int(checkpoint.config.get("max_position_embeddings") or CONTEXT)
-    context = options.calibration_context or min(CONTEXT, most)
-    corpus = Corpus(source, options.calibrate, options.calibration_tokens)
-    windows = corpus.windows(max(context, FEWEST_TOKENS))
+    texts = Corpus(source, asked.files, asked.tokens)
+    windows = texts.windows(asked.context or min(CONTEXT, most))
     # Padding would be counted like text.
     whole = [i for i, length in enumerate(windows.lengths) if length == windows.context]
-    return Calibration(
-        windows.tokens[whole],
-        device,
-        torch.float32 if device.type == "cpu" else own,
-        options.device_memory,
+    return Calibration(windows.tokens[whole], device, getattr(torch, dtype), corpus.memory_bytes)
+
+
+def _cost(found: Evaluation) -> Cost:
+    [store] = found.stores
+    assert found.reference is not None and store.divergence is not None
+    return Cost(
+        texts=tuple(found.texts),
+        predicted=found.predicted,
+        perplexity_before=found.reference.perplexity,
+        perplexity_after=store.model.perplexity,
+        mean_kld=store.divergence.mean,
+        top1=store.divergence.top1,
     )
-
-
-def _perplexity(console: Console, path: Path, options: PruneOptions) -> float:
-    chosen = EvalOptions(
-        text=options.text,
-        context=options.context,
-        tokens=options.tokens,
-        device=options.device,
-        device_memory=options.device_memory,
-        prompts=0,
-    )
-    with byte_bar(console) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(f"{path.name}: {what}", total=total)
-            bar.update(tasks[what], completed=done)
-
-        found = evaluate([path], None, chosen, report)
-    return found.stores[0].model.perplexity
 
 
 class _LayerMeter:
@@ -163,23 +164,19 @@ def layer_table(report: Report) -> Table:
 
 
 def summary(report: Report, path: Path) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_row("store", str(path))
+    rows = Table.grid(padding=(0, 2))
+    rows.add_row("store", str(path))
     share = 1 - report.after / report.before
-    table.add_row(
+    rows.add_row(
         "weights", f"{decimal(report.before)} -> {decimal(report.after)} ({100 * share:.1f}% less)"
     )
     if report.stored != report.after:
-        table.add_row("stored", decimal(report.stored))
+        rows.add_row("stored", decimal(report.stored))
     if report.zeros is not None:
         for name, text in zeros_rows(report.zeros, report.cold_tier):
-            table.add_row(name, text)
-    if report.perplexity is not None:
-        found = report.perplexity
-        ratio = found.after / found.before
-        table.add_row("perplexity", f"{found.before:.3f} -> {found.after:.3f} ({ratio:.3f} times)")
-    table.add_row("report", str(path / "headrace-prune.json"))
-    return table
+            rows.add_row(name, text)
+    rows.add_row("report", str(path / "headrace-prune.json"))
+    return rows
 
 
 def zeros_rows(zeros: str, cold: ColdTier | None) -> list[tuple[str, str]]:

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from headrace.cluster.cli.options import Device
-from headrace.cluster.cli.sizes import parse_size
+from headrace.cluster.cli.evaluate_options import CorpusOptions
+from headrace.cluster.cli.option_groups import takes_options
 
 
 class PruneFormat(str, Enum):
@@ -23,7 +23,9 @@ class Method(str, Enum):
     WANDA = "wanda"
 
 
+@takes_options
 def prune_model(
+    corpus: CorpusOptions,
     source: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint, or a store.")],
     dest: Annotated[Path, typer.Argument(help="The directory to write the smaller store to.")],
     drop_layers: Annotated[
@@ -56,17 +58,9 @@ def prune_model(
     calibration_context: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a window of it. [default: up to 1024]")
     ] = None,
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="Other text, for the perplexity before and after. Repeatable."),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each of these texts.")] = 16384,
-    context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window of them. [default: up to 1024]")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="Where the model runs on texts.")] = Device.AUTO,
-    device_memory: Annotated[
-        str | None, typer.Option(help="For that, such as 8GiB. [default: what it takes]")
+    gate: Annotated[
+        Path | None,
+        typer.Option(help="Thresholds (YAML) of `headrace eval`; crossing one ends with code 3."),
     ] = None,
     allow_missing_tokenizer: Annotated[
         bool, typer.Option("--allow-missing-tokenizer", help="Prune without a tokenizer.")
@@ -74,24 +68,23 @@ def prune_model(
 ) -> None:
     """Write a smaller store: without the layers, neurons or heads that matter least, or with zeros.
 
-    Run it again to resume. A store that keeps its type opens in transformers, as do those in int8 and nf4.
+    Run it again to resume. Stores in the model's own type, int8 or nf4 open in transformers. With --text, the result
+    is compared with SOURCE as `headrace eval` does.
     """
-    from headrace.cluster.cli.prune import PruneOptions, run_prune
+    from headrace.cluster.cli.prune import Calibrating, run_prune
     from headrace.runtime.pruning.choice import parse_request
 
-    request = parse_request(
-        drop_layers, mlp_neurons, heads, sparsity, None if method is None else method.value
-    )
-    options = PruneOptions(
+    code = run_prune(
+        Console(),
+        source,
+        dest,
+        parse_request(
+            drop_layers, mlp_neurons, heads, sparsity, None if method is None else method.value
+        ),
+        Calibrating(tuple(calibrate or ()), calibration_tokens, calibration_context),
+        corpus,
         format=format.value,
-        calibrate=tuple(calibrate or ()),
-        calibration_tokens=calibration_tokens,
-        calibration_context=calibration_context,
-        text=tuple(text or ()),
-        tokens=tokens,
-        context=context,
-        device=device.value,
-        device_memory=None if device_memory is None else parse_size(device_memory),
+        gate=gate,
         allow_missing_tokenizer=allow_missing_tokenizer,
     )
-    run_prune(Console(), source, dest, request, options)
+    raise typer.Exit(code)

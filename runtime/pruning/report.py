@@ -46,13 +46,16 @@ class ColdTier:
 
 
 @dataclass(frozen=True, slots=True)
-class Perplexity:
-    """Of the whole and of the pruned model, over so many `tokens` of each of these `texts`."""
+class Cost:
+    """How far the pruned model is from the whole one, over `predicted` tokens of these `texts`: KL divergence
+    in nats, and the share of tokens of which both predict the same most."""
 
     texts: tuple[str, ...]
-    tokens: int
-    before: float
-    after: float
+    predicted: int
+    perplexity_before: float
+    perplexity_after: float
+    mean_kld: float
+    top1: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Report:
     stored: int
     zeros: str | None
     cold_tier: ColdTier | None
-    perplexity: Perplexity | None = None
+    cost: Cost | None = None
 
 
 def write_report(store: Path, report: Report) -> None:

@@ -46,15 +46,20 @@ def test_layers_and_neurons_go_and_the_report_says_what_it_cost(
 ) -> None:
     dest = tmp_path / "pruned"
     options = ["--drop-layers", 2, "--mlp-neurons", "25%", "--calibrate", STORY, *SHORT]
-    asked = [*options, "--text", OTHER, "--tokens", 512, "--context", 256]
-    assert run(STORIES, dest, *asked) == 0
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("max_perplexity_ratio: 1.01\n")
+    compared = ["--text", OTHER, "--tokens", 512, "--context", 256, "--prompts", 0]
+    assert run(STORIES, dest, *options, *compared, "--gate", gate) == 3
     said = capsys.readouterr().out
     assert said.count("dropped") == 2 and said.count("160") == 10 and "influence" in said
     report = json.loads((dest / "headrace-prune.json").read_text())
-    found = report["perplexity"]
-    assert found["before"] == pytest.approx(perplexity(STORIES, 512, 256), rel=1e-4)
-    assert found["after"] == pytest.approx(perplexity(dest, 512, 256), rel=1e-4)
-    assert f"{found['before']:.3f} -> {found['after']:.3f}" in said
+    found = report["cost"]
+    before, after = found["perplexity_before"], found["perplexity_after"]
+    assert before == pytest.approx(perplexity(STORIES, 512, 256), rel=1e-4)
+    assert after == pytest.approx(perplexity(dest, 512, 256), rel=1e-4)
+    assert f"{before:.4f}" in said and f"{after:.4f}" in said
+    assert f"max_perplexity_ratio is 1.01, found {after / before:.6g}" in said
+    assert found["mean_kld"] > 0.1 and 0 < found["top1"] < 1
     store = Store.open(dest)
     assert (len(store.layers), store.config["intermediate_size"]) == (10, 480)
     assert report["after"] == report["stored"] < 0.8 * report["before"]
@@ -79,6 +84,7 @@ def test_zeros_are_said_to_bring_little(tmp_path: Path, capsys: pytest.CaptureFi
         (["--drop-layers", "2", "--calibrate", "/nowhere.txt"], "--calibrate /nowhere.txt"),
         (["--drop-layers", "12,"], "layers 0 to 11"),
         (["--heads", "25%", "--calibrate", STORY], "one is 50%"),
+        (["--drop-layers", "1,", "--gate", "gate.yaml"], "give --text FILE"),
         (["--sparsity", "half"], "--sparsity is a share"),
     ],
 )
