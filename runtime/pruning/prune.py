@@ -95,7 +95,9 @@ def prune(
             return store, read_report(dest)
         with Journal(dest, identity) as journal:
             try:
-                found = given and _statistics(subject, dest, request, given, reporter)
+                found = None
+                if given is not None:
+                    found = _statistics(subject, dest, request, given, reporter)
                 stays = choose(request, subject, found)
                 pruned = subject.without(stays)
             except HeadraceError:
