@@ -32,6 +32,8 @@ from headrace.scheduler.errors import StoreError
 
 MANIFEST = "headrace.json"
 JOURNAL = "headrace-convert.jsonl"
+HELD = "headrace.held.json"
+"""The manifest of a store that a gate holds back: whole, but no store until it has its name again."""
 VERSION = 1
 READ_BYTES = 8 << 20
 
@@ -308,6 +310,11 @@ def _why_no_store(path: Path) -> str:
         return (
             f"{path} is an unfinished conversion ({done} blocks are done); "
             "run the same headrace convert again to resume it"
+        )
+    if (path / HELD).exists():
+        return (
+            f"{path} is a finished conversion that has not passed its --gate; run the same headrace convert "
+            "again to judge it anew, or without --gate to take it as it is"
         )
     if (path / "config.json").exists():
         return (

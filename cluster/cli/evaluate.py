@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -16,24 +15,14 @@ from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.evaluation.evaluate import EvalOptions, evaluate
 from headrace.cluster.evaluation.gate import Gate, misses, read_gate
 from headrace.cluster.evaluation.page import render_page
-from headrace.cluster.evaluation.results import Evaluation, StoreFigures
+from headrace.cluster.evaluation.results import Evaluation
+from headrace.cluster.evaluation.summary import summary_rows
 from headrace.runtime.evaluation.measure import Progress
+from headrace.runtime.sweep.source import SweptModel, open_model
 from headrace.scheduler.errors import HeadraceError
 
 GATE_MISSED = 3
 """Exit code where a threshold is crossed: neither an error's (1) nor a wrong command line's (2)."""
-
-DISTANCES = (
-    "x reference",
-    "KLD mean",
-    "KLD median",
-    "KLD p99",
-    "KLD max",
-    "same top-1",
-    "worst layer's error",
-    "greedy: equal tokens",
-    "greedy: common prefix",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +45,8 @@ def run_eval(
     gate = checked_gate(outputs.gate, reference, corpus)
     for file in filter(None, (outputs.json, outputs.html)):
         _refuse_unwritable(file)
-    found = measured(console, stores, reference, corpus)
+    beside = None if reference is None else open_model(reference)
+    found = measured(console, [open_model(path) for path in stores], beside, corpus)
     console.print(table(found))
     console.print(how(found), style="dim", highlight=False)
     if outputs.json is not None:
@@ -68,8 +58,12 @@ def run_eval(
 
 
 def measured(
-    console: Console, stores: Sequence[Path], reference: Path | None, corpus: CorpusOptions
+    console: Console,
+    stores: Sequence[SweptModel],
+    reference: SweptModel | None,
+    corpus: CorpusOptions,
 ) -> Evaluation:
+    """Evaluates behind a bar. Raises HeadraceError."""
     options = EvalOptions(
         text=tuple(corpus.text or ()),
         context=corpus.context,
@@ -110,41 +104,22 @@ def judge(console: Console, gate: Gate | None, found: Evaluation) -> int:
 
 def table(found: Evaluation) -> Table:
     """A column for the reference and for each store."""
-    models = [*([] if found.reference is None else [found.reference])]
-    models += [store.model for store in found.stores]
     columns = Table("")
-    for model in models:
+    for model in found.models:
         columns.add_column(Path(model.path).name or model.path, justify="right", overflow="fold")
-    columns.add_row("format", *(model.format for model in models))
-    columns.add_row("bytes", *(decimal(model.nbytes) for model in models))
-    columns.add_row("bits a weight", *(f"{model.bits_a_weight:.2f}" for model in models))
-    columns.add_row("perplexity", *(f"{model.perplexity:.4f}" for model in models))
-    if found.reference is not None:
-        for name, *values in zip(DISTANCES, *map(_distance, found.stores), strict=True):
-            columns.add_row(name, "", *values)
-    columns.add_row("seconds a token*", *(f"{model.seconds_a_token:.2g}" for model in models))
+    for name, cells in summary_rows(found):
+        columns.add_row(name, *cells)
     return columns
 
 
 def how(found: Evaluation) -> str:
     """What the figures are of."""
-    texts = ", ".join(found.texts)
     divergence = "KLD in nats, over the whole vocabulary; " if found.reference is not None else ""
     return (
-        f"{found.predicted:,} predicted tokens of {texts} in {found.windows} windows of up to {found.context}; "
-        f"{divergence}{found.dtype} on {found.device}, micro-batches of up to {found.micro_batch_tokens} tokens\n"
-        "* wall-clock time of this run over the texts' tokens, waiting for weights included"
+        f"{found.size}; {divergence}{found.dtype} on {found.device}, micro-batches of up to "
+        f"{found.micro_batch_tokens} tokens\n"
+        "seconds a token: wall-clock time of this run over the texts' tokens, waiting for weights included"
     )
-
-
-def _distance(store: StoreFigures) -> list[str]:
-    """In the order of DISTANCES."""
-    kld, said = store.divergence, store.generation
-    assert kld is not None and store.perplexity_ratio is not None
-    klds = [f"{value:.2e}" for value in (kld.mean, kld.median, kld.p99, kld.max)]
-    layers = f"{max(store.layer_errors):.2%}" if store.layer_errors else "-"
-    equal, common = ("", "") if said is None else (f"{said.equal:.1%}", f"{said.common_prefix:.1f}")
-    return [f"{store.perplexity_ratio:.4f}", *klds, f"{kld.top1:.2%}", layers, equal, common]
 
 
 def _refuse_unwritable(file: Path) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from headrace.cluster.cli.options import Device, Dtype
 from headrace.cluster.cli.sizes import parse_size
+from headrace.scheduler.errors import HeadraceError
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,11 @@ class CorpusOptions:
     def memory_bytes(self) -> int | None:
         """HeadraceError for a malformed size."""
         return None if self.device_memory is None else parse_size(self.device_memory)
+
+    def refuse_without_gate(self) -> None:
+        """HeadraceError when a conversion is told what only a gate needs."""
+        if self != CorpusOptions():
+            raise HeadraceError(
+                "--text, --context, --tokens, --device, --device-memory, --dtype, --prompts and --new-tokens say how a "
+                "conversion is judged: give --gate FILE with them"
+            )

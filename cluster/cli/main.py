@@ -21,6 +21,7 @@ from headrace.cluster.cli.cold import app as cold_app
 from headrace.cluster.cli.cold import pull, push
 from headrace.cluster.cli.doctor import doctor
 from headrace.cluster.cli.evaluate_command import evaluate_stores
+from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.cli.explain_command import explain_run
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
@@ -33,6 +34,7 @@ from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.cluster.cli.top import top
 from headrace.cluster.cli.trace import trace_ring
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 
 # Before transformers is imported: nothing here may look for a model on the network.
@@ -79,7 +81,9 @@ def _root(
 
 
 @app.command()
+@takes_options
 def convert(
+    corpus: CorpusOptions,
     checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
@@ -93,21 +97,39 @@ def convert(
     allow_missing_tokenizer: Annotated[
         bool, typer.Option("--allow-missing-tokenizer", help="Convert without a tokenizer.")
     ] = False,
+    gate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Thresholds (YAML) for the store beside the checkpoint over --text; one that crosses them is "
+            "held back, with exit code 3."
+        ),
+    ] = None,
 ) -> None:
-    """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time."""
+    """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time.
+
+    Options about texts, --device and --dtype are the gate's, as in headrace eval.
+    """
     from headrace.cluster.cli.convert import run_convert
+    from headrace.cluster.cli.gated_convert import GatedConversion
     from headrace.runtime.conversion.selfcheck import check
 
-    run_convert(
-        Console(),
-        checkpoint,
-        store,
-        format=format.value,
-        policy=policy or [],
-        double_quant=double_quant,
-        allow_missing_tokenizer=allow_missing_tokenizer,
-        self_check=check,
-    )
+    def run() -> Store:
+        return run_convert(
+            Console(),
+            checkpoint,
+            store,
+            format=format.value,
+            policy=policy or [],
+            double_quant=double_quant,
+            allow_missing_tokenizer=allow_missing_tokenizer,
+            self_check=check,
+        )
+
+    if gate is None:
+        corpus.refuse_without_gate()
+        run()
+    else:
+        raise typer.Exit(GatedConversion(Console(), checkpoint, store, corpus, gate).run(run))
 
 
 @app.command()

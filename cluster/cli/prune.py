@@ -21,10 +21,12 @@ from headrace.cluster.evaluation.gate import Gate
 from headrace.cluster.evaluation.results import Evaluation
 from headrace.cluster.run_plan import resolve_device, resolve_dtype
 from headrace.runtime.conversion.checkpoint import Checkpoint
+from headrace.runtime.conversion.convert import hold_back, release
 from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.pruning.choice import Request
 from headrace.runtime.pruning.prune import Calibration, Reporter, prune
 from headrace.runtime.pruning.report import ColdTier, Cost, Report, write_report
+from headrace.runtime.sweep.source import open_model
 from headrace.scheduler.errors import HeadraceError
 
 
@@ -68,11 +70,27 @@ def run_prune(
     print_report(console, report, store.path)
     if not corpus.text:
         return 0
-    found = measured(console, [dest], source, corpus)
+    if judged is not None:
+        hold_back(dest)
+    found = measured(console, [store], open_model(source), corpus)
     write_report(dest, replace(report, cost=_cost(found)))
     console.print(table(found))
     console.print(how(found), style="dim", highlight=False)
-    return judge(console, judged, found)
+    return _decided(console, dest, judged, found)
+
+
+def _decided(console: Console, dest: Path, gate: Gate | None, found: Evaluation) -> int:
+    """What does not pass is no store yet, as of `headrace convert --gate`. The exit code."""
+    code = judge(console, gate, found)
+    if code:
+        console.print(
+            f"{dest} is held back: run the same command without --gate to take it as it is, or delete it",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif gate is not None:
+        release(dest)
+    return code
 
 
 def _checked(

@@ -22,8 +22,8 @@ from headrace.runtime.evaluation.greedy import continue_greedily
 from headrace.runtime.evaluation.measure import Predictions, Progress, measure
 from headrace.runtime.evaluation.windows import Windows
 from headrace.runtime.shape import model_shape
-from headrace.runtime.sweep.room import fitting_tokens
-from headrace.runtime.sweep.source import SweptModel, open_model
+from headrace.runtime.sweep.room import device_budget, fitting_tokens
+from headrace.runtime.sweep.source import SweptModel
 from headrace.runtime.sweep.sweep import MOST_TOKENS, Sweep
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import ModelShape
@@ -47,16 +47,19 @@ class EvalOptions:
 
 
 def evaluate(
-    stores: Sequence[Path], reference: Path | None, options: EvalOptions, progress: Progress
+    stores: Sequence[SweptModel],
+    reference: SweptModel | None,
+    options: EvalOptions,
+    progress: Progress,
 ) -> Evaluation:
-    """Figures of every store; with a reference (a checkpoint or a store) also how far it is from that.
+    """Figures of every model; with a reference (a checkpoint or a store) also how far it is from that.
 
     With one, all models are swept in lock step, so that the memory is that of all; without, one by one.
     Raises HeadraceError.
     """
-    paths = [*([] if reference is None else [reference]), *stores]
-    corpus = Corpus(paths[0], options.text, options.tokens)
-    run = _Run([open_model(path) for path in paths], corpus, options, progress)
+    models = [*([] if reference is None else [reference]), *stores]
+    corpus = Corpus(models[0].path, options.text, options.tokens)
+    run = _Run(models, corpus, options, progress)
     if reference is None:
         found = [(run.model(i, one), one) for i, [one] in enumerate(run.one_by_one())]
         return run.evaluation(None, [StoreFigures(model) for model, _ in found])
@@ -110,16 +113,21 @@ class _Run:
 
     @contextmanager
     def _sweeps(self, chosen: Sequence[int]) -> Iterator[list[Sweep]]:
-        budget = self._options.device_memory
-        if budget is None and self.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.device)[0] * 9 // 10
+        budget = device_budget(self.device, self._options.device_memory)
         shapes = [self._shapes[i] for i in chosen]
         context = self.windows.context
         self.tokens = fitting_tokens(shapes, context, budget, MOST_TOKENS[self.device.type])
-        options = {"context": context, "micro_batch_tokens": self.tokens}
         with ExitStack() as stack:
             yield [
-                stack.enter_context(Sweep(self._models[i], self.device, self._dtype, **options))
+                stack.enter_context(
+                    Sweep(
+                        self._models[i],
+                        self.device,
+                        self._dtype,
+                        context=context,
+                        micro_batch_tokens=self.tokens,
+                    )
+                )
                 for i in chosen
             ]
 

@@ -17,7 +17,8 @@ class Gate(BaseModel):
     layer, `min_equal_tokens` the share of equal tokens in greedy continuations.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    # Not strict: to YAML 1e-3 is a text.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_perplexity: float | None = Field(None, gt=1)
     max_perplexity_ratio: float | None = Field(None, gt=0)

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from headrace.cluster.evaluation.plots import COLOURS, Series, bars, lines
 from headrace.cluster.evaluation.results import Evaluation, StoreFigures
+from headrace.cluster.evaluation.summary import summary_rows
 
 __all__ = ["render_page"]
 
@@ -23,7 +24,15 @@ def render_page(found: Evaluation) -> str:
     )
     environment.filters["name"] = lambda path: Path(path).name or path
     page = environment.get_template("page.html")
-    return page.render(found=found, plots=_plots(found), colours=COLOURS, shade=_shade)
+    rows = list(summary_rows(found))
+    return page.render(
+        found=found,
+        models=found.models,
+        rows=rows,
+        plots=_plots(found),
+        colours=COLOURS,
+        shade=_shade,
+    )
 
 
 def _plots(found: Evaluation) -> dict[str, list[Markup]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from headrace.runtime.block_file import BlockWriter, write_durably
+from headrace.runtime.block_file import BlockWriter, sync_directory, write_durably
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.journal import Journal, journal_line
 from headrace.runtime.conversion.plan import (
@@ -34,6 +34,7 @@ from headrace.runtime.conversion.plan import (
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import (
+    HELD,
     JOURNAL,
     MANIFEST,
     VERSION,
@@ -113,8 +114,9 @@ def write_store(
 
     Raises what `convert` does.
     """
-    if (dest / MANIFEST).exists():
-        return finished_store(dest, identity)
+    finished = finished_store(dest, identity)
+    if finished is not None:
+        return finished
     config = parse_config(checkpoint.config, str(checkpoint.path / "config.json"))
     latents = self_check is None or self_check(config)
     plan = plan_conversion(checkpoint, options, expand=not latents)
@@ -141,8 +143,41 @@ def locked(dest: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def finished_store(dest: Path, identity: dict[str, Any]) -> Store:
-    """The store in `dest`. StoreError when it is another one than that of this identity."""
+def hold_back(dest: Path) -> None:
+    """From now on a finished store is none, though nothing of it is lost; it survives a power cut."""
+    (dest / MANIFEST).replace(dest / HELD)
+    sync_directory(dest)
+
+
+def release(dest: Path) -> None:
+    """Makes what was held back a store again."""
+    (dest / HELD).replace(dest / MANIFEST)
+    sync_directory(dest)
+
+
+def _refuse_other_held(dest: Path, identity: dict[str, Any]) -> None:
+    try:
+        held = json.loads((dest / HELD).read_bytes())
+        same = all(held[key] == value for key, value in identity.items())
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise StoreError(
+            f"{dest} holds another conversion, which has not passed its gate; delete it or choose another "
+            "directory"
+        )
+
+
+def finished_store(dest: Path, identity: dict[str, Any]) -> Store | None:
+    """The store in `dest`, also one that is held back, which it is no more; None where there is none yet.
+
+    StoreError when it is another one than that of this identity.
+    """
+    if (dest / HELD).exists():
+        _refuse_other_held(dest, identity)
+        release(dest)
+    if not (dest / MANIFEST).exists():
+        return None
     store = Store.open(dest)
     if (store.source, store.options) != (identity["source"], identity["options"]):
         raise StoreError(

@@ -51,20 +51,14 @@ def measure(sweeps: Sequence[Sweep], windows: Windows, progress: Progress) -> li
     """
     found = [Predictions.blank(windows) for _ in sweeps]
     with ExitStack() as stack:
-        states = [
-            stack.enter_context(_timed(one, lambda s=sweep: s.embed(windows.tokens)))
-            for sweep, one in zip(sweeps, found, strict=True)
-        ]
+        states = []
+        for sweep, one in zip(sweeps, found, strict=True):
+            start = time.perf_counter()
+            states.append(stack.enter_context(sweep.embed(windows.tokens)))
+            one.seconds += time.perf_counter() - start
         _run_layers(sweeps, windows, states, found, progress)
         _predict(sweeps, windows, states, found, progress)
     return found
-
-
-def _timed(found: Predictions, step: Callable[[], States]) -> States:
-    start = time.perf_counter()
-    result = step()
-    found.seconds += time.perf_counter() - start
-    return result
 
 
 def _run_layers(

@@ -30,7 +30,7 @@ from headrace.runtime.pruning.report import Report, make_report, read_report, wr
 from headrace.runtime.pruning.statistics import Statistics, gather
 from headrace.runtime.pruning.surgery import Subject
 from headrace.runtime.pruning.trial import check_cuts
-from headrace.runtime.store import JOURNAL, MANIFEST, Store
+from headrace.runtime.store import JOURNAL, Store
 from headrace.runtime.sweep.source import open_model
 from headrace.runtime.sweep.sweep import Sweep
 from headrace.scheduler.errors import HeadraceError
@@ -89,10 +89,10 @@ def prune(
     asked: dict[str, Any] = request.as_json() | {"calibration": given and given.digest}
     identity = identity_of(subject.checkpoint, options.as_json() | {"prune": asked})
     with locked(dest):
-        if (dest / MANIFEST).exists():
-            store = finished_store(dest, identity)
+        finished = finished_store(dest, identity)
+        if finished is not None:
             (dest / STATISTICS).unlink(missing_ok=True)
-            return store, read_report(dest)
+            return finished, read_report(dest)
         with Journal(dest, identity) as journal:
             try:
                 found = None

@@ -1,6 +1,6 @@
 """A model's layers one after the other, each in device memory while the next one is on its way."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol, Self
 
 import torch
@@ -77,7 +77,7 @@ class LayerFeed:
         self._ring = DeviceRing(RING_SLOTS, max(block.nbytes for block in model.layers), device)
         self._reader = reader_of(model, device, storage)
 
-    def blocks(self) -> Iterator[Tensor]:
+    def blocks(self) -> Generator[Tensor, None, None]:
         """Each layer's bytes on the device, for the current stream, until the next one is asked for.
 
         Raises StoreError when a layer cannot be read.

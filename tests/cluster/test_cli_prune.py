@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.cluster.cli.main import main
 from headrace.runtime.store import Store
+from headrace.scheduler.errors import StoreError
 
 TEXTS = STORIES.parent / "text"
 STORY = str(TEXTS / "held_out_stories.txt")
@@ -59,7 +60,11 @@ def test_layers_and_neurons_go_and_the_report_says_what_it_cost(
     assert after == pytest.approx(perplexity(dest, 512, 256), rel=1e-4)
     assert f"{before:.4f}" in said and f"{after:.4f}" in said
     assert f"max_perplexity_ratio is 1.01, found {after / before:.6g}" in said
-    assert found["mean_kld"] > 0.1 and 0 < found["top1"] < 1
+    assert "is held back" in said and found["mean_kld"] > 0.1 and 0 < found["top1"] < 1
+    # It is held back, and the command without the gate takes it.
+    with pytest.raises(StoreError, match="gate"):
+        Store.open(dest)
+    assert run(STORIES, dest, *options) == 0
     store = Store.open(dest)
     assert (len(store.layers), store.config["intermediate_size"]) == (10, 480)
     assert report["after"] == report["stored"] < 0.8 * report["before"]

@@ -127,3 +127,24 @@ def test_a_layer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="layer-00002"):
             for layer in sweep.layers():
                 layer.run(states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_sweep_on_cuda_is_that_on_a_cpu(name: str, tmp_path: Path) -> None:
+    store = tiny_store(name, tmp_path)
+    tokens = torch.randint(4, 256, (3, 150))
+    expected = swept(store, tokens)
+    for path in (store, tmp_path / "checkpoint"):
+        model = open_model(path)
+        with (
+            Sweep(
+                model, torch.device("cuda"), torch.float32, context=150, micro_batch_tokens=64
+            ) as sweep,
+            sweep.embed(tokens) as states,
+        ):
+            for layer in sweep.layers():
+                layer.run(states)
+            rows = states.values.flatten(0, 1).split(sweep.logit_rows)
+            found = torch.cat([sweep.logits(some).cpu() for some in rows])
+        assert (found - expected.flatten(0, 1)).abs().max() < 1e-2 * expected.abs().max()
