@@ -27,7 +27,7 @@ from typing import Any
 import xxhash
 
 from headrace.runtime.cold.ranges import ranges
-from headrace.runtime.cold.source import read_origin
+from headrace.runtime.cold.source import PEERS, read_origin
 from headrace.scheduler.errors import StoreError
 
 MANIFEST = "headrace.json"
@@ -62,7 +62,21 @@ class WeightSpec:
         "nested_code": F32[256]}, `nested_blocksize` and `nested_offset`.
     format "int8" (bitsandbytes row-wise): parts {"data": I8 [rows, columns], "scale": F32[rows]},
         weight = data * scale / 127.
-    `shape` is the logical weight's.
+    format "int4": parts {"data": U8 packed, even element in the high nibble; "scale": F16, BF16 or
+        F32 [rows, columns / blocksize]} and either "zero": U8 of scale's shape (8 everywhere when
+        absent), weight = (data - zero) * scale, or "offset" of scale's type and shape,
+        weight = data * scale + offset. Optional "order": I32 [columns], of a single matrix:
+        column j of the data is column order[j] of the weight.
+    format "int8g": parts {"data": I8 [rows, columns], "scale", optional "offset"} as in int4,
+        weight = data * scale + offset.
+    format "fp8": parts {"data": F8_E4M3 [rows, columns], "scale": F32 [matrices x blocks of rows,
+        blocks of columns]}, weight = data * scale; blocks are of `block_rows` rows of a matrix and
+        `blocksize` columns, the last ones may be smaller.
+    format "mxfp4": parts {"data": U8 packed as in int4, of e2m1 codes; "scale": U8 [rows, columns / 32]
+        (E8M0)}, weight = e2m1[data] * 2 ** (scale - 127).
+    rows are those of all matrices of a stack, one after another; `blocksize` divides columns but in fp8.
+    `shape` is the logical weight's. `turned`: parts are those of the stack whose matrices are
+    transposed, [experts, columns, rows].
     """
 
     format: str
@@ -71,6 +85,8 @@ class WeightSpec:
     blocksize: int = 0
     nested_blocksize: int = 0
     nested_offset: float = 0.0
+    block_rows: int = 0
+    turned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +194,21 @@ class Store:
             raise StoreError(self._what_is_missing(missing))
 
     def _what_is_missing(self, missing: Sequence[Block]) -> str:
-        layers = [i for i, layer in enumerate(self.layers) if layer in missing]
+        indices = [i for i, layer in enumerate(self.layers) if layer in missing]
         ends = [block.name for block in (self.embed, self.head) if block in missing]
-        names = [*ends, *([f"layers {ranges(layers)}"] if layers else [])]
-        return (
+        names = [*ends, *([f"layers {ranges(indices)}"] if indices else [])]
+        lacks = (
             f"the store at {self.path} on {os.uname().nodename} lacks {' and '.join(names)} "
-            f"({sum(block.nbytes for block in missing):,} bytes), which are needed here: run headrace pull "
-            f"{self.origin} {self.path} --layers {self._layers_with(missing)} there, or give --cold URL"
+            f"({sum(block.nbytes for block in missing):,} bytes), which are needed here: "
         )
+        if self._is_of_peers:
+            return f"{lacks}give --from-peers, or --cold URL"
+        layers = self._layers_with(missing)
+        return f"{lacks}run headrace pull {self.origin} {self.path} --layers {layers} there, or give --cold URL"
+
+    @property
+    def _is_of_peers(self) -> bool:
+        return self.origin is not None and self.origin.url == PEERS
 
     def _layers_with(self, blocks: Collection[Block]) -> str:
         """Layers that a pull has to name to bring these blocks: the ends come with the layers beside them."""
@@ -264,6 +287,8 @@ class Store:
     def _cure(self) -> str:
         if self.origin is None:
             return "copy the file again, or delete the store and convert again"
+        if self._is_of_peers:
+            return "delete the file, and run with --from-peers again"
         some = "" if self.present == self.blocks else f" --layers {self._layers_with(self.present)}"
         return f"run headrace pull {self.origin} {self.path}{some} --verify"
 

@@ -63,6 +63,7 @@ class Format(str, Enum):
     BF16 = "bf16"
     INT8 = "int8"
     NF4 = "nf4"
+    INT4 = "int4"
 
 
 @app.callback(invoke_without_command=True)
@@ -84,7 +85,9 @@ def _root(
 @takes_options
 def convert(
     corpus: CorpusOptions,
-    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
+    ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
     policy: Annotated[
@@ -93,6 +96,14 @@ def convert(
     ] = None,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="Quantize NF4's scales, too.")
+    ] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns that share a scale in int4: 32, 64 (if not given) or 128."),
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Change what is quantized already; say what it changed."),
     ] = False,
     allow_missing_tokenizer: Annotated[
         bool, typer.Option("--allow-missing-tokenizer", help="Convert without a tokenizer.")
@@ -121,6 +132,8 @@ def convert(
             format=format.value,
             policy=policy or [],
             double_quant=double_quant,
+            group_size=group_size,
+            requantize=requantize,
             allow_missing_tokenizer=allow_missing_tokenizer,
             self_check=check,
         )

@@ -11,27 +11,27 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from headrace.runtime.block_file import BlockWriter, sync_directory, write_durably
-from headrace.runtime.conversion.checkpoint import Checkpoint
+from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.journal import Journal, journal_line
+from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.conversion.plan import (
     BlockPlan,
     ConversionPlan,
     Options,
-    WeightPlan,
     plan_conversion,
 )
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
+from headrace.runtime.conversion.requantize import in_memory, loaded, relative_error, values
+from headrace.runtime.conversion.source import AnyCheckpoint, bytes_of
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import (
     HELD,
@@ -44,6 +44,12 @@ from headrace.runtime.store import (
     block_to_json,
 )
 from headrace.scheduler.errors import StoreError
+
+CHANGES = "headrace-changes.json"
+"""In a store with weights that were quantized again: {"requantized": {name: {"from": format, "to":
+format, "relative_rms": error relative to the weight's root mean square}}}."""
+
+REQUANTIZED = "requantized"
 
 log = logging.getLogger(__name__)
 
@@ -65,30 +71,36 @@ def convert(
     format: str = "nf4",
     policy: Sequence[tuple[str, str]] = (),
     double_quant: bool = False,
+    group_size: int | None = None,
+    requantize: bool = False,
     progress: Callable[[Progress], None] | None = None,
     self_check: Callable[[PretrainedConfig], bool] | None = None,
     allow_missing_tokenizer: bool = False,
 ) -> Store:
     """Converts the checkpoint in `source` into a store in `dest` and opens it.
 
-    `format` is "keep" (bytes as they are), "bf16", "int8" or "nf4"; int8 and nf4 apply to the
-    matrices of linear layers and experts, `policy` overrides by glob: (pattern, format) pairs, of
-    which the first match decides. `self_check` may refuse the architecture before anything is
-    written, and says whether pages may keep latents. Needs memory for a few row chunks of one matrix, whatever the model's size.
+    `format` is "keep" (bytes as they are), "bf16", "int8", "nf4" or "int4"; the last three apply to
+    the matrices of linear layers and experts, with `group_size` columns a scale in int4 (64), `policy` overrides by glob: (pattern, format) pairs, of
+    which the first match decides. A checkpoint that is quantized already is kept, or, with
+    `requantize`, brought into another format; headrace-changes.json then says what that changed.
+    `self_check` may refuse the architecture before anything is
+    written, and says whether pages may keep latents. Needs memory for a few row chunks of one matrix,
+    and of a quantized one that changes its layout or format all codes, whatever the model's size.
 
     Run again with the same arguments, it resumes; on a finished store it returns at once.
     Raises StoreError or UnsupportedModelError for whatever cannot be converted, and when the disk
     is full or another conversion is writing to `dest`.
     """
-    options = Options(format, tuple((glob, fmt) for glob, fmt in policy), double_quant)
-    checkpoint = Checkpoint(Path(source))
+    pairs = tuple((glob, fmt) for glob, fmt in policy)
+    options = Options(format, pairs, double_quant, group_size, requantize)
+    checkpoint = open_checkpoint(Path(source))
     refuse_missing_tokenizer(checkpoint, allow_missing_tokenizer)
     identity = identity_of(checkpoint, options.as_json())
     with locked(Path(dest)):
         return write_store(checkpoint, Path(dest), options, identity, progress, self_check)
 
 
-def refuse_missing_tokenizer(checkpoint: Checkpoint, allowed: bool) -> None:
+def refuse_missing_tokenizer(checkpoint: AnyCheckpoint, allowed: bool) -> None:
     if not (checkpoint.has_tokenizer or allowed):
         raise StoreError(
             f"{checkpoint.path} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
@@ -97,13 +109,13 @@ def refuse_missing_tokenizer(checkpoint: Checkpoint, allowed: bool) -> None:
         )
 
 
-def identity_of(checkpoint: Checkpoint, options: dict[str, Any]) -> dict[str, Any]:
+def identity_of(checkpoint: AnyCheckpoint, options: dict[str, Any]) -> dict[str, Any]:
     """What tells a store, and an unfinished one, from others in the same place."""
     return {"version": VERSION, "source": checkpoint.fingerprint(), "options": options}
 
 
 def write_store(
-    checkpoint: Checkpoint,
+    checkpoint: AnyCheckpoint,
     dest: Path,
     options: Options,
     identity: dict[str, Any],
@@ -117,7 +129,7 @@ def write_store(
     finished = finished_store(dest, identity)
     if finished is not None:
         return finished
-    config = parse_config(checkpoint.config, str(checkpoint.path / "config.json"))
+    config = parse_config(checkpoint.config, str(checkpoint.path))
     latents = self_check is None or self_check(config)
     plan = plan_conversion(checkpoint, options, expand=not latents)
     with Journal(dest, identity) as journal:
@@ -193,7 +205,7 @@ class _Conversion:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         dest: Path,
         plan: ConversionPlan,
         journal: Journal,
@@ -207,6 +219,7 @@ class _Conversion:
         self._missing = [block for block in plan.blocks if block.name not in journal.done]
         self._resumed = plan.nbytes - sum(block.layout.file_bytes for block in self._missing)
         self._written = self._resumed
+        self._errors: dict[str, dict[str, Any]] = {}  # of the block that is being written
 
     def run(self, identity: dict[str, Any]) -> None:
         for stale in self._dest.glob("*.tmp"):
@@ -216,6 +229,7 @@ class _Conversion:
             for block in self._missing:
                 self._journal.record(self._write_block(block))
             self._write_surroundings()
+            self._write_changes()
             self._write_manifest(identity)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -242,6 +256,7 @@ class _Conversion:
     def _write_block(self, block: BlockPlan) -> dict[str, Any]:
         file = self._dest / f"{block.name}.safetensors"
         before, weights = self._written, {}
+        self._errors = {}
         with BlockWriter(file, block.layout) as writer:
             for weight in block.weights:
                 weights[weight.source.name] = self._write_weight(block, weight, writer)
@@ -256,20 +271,39 @@ class _Conversion:
             xxh3_64=written.data_hash,
             weights=weights,
         )
-        return block_to_json(whole, written.header_hash)
+        return block_to_json(whole, written.header_hash) | {REQUANTIZED: self._errors}
 
     def _write_weight(
         self, block: BlockPlan, weight: WeightPlan, writer: BlockWriter
     ) -> WeightSpec:
         source = weight.source
-        state = source.state
+        state = None if weight.encoded else source.state
         state_name = next((p.entry.name for p in weight.parts if p.role == "state"), None)
+        written: list[tuple[str, memoryview]] = []
         for name, data in stored_bytes(weight):
             writer.write(name, data)
             self._report(block.name, len(data))
             if weight.encoded and name == state_name:
                 state = json.loads(bytes(data))
+            if weight.is_requantized:
+                written.append((name, data))
+        if weight.is_requantized:
+            self._note_error(weight, written, state)
         return weight_spec(weight.format, source.shape, weight.parts, block.layout.tensors, state)
+
+    def _note_error(
+        self,
+        weight: WeightPlan,
+        written: list[tuple[str, memoryview]],
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        source = weight.source
+        after = in_memory(weight.format, source.shape, weight.parts, written, state)
+        self._errors[source.name] = {
+            "from": source.format,
+            "to": weight.format,
+            "relative_rms": relative_error(loaded(source), after),
+        }
 
     def _report(self, block: str, count: int) -> None:
         self._written += count
@@ -278,8 +312,8 @@ class _Conversion:
 
     def _write_surroundings(self) -> None:
         """config.json, the index that transformers reads, and the checkpoint's other small files."""
-        for file in self._checkpoint.companions():
-            write_durably(self._dest / file.name, file.read_bytes())
+        for name, data in self._checkpoint.companions().items():
+            write_durably(self._dest / name, data)
         places = {
             part.entry.name: f"{block.name}.safetensors"
             for block in self._plan.blocks
@@ -291,6 +325,16 @@ class _Conversion:
         write_durably(self._dest / "model.safetensors.index.json", _pretty(index))
         write_durably(self._dest / "config.json", _pretty(self._plan.config))
 
+    def _entries(self) -> list[dict[str, Any]]:
+        return [self._journal.done[block.name] for block in self._plan.blocks]
+
+    def _write_changes(self) -> None:
+        """How far each weight that was quantized again is from what it was."""
+        errors = [entry.get(REQUANTIZED, {}) for entry in self._entries()]
+        changes = {name: error for block in errors for name, error in block.items()}
+        if changes:
+            write_durably(self._dest / CHANGES, _pretty({REQUANTIZED: changes}))
+
     def _write_manifest(self, identity: dict[str, Any]) -> None:
         plan = self._plan
         manifest = {
@@ -299,7 +343,9 @@ class _Conversion:
             "dtype": plan.dtype,
             "tied": plan.tied,
             "layer_shapes": [asdict(shape) for shape in plan.layer_shapes],
-            "blocks": [self._journal.done[block.name] for block in plan.blocks],
+            "blocks": [
+                {k: v for k, v in entry.items() if k != REQUANTIZED} for entry in self._entries()
+            ],
         }
         write_durably(self._dest / MANIFEST, journal_line(manifest))
 
@@ -312,15 +358,9 @@ def stored_bytes(weight: WeightPlan) -> Iterator[tuple[str, memoryview]]:
     """(stored name, bytes) in stored order, a bounded number of bytes at a time."""
     source = weight.source
     if not weight.encoded:
-        for part, tensor in source.parts:
-            for chunk in tensor.chunks():
-                yield part.entry.name, chunk
+        yield from source.stream()
         return
-    runs, dtype = source.data.rows(), source.data.dtype
-    for name, piece in encode_rows(runs, weight.parts, dtype, source.shape, weight.format):
-        yield name, _bytes_of(piece)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return data
+    whole = weight.is_requantized or source.repacking is not None
+    runs = values(source) if whole else source.data.rows()
+    for name, piece in encode_rows(runs, weight.parts, weight.dtype, source.shape, weight.format):
+        yield name, bytes_of(piece)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.block_file import DTYPE_BYTES
-from headrace.runtime.conversion.checkpoint import TensorBytes
+from headrace.runtime.conversion.source import TensorBytes
 from headrace.runtime.pruning.pattern import Pattern, zeroed
 
 ROW_UNIT = 64
@@ -82,6 +82,10 @@ class CutTensor:
 
     def read(self) -> bytes:
         return b"".join(self.chunks())
+
+    def tensor(self) -> Tensor:
+        """All of it, in memory."""
+        return torch.cat([*self.rows()]).view(self.shape)
 
     def _left(self) -> Iterator[Tensor]:
         """What is left of each run of the source's rows."""

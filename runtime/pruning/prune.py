@@ -81,6 +81,8 @@ def prune(
     Run again with the same arguments, it resumes. Raises HeadraceError for what cannot be had, before anything
     is written.
     """
+    if source.is_file():
+        raise HeadraceError(f"{source} is a file: give a checkpoint's directory, or a store of it")
     subject = Subject(Checkpoint(source, stores=True))
     refuse_missing_tokenizer(subject.checkpoint, allow_missing_tokenizer)
     _refuse(subject, request, has_text=calibration is not None)

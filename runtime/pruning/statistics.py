@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from headrace.runtime.conversion.checkpoint import SourceWeight
+from headrace.runtime.conversion.source import SourceWeight
 from headrace.runtime.pruning.surgery import Subject
 from headrace.runtime.pruning.units import Units
 from headrace.runtime.sweep.sweep import Sweep

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from headrace.runtime.conversion.checkpoint import Checkpoint, SourceWeight
+from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.layer_facts import signature
 from headrace.runtime.conversion.plan import FLOATS
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
+from headrace.runtime.conversion.source import SourceWeight
 from headrace.runtime.pruning.config import kv_heads, with_head_groups, with_layers, with_neurons
 from headrace.runtime.pruning.cut import Cut, CutTensor
 from headrace.runtime.pruning.pattern import Pattern
@@ -177,7 +178,7 @@ def _one_size(kept: Mapping[int, Tensor]) -> int:
 def _cut(weight: SourceWeight, cut: Cut | None) -> SourceWeight:
     if cut is None:
         return weight
-    if weight.format != "raw" or weight.data.dtype not in FLOATS:
+    if weight.format != "raw" or weight.repacking or weight.data.dtype not in FLOATS:
         kind = weight.data.dtype if weight.format == "raw" else weight.format
         raise StoreError(
             f"{weight.name} is {kind} already: of quantized checkpoints only whole layers can be dropped; "
@@ -206,4 +207,11 @@ def _renumbered(weight: SourceWeight, old: int, new: int) -> SourceWeight:
         (replace(part, entry=replace(part.entry, name=moved(part.entry.name))), data)
         for part, data in weight.parts
     )
-    return replace(weight, name=moved(weight.name), parts=parts)
+    repacking = weight.repacking
+    if repacking is not None:
+        stored = tuple(
+            replace(part, entry=replace(part.entry, name=moved(part.entry.name)))
+            for part in repacking.parts
+        )
+        repacking = replace(repacking, parts=stored)
+    return replace(weight, name=moved(weight.name), parts=parts, repacking=repacking)
