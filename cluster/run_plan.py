@@ -20,7 +20,6 @@ from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan_inputs import PlanInputs
 
 if TYPE_CHECKING:
-    from headrace.runtime.conversion.checkpoint import Checkpoint
     from headrace.runtime.sweep.source import SweptModel
 
 OVERHEAD_BYTES = 64 << 20
@@ -46,7 +45,7 @@ def resolve_device(device: str, address: str | None = None) -> str:
     return device
 
 
-def resolve_dtype(dtype: str, device: str, store: "SweptModel | Checkpoint") -> str:
+def resolve_dtype(dtype: str, device: str, store: "SweptModel") -> str:
     """ "auto" is float32 on CPU, where it is exact and never slow, and the model's own on CUDA."""
     if dtype == "auto":
         own = {"BF16": "bfloat16", "F16": "float16"}.get(store.dtype, "float32")

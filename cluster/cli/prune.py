@@ -20,7 +20,6 @@ from headrace.cluster.evaluation.evaluate import CONTEXT
 from headrace.cluster.evaluation.gate import Gate
 from headrace.cluster.evaluation.results import Evaluation
 from headrace.cluster.run_plan import resolve_device, resolve_dtype
-from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.convert import hold_back, release
 from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.pruning.choice import Request
@@ -112,11 +111,11 @@ def _refuse_missing(option: str, files: Sequence[Path]) -> None:
 
 def calibration(source: Path, asked: Calibrating, corpus: CorpusOptions) -> Calibration:
     """Whole windows of the texts, and where they are run."""
-    checkpoint = Checkpoint(source, stores=True)
+    model = open_model(source)
     device = torch.device(resolve_device(corpus.device.value))
-    dtype = resolve_dtype(corpus.dtype.value, device.type, checkpoint)
-    most = int(checkpoint.config.get("max_position_embeddings") or CONTEXT)
-    texts = Corpus(source, asked.files, asked.tokens)
+    dtype = resolve_dtype(corpus.dtype.value, device.type, model)
+    most = int(model.config.get("max_position_embeddings") or CONTEXT)
+    texts = Corpus(model, asked.files, asked.tokens)
     windows = texts.windows(asked.context or min(CONTEXT, most))
     # Padding would be counted like text.
     whole = [i for i, length in enumerate(windows.lengths) if length == windows.context]

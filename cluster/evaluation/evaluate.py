@@ -58,7 +58,7 @@ def evaluate(
     Raises HeadraceError.
     """
     models = [*([] if reference is None else [reference]), *stores]
-    corpus = Corpus(models[0].path, options.text, options.tokens)
+    corpus = Corpus(models[0], options.text, options.tokens)
     run = _Run(models, corpus, options, progress)
     if reference is None:
         found = [(run.model(i, one), one) for i, [one] in enumerate(run.one_by_one())]
@@ -88,7 +88,7 @@ class _Run:
         self._shapes = [model_shape(model, self._dtype) for model in models]
         for model, shape in zip(models, self._shapes, strict=True):
             _refuse_other_model(models[0], self._shapes[0], model, shape)
-            corpus.require_same(model.path)
+            corpus.require_same(model)
         most = min(shape.max_context for shape in self._shapes)
         wanted = min(most, CONTEXT) if options.context is None else options.context
         self.windows: Windows = corpus.windows(wanted)

@@ -11,11 +11,14 @@ import pytest
 import torch
 from architectures import tiny_model
 from commands import STORIES
+from gguf_files import write
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.cluster.cli.main import main
 from headrace.cluster.evaluation.corpus import Corpus
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
+from headrace.runtime.sweep.source import open_model
 from headrace.scheduler.errors import StoreError
 
 TEXT = STORIES.parent / "text" / "held_out_stories.txt"
@@ -104,7 +107,7 @@ def test_without_a_reference_there_is_perplexity_alone(
 def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(STORIES, checkpoint)
-    plain = Corpus(checkpoint, [TEXT], 50).windows(20)
+    plain = Corpus(open_model(checkpoint), [TEXT], 50).windows(20)
     file = checkpoint / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
@@ -117,10 +120,21 @@ def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path: Path
         },
     }
     file.write_text(json.dumps(tokenizer))
-    windows = Corpus(checkpoint, [TEXT], 50).windows(20)
+    windows = Corpus(open_model(checkpoint), [TEXT], 50).windows(20)
     assert windows.prefix == 1 and windows.tokens[:, 0].tolist() == [7, 7, 7]
     assert windows.lengths == (20, 20, 13) and windows.count == 50  # the first of each, too
     assert torch.equal(windows.tokens[0, 1:], plain.tokens[0, :19]) and plain.prefix == 0
+
+
+def test_a_gguf_file_is_compared_by_its_own_tokenizer(stores: Path, tmp_path: Path) -> None:
+    file, found = tmp_path / "stories.gguf", tmp_path / "found.json"
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    write(model, file, "Q8_0", AutoTokenizer.from_pretrained(STORIES))
+    options = [*SMALL, "--prompts", "0", "--json", found]
+    assert run("eval", file, stores / "int8", "--reference", STORIES, *options) == 0
+    gguf, int8 = json.loads(found.read_text())["stores"]
+    assert gguf["divergence"]["mean"] < 2 * int8["divergence"]["mean"]
+    assert run("eval", stores / "int8", "--reference", file, *options) == 0
 
 
 def test_a_model_that_reads_text_otherwise_is_no_reference(

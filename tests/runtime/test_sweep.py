@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_model
 from commands import STORIES
+from gguf_files import write
 from stored import tiny_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -116,6 +118,19 @@ def test_a_checkpoint_is_the_store_that_it_would_be(tmp_path: Path) -> None:
     assert again.read_block(again.layers[3]) == quantized.read_block(quantized.layers[3])
     with pytest.raises(StoreError, match="no such directory"):
         open_model(tmp_path / "nowhere")
+
+
+def test_a_gguf_file_is_the_store_that_it_would_be(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    model = tiny_model("llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    write(model, file, "Q4_K")
+    store = convert(file, tmp_path / "kept", format="keep", allow_missing_tokenizer=True)
+    seen = open_model(file)
+    assert seen.nbytes == store.nbytes and seen.format == store.format
+    for ours, theirs in zip(seen.blocks, store.blocks, strict=True):
+        assert ours.weights == theirs.weights and seen.read_block(ours) == store.read_block(theirs)
+    tokens = torch.randint(4, 256, (2, 20))
+    assert torch.equal(swept(file, tokens), swept(store.path, tokens))
 
 
 def test_a_layer_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from headrace.cluster.cli.sizes import parse_size
-from headrace.cluster.evaluation.corpus import special_prefix
+from headrace.cluster.evaluation.corpus import special_prefix, tokenizer_of
 from headrace.cluster.keyword_options import engine_options
 from headrace.cluster.llm import LLM
 from headrace.cluster.run_plan import resolve_device, resolve_dtype
-from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.evaluation.continuations import Scored, likelihoods
 from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.source import open_model
@@ -61,7 +60,7 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]
             torch, resolve_dtype(dtype, self._device.type, self._model)
         )
         self._memory = device_memory
-        self.tokenizer = load_tokenizer(self._path)
+        self.tokenizer = tokenizer_of(self._model)
         self._prefix = special_prefix(self.tokenizer)
         reach = model_shape(self._model, self._dtype).max_context
         self.max_length = min(reach, MOST_LENGTH) if max_length is None else int(max_length)
