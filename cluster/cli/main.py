@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, eval, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
+"""`headrace`: convert, prune, inspect, eval, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -30,6 +30,7 @@ from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import RunOptions, StoreArgument
 from headrace.cluster.cli.plan_command import plan_run
 from headrace.cluster.cli.profile_command import profile_run
+from headrace.cluster.cli.prune_command import prune_model
 from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.cluster.cli.top import top
@@ -164,6 +165,7 @@ def inspect(
     run_inspect(Console(), store, verify=verify, as_json=json)
 
 
+app.command("prune")(prune_model)
 app.command("eval")(evaluate_stores)
 app.command("plan")(plan_run)
 

@@ -100,36 +100,55 @@ def convert(
     """
     pairs = tuple((glob, fmt) for glob, fmt in policy)
     options = Options(format, pairs, double_quant, group_size, requantize)
-    checkpoint, dest = open_checkpoint(Path(source)), Path(dest)
-    if not (checkpoint.has_tokenizer or allow_missing_tokenizer):
+    checkpoint = open_checkpoint(Path(source))
+    refuse_missing_tokenizer(checkpoint, allow_missing_tokenizer)
+    described = {"calibration": calibration} if calibration else {}
+    identity = identity_of(checkpoint, options.as_json() | described)
+    with locked(Path(dest)):
+        return write_store(checkpoint, Path(dest), options, identity, progress, self_check, encoder)
+
+
+def refuse_missing_tokenizer(checkpoint: AnyCheckpoint, allowed: bool) -> None:
+    if not (checkpoint.has_tokenizer or allowed):
         raise StoreError(
-            f"{source} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
+            f"{checkpoint.path} has no tokenizer (tokenizer.json, tokenizer.model, ...), without which the "
             "store cannot read or write text; copy it there, or say --allow-missing-tokenizer to feed "
             "token ids"
         )
-    identity = {
-        "version": VERSION,
-        "source": checkpoint.fingerprint(),
-        "options": options.as_json() | ({"calibration": calibration} if calibration else {}),
-    }
-    with _locked(dest):
-        if (dest / HELD).exists():
-            _refuse_other_held(dest, identity)
-            release(dest)
-        if (dest / MANIFEST).exists():
-            return _finished_store(dest, identity)
-        latents = self_check is None or self_check(
-            parse_config(checkpoint.config, str(checkpoint.path))
-        )
-        plan = plan_conversion(checkpoint, options, expand=not latents)
-        with Journal(dest, identity) as journal:
-            _Conversion(checkpoint, dest, plan, journal, progress, encoder).run(identity)
-        _remove_notes(dest)
+
+
+def identity_of(checkpoint: AnyCheckpoint, options: dict[str, Any]) -> dict[str, Any]:
+    """What tells a store, and an unfinished one, from others in the same place."""
+    return {"version": VERSION, "source": checkpoint.fingerprint(), "options": options}
+
+
+def write_store(
+    checkpoint: AnyCheckpoint,
+    dest: Path,
+    options: Options,
+    identity: dict[str, Any],
+    progress: Callable[[Progress], None] | None = None,
+    self_check: Callable[[PretrainedConfig], bool] | None = None,
+    encoder: Encoder | None = None,
+) -> Store:
+    """The store of this identity in `dest`, which is locked: written, finished or found finished.
+
+    Raises what `convert` does.
+    """
+    finished = finished_store(dest, identity)
+    if finished is not None:
+        return finished
+    config = parse_config(checkpoint.config, str(checkpoint.path))
+    latents = self_check is None or self_check(config)
+    plan = plan_conversion(checkpoint, options, expand=not latents)
+    with Journal(dest, identity) as journal:
+        _Conversion(checkpoint, dest, plan, journal, progress, encoder).run(identity)
+    _remove_notes(dest)
     return Store.open(dest)
 
 
 @contextmanager
-def _locked(dest: Path) -> Iterator[None]:
+def locked(dest: Path) -> Iterator[None]:
     """Creates the directory and keeps other conversions out of it."""
     try:
         dest.mkdir(parents=True, exist_ok=True)
@@ -170,7 +189,16 @@ def _refuse_other_held(dest: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _finished_store(dest: Path, identity: dict[str, Any]) -> Store:
+def finished_store(dest: Path, identity: dict[str, Any]) -> Store | None:
+    """The store in `dest`, also one that is held back, which it is no more; None where there is none yet.
+
+    StoreError when it is another one than that of this identity.
+    """
+    if (dest / HELD).exists():
+        _refuse_other_held(dest, identity)
+        release(dest)
+    if not (dest / MANIFEST).exists():
+        return None
     store = Store.open(dest)
     if (store.source, store.options) != (identity["source"], identity["options"]):
         raise StoreError(
