@@ -26,7 +26,7 @@ def adapt(model: Any, folder: Path, seed: int = 0, **settings: Any) -> Path:
     made = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **wanted))
     for name, matrix in made.named_parameters():
         if "lora_B" in name:
-            matrix.data.mul_(4)
+            matrix.data.mul_(12)
     made.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
