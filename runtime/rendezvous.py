@@ -43,7 +43,9 @@ class Rendezvous:
         try:
             socket.create_connection((self.host, self.port), EDGE_SECONDS).close()
         except OSError as error:
-            raise RuntimeError(f"nobody meets at {self.host}:{self.port}: {error}") from error
+            raise RuntimeError(
+                f"nobody meets at {self.host}:{self.port} ({error.strerror or error})"
+            ) from error
         return dist.TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
         )

@@ -107,6 +107,6 @@ def test_nobody_waits_for_a_meeting_that_is_over() -> None:
     rendezvous = server.rendezvous(3)
     server.close()
     started = time.monotonic()
-    with pytest.raises(StageLostError, match="did not reach stage 1: nobody meets at 127.0.0.1"):
+    with pytest.raises(StageLostError, match=r"did not reach stage 1.*: nobody meets at 127"):
         edge_group(rendezvous, (0, 1), 0, torch.device("cpu"), "")
     assert time.monotonic() - started < 5
