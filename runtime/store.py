@@ -334,12 +334,12 @@ def _why_no_store(path: Path) -> str:
         done = max((path / JOURNAL).read_bytes().count(b"\n") - 1, 0)
         return (
             f"{path} is an unfinished conversion ({done} blocks are done); "
-            "run the same headrace convert again to resume it"
+            "run the same headrace convert (or prune) again to resume it"
         )
     if (path / HELD).exists():
         return (
             f"{path} is a finished conversion that has not passed its --gate; run the same headrace convert "
-            "again to judge it anew, or without --gate to take it as it is"
+            "(or prune) again to judge it anew, or without --gate to take it as it is"
         )
     if (path / "config.json").exists():
         return (

@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 from headrace.cluster.cli.calibration import roundings
 from headrace.cluster.cli.progress import byte_bar
 from headrace.runtime.calibration.calibrate import Calibration, convert_calibrated
-from headrace.runtime.conversion.convert import CHANGES, REQUANTIZED, Progress, convert
+from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.writer import CHANGES, REQUANTIZED, Progress
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.errors import HeadraceError
@@ -62,7 +63,7 @@ def run_convert(
             double_quant=double_quant,
             group_size=group_size,
             requantize=requantize,
-            progress=_Meter(bar),
+            progress=Meter(bar),
             self_check=self_check,
             allow_missing_tokenizer=allow_missing_tokenizer,
         )
@@ -108,7 +109,7 @@ def run_inspect(console: Console, path: Path, *, verify: bool, as_json: bool) ->
         console.print(f"verified: {which} are as they were written")
 
 
-class _Meter:
+class Meter:
     """Turns a conversion's reports into a bar, whose speed leaves out what an earlier run wrote."""
 
     def __init__(self, bar: Bar) -> None:

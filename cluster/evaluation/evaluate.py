@@ -167,7 +167,7 @@ class _Run:
             perplexity_ratio=model.perplexity / reference.perplexity,
             divergence=divergence_figures(windows, predictions, found),
             octaves=list(octaves(windows, predictions, found)),
-            layer_errors=found.layer_errors,
+            layer_errors=found.layer_errors or None,
             generation=generation,
             worst=[
                 reader.window(worst, windows, predictions, found)
@@ -194,7 +194,6 @@ def _refuse_other_model(
     first: SweptModel, shape: ModelShape, other: SweptModel, other_shape: ModelShape
 ) -> None:
     for what, one, two in (
-        ("as number of layers", shape.num_layers, other_shape.num_layers),
         ("as hidden size", shape.hidden_size, other_shape.hidden_size),
         ("as size of its vocabulary", shape.vocab_size, other_shape.vocab_size),
     ):

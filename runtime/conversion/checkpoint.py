@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint as it lies on disk: which tensors there are, and their bytes."""
 
+import copy
 import json
 from collections.abc import Mapping
 from math import prod
@@ -41,11 +42,13 @@ def has_tokenizer_in(path: Path) -> bool:
 class Checkpoint:
     """A local directory with config.json and safetensors files, checked to be whole.
 
-    Raises StoreError, naming the file and what to do, when it is not.
+    A store is one, too, but is taken for a mistake unless `stores` are welcome. Raises StoreError, naming
+    the file and what to do, when it is not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, stores: bool = False) -> None:
         self.path = path
+        self._stores = stores
         self.config = self._read_config()
         self._tensors: dict[str, SourceTensor] = {}
         self._shards = self._find_shards()
@@ -64,7 +67,7 @@ class Checkpoint:
             raise StoreError(
                 f"{self.path} is no directory; download the model first and give its path"
             )
-        if (self.path / "headrace.json").exists():
+        if not self._stores and (self.path / "headrace.json").exists():
             raise StoreError(f"{self.path} is a store already; convert the original checkpoint")
         file = self.path / "config.json"
         if not file.exists():
@@ -130,6 +133,12 @@ class Checkpoint:
         if not sizes:
             raise StoreError(f"{self.path} has no weights in float32, float16 or bfloat16")
         return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def changed(self, config: dict[str, Any], weights: Mapping[str, SourceWeight]) -> "Checkpoint":
+        """The checkpoint with another config.json and other weights; its other files are the same."""
+        other = copy.copy(self)
+        other.config, other.weights = config, dict(weights)
+        return other
 
     def companions(self) -> dict[str, bytes]:
         """Tokenizer, chat template and generation config: files that a store takes over, by name."""

@@ -17,6 +17,22 @@ from headrace.scheduler.errors import StoreError
 CHUNK_BYTES = 8 << 20
 
 
+class TensorBytes(Protocol):
+    """A tensor whose bytes come in pieces: as it lies in a file, or made of one that does."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+    def chunks(self) -> Iterator[memoryview]: ...
+    def read(self) -> bytes: ...
+    def tensor(self) -> Tensor: ...
+    def rows(self) -> Iterator[Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
     """`nbytes` bytes at `offset` of `file`, a tensor of this type and shape."""
@@ -99,12 +115,12 @@ class SourceWeight:
     name: str
     format: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[Part, SourceTensor], ...]
+    parts: tuple[tuple[Part, TensorBytes], ...]
     state: Mapping[str, Any] | None = None
     repacking: Repacking | None = None
 
     @property
-    def data(self) -> SourceTensor:
+    def data(self) -> TensorBytes:
         return self.parts[0][1]
 
     @property
