@@ -137,7 +137,7 @@ class StageModel:
         if with_head:
             data = read(store.head, device)
             self._ends.append(data)
-            self._head = [(binding, data) for binding in binder.bindings("head")]
+            self._head += [(binding, data) for binding in binder.bindings("head")]
             self.bind_head_through(Weight.view)
 
     @property
@@ -164,7 +164,7 @@ class StageModel:
                 binding.bind(on_device)
             if tied:
                 path = self._skeleton.head_name.removesuffix(".weight")
-                binder.packed(path, spec).bind(on_device)
+                self._head.append((binder.packed(path, spec), on_device))
 
     def layer(self, index: int) -> nn.Module:
         """transformers' layer, whose linears are QuantLinear while it is one of this stage's."""
@@ -179,7 +179,7 @@ class StageModel:
         self._bound.pop(layer, None)
 
     def bind_head_through(self, view: View) -> None:
-        """`bind_through` for what has weights of its own behind the last layer."""
+        """`bind_through` for what lies behind the last layer."""
         for binding, block in self._head:
             binding.bind(block, view)
 

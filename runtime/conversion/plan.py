@@ -182,7 +182,7 @@ class _Chooser:
     def __init__(self, checkpoint: AnyCheckpoint, skeleton: Skeleton, options: Options) -> None:
         self._checkpoint = checkpoint
         self._options = options
-        self._head = _head_name(skeleton)
+        self._ends = _head_name(skeleton), skeleton.embedding_name
         self._regrouped: dict[int, int] = {}
         self._quantized = next(
             (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
@@ -254,10 +254,10 @@ class _Chooser:
         return fmt if weight.data.dtype == self._checkpoint.dtype else "keep"
 
     def _refuse_unquantizable(self, weight: SourceWeight, role: Role, fmt: str) -> None:
-        if role.kind not in ("linear", "expert") and role.target != self._head:
+        if role.kind not in ("linear", "expert") and role.target not in self._ends:
             raise StoreError(
                 f"{weight.name} cannot be stored as {fmt}: only the matrices of linear layers, of "
-                "experts and of the LM head can; use keep or bf16 for it"
+                "experts and of the LM head, and the embedding table can; use keep or bf16 for it"
             )
         if weight.format == "raw" and weight.data.dtype not in FLOATS:
             raise StoreError(f"{weight.name} is {weight.data.dtype} and cannot be stored as {fmt}")

@@ -20,7 +20,7 @@ TRIED = ("int4", "int8")
 
 
 class Candidates:
-    """Of the matrices of `checkpoint`'s layers and of a head of its own; int4 has groups of `group_size`.
+    """Of the matrices of `checkpoint`'s layers, the embedding table, and a head of its own; int4 has groups of `group_size`.
 
     `formats` are in order of size, the last one keeps a matrix as it is. Raises StoreError for a checkpoint that is quantized.
     """
@@ -37,6 +37,8 @@ class Candidates:
         skeleton = Skeleton(config, TORCH_DTYPES[checkpoint.dtype], expand=True)
         self.roles: Mapping[str, Role] = skeleton.classify(checkpoint.weights)
         self.head = self._own_head(skeleton)
+        self.table = self._named(skeleton.embedding_name)
+        self.tied = skeleton.tied
         wide = ("bf16",) if checkpoint.dtype == "F32" else ()
         self.formats = (*TRIED, *wide, KEEP)
         self._plans = {fmt: self._plan(fmt) for fmt in self.formats}
@@ -59,7 +61,7 @@ class Candidates:
         return next(named, None)
 
     def _plan(self, fmt: str) -> ConversionPlan:
-        own = () if self.head is None else ((self.head, fmt),)
+        own = tuple((name, fmt) for name in (self.table, self.head) if name is not None)
         group_size = self.group_size if fmt == "int4" else None
         options = Options(fmt, own, group_size=group_size)
         return plan_conversion(self.checkpoint, options, expand=True)

@@ -26,6 +26,7 @@ from headrace.runtime.sensitivity.candidates import KEEP, Candidates
 from headrace.runtime.sensitivity.factors import Factors, kind_of
 from headrace.runtime.sensitivity.layer import LayerTrial, Rounding, Tried
 from headrace.runtime.sensitivity.rounded import RoundedWeight
+from headrace.runtime.store import WeightSpec
 from headrace.runtime.sweep.source import CheckpointModel
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import Sweep, SweptLayer
@@ -55,7 +56,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """`groups` in order of the model; `rounding` is how they were rounded, over `sample` tokens."""
+    """`groups`: layer by layer, then what is around them; `rounding` is how they were rounded, over `sample` tokens."""
 
     groups: tuple[Group, ...]
     rounding: Rounding
@@ -145,7 +146,16 @@ class _Measuring:
                 self._all = stack.enter_context(self._sweep.embed(tokens))
             self._stack = stack.pop_all()
         self._probes: list[_Probe] = []
+        self._tables = dict(self._rounded_tables())
         self._tried: list[tuple[int, Tried]] = []
+
+    def _rounded_tables(self) -> Iterator[tuple[str, States]]:
+        """What the first layer gets of the sample with the embedding table in each format."""
+        table, tokens = self._candidates.table, self._sample.tokens
+        if table is not None:
+            for fmt in self._candidates.formats[:-1]:
+                states = self._sweep.embed(tokens, self._candidates.rounding(table, fmt))
+                yield fmt, self._stack.enter_context(states)
 
     def run(self, progress: Progress) -> Sensitivity:
         total = self._sweep.num_layers
@@ -156,7 +166,7 @@ class _Measuring:
         factors = Factors()
         for probe, kld in zip(self._probes, self._divergences(), strict=True):
             factors.add(probe.layer, kind_of(probe.tried.names), kld, probe.tried.error)
-        groups = (*self._layer_groups(factors), *self._head_group())
+        groups = (*self._layer_groups(factors), *self._end_groups())
         return Sensitivity(groups, self._rounding, self._sample.tokens.numel())
 
     @torch.inference_mode()
@@ -176,10 +186,16 @@ class _Measuring:
                 started.append(_Probe(layer.index, replace(tried, output=states.values), states))
             # Of outputs only those are kept that go on.
             self._tried.append((layer.index, replace(tried, output=torch.empty(0))))
-        for states in (self._sample, self._all, *(probe.states for probe in self._probes)):
-            if states is not None:
-                layer.run(states)
+        for states in self._under_way():
+            layer.run(states)
         self._probes += started
+
+    def _under_way(self) -> Iterator[States]:
+        yield self._sample
+        if self._all is not None:
+            yield self._all
+        yield from self._tables.values()
+        yield from (probe.states for probe in self._probes)
 
     def _going_on(self, output: Tensor) -> States:
         return self._stack.enter_context(self._sample.beside(output))
@@ -214,28 +230,47 @@ class _Measuring:
         sizes = {fmt: self._candidates.nbytes(names, fmt) for fmt in formats}
         return Group(names, sizes, {**kld, KEEP: 0.0})
 
+    def _end_groups(self) -> Iterator[Group]:
+        """The table, whose rounded rows went through all layers and which may be the head, too, and a head of its own."""
+        chosen = self._candidates
+        if chosen.table is not None:
+            kld = {
+                fmt: self._end_divergence(states, chosen.table if chosen.tied else None, fmt)
+                for fmt, states in self._tables.items()
+            }
+            yield self._group((chosen.table,), kld)
+        if chosen.head is not None:
+            kld = {
+                fmt: self._end_divergence(self._sample, chosen.head, fmt)
+                for fmt in chosen.formats[:-1]
+            }
+            yield self._group((chosen.head,), kld)
+
     @torch.inference_mode()
-    def _head_group(self) -> Iterator[Group]:
-        """The head's divergence is seen as it is."""
-        head = self._candidates.head
-        if head is None:
-            return
-        rows = self._sample.values.flatten(0, 1)
-        pieces = rows[:: -(-len(rows) // HEAD_TOKENS)].split(self._sweep.logit_rows)
-        kld: dict[str, float] = {}
-        for fmt in self._candidates.formats[:-1]:
-            total = 0.0
-            for piece in pieces:
-                self._sweep.rebind_head(Weight.view)
-                logs = self._logs(piece)
-                self._sweep.rebind_head(self._rounded(head, fmt))
-                total += float(divergence(logs, self._logs(piece)).sum())
-            kld[fmt] = total / sum(map(len, pieces))
-        yield self._group((head,), kld)
+    def _end_divergence(self, states: States, head: str | None, fmt: str) -> float:
+        """Seen as it is, over some of the sample, of `states` after the last layer and with the weight `head` rounded."""
+        step = -(-self._sample.tokens.numel() // HEAD_TOKENS)
+        rows, found = (
+            each.values.flatten(0, 1)[::step].split(self._sweep.logit_rows)
+            for each in (self._sample, states)
+        )
+        view = Weight.view if head is None else self._rounded(head, fmt)
+        total = 0.0
+        for some, other in zip(rows, found, strict=True):
+            self._sweep.rebind_head(Weight.view)
+            logs = self._logs(some)
+            self._sweep.rebind_head(view)
+            total += float(divergence(logs, self._logs(other)).sum())
+        self._sweep.rebind_head(Weight.view)
+        return total / sum(map(len, rows))
 
     def _rounded(self, name: str, fmt: str) -> View:
         rounding = self._candidates.rounding(name, fmt)
-        return lambda spec, block: RoundedWeight(Weight.view(spec, block), rounding)
+
+        def view(spec: WeightSpec, block: Tensor) -> Weight:
+            return RoundedWeight(Weight.view(spec, block), rounding)
+
+        return view
 
     def close(self) -> None:
         self._stack.close()
