@@ -66,6 +66,7 @@ class Format(str, Enum):
     INT8 = "int8"
     NF4 = "nf4"
     INT4 = "int4"
+    INT3 = "int3"
 
 
 @app.callback(invoke_without_command=True)
@@ -105,7 +106,9 @@ def convert(
     ] = False,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Columns that share a scale in int4: 32, 64 (if not given) or 128."),
+        typer.Option(
+            help="Columns that share a scale in int4 and int3: 32, 64 (if not given) or 128."
+        ),
     ] = None,
     requantize: Annotated[
         bool,

@@ -6,12 +6,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from headrace.runtime.conversion.affine import GROUP_SIZE
+from headrace.runtime.conversion.affine import BITS, GROUP_SIZE
 from headrace.runtime.sensitivity.candidates import Candidates
 from headrace.runtime.sensitivity.choose import Mix, rules_of
 from headrace.scheduler.errors import HeadraceError
 
-Format = Literal["keep", "bf16", "int8", "nf4", "int4"]
+Format = Literal["keep", "bf16", "int8", "nf4", "int4", "int3"]
 
 HEADER = """\
 # A recipe of headrace convert --recipe: names (patterns with *) of weights and their format; what is not named stays as
@@ -45,7 +45,7 @@ class Recipe(BaseModel):
         policy: list[tuple[str, str]] = [
             (name, line.format) for line in self.weights for name in line.names
         ]
-        return policy, self.group_size if any(fmt == "int4" for _, fmt in policy) else None
+        return policy, self.group_size if any(fmt in BITS for _, fmt in policy) else None
 
 
 def recipe_of(mix: Mix, candidates: Candidates, made: dict[str, Any]) -> Recipe:

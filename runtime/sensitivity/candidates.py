@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.calibration.encoding import CALIBRATED, nearest
+from headrace.runtime.conversion.affine import BITS
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.plan import ConversionPlan, Options, plan_conversion
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
@@ -16,11 +17,11 @@ from headrace.runtime.store import ALIGN_TENSOR
 from headrace.scheduler.errors import StoreError
 
 KEEP = "keep"
-TRIED = ("int4", "int8")
+TRIED = ("int3", "int4", "int8")
 
 
 class Candidates:
-    """Of the matrices of `checkpoint`'s layers, the embedding table, and a head of its own; int4 has groups of `group_size`.
+    """Of the matrices of `checkpoint`'s layers, the embedding table, and a head of its own; int3 and int4 have groups of `group_size`.
 
     `formats` are in order of size, the last one keeps a matrix as it is. Raises StoreError for a checkpoint that is quantized.
     """
@@ -62,7 +63,7 @@ class Candidates:
 
     def _plan(self, fmt: str) -> ConversionPlan:
         own = tuple((name, fmt) for name in (self.table, self.head) if name is not None)
-        group_size = self.group_size if fmt == "int4" else None
+        group_size = self.group_size if fmt in BITS else None
         options = Options(fmt, own, group_size=group_size)
         return plan_conversion(self.checkpoint, options, expand=True)
 

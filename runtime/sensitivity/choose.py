@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from headrace.runtime.conversion.affine import BITS
 from headrace.runtime.conversion.plan import Options, plan_conversion
 from headrace.runtime.sensitivity.candidates import KEEP, Candidates
 from headrace.runtime.sensitivity.measure import Group, Sensitivity
@@ -88,7 +89,7 @@ def options_of(
 ) -> tuple[list[Rule], int | None]:
     """A conversion's policy, and its group size where it needs one."""
     policy = [(name, fmt) for names, fmt in rules if fmt != KEEP for name in names]
-    return policy, group_size if any(fmt == "int4" for _, fmt in policy) else None
+    return policy, group_size if any(fmt in BITS for _, fmt in policy) else None
 
 
 def stored_bytes(candidates: Candidates, groups: Sequence[Group], formats: Sequence[str]) -> int:
