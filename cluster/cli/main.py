@@ -127,8 +127,8 @@ def convert(
 ) -> None:
     """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time.
 
-    With --calibrate TEXT, roundings follow what matrices are given when the text is read; with --budget, formats do, too. Options about other
-    texts and --dtype are the gate's, as in headrace eval; --device and --device-memory are of both.
+    With --calibrate TEXT, roundings follow what matrices are given when the text is read; with --budget, formats
+    do, too. Options about other texts and --dtype are the gate's, as in headrace eval; --device and --device-memory are of both.
     """
     from headrace.cluster.cli.conversion import Asked, settle
     from headrace.cluster.cli.convert import run_convert

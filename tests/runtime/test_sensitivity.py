@@ -18,7 +18,7 @@ from headrace.runtime.sensitivity.measure import measure, probed_layers, sample_
 from headrace.runtime.store import MANIFEST
 from headrace.runtime.sweep.source import open_model
 from headrace.runtime.sweep.sweep import Sweep
-from headrace.scheduler.errors import HeadraceError, StoreError
+from headrace.scheduler.errors import DoesNotFitError, HeadraceError, StoreError
 
 CPU = torch.device("cpu")
 
@@ -131,14 +131,29 @@ def test_all_kinds_of_models_are_mixed_within_their_budget(name, rounding, tmp_p
 
 
 def test_a_budget_below_the_least_is_refused_with_what_is_needed(tmp_path):
-    candidates = Candidates(open_checkpoint(STORIES), 128)
-    sensitivity = measure(candidates, stories(0, 1), "nearest", CPU)
-    with pytest.raises(HeadraceError, match=r"give at least --budget (\d\.\d\d)bits") as refused:
-        choose(candidates, sensitivity, 1_000_000)
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    candidates = Candidates(open_checkpoint(tmp_path / "source"), 32)
+    sensitivity = measure(candidates, text(), "nearest", CPU)
+    with pytest.raises(HeadraceError, match=r"give at least --budget (\d+\.\d\d)bits") as refused:
+        choose(candidates, sensitivity, 10_000)
     bits = float(str(refused.value).rpartition("--budget ")[2].removesuffix("bits"))
     mix = choose(candidates, sensitivity, int(bits * candidates.parameters / 8))
     # Rounded up to a hundredth of a bit, which may pay for one group more.
     assert mix.formats.count("int3") >= len(mix.formats) - 2
+
+
+def test_device_memory_is_enough_or_refused_with_a_figure(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    candidates = Candidates(open_checkpoint(tmp_path / "source"), 32)
+    with pytest.raises(DoesNotFitError, match=r"needs .* \((\d+) bytes\)") as refused:
+        measure(candidates, text(), "gptq", CPU, device_memory=100_000)
+    needed = int(str(refused.value).split(" (")[1].split(" ")[0])
+    found = measure(candidates, text(), "gptq", CPU, device_memory=needed)
+    # Second moments of one group at a time, and small micro-batches, give the same.
+    plain = measure(candidates, text(), "gptq", CPU)
+    for one, other in zip(found.groups, plain.groups, strict=True):
+        assert one.names == other.names
+        assert one.kld == pytest.approx(other.kld, rel=0.02)
 
 
 def test_a_quantized_checkpoint_has_no_choice(tmp_path):
