@@ -41,7 +41,7 @@ class Candidates:
         self.table = self._named(skeleton.embedding_name)
         self.tied = skeleton.tied
         wide = ("bf16",) if checkpoint.dtype == "F32" else ()
-        self.formats = (*TRIED, *wide, KEEP)
+        self.formats: tuple[str, ...] = (*TRIED, *wide, KEEP)
         self._plans = {fmt: self._plan(fmt) for fmt in self.formats}
         self._weights = {fmt: _by_name(plan) for fmt, plan in self._plans.items()}
         # gpt-oss' experts are multiplied from the other side.
@@ -58,8 +58,7 @@ class Candidates:
         return self._named(skeleton.head_name)
 
     def _named(self, target: str) -> str | None:
-        named = (name for name, role in self.roles.items() if role.target == target)
-        return next(named, None)
+        return next((name for name, role in self.roles.items() if role.target == target), None)
 
     def _plan(self, fmt: str) -> ConversionPlan:
         own = tuple((name, fmt) for name in (self.table, self.head) if name is not None)

@@ -220,8 +220,8 @@ class _Measuring:
     def _layer_groups(self, factors: Factors) -> Iterator[Group]:
         by_names: dict[tuple[str, ...], dict[str, float]] = {}
         for layer, tried in self._tried:
-            kld = factors.at(layer, kind_of(tried.names)) * tried.error
-            by_names.setdefault(tried.names, {})[tried.fmt] = kld
+            factor = factors.at(layer, kind_of(tried.names))
+            by_names.setdefault(tried.names, {})[tried.fmt] = factor * tried.error
         for names, kld in by_names.items():
             yield self._group(names, kld)
 
