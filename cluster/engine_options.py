@@ -33,7 +33,7 @@ class EngineOptions:
     seconds while one is under way is replaced;
     `trace` a file to write, when the engine closes, for Perfetto;
     `cold` is the URL[#NAME] from which each node fetches what its store lacks, None where the store was
-    pulled from, if it was.
+    pulled from, if it was; with `from_peers` from nodes of the cluster that have it.
     """
 
     store: Path
@@ -75,6 +75,7 @@ class EngineOptions:
     heartbeat_timeout: float = 30.0
     trace: Path | None = None
     cold: str | None = None
+    from_peers: bool = False
 
     @property
     def kv_host_bytes(self) -> int:

@@ -1,4 +1,5 @@
-"""Stores that nodes fill from a cold tier: what every node needs first, and layers once there is a plan."""
+"""Stores that nodes fill from a cold tier or from each other: what every node needs first, and layers once
+there is a plan."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import Any
 from headrace.cluster.pipeline import gather
 from headrace.cluster.processes import START_SECONDS
 from headrace.cluster.wire import encode
-from headrace.runtime.cold.source import ColdModel, Hydration, parse_cold, read_origin
+from headrace.runtime.cold.source import PEERS, ColdModel, Hydration, parse_cold, read_origin
 from headrace.runtime.store import Store
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,10 @@ SLOWEST_BYTES = 5e6
 
 def cold_model(store: Path, cold: str | None) -> ColdModel | None:
     """Where what `store` lacks comes from: what the user said, else where it was pulled from, if it was."""
-    return read_origin(store) if cold is None else parse_cold(cold, store)
+    if cold is not None:
+        return parse_cold(cold, store)
+    origin = read_origin(store)
+    return None if origin is None or origin.url == PEERS else origin
 
 
 def open_store(path: Path, cold: ColdModel | None) -> Store:
@@ -36,14 +40,26 @@ def open_store(path: Path, cold: ColdModel | None) -> Store:
 
 
 def hydrate_stages(
-    actors: Sequence[Any], store: Store, wanted: Sequence[Hydration], *, first: int = 0
+    actors: Sequence[Any],
+    store: Store,
+    wanted: Sequence[Hydration],
+    peers: Sequence[Any] = (),
+    *,
+    first: int = 0,
 ) -> None:
-    """Have each stage fetch what its node lacks. `actors[0]` is stage `first`."""
+    """Have each stage fetch what its node lacks, from the cold tier or from `peers`, which are StorePeers.
+    `actors[0]` is stage `first`."""
     nbytes = sum(_nbytes(store, each) for each in wanted)
-    refs = [actor.hydrate.remote(encode(each)) for actor, each in zip(actors, wanted, strict=True)]
+    refs = [
+        actor.hydrate.remote(encode(each))
+        if each.cold is not None
+        else actor.receive.remote(encode(each), store.digest, list(peers))
+        for actor, each in zip(actors, wanted, strict=True)
+    ]
     seconds = START_SECONDS + nbytes / SLOWEST_BYTES
-    fetched = gather(refs, seconds, doing=f"fetching from {wanted[0].cold}", first=first)
-    log.info("fetched from %s: %d bytes of layers and files", wanted[0].cold, sum(fetched))
+    where = wanted[0].cold or "other nodes"
+    fetched = gather(refs, seconds, doing=f"fetching from {where}", first=first)
+    log.info("fetched from %s: %d bytes of layers and files", where, sum(fetched))
 
 
 def _nbytes(store: Store, wanted: Hydration) -> int:

@@ -23,7 +23,8 @@ class Place:
 
 
 class Members:
-    """Seats processes as stages. `keys` are of the stages' logs of KV pages, where they are in no file."""
+    """Seats processes as stages. `keys` are of the stages' logs of KV pages, where they are in no file;
+    `peers` are StorePeers, where stages fetch from these."""
 
     def __init__(
         self,
@@ -33,9 +34,11 @@ class Members:
         logs: ActorLogs | None,
         edges: Edges,
         keys: Mapping[str, bytes],
+        peers: Sequence[Any] = (),
     ) -> None:
         self.processes, self.configs = processes, configs
         self._pipeline, self._logs, self._edges, self._keys = pipeline, logs, edges, dict(keys)
+        self._peers = peers
         self._deadline = max(configs[0].deadline, START_SECONDS)
 
     def pids(self) -> list[int]:
@@ -65,7 +68,7 @@ class Members:
         config = self.configs[stage]
         if config.hydration is not None:
             store = Store.described(config.store)
-            hydrate_stages([actor], store, [config.hydration], first=stage)
+            hydrate_stages([actor], store, [config.hydration], self._peers, first=stage)
         self.ask(stage, actor.load.remote(encode(config), step), f"{doing}: loading weights")
 
     def seat(self, stage: int, actor: Any, node: str | None) -> None:

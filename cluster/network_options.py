@@ -9,6 +9,10 @@ from headrace.scheduler.errors import HeadraceError
 
 def check_network(options: EngineOptions) -> None:
     """HeadraceError for what cannot be, before anything starts: loading a model takes long."""
+    if options.from_peers and options.cold is not None:
+        raise HeadraceError(
+            "--from-peers and --cold both say where nodes fetch what they lack: give one of them"
+        )
     if options.address is None:
         _check_absent(options)
         return
@@ -21,6 +25,7 @@ def _check_absent(options: EngineOptions) -> None:
     for name, given in (
         ("--interface", options.interface is not None),
         ("--rendezvous-port", options.rendezvous_port != 0),
+        ("--from-peers", options.from_peers),
     ):
         if given:
             raise HeadraceError(

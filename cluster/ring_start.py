@@ -15,6 +15,7 @@ from headrace.cluster.hydration import cold_model, hydrate_stages
 from headrace.cluster.kv_options import log_config, log_keys, log_kv
 from headrace.cluster.members import Members
 from headrace.cluster.network_speed import NetworkSpeed
+from headrace.cluster.peers import Peers
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, num_places
 from headrace.cluster.recovery import RingRecovery
@@ -67,6 +68,7 @@ class RingStarter:
         self._options, self._model, self._watch = options, model, watch
         self._ahead, self._times = ahead, times
         self._opened = ExitStack()
+        self._peers: Sequence[Any] = ()
         self.name = (
             ""  # what metrics of the ring are told apart by; none where nobody would see them
         )
@@ -79,6 +81,10 @@ class RingStarter:
         processes = StageProcesses(stages, model.device, model.store.path.name, self.name)
         self.name = processes.ring
         actors = self._opened.enter_context(processes).actors
+        if options.from_peers:
+            store = model.store
+            peers = self._opened.enter_context(Peers(store.path.resolve(), store.digest))
+            self._peers = peers.actors
         found = self._discover(actors)
         times.ended("stages")
         inputs = inputs_of_run(options, model.device, found, model.shape.result())
@@ -103,13 +109,13 @@ class RingStarter:
             self._watch(actors)
         configs = self._configs(plan, options, found)
         keys = log_keys(configs[0].kv_log)
-        _load(actors, configs, model.store, keys)
+        _load(actors, configs, model.store, keys, self._peers)
         self._ahead.close()
         times.ended(f"loading {read_at_start(plan)} and models' code")
         edges = self._connect(actors)
         times.ended("connecting")
         pipeline = RayPipeline(actors, plan, options.pass_timeout, edges.check)
-        members = Members(processes, configs, pipeline, logs, edges, keys)
+        members = Members(processes, configs, pipeline, logs, edges, keys, self._peers)
         replacer, recovery = StageReplacer(members), RingRecovery(members)
         return Ring(plan, pipeline, logs, replacer, recovery, inputs, pipeline.traces)
 
@@ -132,8 +138,9 @@ class RingStarter:
         opening = [actor.open.remote(device) for actor in actors]
         gather(opening, START_SECONDS, doing="starting")
         path = str(model.store.path.resolve())
-        if model.cold is not None:
-            hydrate_stages(actors, model.store, [Hydration(path, model.cold)] * len(actors))
+        if model.cold is not None or self._peers:
+            wanted = [Hydration(path, model.cold)] * len(actors)
+            hydrate_stages(actors, model.store, wanted, self._peers)
         found = []
         with self._ahead.paused():
             for i, actor in enumerate(actors):
@@ -162,6 +169,7 @@ class RingStarter:
                 trace=options.trace is not None,
                 kv_log=log_config(options),
                 cold=cold_model(options.store, options.cold),
+                from_peers=options.from_peers,
             )
             for i, discovery in enumerate(found)
         ]
@@ -191,11 +199,15 @@ class RingStarter:
 
 
 def _load(
-    actors: Sequence[Any], configs: Sequence[StageConfig], store: Store, keys: Mapping[str, bytes]
+    actors: Sequence[Any],
+    configs: Sequence[StageConfig],
+    store: Store,
+    keys: Mapping[str, bytes],
+    peers: Sequence[Any],
 ) -> None:
     wanted = [config.hydration for config in configs if config.hydration is not None]
     if wanted:
-        hydrate_stages(actors, store, wanted)
+        hydrate_stages(actors, store, wanted, peers)
     refs = [
         actor.load.remote(encode(config), keys=dict(keys))
         for actor, config in zip(actors, configs, strict=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.cluster.discovery import discover
 from headrace.cluster.stage_thread import StageThread
@@ -131,6 +131,13 @@ class StageActor:
         from headrace.runtime.cold.pull import hydrate
 
         return hydrate(decode(payload, Hydration)).fetched
+
+    def receive(self, payload: bytes, digest: str, peers: list[Any]) -> int:
+        """The same from stores of other nodes, those of the StorePeers `peers`."""
+        from headrace.cluster.peers import ray_peers
+        from headrace.runtime.cold.receive import receive
+
+        return receive(decode(payload, Hydration), digest, ray_peers(peers))
 
     def discover(self, device: str, store: str) -> bytes:
         return encode(self._thread.do(discover, device, store))

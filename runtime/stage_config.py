@@ -35,7 +35,7 @@ class StageConfig:
     type, `storage` "auto", "direct", "buffered" or "kvikio". `deadline` bounds every wait
     for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
     stage keeps a Trace of its newest passes. `kv_log` is for KV pages on NVMe, if there are to be any.
-    What the directory `store` lacks comes from `cold`, before the stage is built.
+    What the directory `store` lacks comes from `cold`, or `from_peers`, before the stage is built.
     """
 
     store: str
@@ -50,11 +50,12 @@ class StageConfig:
     trace: bool = False
     kv_log: LogConfig | None = None
     cold: ColdModel | None = None
+    from_peers: bool = False
 
     @property
     def hydration(self) -> Hydration | None:
         """What the stage needs of its store, and where that comes from; None where it has to be there."""
-        if self.cold is None:
+        if self.cold is None and not self.from_peers:
             return None
         placement = self.plan.placement
         return Hydration(

@@ -27,7 +27,7 @@ from typing import Any
 import xxhash
 
 from headrace.runtime.cold.ranges import ranges
-from headrace.runtime.cold.source import read_origin
+from headrace.runtime.cold.source import PEERS, read_origin
 from headrace.scheduler.errors import StoreError
 
 MANIFEST = "headrace.json"
@@ -178,14 +178,21 @@ class Store:
             raise StoreError(self._what_is_missing(missing))
 
     def _what_is_missing(self, missing: Sequence[Block]) -> str:
-        layers = [i for i, layer in enumerate(self.layers) if layer in missing]
+        indices = [i for i, layer in enumerate(self.layers) if layer in missing]
         ends = [block.name for block in (self.embed, self.head) if block in missing]
-        names = [*ends, *([f"layers {ranges(layers)}"] if layers else [])]
-        return (
+        names = [*ends, *([f"layers {ranges(indices)}"] if indices else [])]
+        lacks = (
             f"the store at {self.path} on {os.uname().nodename} lacks {' and '.join(names)} "
-            f"({sum(block.nbytes for block in missing):,} bytes), which are needed here: run headrace pull "
-            f"{self.origin} {self.path} --layers {self._layers_with(missing)} there, or give --cold URL"
+            f"({sum(block.nbytes for block in missing):,} bytes), which are needed here: "
         )
+        if self._is_of_peers:
+            return f"{lacks}give --from-peers, or --cold URL"
+        layers = self._layers_with(missing)
+        return f"{lacks}run headrace pull {self.origin} {self.path} --layers {layers} there, or give --cold URL"
+
+    @property
+    def _is_of_peers(self) -> bool:
+        return self.origin is not None and self.origin.url == PEERS
 
     def _layers_with(self, blocks: Collection[Block]) -> str:
         """Layers that a pull has to name to bring these blocks: the ends come with the layers beside them."""
@@ -264,6 +271,8 @@ class Store:
     def _cure(self) -> str:
         if self.origin is None:
             return "copy the file again, or delete the store and convert again"
+        if self._is_of_peers:
+            return "delete the file, and run with --from-peers again"
         some = "" if self.present == self.blocks else f" --layers {self._layers_with(self.present)}"
         return f"run headrace pull {self.origin} {self.path}{some} --verify"
 

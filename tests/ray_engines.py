@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from kv_runs import NoText
 
@@ -47,8 +48,10 @@ def ray_engine(
     patience: float = 30.0,
     own_stores: Sequence[Path] | None = None,
     cold: ColdModel | None = None,
+    peers: Sequence[Any] = (),
 ) -> Iterator[Engine]:
-    """As running_engine, with a plan that a test dictates; stages may have stores of their own."""
+    """As running_engine, with a plan that a test dictates; stages may have stores of their own, and fetch what
+    they lack from `peers`, actors that are StorePeers."""
     stages = plan.placement.num_stages
     configs = [
         StageConfig(
@@ -63,6 +66,7 @@ def ray_engine(
             threads=1,
             kv_log=kv_log,
             cold=cold,
+            from_peers=bool(peers),
         )
         for stage in range(stages)
     ]
@@ -73,7 +77,7 @@ def ray_engine(
         keys = log_keys(kv_log)
         wanted = [config.hydration for config in configs if config.hydration is not None]
         if wanted:
-            hydrate_stages(actors, Store.open(store), wanted)
+            hydrate_stages(actors, Store.open(store), wanted, peers)
         loading = [
             a.load.remote(encode(c), keys=keys) for a, c in zip(actors, configs, strict=True)
         ]
@@ -83,7 +87,7 @@ def ray_engine(
         edges.connect(actors)
         logs = ActorLogs(actors) if kv_log else None
         ring = Counted(actors, plan, deadline, edges.check)
-        members = Members(processes, configs, ring, logs, edges, keys)
+        members = Members(processes, configs, ring, logs, edges, keys, peers)
         engine = Engine(
             Ring(
                 plan,

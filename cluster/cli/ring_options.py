@@ -59,6 +59,14 @@ class RingOptions:
         ),
     ] = None
     cold: ColdOption = None
+    from_peers: Annotated[
+        bool,
+        typer.Option(
+            "--from-peers",
+            help="With --address: nodes that lack the store, or layers of it, fetch them from nodes of the"
+            " cluster that have them.",
+        ),
+    ] = False
     heartbeat_timeout: Annotated[
         float,
         typer.Option(

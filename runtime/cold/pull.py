@@ -5,17 +5,16 @@ that is killed goes on where it was: of what is there, chunks whose hashes are r
 One process at a time writes to a directory; others wait, and find what they need.
 """
 
-import fcntl
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from headrace.runtime.block_file import sync_directory, write_durably
+from headrace.runtime.cold.directory import has_its_size, locked, pulling, refuse_small_disk
 from headrace.runtime.cold.objects import ChunkReader, hash_of, read_record
 from headrace.runtime.cold.record import ChunkRef, FileRecord, ModelRecord
 from headrace.runtime.cold.source import ORIGIN, ColdModel, Hydration, read_origin
@@ -23,8 +22,6 @@ from headrace.runtime.cold.tier import ColdTier
 from headrace.runtime.cold.transfers import JOBS, run_all
 from headrace.runtime.store import MANIFEST, Block, Store
 from headrace.scheduler.errors import ColdTierError, StoreError
-
-PULLING = ".pulling"
 
 Choose = Callable[[Store], Iterable[Block]]
 """Which blocks of a store are wanted."""
@@ -56,6 +53,7 @@ def hydrate(wanted: Hydration) -> PullReport:
     def choose(store: Store) -> Iterable[Block]:
         return store.blocks_of(wanted.layers, first=wanted.first, last=wanted.last)
 
+    assert wanted.cold is not None
     return pull(wanted.cold, Path(wanted.store), choose if wanted.layers else nothing)
 
 
@@ -83,7 +81,7 @@ def pull(
     room, ColdTierError when the tier has no such model, or not all of it.
     """
     began = time.monotonic()
-    with _locked(store):
+    with locked(store):
         if not verify and _is_there(store, choose):
             return PullReport(0, 0, (), time.monotonic() - began)
         tier = ColdTier(model.url)
@@ -92,33 +90,11 @@ def pull(
         return PullReport(fetching.fetched, fetching.resumed, damaged, time.monotonic() - began)
 
 
-@contextmanager
-def _locked(store: Path) -> Iterator[None]:
-    """Creates the directory and keeps others out; the lock goes with its holder, however that ends."""
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(store, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise StoreError(f"cannot write a store to {store}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _is_there(path: Path, choose: Choose) -> bool:
     if not (path / MANIFEST).exists() or read_origin(path) is None:
         return False
     store = Store.described(path)
-    return all(_has_its_size(block) for block in choose(store))
-
-
-def _has_its_size(block: Block) -> bool:
-    try:
-        return block.file.stat().st_size == block.data_offset + block.nbytes
-    except FileNotFoundError:
-        return False
+    return all(has_its_size(block) for block in choose(store))
 
 
 class _Pull:
@@ -153,7 +129,7 @@ class _Pull:
         files = [file for file in self._record.files if file.name in blocks]
         bad = [file for file in files if self._set_aside(store, blocks[file.name], verify)]
         lacking = [file for file in files if not (self._path / file.name).exists()]
-        self._refuse_small_disk(lacking)
+        refuse_small_disk(self._path, [(self._path / file.name, file.nbytes) for file in lacking])
         self._fetch(lacking, lambda name, file: _damage(store, blocks[name], file))
         return (*damaged, *(file.name for file in bad))
 
@@ -194,23 +170,10 @@ class _Pull:
         """Whether a file that is there is damaged: it then is one of which chunks are still to come."""
         if not block.file.exists():
             return False
-        if _has_its_size(block) and not (verify and store.damaged_part(block, block.file)):
+        if has_its_size(block) and not (verify and store.damaged_part(block, block.file)):
             return False
-        block.file.replace(_pulling(block.file))
+        block.file.replace(pulling(block.file))
         return True
-
-    def _refuse_small_disk(self, files: Sequence[FileRecord]) -> None:
-        disk, needed = os.statvfs(self._path), 0
-        for file in files:
-            with suppress(FileNotFoundError):  # blocks of a file are taken as it is written
-                needed -= _pulling(self._path / file.name).stat().st_blocks * 512
-            needed += file.nbytes
-        free = disk.f_bavail * disk.f_frsize
-        if needed > free:
-            raise StoreError(
-                f"{self._model} needs {needed:,} more bytes in {self._path}, where {free:,} are free: free "
-                f"{needed - free:,} bytes, choose another disk, or pull fewer --layers"
-            )
 
     def _fetch(
         self,
@@ -270,7 +233,7 @@ class _Assembly:
     """A file that is being made of chunks, in any order."""
 
     def __init__(self, target: Path, file: FileRecord) -> None:
-        self.file, self.partial, self._target = file, _pulling(target), target
+        self.file, self.partial, self._target = file, pulling(target), target
         self._resumes = self.partial.exists()
         self._left = len(file.chunks)
         self._lock = threading.Lock()
@@ -314,10 +277,6 @@ class _Assembly:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
-
-
-def _pulling(file: Path) -> Path:
-    return file.with_name(file.name + PULLING)
 
 
 def _damage(store: Store, block: Block, file: Path) -> str | None:

@@ -14,6 +14,9 @@ from headrace.scheduler.errors import ColdTierError, StoreError
 ORIGIN = "headrace-origin.json"
 """In a store's directory: where its blocks come from. With it, a store may lack some of them."""
 
+PEERS = "peers:"
+"""In place of a URL where blocks come from the cluster's other nodes."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -31,10 +34,10 @@ class ColdModel:
 @dataclass(frozen=True, slots=True)
 class Hydration:
     """What a stage needs in the directory `store` of its node: some layers, the `first` or `last` one's
-    ends with them, and what every node needs."""
+    ends with them, and what every node needs; from other nodes where `cold` is None."""
 
     store: str
-    cold: ColdModel
+    cold: ColdModel | None
     layers: tuple[int, ...] = ()
     first: bool = False
     last: bool = False
@@ -70,7 +73,7 @@ def check_name(name: str) -> None:
 
 
 def read_origin(store: Path) -> ColdModel | None:
-    """Where the blocks of `store` come from; None for a store that was made here."""
+    """Where the blocks of `store` come from, maybe PEERS; None for a store that was made here."""
     file = store / ORIGIN
     try:
         origin = json.loads(file.read_bytes())

@@ -14,6 +14,7 @@ from headrace.cluster.bench.local import local_engine
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.llm import LLM
+from headrace.cluster.peers import StorePeer
 from headrace.runtime.cold.pull import pull
 from headrace.runtime.cold.push import push
 from headrace.runtime.cold.source import ColdModel
@@ -90,6 +91,27 @@ def test_stages_with_stores_of_their_own(
         assert blocks_in(other) == ["embed", *(f"layer-{i:05d}" for i in range(1, 12, 2)), "head"]
         (other / "layer-00003.safetensors").unlink()
         engine.replace_stage(1)
+        assert answer_of(engine) == expected
+
+
+@pytest.mark.slow
+def test_stages_fetch_from_other_nodes_stores(
+    tier: ColdModel, stories: Path, expected: list[int], tmp_path: Path
+) -> None:
+    """One node has nothing, and one half of the layers; also when a stage is replaced."""
+    store, half = Store.open(stories), tmp_path / "half"
+    pull(tier, half, lambda store: store.blocks_of(range(6, 12), first=False, last=True))
+    peer = ray.remote(num_cpus=0)(StorePeer)
+    peers = [peer.remote(str(path), store.digest) for path in (half, stories)]
+    ray.kill(peer.remote(str(stories), store.digest))
+    path = tmp_path / "empty"
+    plan = manual_plan(store, stages=2)
+    with ray_engine(stories, plan, own_stores=(path, half), peers=peers) as engine:
+        assert answer_of(engine) == expected
+        assert len(blocks_in(path)) == 7
+        (path / "layer-00003.safetensors").unlink()
+        ray.kill(peers[0])
+        engine.replace_stage(0)
         assert answer_of(engine) == expected
 
 
