@@ -44,6 +44,8 @@ from headrace.cluster.serving.page import Page
 from headrace.cluster.serving.reader import Model, Reader, Work
 from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.ring import ring_state
+from headrace.cluster.serving.shadow.metrics import shadow_state
+from headrace.cluster.serving.shadow.shadow import Shadow
 from headrace.cluster.serving.terms import TIMEOUT_HEADER
 from headrace.cluster.serving.tracing import TraceRequest, Tracing
 from headrace.scheduler.errors import RequestError
@@ -80,9 +82,11 @@ class Front:
         metrics: Metrics,
         *,
         max_body: int,
+        shadow: Shadow | None = None,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
         self._room, self._tracing = room, Tracing(engine)
+        self._shadow = shadow
         self._max_body, self._created = max_body, int(time.time())
 
     @property
@@ -183,7 +187,8 @@ class Front:
         engine, operator = self._engine, bool(request.state.operator)
         standing = await asyncio.to_thread(engine.standing)
         state = ring_state(engine.plan, engine.state, engine.now(), standing, operator=operator)
-        return JSON({"model": self._model.name, **state})
+        shadow = shadow_state(self._shadow)
+        return JSON({"model": self._model.name, **state, "shadow": shadow})
 
     async def trace(self, request: Request) -> Response:
         if not request.state.operator:
