@@ -27,8 +27,8 @@ class CheckpointModel:
         self, path: Path, self_check: Callable[[PretrainedConfig], bool] | None = check
     ) -> None:
         checkpoint = Checkpoint(path)
-        latents = self_check is None or self_check(load_config(path))
-        plan = plan_conversion(checkpoint, Options("keep"), expand=not latents)
+        self.latents = self_check is None or self_check(load_config(path))
+        plan = plan_conversion(checkpoint, Options("keep"), expand=not self.latents)
         self.path = path
         self.config: dict[str, Any] = plan.config
         self.dtype = plan.dtype
@@ -60,13 +60,16 @@ class CheckpointModel:
 SweptModel = Store | CheckpointModel
 
 
-def open_model(path: Path) -> SweptModel:
-    """The store or the checkpoint in `path`, whole. Raises StoreError, saying what it is instead."""
+def open_model(
+    path: Path, self_check: Callable[[PretrainedConfig], bool] | None = check
+) -> SweptModel:
+    """The store or the checkpoint in `path`, whole; `self_check` is of checkpoints. Raises StoreError, saying what
+    it is instead."""
     if (path / MANIFEST).exists() or not (path / "config.json").exists():
         store = Store.open(path)
         store.require(store.blocks)
         return store
-    return CheckpointModel(path)
+    return CheckpointModel(path, self_check)
 
 
 def _block(path: Path, plan: BlockPlan) -> Block:

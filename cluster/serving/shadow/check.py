@@ -11,7 +11,7 @@ from headrace.cluster.serving.shadow.ties import TIES
 from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.room import FEWEST_TOKENS, sweep_bytes
-from headrace.runtime.sweep.source import open_model
+from headrace.runtime.sweep.source import CheckpointModel, open_model
 from headrace.runtime.sweep.sweep import MOST_TOKENS
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import ModelShape
@@ -49,6 +49,7 @@ def check_shadow(options: ShadowOptions) -> Setup:
         padded=padded,
         micro_batch=_fitting(options, shapes, longest),
         tie=TIES[options.dtype],
+        latents=isinstance(reference, CheckpointModel) and reference.latents,
     )
 
 

@@ -12,7 +12,8 @@ LENGTH_BYTES = 4
 class Setup:
     """What is compared, and how; the first message. Sizes in tokens: sequences have `longest` at most, those of a
     batch `padded` together when each is as long as the longest, and micro-batches `micro_batch`. `memory` in bytes,
-    `tie` in nats."""
+    `tie` in nats;
+    `latents` is what the self-check of a checkpoint found, which takes seconds."""
 
     store: str
     reference: str
@@ -23,6 +24,7 @@ class Setup:
     padded: int
     micro_batch: int
     tie: float
+    latents: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,9 @@ class Comparison:
 
     def _opened(self) -> tuple[SweptModel, SweptModel]:
         if self._models is None:
-            reference, store = (
-                open_model(Path(path)) for path in (self._setup.reference, self._setup.store)
-            )
+            setup = self._setup
+            reference = open_model(Path(setup.reference), lambda _: setup.latents)
+            store = open_model(Path(setup.store))
             self._models = reference, store
         return self._models
 
