@@ -10,6 +10,9 @@ from headrace.cluster.wire import decode
 
 WORKER = "headrace.cluster.serving.shadow.worker"
 
+COMMAND = ("nice", "-n", "19", sys.executable, "-P", "-m", WORKER)
+"""Gives way from the start: to import torch takes seconds of a processor."""
+
 
 class ChildDiedError(Exception):
     """The process has ended, for whatever reason; its own words are on standard error."""
@@ -25,8 +28,9 @@ class Child:
     async def start(cls, setup: Setup) -> "Child":
         """ChildDiedError when the machine has no room for another process."""
         try:
+            # In a session of its own, which a terminal's Ctrl-C does not reach: it ends when the server does.
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", WORKER, stdin=PIPE, stdout=PIPE
+                *COMMAND, stdin=PIPE, stdout=PIPE, start_new_session=True
             )
         except OSError as error:
             raise ChildDiedError(f"it cannot be started: {error.strerror}") from error

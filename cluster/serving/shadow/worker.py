@@ -3,7 +3,6 @@ output. It ends when its input does."""
 
 import os
 import queue
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -98,8 +97,7 @@ class Comparison:
 
 
 def _yield_to_others() -> None:
-    """Whoever else wants the processors or the drives has them, and memory is taken from here first."""
-    os.nice(19)
+    """Whoever else wants the drives has them, and memory is taken from here first."""
     psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
@@ -107,8 +105,6 @@ def _yield_to_others() -> None:
 
 def main() -> None:
     _yield_to_others()
-    # Ctrl-C is for the server, which lets its requests finish first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print
     orders = Orders(sys.stdin.buffer)

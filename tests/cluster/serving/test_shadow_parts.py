@@ -181,13 +181,13 @@ async def _is_patient(stories: Path) -> None:
 async def _outlives_its_reference(stories: Path, gone: Path) -> None:
     options = ShadowOptions(stories, gone, sample=1.0, memory=MEMORY, patience=0.0)
     shadow = Shadow(options, check_shadow(options), lambda: True)
-    elsewhere = gone.rename(gone.with_name("elsewhere"))
+    await asyncio.to_thread(gone.rename, gone.with_name("elsewhere"))
     shadow.start()
     order = Order(list(range(5, 20)), SamplingParams(temperature=0), 0)
     shadow.offer(order, Completion(1, list(range(30, 50)), "", "length", None, 15))
     await _until(lambda: shadow.queue.dropped["failed"] == 1)
     assert shadow.queue.tokens == 0 and shadow.totals.restarts == 0
-    elsewhere.rename(gone)
+    await asyncio.to_thread(gone.with_name("elsewhere").rename, gone)
     shadow.offer(order, Completion(2, list(range(30, 50)), "", "length", None, 15))
     await _until(lambda: shadow.totals.sequences == 1)
     await shadow.close()
