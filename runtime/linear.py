@@ -20,7 +20,6 @@ from headrace.runtime.matmul.few_rows import multiply
 from headrace.runtime.product import product
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
-from headrace.scheduler.errors import StoreError
 
 if TYPE_CHECKING:
     from headrace.runtime.linear_group import LinearGroup
@@ -69,9 +68,10 @@ class Weight(ABC):
             return Int8Weight(parts["data"].view(spec.shape), parts["scale"])
         if spec.format in ("nf4", "fp4"):
             return FourBitWeight(spec, parts)
-        raise StoreError(
-            f"a weight is stored as {spec.format!r}, which this version cannot read: convert again"
-        )
+        # Imported late: they are weights themselves.
+        from headrace.runtime.stored_weights import stored_weight
+
+        return stored_weight(spec, parts)
 
     @property
     @abstractmethod
@@ -134,7 +134,7 @@ class Weight(ABC):
         self, x: Tensor, bias: Tensor | None, scratch: Scratch | None, *, transposed: bool = False
     ) -> Tensor:
         """`linear` with all of this weight dequantized at once."""
-        tracer = _tracer(scratch)
+        tracer = tracer_of(scratch)
         if x.dtype == self.dtype:
             values = self.dense(x.dtype, scratch)
         else:
@@ -272,7 +272,7 @@ class FourBitWeight(Weight):
         scratch: Scratch | None = None,
         transposed: bool = False,
     ) -> Tensor:
-        found = None if transposed else multiply(x, [self], [bias], _tracer(scratch))
+        found = None if transposed else multiply(x, [self], [bias], tracer_of(scratch))
         return super().linear(x, bias, scratch, transposed) if found is None else found[0]
 
     def together(
@@ -285,14 +285,15 @@ class FourBitWeight(Weight):
         weights = [self, *(weight for weight in others if isinstance(weight, FourBitWeight))]
         if len(weights) <= len(others):
             return None
-        return multiply(x, weights, biases, _tracer(scratch))
+        return multiply(x, weights, biases, tracer_of(scratch))
 
     def codes(self) -> Codes:
         columns, depth = self.shape
         return Codes(self.kind, self._packed, self._scales(), self.group, (columns, depth))
 
 
-def _tracer(scratch: Scratch | None) -> Tracer:
+def tracer_of(scratch: Scratch | None) -> Tracer:
+    """Who times work that may use a scratch."""
     return NULL_TRACER if scratch is None else scratch.tracer
 
 

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from headrace.runtime.binding import Binding, ExpertStack, PackedLinear
 from headrace.runtime.linear import QuantLinear
-from headrace.runtime.matmul.configs import Product
+from headrace.runtime.matmul.configs import LEAST_GROUP, TABLES, Product
 from headrace.runtime.store import WeightSpec
-
-FOUR_BIT = ("nf4", "fp4")
 
 MOST = 3
 """Linears of a launch. More get a second one, so that their results need not be kept for long."""
@@ -68,11 +66,24 @@ def grouped(
         for module in map(layer.get_submodule, names):
             if isinstance(module, QuantLinear):
                 spec = specs[module]
-                alike[spec.format, spec.blocksize, module.bias is None].append(module)
+                alike[*_kind(spec), module.bias is None].append(module)
         for linears in alike.values():
             chunks = (linears[i : i + MOST] for i in range(0, len(linears), MOST))
             made += [LinearGroup(chunk) for chunk in chunks if len(chunk) > 1]
     return tuple(made)
+
+
+def _kind(spec: WeightSpec) -> tuple[str, int, bool]:
+    """What weights of one launch have in common."""
+    return spec.format, spec.blocksize, "zero" in spec.parts
+
+
+def _is_fused(spec: WeightSpec) -> bool:
+    """Whether the few-row kernel multiplies by such a weight, if its sizes allow it."""
+    if spec.format == "int4":
+        own = "offset" in spec.parts or "order" in spec.parts
+        return not own and spec.blocksize >= LEAST_GROUP["zero" in spec.parts]
+    return spec.format in TABLES
 
 
 def four_bit_products(bindings: Iterable[Binding]) -> Iterator[Product]:
@@ -81,7 +92,7 @@ def four_bit_products(bindings: Iterable[Binding]) -> Iterator[Product]:
     for binding in bindings:
         linear = binding.module if isinstance(binding, PackedLinear) else None
         for specs in _together(binding):
-            if any(spec.format not in FOUR_BIT for spec in specs):
+            if not all(map(_is_fused, specs)):
                 continue
             if linear is not None and linear.group is not None:
                 groups[linear.group] += specs
@@ -96,7 +107,7 @@ def _together(binding: Binding) -> Iterator[tuple[WeightSpec, ...]]:
     specs = binding.factors
     if specs and isinstance(binding, ExpertStack):
         for enter in binding.specs.enter:
-            if len({(spec.format, spec.blocksize) for spec in enter}) == 1:
+            if len(set(map(_kind, enter))) == 1:
                 yield enter
             else:
                 yield from ((spec,) for spec in enter)
@@ -107,4 +118,5 @@ def _together(binding: Binding) -> Iterator[tuple[WeightSpec, ...]]:
 def _product(specs: Sequence[WeightSpec], linear: QuantLinear | None) -> Product:
     columns = tuple(spec.shape[-2] for spec in specs)
     biased = linear is not None and linear.bias is not None
-    return Product(specs[0].format, specs[0].blocksize, columns, specs[0].shape[-1], biased)
+    kind, group, zeros = _kind(specs[0])
+    return Product(kind, group, columns, specs[0].shape[-1], biased, zeros)

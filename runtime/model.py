@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headrace.runtime import plugs, rope
 from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.binding import Binder, ExpertStack, FetchedStack
+from headrace.runtime.binding import Binder, ExpertStack, FetchedStack, View
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
@@ -159,6 +159,14 @@ class StageModel:
     def layer(self, index: int) -> nn.Module:
         """transformers' layer, whose linears are QuantLinear while it is one of this stage's."""
         return self._modules[index]
+
+    def bind_through(self, layer: int, block: Tensor, view: View) -> None:
+        """`bind`, with another view of the weights that matrix products take; it lasts until the next call."""
+        for group in self._groups[layer]:
+            group.forget()
+        for binding in self._bindings[layer]:
+            binding.bind(block, view)
+        self._bound.pop(layer, None)
 
     def bind(self, layer: int, block: Tensor) -> None:
         """Points the layer's weights at `block`, its data section on the device (uint8).

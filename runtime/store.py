@@ -62,7 +62,21 @@ class WeightSpec:
         "nested_code": F32[256]}, `nested_blocksize` and `nested_offset`.
     format "int8" (bitsandbytes row-wise): parts {"data": I8 [rows, columns], "scale": F32[rows]},
         weight = data * scale / 127.
-    `shape` is the logical weight's.
+    format "int4": parts {"data": U8 packed, even element in the high nibble; "scale": F16, BF16 or
+        F32 [rows, columns / blocksize]} and either "zero": U8 of scale's shape (8 everywhere when
+        absent), weight = (data - zero) * scale, or "offset" of scale's type and shape,
+        weight = data * scale + offset. Optional "order": I32 [columns], of a single matrix:
+        column j of the data is column order[j] of the weight.
+    format "int8g": parts {"data": I8 [rows, columns], "scale", optional "offset"} as in int4,
+        weight = data * scale + offset.
+    format "fp8": parts {"data": F8_E4M3 [rows, columns], "scale": F32 [matrices x blocks of rows,
+        blocks of columns]}, weight = data * scale; blocks are of `block_rows` rows of a matrix and
+        `blocksize` columns, the last ones may be smaller.
+    format "mxfp4": parts {"data": U8 packed as in int4, of e2m1 codes; "scale": U8 [rows, columns / 32]
+        (E8M0)}, weight = e2m1[data] * 2 ** (scale - 127).
+    rows are those of all matrices of a stack, one after another; `blocksize` divides columns but in fp8.
+    `shape` is the logical weight's. `turned`: parts are those of the stack whose matrices are
+    transposed, [experts, columns, rows].
     """
 
     format: str
@@ -71,6 +85,8 @@ class WeightSpec:
     blocksize: int = 0
     nested_blocksize: int = 0
     nested_offset: float = 0.0
+    block_rows: int = 0
+    turned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,12 +334,12 @@ def _why_no_store(path: Path) -> str:
         done = max((path / JOURNAL).read_bytes().count(b"\n") - 1, 0)
         return (
             f"{path} is an unfinished conversion ({done} blocks are done); "
-            "run the same headrace convert again to resume it"
+            "run the same headrace convert (or prune) again to resume it"
         )
     if (path / HELD).exists():
         return (
             f"{path} is a finished conversion that has not passed its --gate; run the same headrace convert "
-            "again to judge it anew, or without --gate to take it as it is"
+            "(or prune) again to judge it anew, or without --gate to take it as it is"
         )
     if (path / "config.json").exists():
         return (

@@ -6,8 +6,20 @@ import torch
 from architectures import tiny_model
 
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.conversion.quantize import TORCH_DTYPES, decode
-from headrace.runtime.store import Block, Store
+from headrace.runtime.conversion.quantize import STORE_DTYPES, TORCH_DTYPES, decode
+from headrace.runtime.store import Block, Store, TensorSpec
+
+
+def packed_block(parts: dict[str, torch.Tensor]) -> tuple[dict[str, TensorSpec], torch.Tensor]:
+    """Tensors one after another on 256-byte boundaries, as in a block, after something else."""
+    specs, data = {}, bytearray(256)
+    for name, tensor in parts.items():
+        specs[name] = TensorSpec(
+            STORE_DTYPES[tensor.dtype], tuple(tensor.shape), len(data), tensor.nbytes
+        )
+        data += tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        data += bytes(-len(data) % 256)
+    return specs, torch.frombuffer(data, dtype=torch.uint8)
 
 
 def stored_weights(store: Store, block: Block) -> dict[str, torch.Tensor]:

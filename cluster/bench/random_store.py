@@ -23,14 +23,15 @@ from headrace.cluster.bench.random_weights import RandomWeights
 from headrace.runtime.block_file import BlockWriter, Entry, lay_out, write_durably
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.journal import Journal
+from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.plan import (
     BlockPlan,
     Options,
-    WeightPlan,
     plan_conversion,
 )
-from headrace.runtime.conversion.quantize import STORE_DTYPES, Part, weight_spec
+from headrace.runtime.conversion.quantize import STORE_DTYPES, weight_spec
 from headrace.runtime.skeleton import Skeleton, parse_config
 from headrace.runtime.store import MANIFEST, VERSION, Block, Store, block_to_json
 from headrace.scheduler.errors import HeadraceError

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.runtime.conversion.quantize import STATE_BYTES, Part, encode
+from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.quantize import STATE_BYTES, encode
 
 POOL_BYTES = 64 << 20
 CHUNK_BYTES = 8 << 20
@@ -41,6 +42,8 @@ class RandomWeights:
             # Uniform codes have the table's root mean square, uniform int8 that of a ramp.
             "absmax": _bytes_of(spread * (std / float(self._code.square().mean().sqrt()))),
             "scale": _bytes_of(spread * (std * sqrt(3))),
+            # Uniform codes 0 ... 15 have a standard deviation of sqrt((16 ** 2 - 1) / 12).
+            "int4 scale": _bytes_of((spread * (std / sqrt(21.25))).half()),
         }
 
     def state(self, shape: Sequence[int]) -> dict[str, Any]:
@@ -65,8 +68,11 @@ class RandomWeights:
             yield memoryview(json.dumps(self.state(shape)).encode().ljust(STATE_BYTES))
         elif part.role == "layout":
             yield memoryview(bytes(nbytes))
+        elif part.role == "zero":
+            yield memoryview(b"\x08" * nbytes)
         else:
             pool = "noise" if part.role == "data" else part.role
+            pool = "int4 scale" if (fmt, pool) == ("int4", "scale") else pool
             yield from self._from_pool(pool, nbytes, random)
 
     def _from_pool(self, name: str, nbytes: int, random: Random) -> Iterator[memoryview]:

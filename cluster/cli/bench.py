@@ -24,6 +24,7 @@ app = typer.Typer(
 class WeightFormat(str, Enum):
     NF4 = "nf4"
     INT8 = "int8"
+    INT4 = "int4"
     BF16 = "bf16"
 
 

@@ -1,6 +1,8 @@
 """`headrace convert` and `headrace inspect`: a bar with bytes/s and ETA, tables of what is stored."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ from rich.progress import TaskID
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from headrace.cluster.cli.calibration import roundings
 from headrace.cluster.cli.progress import byte_bar
-from headrace.runtime.conversion.convert import Progress, convert
+from headrace.runtime.calibration.calibrate import Calibration, convert_calibrated
+from headrace.runtime.conversion.convert import CHANGES, REQUANTIZED, Progress, convert
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.errors import HeadraceError
+
+WORST = 3
+"""Weights that are shown of those that were quantized again."""
 
 
 def parse_policy(rules: Iterable[str]) -> tuple[tuple[str, str], ...]:
@@ -39,24 +46,48 @@ def run_convert(
     format: str,
     policy: Sequence[str],
     double_quant: bool,
+    group_size: int | None = None,
+    requantize: bool = False,
     allow_missing_tokenizer: bool,
     self_check: Callable[[PretrainedConfig], bool] | None,
+    calibration: Calibration | None = None,
 ) -> Store:
     """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
     pairs = parse_policy(policy)
+    tally = None
     with byte_bar(console) as bar:
-        store = convert(
-            source,
-            dest,
+        run = partial(
+            convert,
             format=format,
             policy=pairs,
             double_quant=double_quant,
-            progress=_Meter(bar),
+            group_size=group_size,
+            requantize=requantize,
+            progress=Meter(bar),
             self_check=self_check,
             allow_missing_tokenizer=allow_missing_tokenizer,
         )
+        if calibration is None:
+            store = run(source, dest)
+        else:
+            store, tally = convert_calibrated(source, dest, calibration, run)
     console.print(summary(store))
+    if tally is not None and tally.counts:
+        console.print(roundings(tally))
+    if (store.path / CHANGES).exists():
+        console.print(changes(store.path / CHANGES))
     return store
+
+
+def changes(file: Path) -> RenderableType:
+    """What quantizing again changed: the three weights that it changed most."""
+    errors = json.loads(file.read_text())[REQUANTIZED]
+    worst = sorted(errors.items(), key=lambda item: -item[1]["relative_rms"])[:WORST]
+    table = Table("weight", "from", "to", "relative RMS error")
+    for name, error in worst:
+        table.add_row(name, error["from"], error["to"], f"{error['relative_rms']:.2%}")
+    text = f"quantized again: {len(errors)} weights, those changed most (all are in {file.name})"
+    return Group(text, table)
 
 
 def run_inspect(console: Console, path: Path, *, verify: bool, as_json: bool) -> None:
@@ -78,7 +109,7 @@ def run_inspect(console: Console, path: Path, *, verify: bool, as_json: bool) ->
         console.print(f"verified: {which} are as they were written")
 
 
-class _Meter:
+class Meter:
     """Turns a conversion's reports into a bar, whose speed leaves out what an earlier run wrote."""
 
     def __init__(self, bar: Bar) -> None:

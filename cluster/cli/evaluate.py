@@ -114,11 +114,10 @@ def table(found: Evaluation) -> Table:
 
 def how(found: Evaluation) -> str:
     """What the figures are of."""
-    texts = ", ".join(found.texts)
     divergence = "KLD in nats, over the whole vocabulary; " if found.reference is not None else ""
     return (
-        f"{found.predicted:,} predicted tokens of {texts} in {found.windows} windows of up to {found.context}; "
-        f"{divergence}{found.dtype} on {found.device}, micro-batches of up to {found.micro_batch_tokens} tokens\n"
+        f"{found.size}; {divergence}{found.dtype} on {found.device}, micro-batches of up to "
+        f"{found.micro_batch_tokens} tokens\n"
         "seconds a token: wall-clock time of this run over the texts' tokens, waiting for weights included"
     )
 

@@ -44,10 +44,11 @@ class CorpusOptions:
         """HeadraceError for a malformed size."""
         return None if self.device_memory is None else parse_size(self.device_memory)
 
-    def refuse_without_gate(self) -> None:
-        """HeadraceError when a conversion is told what only a gate needs."""
-        if self != CorpusOptions():
+    def refuse_without_gate(self, *, calibrating: bool) -> None:
+        """HeadraceError when a conversion is told what only a gate, or one that calibrates, needs."""
+        shared = CorpusOptions(device=self.device, device_memory=self.device_memory)
+        if self != (shared if calibrating else CorpusOptions()):
             raise HeadraceError(
                 "--text, --context, --tokens, --device, --device-memory, --dtype, --prompts and --new-tokens say how a "
-                "conversion is judged: give --gate FILE with them"
+                "conversion is judged: give --gate FILE with them (--device and --device-memory: or --calibrate TEXT)"
             )

@@ -26,16 +26,16 @@ class GatedConversion:
         self, console: Console, checkpoint: Path, store: Path, corpus: CorpusOptions, gate: Path
     ) -> None:
         self._gate = checked_gate(gate, checkpoint, corpus)
-        Corpus(checkpoint, tuple(corpus.text or ()), corpus.tokens)
-        self._console, self._checkpoint, self._store = console, checkpoint, store
+        self._reference = open_model(checkpoint)
+        Corpus(self._reference, tuple(corpus.text or ()), corpus.tokens)
+        self._console, self._store = console, store
         self._corpus = corpus
 
     def run(self, convert: Callable[[], Store]) -> int:
         """The exit code."""
         converted = convert()
         hold_back(self._store)
-        reference = open_model(self._checkpoint)
-        found = measured(self._console, [converted], reference, self._corpus)
+        found = measured(self._console, [converted], self._reference, self._corpus)
         self._console.print(table(found))
         self._console.print(how(found), style="dim", highlight=False)
         code = judge(self._console, self._gate, found)

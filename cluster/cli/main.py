@@ -1,4 +1,4 @@
-"""`headrace`: convert, inspect, eval, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
+"""`headrace`: convert, prune, inspect, eval, push, pull, cold, plan, generate, profile, explain, serve, top, trace, client, job, bench, kv, doctor."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ from rich.console import Console
 from headrace import __version__
 from headrace.cluster.cli.bench import app as bench_app
 from headrace.cluster.cli.bench_serve import serve_load
+from headrace.cluster.cli.calibrate_options import CalibrationOptions
 from headrace.cluster.cli.client import app as client_app
 from headrace.cluster.cli.client_batch import app as client_batch_app
 from headrace.cluster.cli.cold import app as cold_app
@@ -29,6 +30,7 @@ from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import RunOptions, StoreArgument
 from headrace.cluster.cli.plan_command import plan_run
 from headrace.cluster.cli.profile_command import profile_run
+from headrace.cluster.cli.prune_command import prune_model
 from headrace.cluster.cli.ring_options import RingOptions
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.cluster.cli.top import top
@@ -62,6 +64,7 @@ class Format(str, Enum):
     BF16 = "bf16"
     INT8 = "int8"
     NF4 = "nf4"
+    INT4 = "int4"
 
 
 @app.callback(invoke_without_command=True)
@@ -82,8 +85,11 @@ def _root(
 @app.command()
 @takes_options
 def convert(
+    calibration: CalibrationOptions,
     corpus: CorpusOptions,
-    checkpoint: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
+    ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
     policy: Annotated[
@@ -92,6 +98,14 @@ def convert(
     ] = None,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="Quantize NF4's scales, too.")
+    ] = False,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns that share a scale in int4: 32, 64 (if not given) or 128."),
+    ] = None,
+    requantize: Annotated[
+        bool,
+        typer.Option("--requantize", help="Change what is quantized already; say what it changed."),
     ] = False,
     allow_missing_tokenizer: Annotated[
         bool, typer.Option("--allow-missing-tokenizer", help="Convert without a tokenizer.")
@@ -106,11 +120,16 @@ def convert(
 ) -> None:
     """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time.
 
-    Options about texts, --device and --dtype are the gate's, as in headrace eval.
+    With --calibrate TEXT, roundings follow what matrices are given when the text is read. Options about other
+    texts and --dtype are the gate's, as in headrace eval; --device and --device-memory are of both.
     """
-    from headrace.cluster.cli.convert import run_convert
+    from headrace.cluster.cli.calibration import chosen
+    from headrace.cluster.cli.convert import parse_policy, run_convert
     from headrace.cluster.cli.gated_convert import GatedConversion
     from headrace.runtime.conversion.selfcheck import check
+
+    formats = frozenset((format.value, *(fmt for _, fmt in parse_policy(policy or []))))
+    settled = chosen(calibration, corpus, checkpoint, formats)
 
     def run() -> Store:
         return run_convert(
@@ -120,12 +139,15 @@ def convert(
             format=format.value,
             policy=policy or [],
             double_quant=double_quant,
+            group_size=group_size,
+            requantize=requantize,
             allow_missing_tokenizer=allow_missing_tokenizer,
             self_check=check,
+            calibration=settled,
         )
 
     if gate is None:
-        corpus.refuse_without_gate()
+        corpus.refuse_without_gate(calibrating=settled is not None)
         run()
     else:
         raise typer.Exit(GatedConversion(Console(), checkpoint, store, corpus, gate).run(run))
@@ -143,6 +165,7 @@ def inspect(
     run_inspect(Console(), store, verify=verify, as_json=json)
 
 
+app.command("prune")(prune_model)
 app.command("eval")(evaluate_stores)
 app.command("plan")(plan_run)
 

@@ -1,4 +1,4 @@
-"""Whether two models can be compared token by token and layer by layer."""
+"""Whether two models can be compared token by token."""
 
 from headrace.runtime.sweep.source import SweptModel
 from headrace.scheduler.errors import HeadraceError
@@ -8,9 +8,8 @@ from headrace.scheduler.inputs import ModelShape
 def refuse_other_model(
     first: SweptModel, shape: ModelShape, other: SweptModel, other_shape: ModelShape
 ) -> None:
-    """HeadraceError when predictions and hidden states of the two are no two versions of the same."""
+    """HeadraceError when their hidden states or their predictions are not of one size."""
     for what, one, two in (
-        ("as number of layers", shape.num_layers, other_shape.num_layers),
         ("as hidden size", shape.hidden_size, other_shape.hidden_size),
         ("as size of its vocabulary", shape.vocab_size, other_shape.vocab_size),
     ):

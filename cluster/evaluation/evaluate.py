@@ -23,7 +23,7 @@ from headrace.runtime.evaluation.greedy import continue_greedily
 from headrace.runtime.evaluation.measure import Predictions, Progress, measure
 from headrace.runtime.evaluation.windows import Windows
 from headrace.runtime.shape import model_shape
-from headrace.runtime.sweep.room import fitting_tokens
+from headrace.runtime.sweep.room import device_budget, fitting_tokens
 from headrace.runtime.sweep.source import SweptModel
 from headrace.runtime.sweep.sweep import MOST_TOKENS, Sweep
 
@@ -57,7 +57,7 @@ def evaluate(
     Raises HeadraceError.
     """
     models = [*([] if reference is None else [reference]), *stores]
-    corpus = Corpus(models[0].path, options.text, options.tokens)
+    corpus = Corpus(models[0], options.text, options.tokens)
     run = _Run(models, corpus, options, progress)
     if reference is None:
         found = [(run.model(i, one), one) for i, [one] in enumerate(run.one_by_one())]
@@ -87,7 +87,7 @@ class _Run:
         self._shapes = [model_shape(model, self._dtype) for model in models]
         for model, shape in zip(models, self._shapes, strict=True):
             refuse_other_model(models[0], self._shapes[0], model, shape)
-            corpus.require_same(model.path)
+            corpus.require_same(model)
         most = min(shape.max_context for shape in self._shapes)
         wanted = min(most, CONTEXT) if options.context is None else options.context
         self.windows: Windows = corpus.windows(wanted)
@@ -112,16 +112,21 @@ class _Run:
 
     @contextmanager
     def _sweeps(self, chosen: Sequence[int]) -> Iterator[list[Sweep]]:
-        budget = self._options.device_memory
-        if budget is None and self.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.device)[0] * 9 // 10
+        budget = device_budget(self.device, self._options.device_memory)
         shapes = [self._shapes[i] for i in chosen]
         context = self.windows.context
         self.tokens = fitting_tokens(shapes, context, budget, MOST_TOKENS[self.device.type])
-        options = {"context": context, "micro_batch_tokens": self.tokens}
         with ExitStack() as stack:
             yield [
-                stack.enter_context(Sweep(self._models[i], self.device, self._dtype, **options))
+                stack.enter_context(
+                    Sweep(
+                        self._models[i],
+                        self.device,
+                        self._dtype,
+                        context=context,
+                        micro_batch_tokens=self.tokens,
+                    )
+                )
                 for i in chosen
             ]
 
@@ -161,7 +166,7 @@ class _Run:
             perplexity_ratio=model.perplexity / reference.perplexity,
             divergence=divergence_figures(windows, predictions, found),
             octaves=list(octaves(windows, predictions, found)),
-            layer_errors=found.layer_errors,
+            layer_errors=found.layer_errors or None,
             generation=generation,
             worst=[
                 reader.window(worst, windows, predictions, found)

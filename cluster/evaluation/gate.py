@@ -52,8 +52,9 @@ class Gate(BaseModel):
                 "max_p99_kld": store.divergence.p99,
                 "max_kld": store.divergence.max,
                 "min_top1": store.divergence.top1,
-                "max_layer_error": max(store.layer_errors or [0.0]),
             }
+        if store.layer_errors:
+            found["max_layer_error"] = max(store.layer_errors)
         if store.generation is not None:
             found["min_equal_tokens"] = store.generation.equal
         for name in sorted(self.model_fields_set):

@@ -39,7 +39,7 @@ def _plots(found: Evaluation) -> dict[str, list[Markup]]:
     if found.reference is None:
         return {}
     return {
-        "layers": [Markup(_layers(found.stores))],
+        "layers": [Markup(plot) for plot in _layers(found.stores)],
         "histograms": [Markup(_histogram(i, store)) for i, store in enumerate(found.stores)],
         "positions": [Markup(plot) for plot in _positions(found.stores)],
     }
@@ -49,7 +49,11 @@ def _name(store: StoreFigures) -> str:
     return Path(store.model.path).name
 
 
-def _layers(stores: list[StoreFigures]) -> str:
+def _layers(stores: list[StoreFigures]) -> list[str]:
+    """Of stores with as many layers as the reference."""
+    stores = [store for store in stores if store.layer_errors]
+    if not stores:
+        return []
     series = []
     for store in stores:
         errors = store.layer_errors or []
@@ -57,7 +61,7 @@ def _layers(stores: list[StoreFigures]) -> str:
         series.append(Series(_name(store), errors, tips))
     ticks = [str(i) for i in range(len(stores[0].layer_errors or []))]
     title = "Relative error of hidden states after each layer"
-    return lines(title, "after layer", "relative error", ticks, series)
+    return [lines(title, "after layer", "relative error", ticks, series)]
 
 
 def _histogram(index: int, store: StoreFigures) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 64, 36, 14, 44
 COLOURS = 6
 """Series of the style sheet; more are dashed and begin again."""
 

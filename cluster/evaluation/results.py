@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from headrace.runtime.evaluation.figures import Divergence, Octave
@@ -103,6 +104,15 @@ class Evaluation:
         """The reference, if there is one, and the stores."""
         first = [] if self.reference is None else [self.reference]
         return [*first, *(store.model for store in self.stores)]
+
+    @property
+    def size(self) -> str:
+        """How much text in what windows."""
+        windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
+        texts = ", ".join(Path(text).name for text in self.texts)
+        return (
+            f"{self.predicted:,} predicted tokens of {texts} in {windows} of up to {self.context}"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Infinite numbers (the last edge of a histogram) are None."""

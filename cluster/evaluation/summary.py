@@ -39,7 +39,7 @@ def _distance(store: StoreFigures) -> list[str]:
     kld, said = store.divergence, store.generation
     assert kld is not None and store.perplexity_ratio is not None
     klds = [f"{value:.2e}" for value in (kld.mean, kld.median, kld.p99, kld.max)]
-    layers = f"{max(store.layer_errors or [0.0]):.2%}"
+    layers = f"{max(store.layer_errors):.2%}" if store.layer_errors else "-"
     equal, common = "", ""
     if said is not None:
         equal, common = f"{said.equal:.1%}", f"{said.common_prefix:.1f} of {said.tokens}"

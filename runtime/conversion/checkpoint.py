@@ -1,22 +1,21 @@
 """A Hugging Face checkpoint as it lies on disk: which tensors there are, and their bytes."""
 
+import copy
 import json
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from headrace.runtime.block_file import Entry, read_header
-from headrace.runtime.conversion.quantize import PART_SUFFIXES, TORCH_DTYPES, Part
+from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.quantize import PART_SUFFIXES
+from headrace.runtime.conversion.readers import READERS
+from headrace.runtime.conversion.source import Imported, SourceTensor, SourceWeight
 from headrace.scheduler.errors import StoreError
 
-CHUNK_BYTES = 8 << 20
 SAMPLES = 16
 SAMPLE_BYTES = 4096
 
@@ -30,78 +29,26 @@ COMPANIONS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """`nbytes` bytes at `offset` of `file`, a tensor of this type and shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    def chunks(self) -> Iterator[memoryview]:
-        """The bytes in order, a bounded number at a time, never mapped into memory."""
-        try:
-            with self.file.open("rb", buffering=0) as stream:
-                stream.seek(self.offset)
-                left = self.nbytes
-                while left:
-                    buffer = memoryview(bytearray(min(left, CHUNK_BYTES)))
-                    yield buffer[: _fill(stream, buffer)]
-                    left -= len(buffer)
-                os.posix_fadvise(stream.fileno(), self.offset, self.nbytes, os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise StoreError(f"cannot read {self.file}: {error.strerror}") from error
-
-    def read(self) -> bytes:
-        return b"".join(self.chunks())
-
-    def rows(self) -> Iterator[Tensor]:
-        """Runs of whole rows as tensors [rows, columns]; each but the last has 64 n rows."""
-        columns = self.shape[-1] if self.shape else 1
-        row_bytes = max(self.nbytes // max(prod(self.shape[:-1]), 1), 1)
-        step = max(CHUNK_BYTES // row_bytes // 64, 1) * 64
-        for first in range(0, self.nbytes, step * row_bytes):
-            size = min(step * row_bytes, self.nbytes - first)
-            part = SourceTensor(self.file, self.dtype, (), self.offset + first, size)
-            flat = torch.frombuffer(bytearray(part.read()), dtype=TORCH_DTYPES[self.dtype])
-            yield flat.reshape(-1, columns)
+def companions_in(path: Path) -> dict[str, bytes]:
+    """Tokenizer, chat template and generation config in a directory, by name."""
+    found = {file for pattern in COMPANIONS for file in path.glob(pattern)}
+    return {file.name: file.read_bytes() for file in sorted(found) if file.is_file()}
 
 
-def _fill(stream: Any, buffer: memoryview) -> int:
-    done = 0
-    while done < len(buffer):
-        count = stream.readinto(buffer[done:])
-        if not count:
-            raise StoreError(f"{stream.name} ended while it was read; is it being replaced?")
-        done += count
-    return done
-
-
-@dataclass(frozen=True, slots=True)
-class SourceWeight:
-    """A logical weight. `format` is "raw", "int8", "nf4" or "fp4"; `shape` is the logical one."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    parts: tuple[tuple[Part, SourceTensor], ...]
-    state: Mapping[str, Any] | None = None
-
-    @property
-    def data(self) -> SourceTensor:
-        return self.parts[0][1]
+def has_tokenizer_in(path: Path) -> bool:
+    return any(True for pattern in TOKENIZERS for _ in path.glob(pattern))
 
 
 class Checkpoint:
     """A local directory with config.json and safetensors files, checked to be whole.
 
-    Raises StoreError, naming the file and what to do, when it is not.
+    A store is one, too, but is taken for a mistake unless `stores` are welcome. Raises StoreError, naming
+    the file and what to do, when it is not.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, stores: bool = False) -> None:
         self.path = path
+        self._stores = stores
         self.config = self._read_config()
         self._tensors: dict[str, SourceTensor] = {}
         self._shards = self._find_shards()
@@ -111,6 +58,7 @@ class Checkpoint:
                 self._tensors[name] = SourceTensor(
                     shard, spec.dtype, spec.shape, start + spec.offset, spec.nbytes
                 )
+        self.method = self._quantization.get("quant_method", "bitsandbytes")
         self.weights = self._weights()
         self.dtype = self._main_dtype()
 
@@ -119,7 +67,7 @@ class Checkpoint:
             raise StoreError(
                 f"{self.path} is no directory; download the model first and give its path"
             )
-        if (self.path / "headrace.json").exists():
+        if not self._stores and (self.path / "headrace.json").exists():
             raise StoreError(f"{self.path} is a store already; convert the original checkpoint")
         file = self.path / "config.json"
         if not file.exists():
@@ -130,6 +78,10 @@ class Checkpoint:
             raise StoreError(f"{file} is not valid JSON ({error}); download it again") from error
         assert isinstance(config, dict)
         return config
+
+    @property
+    def _quantization(self) -> Mapping[str, Any]:
+        return self.config.get("quantization_config") or {}
 
     def _find_shards(self) -> tuple[Path, ...]:
         index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
@@ -156,23 +108,25 @@ class Checkpoint:
 
     def _weights(self) -> dict[str, SourceWeight]:
         sides: dict[str, list[tuple[Part, SourceTensor]]] = {}
-        weights = dict(self._tensors)
-        for name, tensor in self._tensors.items():
+        imported = Imported((), frozenset())
+        if self.method in READERS:
+            imported = READERS[self.method](self._tensors, self._quantization)
+        weights = {n: t for n, t in self._tensors.items() if n not in imported.used}
+        for name, tensor in list(weights.items()):
             owner, role = _owner(name, self._tensors)
             if owner:
                 part = Part(role, Entry(name, tensor.dtype, tensor.shape))
                 sides.setdefault(owner, []).append((part, tensor))
                 del weights[name]
-        return {
-            name: _weight(name, tensor, sides.get(name, [])) for name, tensor in weights.items()
-        }
+        plain = (_weight(name, tensor, sides.get(name, [])) for name, tensor in weights.items())
+        return {weight.name: weight for weight in (*plain, *imported.weights)}
 
     def _main_dtype(self) -> str:
         """The type that holds most of the unquantized weights, or the one 4-bit weights came from."""
         sizes: dict[str, int] = {}
         for weight in self.weights.values():
             dtype = weight.data.dtype
-            if weight.state:
+            if weight.state and "dtype" in weight.state:
                 dtype = {"bfloat16": "BF16", "float16": "F16"}.get(weight.state["dtype"], "F32")
             if dtype in ("F32", "F16", "BF16") and weight.format != "int8":
                 sizes[dtype] = sizes.get(dtype, 0) + prod(weight.shape)
@@ -180,14 +134,19 @@ class Checkpoint:
             raise StoreError(f"{self.path} has no weights in float32, float16 or bfloat16")
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def companions(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template and generation config: files that a store takes over as they are."""
-        found = {file for pattern in COMPANIONS for file in self.path.glob(pattern)}
-        return tuple(sorted(file for file in found if file.is_file()))
+    def changed(self, config: dict[str, Any], weights: Mapping[str, SourceWeight]) -> "Checkpoint":
+        """The checkpoint with another config.json and other weights; its other files are the same."""
+        other = copy.copy(self)
+        other.config, other.weights = config, dict(weights)
+        return other
+
+    def companions(self) -> dict[str, bytes]:
+        """Tokenizer, chat template and generation config: files that a store takes over, by name."""
+        return companions_in(self.path)
 
     @property
     def has_tokenizer(self) -> bool:
-        return any(True for pattern in TOKENIZERS for _ in self.path.glob(pattern))
+        return has_tokenizer_in(self.path)
 
     def fingerprint(self) -> str:
         """Tells this checkpoint from others without reading it whole: config, headers and samples."""

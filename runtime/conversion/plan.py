@@ -1,7 +1,7 @@
 """What a conversion will write: every weight's format and place, settled before the first byte."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,15 +9,18 @@ from typing import Any
 from torch import nn
 
 from headrace.runtime.block_file import Layout, lay_out
-from headrace.runtime.conversion.checkpoint import Checkpoint, SourceWeight
-from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, Part, parts_of
-from headrace.runtime.skeleton import BlockKey, Role, Skeleton, load_config
+from headrace.runtime.conversion.affine import GROUP_SIZE, GROUP_SIZES, group_of
+from headrace.runtime.conversion.described import WeightPlan, described, main_format
+from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
+from headrace.runtime.conversion.readers import READERS
+from headrace.runtime.conversion.source import AnyCheckpoint, SourceWeight
+from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
 from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("keep", "bf16", "int8", "nf4")
+FORMATS = ("keep", "bf16", "int8", "nf4", "int4")
 FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 FOUR_BIT = ("nf4", "fp4")
 
@@ -27,33 +30,47 @@ class Options:
     """`format` for the matrices of layers (and for everything when it is "keep" or "bf16").
 
     `policy` pairs a glob over tensor names with the format of what it matches; the first match
-    decides. `double_quant` quantizes NF4's scales to 8 bits. Raises StoreError on unknown formats.
+    decides. `double_quant` quantizes NF4's scales to 8 bits, `group_size` is the number of columns
+    that share a scale in int4. `requantize`: what is quantized in another format gets this one all
+    the same. Raises StoreError on unknown formats.
     """
 
     format: str
     policy: tuple[tuple[str, str], ...] = ()
     double_quant: bool = False
+    group_size: int | None = None
+    requantize: bool = False
 
     def __post_init__(self) -> None:
-        for name in (self.format, *(fmt for _, fmt in self.policy)):
+        for name in self._formats:
             if name not in FORMATS:
                 raise StoreError(f"unknown format {name!r}; choose among {', '.join(FORMATS)}")
-        if self.double_quant and "nf4" not in (self.format, *(fmt for _, fmt in self.policy)):
+        if self.double_quant and "nf4" not in self._formats:
             raise StoreError(f"double quantization is part of nf4, not of {self.format}")
+        if self.group_size is None:
+            return
+        if "int4" not in self._formats:
+            raise StoreError(f"a group size is part of int4, not of {self.format}")
+        if self.group_size not in GROUP_SIZES:
+            known = ", ".join(map(str, GROUP_SIZES))
+            raise StoreError(f"int4 has groups of {known} columns, not of {self.group_size}")
+
+    @property
+    def _formats(self) -> tuple[str, ...]:
+        return (self.format, *(fmt for _, fmt in self.policy))
 
     def as_json(self) -> dict[str, Any]:
         policy = [list(pair) for pair in self.policy]
-        return {"format": self.format, "policy": policy, "double_quant": self.double_quant}
-
-
-@dataclass(frozen=True, slots=True)
-class WeightPlan:
-    """One weight: its bytes are copied, or encoded when `encoded`, into `parts`."""
-
-    source: SourceWeight
-    format: str
-    encoded: bool
-    parts: tuple[Part, ...]
+        options: dict[str, Any] = {
+            "format": self.format,
+            "policy": policy,
+            "double_quant": self.double_quant,
+        }
+        if "int4" in self._formats:
+            options["group_size"] = self.group_size or GROUP_SIZE
+        if self.requantize:
+            options["requantize"] = True
+        return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +97,14 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    checkpoint: Checkpoint, options: Options, *, expand: bool = False
+    checkpoint: AnyCheckpoint, options: Options, *, expand: bool = False
 ) -> ConversionPlan:
     """For a model that is to `expand` its latents, or not.
 
     Raises StoreError or UnsupportedModelError when the checkpoint cannot be converted so.
     """
     _refuse_other_quantization(checkpoint)
-    config = load_config(checkpoint.path)
+    config = parse_config(checkpoint.config, str(checkpoint.path))
     skeleton = Skeleton(config, TORCH_DTYPES[checkpoint.dtype], expand=expand)
     roles = _used_roles(checkpoint, skeleton)
     _refuse_missing(checkpoint, skeleton, roles)
@@ -95,27 +112,25 @@ def plan_conversion(
     keys: list[BlockKey] = ["embed", *range(len(skeleton.layers)), "head"]
     dtype = "BF16" if options.format == "bf16" else checkpoint.dtype
     return ConversionPlan(
-        format=_main_format(plans.values()) or FLOATS[dtype],
+        format=main_format(plans.values()) or FLOATS[dtype],
         dtype=dtype,
         tied=skeleton.tied,
-        config=_config(checkpoint, skeleton, roles, plans, dtype),
+        config=described(checkpoint, skeleton, roles, plans, dtype),
         layer_shapes=skeleton.layer_shapes(),
         blocks=tuple(_block(key, roles, plans) for key in keys),
     )
 
 
-def _refuse_other_quantization(checkpoint: Checkpoint) -> None:
-    method = (checkpoint.config.get("quantization_config") or {}).get(
-        "quant_method", "bitsandbytes"
-    )
-    if method != "bitsandbytes":
+def _refuse_other_quantization(checkpoint: AnyCheckpoint) -> None:
+    known = ("bitsandbytes", "gguf", *READERS)
+    if checkpoint.method not in known:
         raise StoreError(
-            f"{checkpoint.path} is quantized with {method!r}, which cannot be converted; "
-            "use the original checkpoint or a bitsandbytes one"
+            f"{checkpoint.path} is quantized with {checkpoint.method!r}, which cannot be converted; "
+            f"use the original checkpoint, or one that is quantized with {', '.join(known)}"
         )
 
 
-def _used_roles(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Role]:
+def _used_roles(checkpoint: AnyCheckpoint, skeleton: Skeleton) -> dict[str, Role]:
     roles = skeleton.classify(checkpoint.weights)
     copy = checkpoint.weights.get(_head_name(skeleton))
     table = checkpoint.weights.get(skeleton.embedding_name)
@@ -132,7 +147,9 @@ def _used_roles(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, Role]:
     return {name: role for name, role in roles.items() if role.kind != "unused"}
 
 
-def _refuse_missing(checkpoint: Checkpoint, skeleton: Skeleton, roles: Mapping[str, Role]) -> None:
+def _refuse_missing(
+    checkpoint: AnyCheckpoint, skeleton: Skeleton, roles: Mapping[str, Role]
+) -> None:
     found: dict[str, set[tuple[int | None, int | None]]] = {}
     for role in roles.values():
         found.setdefault(role.target, set()).add((role.expert, role.part))
@@ -162,18 +179,21 @@ def _head_name(skeleton: Skeleton) -> str:
 class _Chooser:
     """Decides every weight's format, and remembers which patterns of the policy were of use."""
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, options: Options) -> None:
+    def __init__(self, checkpoint: AnyCheckpoint, skeleton: Skeleton, options: Options) -> None:
         self._checkpoint = checkpoint
         self._options = options
         self._head = _head_name(skeleton)
+        self._regrouped: dict[int, int] = {}
         self._quantized = next(
             (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
         )
-        if self._quantized and not self._is_kept(options.format):
+        if options.requantize and not self._quantized:
+            raise StoreError(f"{checkpoint.path} is not quantized: leave out --requantize")
+        if self._quantized and not (options.requantize or self._is_kept(options.format)):
             raise StoreError(
                 f"{checkpoint.path} is already quantized to {self._quantized}; making it "
-                f"{options.format} would add a second error: use the format keep, or convert the "
-                "original checkpoint"
+                f"{options.format} would add a second error: use the format keep, which stores it as it "
+                "is, convert the original checkpoint, or say --requantize to accept the error"
             )
 
     def _is_kept(self, fmt: str) -> bool:
@@ -196,16 +216,14 @@ class _Chooser:
                     f"policy pattern {pattern!r} decides about no tensor; names look like "
                     f"{', '.join(sorted(roles)[:3])}"
                 )
+        for columns, group in sorted(self._regrouped.items()):
+            log.warning("rows of %d columns have groups of %d in int4", columns, group)
         return plans
 
     def _plan_weight(self, weight: SourceWeight, role: Role, asked: str | None) -> WeightPlan:
         fmt = asked or self._default(weight, role)
         if weight.format != "raw":
-            if not self._is_kept(fmt):
-                raise StoreError(
-                    f"{weight.name} is {weight.format} already and cannot become {fmt}"
-                )
-            return _kept(weight)
+            return self._plan_quantized(weight, role, fmt)
         if fmt in QUANTIZED:
             self._refuse_unquantizable(weight, role, fmt)
             return self._encoded(weight, fmt, weight.data.dtype)
@@ -213,10 +231,25 @@ class _Chooser:
             return self._encoded(weight, "raw", "BF16")
         return _kept(weight)
 
+    def _plan_quantized(self, weight: SourceWeight, role: Role, fmt: str) -> WeightPlan:
+        if fmt == "keep" or weight.format == fmt or {weight.format, fmt} <= set(FOUR_BIT):
+            return _kept(weight)
+        if not self._options.requantize:
+            raise StoreError(
+                f"{weight.name} is {weight.format} already and cannot become {fmt} without --requantize"
+            )
+        if fmt == "bf16":
+            return self._encoded(weight, "raw", "BF16")
+        self._refuse_unquantizable(weight, role, fmt)
+        return self._encoded(weight, fmt, self._checkpoint.dtype)
+
     def _default(self, weight: SourceWeight, role: Role) -> str:
         fmt = self._options.format
         if fmt in QUANTIZED:
-            return "keep" if self._quantized or role.kind not in ("linear", "expert") else fmt
+            asked = not self._quantized or (self._options.requantize and weight.format != "raw")
+            return fmt if asked and role.kind in ("linear", "expert") else "keep"
+        if weight.format != "raw":
+            return fmt
         # What a checkpoint stores with more precision than the rest needs it (routers' biases).
         return fmt if weight.data.dtype == self._checkpoint.dtype else "keep"
 
@@ -226,26 +259,26 @@ class _Chooser:
                 f"{weight.name} cannot be stored as {fmt}: only the matrices of linear layers, of "
                 "experts and of the LM head can; use keep or bf16 for it"
             )
-        if weight.data.dtype not in FLOATS:
+        if weight.format == "raw" and weight.data.dtype not in FLOATS:
             raise StoreError(f"{weight.name} is {weight.data.dtype} and cannot be stored as {fmt}")
 
     def _encoded(self, weight: SourceWeight, fmt: str, dtype: str) -> WeightPlan:
-        double_quant = self._options.double_quant
-        parts = parts_of(weight.name, dtype, weight.shape, fmt, double_quant=double_quant)
-        return WeightPlan(weight, fmt, True, parts)
+        group_size = self._options.group_size or GROUP_SIZE
+        if fmt == "int4" and group_of(weight.shape[-1], group_size) != group_size:
+            self._regrouped[weight.shape[-1]] = group_of(weight.shape[-1], group_size)
+        parts = parts_of(
+            weight.name,
+            dtype,
+            weight.shape,
+            fmt,
+            double_quant=self._options.double_quant,
+            group_size=group_size,
+        )
+        return WeightPlan(weight, fmt, True, parts, dtype)
 
 
 def _kept(weight: SourceWeight) -> WeightPlan:
-    return WeightPlan(weight, weight.format, False, tuple(part for part, _ in weight.parts))
-
-
-def _main_format(plans: Iterable[WeightPlan]) -> str:
-    """The quantized format of most weights; empty when none is quantized."""
-    counts: dict[str, int] = {}
-    for plan in plans:
-        if plan.format != "raw":
-            counts[plan.format] = counts.get(plan.format, 0) + 1
-    return max(counts, key=lambda fmt: counts[fmt], default="")
+    return WeightPlan(weight, weight.format, False, weight.stored)
 
 
 def _block(key: BlockKey, roles: Mapping[str, Role], plans: Mapping[str, WeightPlan]) -> BlockPlan:
@@ -256,52 +289,3 @@ def _block(key: BlockKey, roles: Mapping[str, Role], plans: Mapping[str, WeightP
     weights = tuple(plans[name] for name in names)
     layout = lay_out(part.entry for weight in weights for part in weight.parts)
     return BlockPlan(key if isinstance(key, str) else f"layer-{key:05d}", weights, layout)
-
-
-def _config(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    roles: Mapping[str, Role],
-    plans: Mapping[str, WeightPlan],
-    dtype: str,
-) -> dict[str, Any]:
-    """The checkpoint's config.json, saying what from_pretrained must know about types and formats."""
-    config = dict(checkpoint.config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
-    fmt = _main_format(plans.values())
-    if not fmt:
-        return config
-    quantized = {roles[name].module for name, plan in plans.items() if plan.format != "raw"}
-    skipped = [
-        name
-        for name, module in skeleton.model.named_modules()
-        if type(module) is nn.Linear and name not in quantized
-    ]
-    known = checkpoint.config.get("quantization_config") or _quantization(fmt, plans, config[key])
-    config["quantization_config"] = {**known, "llm_int8_skip_modules": skipped}
-    return config
-
-
-def _quantization(fmt: str, plans: Mapping[str, WeightPlan], dtype: str) -> dict[str, Any]:
-    if fmt == "int8":
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_8bit": True,
-            "load_in_4bit": False,
-            # Only weights are int8 here. bitsandbytes rounds activations, too, except in columns
-            # above the threshold: below every activation, it multiplies by the weights as they are.
-            "llm_int8_threshold": 1e-3,
-        }
-    double_quant = any(
-        part.role == "nested_absmax" for plan in plans.values() for part in plan.parts
-    )
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_8bit": False,
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": fmt,
-        "bnb_4bit_use_double_quant": double_quant,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-    }

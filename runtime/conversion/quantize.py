@@ -8,12 +8,13 @@ Names and bytes are those that bitsandbytes' layers save and transformers reads:
     int8  X.weight (I8 [rows, columns]), X.SCB (F32 [rows], the largest magnitude of each row),
           X.weight_format (0: row-major)
 
+int4 and what else has scales of groups is in affine.py.
+
 A weight is encoded in runs of rows, so that memory does not grow with the matrix.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -21,12 +22,22 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.block_file import Entry
+from headrace.runtime.conversion.affine import (
+    AFFINE,
+    GROUP_SIZE,
+    decode_affine,
+    encode_int4,
+    int4_parts,
+    int4_tail,
+)
+from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.small_floats import SMALL_FLOATS, decode_small_floats
 from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.scheduler.errors import StoreError
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
-QUANTIZED = ("nf4", "int8")
+QUANTIZED = ("nf4", "int8", "int4")
 STATE_BYTES = 256
 """The 4-bit state is JSON padded with spaces to this length, so that sizes are known beforehand."""
 
@@ -34,7 +45,7 @@ TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 STORE_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -49,18 +60,16 @@ PART_SUFFIXES = {
 """What 4-bit checkpoints add to a weight's name, and the part that it holds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stored tensor and its role in the weight; "state" and "layout" serve other readers only."""
-
-    role: str
-    entry: Entry
-
-
 def parts_of(
-    name: str, dtype: str, shape: tuple[int, ...], fmt: str, *, double_quant: bool = False
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    fmt: str,
+    *,
+    double_quant: bool = False,
+    group_size: int = GROUP_SIZE,
 ) -> tuple[Part, ...]:
-    """The tensors that encode weight `name` in format "raw", "nf4" or "int8", in stored order."""
+    """The tensors that encode weight `name` in format "raw", "nf4", "int8" or "int4", in stored order."""
     if fmt == "raw":
         return (Part("data", Entry(name, dtype, shape)),)
     if fmt == "int8":
@@ -70,6 +79,8 @@ def parts_of(
             Part("scale", Entry(f"{stem}SCB", "F32", (rows,))),
             Part("layout", Entry(f"{stem}weight_format", "U8", ())),
         )
+    if fmt == "int4":
+        return int4_parts(name, shape, group_size)
     assert fmt == "nf4", fmt
     count = prod(shape)
     blocks = -(-count // BLOCKSIZE)
@@ -101,6 +112,9 @@ def encode_rows(
         for run in runs:
             yield names["data"], run.to(TORCH_DTYPES[parts[0].entry.dtype])
         return
+    if fmt == "int4":
+        yield from _int4_rows(runs, parts)
+        return
     quantize = _int8 if fmt == "int8" else _nf4
     scales = []
     for run in runs:
@@ -109,9 +123,20 @@ def encode_rows(
             raise StoreError(f"{names['data']} holds NaN or infinity, which cannot be quantized")
         scales.append(scale)
         yield names["data"], data
-    tail = _int8_tail if fmt == "int8" else _nf4_tail
+    tail = _int8_tail if fmt == "int8" else nf4_tail
     for role, tensor in tail(torch.cat(scales), "nested_absmax" in names, dtype, shape):
         yield names[role], tensor
+
+
+def _int4_rows(runs: Iterable[Tensor], parts: tuple[Part, ...]) -> Iterator[tuple[str, Tensor]]:
+    names = {part.role: part.entry for part in parts}
+    groups, tail = names["scale"].shape[-1], []
+    for run in runs:
+        data, scale, zero = encode_int4(run, names["data"].name, groups)
+        tail.append((scale, zero))
+        yield names["data"].name, data
+    for role, tensor in int4_tail(tail):
+        yield names[role].name, tensor
 
 
 def _int8(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,9 +164,28 @@ def _nf4(rows: Tensor) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-def _nf4_tail(
+def nf4_table() -> Tensor:
+    """The sixteen values of NF4, float32, ascending."""
+    from headrace.runtime.bnb import functional
+
+    table: Tensor = functional.get_4bit_type("nf4", device="cpu")
+    return table
+
+
+def double_quantized(absmax: Tensor) -> Tensor:
+    """NF4's scales, float32 [blocks], as they are read when they are quantized, too."""
+    from headrace.runtime.bnb import functional
+
+    offset = absmax.mean()
+    codes, state = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    scales: Tensor = functional.dequantize_blockwise(codes, state)
+    return scales + offset
+
+
+def nf4_tail(
     absmax: Tensor, double_quant: bool, dtype: str, shape: tuple[int, ...]
 ) -> Iterator[tuple[str, Tensor]]:
+    """What follows a weight's codes: (role, tensor), from its scales [blocks] float32."""
     from headrace.runtime.bnb import functional
 
     state: dict[str, Any] = {
@@ -162,32 +206,43 @@ def _nf4_tail(
     if double_quant:
         yield "nested_absmax", nested.absmax
         yield "nested_code", nested.code
-    yield "code", functional.get_4bit_type("nf4", device="cpu")
+    yield "code", nf4_table()
     text = json.dumps(state).encode()
     assert len(text) <= STATE_BYTES, text
     yield "state", torch.frombuffer(bytearray(text.ljust(STATE_BYTES)), dtype=torch.uint8)
 
 
-def encode(name: str, tensor: Tensor, fmt: str, *, double_quant: bool = False) -> dict[str, Tensor]:
+def encode(
+    name: str,
+    tensor: Tensor,
+    fmt: str,
+    *,
+    double_quant: bool = False,
+    group_size: int = GROUP_SIZE,
+) -> dict[str, Tensor]:
     """Every stored tensor of a weight, by name, in stored order.
 
     >>> sorted(encode("q_proj.weight", torch.ones(2, 64), "int8"))
     ['q_proj.SCB', 'q_proj.weight', 'q_proj.weight_format']
     """
     dtype, shape = STORE_DTYPES[tensor.dtype], tuple(tensor.shape)
-    parts = parts_of(name, dtype, shape, fmt, double_quant=double_quant)
+    parts = parts_of(name, dtype, shape, fmt, double_quant=double_quant, group_size=group_size)
     return dict(encode_rows([tensor], parts, dtype, shape, fmt))
 
 
 def weight_spec(
     fmt: str,
     shape: tuple[int, ...],
-    parts: Iterable[Part],
+    parts: Sequence[Part],
     tensors: Mapping[str, TensorSpec],
     state: Mapping[str, Any] | None = None,
 ) -> WeightSpec:
     """The manifest's record of a weight whose parts lie at `tensors`; `state` is the 4-bit one."""
     state = state or {}
+    if fmt in (*AFFINE, "mxfp4"):
+        scales = next(part.entry.shape[-1] for part in parts if part.role == "scale")
+        columns = shape[-2] if state.get("turned") else shape[-1]
+        state = {**state, "blocksize": columns // scales}
     return WeightSpec(
         format=fmt,
         shape=shape,
@@ -199,6 +254,8 @@ def weight_spec(
         blocksize=state.get("blocksize", 0),
         nested_blocksize=state.get("nested_blocksize", 0),
         nested_offset=state.get("nested_offset", 0.0),
+        block_rows=state.get("block_rows", 0),
+        turned=state.get("turned", False),
     )
 
 
@@ -210,6 +267,10 @@ def decode(spec: WeightSpec, parts: Mapping[str, Tensor], dtype: torch.dtype) ->
     if spec.format == "int8":
         scaled = data.float() * (parts["scale"][:, None] / 127.0)
         return scaled.reshape(spec.shape).to(dtype)
+    if spec.format in AFFINE:
+        return decode_affine(spec, parts).to(dtype)
+    if spec.format in SMALL_FLOATS:
+        return decode_small_floats(spec, parts).to(dtype)
     count = prod(spec.shape)
     packed = data.reshape(-1)
     codes = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[:count]

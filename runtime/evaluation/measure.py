@@ -48,24 +48,19 @@ def measure(sweeps: Sequence[Sweep], windows: Windows, progress: Progress) -> li
     """Each model's predictions, compared with the first one's, which is the reference.
 
     Every layer of every model is read once. Of nothing that has a vocabulary more than a few rows are there
-    at a time. All models have the same vocabulary and number of layers.
+    at a time. All models have the same vocabulary. One with another number of layers than the reference has no
+    errors by layer.
     """
     found = [Predictions.blank(windows) for _ in sweeps]
     with ExitStack() as stack:
-        states = [
-            stack.enter_context(_timed(one, lambda s=sweep: s.embed(windows.tokens)))
-            for sweep, one in zip(sweeps, found, strict=True)
-        ]
+        states = []
+        for sweep, one in zip(sweeps, found, strict=True):
+            start = time.perf_counter()
+            states.append(stack.enter_context(sweep.embed(windows.tokens)))
+            one.seconds += time.perf_counter() - start
         _run_layers(sweeps, windows, states, found, progress)
         _predict(sweeps, windows, states, found, progress)
     return found
-
-
-def _timed(found: Predictions, step: Callable[[], States]) -> States:
-    start = time.perf_counter()
-    result = step()
-    found.seconds += time.perf_counter() - start
-    return result
 
 
 def _run_layers(
@@ -76,16 +71,20 @@ def _run_layers(
     progress: Progress,
 ) -> None:
     layers = [sweep.layers() for sweep in sweeps]
-    total = sweeps[0].num_layers
+    total = max(sweep.num_layers for sweep in sweeps)
     real = torch.arange(windows.context)[None] < torch.tensor(windows.lengths)[:, None]
     for index in range(total):
         progress("layers", index, total)
         for own, state, one in zip(layers, states, found, strict=True):
             start = time.perf_counter()
-            next(own).run(state)
+            layer = next(own, None)
+            if layer is not None:
+                layer.run(state)
             # States are on the host again, so that nothing is under way.
             one.seconds += time.perf_counter() - start
-        for state, one in zip(states[1:], found[1:], strict=True):
+        for sweep, state, one in zip(sweeps[1:], states[1:], found[1:], strict=True):
+            if sweep.num_layers != sweeps[0].num_layers:
+                continue
             error = _relative_error(state.values, states[0].values, real, sweeps[0].device)
             one.layer_errors.append(error)
     progress("layers", total, total)

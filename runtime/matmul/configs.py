@@ -12,6 +12,14 @@ BUCKETS = (8, 16, 32, 64, 128)
 """Rows that a launch may compute; fewer are padded. For 256 dequantizing was faster on an H200."""
 
 
+TABLES = ("nf4", "fp4")
+"""Kinds whose codes are looked up in a table, which bitsandbytes multiplies, too."""
+
+
+LEAST_GROUP = {True: 64, False: 32}
+"""The least group of int4, by whether it has zero points, whose scales `shared_bytes` has room for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """One way to run: output columns and words of K a step, parts of K, warps, pipeline stages."""
@@ -41,20 +49,25 @@ class Codes:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """What is multiplied in one launch: weights [N, K] of one format, an N each, and biases."""
+    """What is multiplied in one launch: weights [N, K] of one format, an N each, and biases.
+
+    `zeros`: codes of kind "int4" have zero points of their own.
+    """
 
     kind: str
     group: int
     widths: tuple[int, ...]
     depth: int
     biased: bool = False
+    zeros: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
 
-    `kind` is "nf4" or "fp4": affine codes are stored by no format that can be loaded yet.
+    `kind` is "nf4", "fp4" or "int4"; the latter is measured with zero points where the kernel takes
+    them, and takes no longer without.
     """
 
     kind: str
@@ -63,6 +76,10 @@ class Problem:
     depth: int
     rows: int
     dtype: str
+
+    @property
+    def has_zeros(self) -> bool:
+        return self.kind == "int4" and self.group >= LEAST_GROUP[True]
 
 
 _TILES = {

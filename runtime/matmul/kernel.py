@@ -277,8 +277,9 @@ def compile_ahead(
     run = partial(_matmul_kernel.warmup, grid=(1,))
     with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for product, rows, config in jobs:
+            zeros = parts if product.zeros else None
             weights = [
-                Codes(product.kind, packed, parts, product.group, (width, product.depth))
+                Codes(product.kind, packed, parts, product.group, (width, product.depth), zeros)
                 for width in product.widths
             ]
             whole = config.splits == 1

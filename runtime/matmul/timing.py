@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headrace.runtime.matmul.configs import Codes, Config, Problem
+from headrace.runtime.affine import int4_values
+from headrace.runtime.matmul.configs import TABLES, Codes, Config, Problem
 from headrace.runtime.matmul.room import FLUSH_BYTES
 
 log = logging.getLogger(__name__)
@@ -41,13 +42,15 @@ def sample(device: torch.device, problem: Problem) -> tuple[Tensor, Codes]:
     def ints(count: int, high: int, dtype: torch.dtype) -> Tensor:
         return torch.randint(high, (count,), generator=generator, device=device, dtype=dtype)
 
-    scales = torch.rand(columns * depth // problem.group, generator=generator, device=device)
+    groups = columns * depth // problem.group
+    scales = torch.rand(groups, generator=generator, device=device)
     codes = Codes(
         problem.kind,
         ints(columns * depth // 2, 256, torch.uint8),
         scales + 0.1,
         problem.group,
         (columns, depth),
+        ints(groups, 16, torch.uint8).float() if problem.has_zeros else None,
     )
     x = torch.randn(problem.rows, depth, generator=generator, device=device)
     return x.to(getattr(torch, problem.dtype)), codes
@@ -65,10 +68,9 @@ def fastest(device: torch.device, problem: Problem, configs: Iterable[Config]) -
     x, codes = sample(device, problem)
     timer = Timer(device)
     dense = torch.empty(codes.shape, dtype=x.dtype, device=device)
-    found = [
-        Choice("dense", None, timer(lambda: dequantized(x, codes, dense))),
-        Choice("bitsandbytes", None, timer(lambda: fused(x, codes))),
-    ]
+    found = [Choice("dense", None, timer(lambda: dequantized(x, codes, dense)))]
+    if codes.kind in TABLES:
+        found.append(Choice("bitsandbytes", None, timer(lambda: fused(x, codes))))
     expected = dequantized(x, codes, dense)
     for config in configs:
         try:
@@ -90,6 +92,11 @@ def agrees(out: Tensor, expected: Tensor) -> bool:
 
 def dequantized(x: Tensor, codes: Codes, dense: Tensor) -> Tensor:
     """The product by way of 16-bit values in `dense`."""
+    if codes.kind not in TABLES:
+        rows = codes.shape[0]
+        zeros = None if codes.zeros is None else codes.zeros.view(rows, -1)
+        packed, scales = codes.packed.view(rows, -1), codes.scales.view(rows, -1)
+        return x @ int4_values(packed, scales, zeros, None, dense).T
     torch.ops.bitsandbytes.dequantize_4bit.out(
         codes.packed.view(-1, 1), codes.scales, codes.group, codes.kind, codes.shape, x.dtype,
         out=dense,

@@ -23,6 +23,7 @@ import torch
 
 from headrace.runtime.matmul.configs import (
     BUCKETS,
+    TABLES,
     Config,
     Problem,
     Product,
@@ -107,7 +108,7 @@ class Choices:
             if choice is None and self._by_default and tried:
                 return Choice("kernel", tried[0])
         # bitsandbytes has a kernel for the fewest rows, which a bucket's measurement does not see.
-        fused = rows <= FUSED_ROWS and shape[1] % group == 0
+        fused = kind in TABLES and rows <= FUSED_ROWS and shape[1] % group == 0
         return Choice("bitsandbytes" if fused else "dense")
 
     def adopt(self, measured: dict[Problem, Choice]) -> None:
@@ -187,7 +188,7 @@ def _measured(
     started, known = time.perf_counter(), choices(device)
     tried = {problem: known.candidates(problem) for problem in problems}
     jobs = [
-        (Product(p.kind, p.group, (p.columns,), p.depth), p.rows, config)
+        (Product(p.kind, p.group, (p.columns,), p.depth, zeros=p.has_zeros), p.rows, config)
         for p in problems
         for config in tried[p]
     ]

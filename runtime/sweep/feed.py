@@ -1,6 +1,6 @@
 """A model's layers one after the other, each in device memory while the next one is on its way."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol, Self
 
 import torch
@@ -77,19 +77,20 @@ class LayerFeed:
         self._ring = DeviceRing(RING_SLOTS, max(block.nbytes for block in model.layers), device)
         self._reader = reader_of(model, device, storage)
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Each layer's bytes on the device, for the current stream, until the next one is asked for.
+    def blocks(self, first: int = 0) -> Generator[tuple[int, Tensor], None, None]:
+        """Each layer's index, from `first` on, and its bytes on the device, for the current stream, until the
+        next one is asked for.
 
         Raises StoreError when a layer cannot be read.
         """
         coming: Load | None = None
         try:
-            coming = self._start(0)
-            for index, block in enumerate(self._layers):
+            coming = self._start(first) if first < len(self._layers) else None
+            for index in range(first, len(self._layers)):
                 assert coming is not None
                 coming.wait()
                 coming = self._start(index + 1) if index + 1 < len(self._layers) else None
-                yield self._ring.slot(index % RING_SLOTS, block.nbytes)
+                yield index, self._ring.slot(index % RING_SLOTS, self._layers[index].nbytes)
         finally:
             if coming is not None:
                 drain([coming])

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.inputs import ModelShape
 from headrace.scheduler.memory import LOGIT_ROWS, Layout, activation_bytes
@@ -18,6 +20,17 @@ LOGITS_AT_ONCE = 6
 """Of such pieces, what is alive while they are compared: logits in two types, logarithms, products."""
 
 FEWEST_TOKENS = 64
+
+
+FREE_SHARE = 0.9
+"""Of what a CUDA device has free, where nobody says how much may be taken."""
+
+
+def device_budget(device: torch.device, given: int | None) -> int | None:
+    """Bytes that may be taken of the device; None on a CPU if nobody said."""
+    if given is None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
+    return given
 
 
 def logit_rows(vocabulary: int) -> int:

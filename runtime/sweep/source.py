@@ -1,4 +1,4 @@
-"""Models that can be swept: stores, and Hugging Face checkpoints seen as stores that were never written."""
+"""Models that can be swept: stores, and checkpoints seen as stores that were never written."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.convert import stored_bytes
+from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.conversion.plan import BlockPlan, Options, plan_conversion
 from headrace.runtime.conversion.quantize import weight_spec
 from headrace.runtime.conversion.selfcheck import check
-from headrace.runtime.skeleton import load_config
+from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import MANIFEST, Block, LayerShape, Store
 
 
 class CheckpointModel:
-    """A checkpoint as the store that `headrace convert --format keep` would make, in no file.
+    """A checkpoint (safetensors or GGUF) as the store that `headrace convert --format keep` would make, in no file.
 
     A block's bytes are put together from the checkpoint's tensors when they are read. `self_check` may
     refuse the architecture, and says whether pages may keep latents. Raises StoreError or
@@ -26,10 +26,11 @@ class CheckpointModel:
     def __init__(
         self, path: Path, self_check: Callable[[PretrainedConfig], bool] | None = check
     ) -> None:
-        checkpoint = Checkpoint(path)
-        self.latents = self_check is None or self_check(load_config(path))
+        checkpoint = open_checkpoint(path)
+        self.latents = self_check is None or self_check(parse_config(checkpoint.config, str(path)))
         plan = plan_conversion(checkpoint, Options("keep"), expand=not self.latents)
         self.path = path
+        self.companions = checkpoint.companions
         self.config: dict[str, Any] = plan.config
         self.dtype = plan.dtype
         self.format = plan.format
@@ -65,7 +66,8 @@ def open_model(
 ) -> SweptModel:
     """The store or the checkpoint in `path`, whole; `self_check` is of checkpoints. Raises StoreError, saying what
     it is instead."""
-    if (path / MANIFEST).exists() or not (path / "config.json").exists():
+    is_checkpoint = path.is_file() or (path / "config.json").exists() or any(path.glob("*.gguf"))
+    if (path / MANIFEST).exists() or not is_checkpoint:
         store = Store.open(path)
         store.require(store.blocks)
         return store
@@ -76,7 +78,11 @@ def _block(path: Path, plan: BlockPlan) -> Block:
     tensors = plan.layout.tensors
     weights = {
         weight.source.name: weight_spec(
-            weight.format, weight.source.shape, weight.parts, tensors, weight.source.state
+            weight.format,
+            weight.source.shape,
+            weight.parts,
+            tensors,
+            None if weight.encoded else weight.source.state,
         )
         for weight in plan.weights
     }

@@ -6,8 +6,8 @@ with Sweep(open_model(path), device, dtype, context=1024) as sweep, sweep.embed(
     logits = sweep.logits(states.values[0])
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.binding import View
 from headrace.runtime.model import Prepared, StageModel
 from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.feed import LayerFeed
 from headrace.runtime.sweep.pages import SweepPages
-from headrace.runtime.sweep.room import fitting_tokens, logit_rows, pages_of
+from headrace.runtime.sweep.room import device_budget, fitting_tokens, logit_rows, pages_of
 from headrace.runtime.sweep.source import SweptModel
 from headrace.runtime.sweep.states import States
 from headrace.scheduler.errors import HeadraceError
@@ -44,7 +45,7 @@ class Sweep:
     """A model, of which two layers and what follows the last one are in the device's memory at a time.
 
     `context` is the longest sequence. A micro-batch has at most `micro_batch_tokens` tokens, by default as
-    many as `device_memory` bytes have room for; a sequence that is longer goes through a layer in parts,
+    many as `device_memory` bytes have room for (on CUDA by default most of what is free); a sequence that is longer goes through a layer in parts,
     over its own keys and values. `host_memory` is for hidden states, see `States`; `storage` says how a
     store's files are read. Raises DoesNotFitError, with the figure, when `device_memory` does not suffice, and
     HeadraceError when the model does not go as far as `context`.
@@ -67,7 +68,8 @@ class Sweep:
         self.device, self.dtype, self.context = device, dtype, context
         shape = model_shape(model, dtype)
         most = MOST_TOKENS[device.type] if micro_batch_tokens is None else micro_batch_tokens
-        self.micro_batch_tokens = fitting_tokens([shape], context, device_memory, most)
+        budget = device_budget(device, device_memory)
+        self.micro_batch_tokens = fitting_tokens([shape], context, budget, most)
         self.vocabulary = shape.vocab_size
         self.logit_rows = logit_rows(shape.vocab_size)
         self._host_memory, self._directory = host_memory, directory
@@ -109,14 +111,21 @@ class Sweep:
             _part(states, piece).copy_(x.view(piece.last - piece.first, -1, x.shape[-1]))
         return states
 
-    def layers(self) -> Iterator["SweptLayer"]:
-        """The layers in order; each can be run until the next one is asked for.
+    def layers(self, first: int = 0) -> Generator["SweptLayer", None, None]:
+        """The layers in order, from `first` on; each can be run until the next one is asked for.
+
+        Whoever stops before the last one closes the generator.
 
         Raises StoreError when one cannot be read.
         """
-        for index, block in enumerate(self._feed.blocks()):
-            self._stage.bind(index, block)
-            yield SweptLayer(self, index, self._stage.layer(index))
+        with closing(self._feed.blocks(first)) as blocks:
+            for index, block in blocks:
+                self._stage.bind(index, block)
+                yield SweptLayer(self, index, self._stage.layer(index), block)
+
+    def rebind(self, index: int, block: Tensor, view: View) -> None:
+        """`SweptLayer.rebind`."""
+        self._stage.bind_through(index, block, view)
 
     @torch.inference_mode()
     def run_layer(self, index: int, states: States, *, keep: bool) -> None:
@@ -192,16 +201,22 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class SweptLayer:
-    """One layer, whose weights are in device memory now. `module` is transformers' own: forward hooks of its
-    linears (QuantLinear; `named`) are called once a micro-batch, with inputs [1, T, features]."""
+    """One layer, whose weights are in device memory now, in `block` (uint8). `module` is transformers' own: forward
+    hooks of its linears (QuantLinear; `named`) are called once a micro-batch, with inputs [1, T, features]."""
 
     sweep: Sweep
     index: int
     module: nn.Module
+    block: Tensor
 
     def named(self) -> dict[str, nn.Module]:
         """The layer's modules by name, such as "self_attn.q_proj"."""
         return {name: module for name, module in self.module.named_modules() if name}
+
+    def rebind(self, view: View) -> None:
+        """From now on the layer's matrices are what `view` makes of their places in `block`, and all else is
+        what `block` holds now."""
+        self.sweep.rebind(self.index, self.block, view)
 
     def run(self, states: States, *, keep: bool = True) -> None:
         """Takes all sequences through the layer, in place; without `keep` the states stay as they were, for

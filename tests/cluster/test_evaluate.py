@@ -2,16 +2,23 @@
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+from architectures import tiny_model
 from commands import STORIES
+from gguf_files import write
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.cluster.cli.main import main
+from headrace.cluster.evaluation.corpus import Corpus
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
+from headrace.runtime.sweep.source import open_model
 from headrace.scheduler.errors import StoreError
 
 TEXT = STORIES.parent / "text" / "held_out_stories.txt"
@@ -95,6 +102,51 @@ def test_without_a_reference_there_is_perplexity_alone(
     printed = capsys.readouterr().out
     assert "perplexity" in printed and "KLD" not in printed
     assert "<svg" not in page.read_text()
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(STORIES, checkpoint)
+    plain = Corpus(open_model(checkpoint), [TEXT], 50).windows(20)
+    file = checkpoint / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    bos = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [7], "tokens": ["<|im_start|>"]}
+        },
+    }
+    file.write_text(json.dumps(tokenizer))
+    windows = Corpus(open_model(checkpoint), [TEXT], 50).windows(20)
+    assert windows.prefix == 1 and windows.tokens[:, 0].tolist() == [7, 7, 7]
+    assert windows.lengths == (20, 20, 13) and windows.count == 50  # the first of each, too
+    assert torch.equal(windows.tokens[0, 1:], plain.tokens[0, :19]) and plain.prefix == 0
+
+
+def test_a_gguf_file_is_compared_by_its_own_tokenizer(stores: Path, tmp_path: Path) -> None:
+    file, found = tmp_path / "stories.gguf", tmp_path / "found.json"
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    write(model, file, "Q8_0", AutoTokenizer.from_pretrained(STORIES))
+    options = [*SMALL, "--prompts", "0", "--json", found]
+    assert run("eval", file, stores / "int8", "--reference", STORIES, *options) == 0
+    gguf, int8 = json.loads(found.read_text())["stores"]
+    assert gguf["divergence"]["mean"] < 2 * int8["divergence"]["mean"]
+    assert run("eval", stores / "int8", "--reference", file, *options) == 0
+
+
+def test_a_model_that_reads_text_otherwise_is_no_reference(
+    stores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "tiny")
+    assert run("eval", stores / "nf4", "--reference", tmp_path / "tiny", *SMALL) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
+    for file in STORIES.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "tiny")
+    assert run("eval", stores / "nf4", "--reference", tmp_path / "tiny", *SMALL) == 1
+    assert "cannot be compared with" in capsys.readouterr().err
 
 
 def test_gates_say_what_is_crossed_and_end_with_code_3(

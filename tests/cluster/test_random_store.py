@@ -27,7 +27,7 @@ def without_hash(block: Block) -> Block:
 
 @pytest.mark.parametrize(
     ("shape", "fmt"),
-    [("8b", "nf4"), ("8b", "int8"), ("1b", "bf16")]
+    [("8b", "nf4"), ("8b", "int8"), ("8b", "int4"), ("1b", "bf16")]
     + [(shape, "nf4") for shape in ("qwen3-235b", "mixtral-8x7b", "deepseek-v3")],
 )
 def test_store_is_laid_out_as_a_converted_one(tmp_path: Path, shape: str, fmt: str) -> None:
@@ -45,7 +45,7 @@ def test_store_is_laid_out_as_a_converted_one(tmp_path: Path, shape: str, fmt: s
     made.verify()
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "int8", "bf16"])
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "int4", "bf16"])
 def test_weights_are_of_the_promised_size(tmp_path: Path, fmt: str) -> None:
     store = write_store(tmp_path / "made", small_config("8b"), fmt)
     expected = 0.02 / sqrt(2)

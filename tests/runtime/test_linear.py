@@ -3,27 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from stored import packed_block
 from torch import Tensor, nn
 
 from headrace.runtime.bnb import functional as bnb
-from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.linear import Int8Weight, QuantLinear, RawWeight, Scratch, Weight
-from headrace.runtime.store import TensorSpec, WeightSpec
+from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError
 
 CPU = torch.device("cpu")
-
-
-def pack(parts: dict[str, Tensor]) -> tuple[dict[str, TensorSpec], Tensor]:
-    """Tensors one after another on 256-byte boundaries, as in a block, after something else."""
-    specs, data = {}, bytearray(256)
-    for name, tensor in parts.items():
-        specs[name] = TensorSpec(
-            STORE_DTYPES[tensor.dtype], tuple(tensor.shape), len(data), tensor.nbytes
-        )
-        data += tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        data += bytes(-len(data) % 256)
-    return specs, torch.frombuffer(data, dtype=torch.uint8)
 
 
 def four_bit(values: Tensor, kind: str, nested: bool) -> tuple[Weight, Tensor]:
@@ -38,7 +26,7 @@ def four_bit(values: Tensor, kind: str, nested: bool) -> tuple[Weight, Tensor]:
             "nested_blocksize": state.state2.blocksize,
             "nested_offset": float(state.offset),
         }
-    specs, block = pack(parts)
+    specs, block = packed_block(parts)
     spec = WeightSpec(kind, tuple(values.shape), specs, blocksize=64, **extra)
     return Weight.view(spec, block), decode(packed, state).view(values.shape)
 
@@ -91,7 +79,7 @@ def test_int8_scales_rows() -> None:
     torch.manual_seed(0)
     data = torch.randint(-127, 128, (6, 16), dtype=torch.int8)
     scale = torch.rand(6) + 0.5
-    specs, block = pack({"data": data, "scale": scale})
+    specs, block = packed_block({"data": data, "scale": scale})
     weight = Weight.view(WeightSpec("int8", (6, 16), specs), block)
     dense = data.float() * scale[:, None] / 127
     torch.testing.assert_close(weight.dense(torch.float32), dense)
@@ -102,7 +90,7 @@ def test_int8_scales_rows() -> None:
 
 def test_raw_is_a_view_and_casts_when_asked() -> None:
     values = torch.randn(4, 8)
-    specs, block = pack({"data": values})
+    specs, block = packed_block({"data": values})
     weight = Weight.view(WeightSpec("raw", (4, 8), specs), block)
     dense = weight.dense(torch.float32)
     assert dense.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()

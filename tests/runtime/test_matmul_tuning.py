@@ -33,6 +33,13 @@ def test_where_dequantizing_is_fastest_the_fewest_rows_are_fused() -> None:
     assert choices.choose("nf4", 64, SHAPE, 4, BF16).path == "bitsandbytes"
 
 
+def test_int4_is_not_for_bitsandbytes() -> None:
+    for rows in (1, 4):
+        assert Choices(*HOPPER, {}).choose("int4", 64, SHAPE, rows, BF16).path == "dense"
+    choices = Choices(*HOPPER, {}, by_default=True)
+    assert choices.choose("int4", 64, SHAPE, 4, BF16).path == "kernel"
+
+
 @pytest.mark.parametrize(("rows", "path"), [(1, "bitsandbytes"), (4, "bitsandbytes"), (5, "dense")])
 def test_the_rule_without_measuring(rows: int, path: str) -> None:
     chosen = Choices(*HOPPER, {}).choose("nf4", 64, SHAPE, rows, BF16)

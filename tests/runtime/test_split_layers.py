@@ -98,7 +98,7 @@ def test_no_pool_or_placement_changes_a_token(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fmt", ["keep", "nf4"])
+@pytest.mark.parametrize("fmt", ["keep", "nf4", "int4"])
 @pytest.mark.parametrize("name", SPLIT)
 def test_no_pool_changes_a_token_on_cuda(name: str, fmt: str, tmp_path: Path) -> None:
     """The same passes over the same ring: only where experts come from differs."""
@@ -108,8 +108,9 @@ def test_no_pool_changes_a_token_on_cuda(name: str, fmt: str, tmp_path: Path) ->
         assert serve(path, ring, "cuda") == serve(path, whole, "cuda"), ring
 
 
-def test_experts_of_packed_weights(tmp_path: Path) -> None:
-    path = make_store("qwen3_moe", tmp_path, "nf4")
+@pytest.mark.parametrize("fmt", ["nf4", "int4"])
+def test_experts_of_packed_weights(fmt: str, tmp_path: Path) -> None:
+    path = make_store("qwen3_moe", tmp_path, fmt)
     expected = serve(path, WHOLE)
     for ring in FEW_RINGS:
         assert serve(path, ring) == expected, ring

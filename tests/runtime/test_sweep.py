@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import tiny_model
 from commands import STORIES
+from gguf_files import write
 from stored import tiny_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -118,6 +120,19 @@ def test_a_checkpoint_is_the_store_that_it_would_be(tmp_path: Path) -> None:
         open_model(tmp_path / "nowhere")
 
 
+def test_a_gguf_file_is_the_store_that_it_would_be(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    model = tiny_model("llama", hidden_size=256, intermediate_size=512, head_dim=64)
+    write(model, file, "Q4_K")
+    store = convert(file, tmp_path / "kept", format="keep", allow_missing_tokenizer=True)
+    seen = open_model(file)
+    assert seen.nbytes == store.nbytes and seen.format == store.format
+    for ours, theirs in zip(seen.blocks, store.blocks, strict=True):
+        assert ours.weights == theirs.weights and seen.read_block(ours) == store.read_block(theirs)
+    tokens = torch.randint(4, 256, (2, 20))
+    assert torch.equal(swept(file, tokens), swept(store.path, tokens))
+
+
 def test_a_layer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     store = tiny_store("llama", tmp_path)
     model = open_model(store)
@@ -127,3 +142,24 @@ def test_a_layer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="layer-00002"):
             for layer in sweep.layers():
                 layer.run(states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_sweep_on_cuda_is_that_on_a_cpu(name: str, tmp_path: Path) -> None:
+    store = tiny_store(name, tmp_path)
+    tokens = torch.randint(4, 256, (3, 150))
+    expected = swept(store, tokens)
+    for path in (store, tmp_path / "checkpoint"):
+        model = open_model(path)
+        with (
+            Sweep(
+                model, torch.device("cuda"), torch.float32, context=150, micro_batch_tokens=64
+            ) as sweep,
+            sweep.embed(tokens) as states,
+        ):
+            for layer in sweep.layers():
+                layer.run(states)
+            rows = states.values.flatten(0, 1).split(sweep.logit_rows)
+            found = torch.cat([sweep.logits(some).cpu() for some in rows])
+        assert (found - expected.flatten(0, 1)).abs().max() < 1e-2 * expected.abs().max()

@@ -1,17 +1,15 @@
 """What has to hold of a shadow before its server starts, and what fits its memory."""
 
-from pathlib import Path
-
 import torch
 
 from headrace.cluster.evaluation.alike import refuse_other_model
+from headrace.cluster.evaluation.corpus import tokenizer_of
 from headrace.cluster.serving.shadow.messages import Setup
 from headrace.cluster.serving.shadow.options import ShadowOptions
 from headrace.cluster.serving.shadow.ties import TIES
-from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.room import FEWEST_TOKENS, sweep_bytes
-from headrace.runtime.sweep.source import CheckpointModel, open_model
+from headrace.runtime.sweep.source import CheckpointModel, SweptModel, open_model
 from headrace.runtime.sweep.sweep import MOST_TOKENS
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import ModelShape
@@ -33,11 +31,12 @@ def check_shadow(options: ShadowOptions) -> Setup:
     reference, store = open_model(options.reference), open_model(options.store)
     shapes = [model_shape(model, dtype) for model in (reference, store)]
     refuse_other_model(store, shapes[1], reference, shapes[0])
-    _refuse_other_tokenizer(options.store, options.reference)
+    _refuse_other_tokenizer(store, reference)
     contexts = [shape.max_context for shape in shapes]
     if options.context is not None:
         contexts.append(options.context)
-    padded = options.memory // STATES_SHARE // (2 * shapes[0].hidden_size * dtype.itemsize)
+    widths = sum(shape.hidden_size for shape in shapes)
+    padded = options.memory // STATES_SHARE // (widths * dtype.itemsize)
     longest = min(*contexts, padded)
     return Setup(
         store=str(options.store),
@@ -81,13 +80,13 @@ def _needed(shapes: list[ModelShape], longest: int, tokens: int) -> int:
     return max(sum(sweep_bytes(shape, length, tokens) for shape in shapes) for length in lengths)
 
 
-def _refuse_other_tokenizer(store: Path, reference: Path) -> None:
-    if reference.resolve() == store.resolve():
+def _refuse_other_tokenizer(store: SweptModel, reference: SweptModel) -> None:
+    """The reference's may have tokens that the store's has not, such as padding."""
+    if reference.path.resolve() == store.path.resolve():
         return
-    own, other = (load_tokenizer(path).get_vocab() for path in (store, reference))
-    if own != other:
-        differing = len(own.items() ^ other.items())
+    own, other = (tokenizer_of(model).get_vocab() for model in (store, reference))
+    if differing := own.items() - other.items():
         raise HeadraceError(
-            f"--shadow {reference} has another tokenizer than {store} ({differing} entries of their vocabularies "
-            "differ), so that it cannot judge its tokens: give a store or a checkpoint of the same model"
+            f"--shadow {reference.path} has another tokenizer than {store.path}: {len(differing)} of {len(own)} tokens "
+            "are missing there or have other numbers. Give a store or a checkpoint of the same model"
         )

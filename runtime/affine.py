@@ -1,0 +1,71 @@
+"""Affine codes to values, written where the caller says, a few rows at a time.
+
+A row's columns are in groups, each with a scale and, where it has one, a zero point or an offset:
+(code - zero) * scale, or code * scale + offset. Products are made in float32 and rounded once.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CENTRE = 8
+"""The zero point of int4 codes that are stored without any."""
+
+_CPU_ELEMENTS, _CUDA_ELEMENTS = 1 << 16, 1 << 23
+"""Elements at a time: temporaries stay in a core's cache, and small beside a layer on a GPU."""
+
+
+def row_runs(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Runs of the rows of a matrix whose temporaries are small."""
+    most = _CUDA_ELEMENTS if device.type == "cuda" else _CPU_ELEMENTS
+    step = max(1, most // max(columns, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """uint8 [rows, columns / 2], even column in the high nibble -> uint8 [rows, columns]."""
+    codes = packed.new_empty(*packed.shape, 2)
+    torch.bitwise_right_shift(packed, 4, out=codes[..., 0])
+    torch.bitwise_and(packed, 15, out=codes[..., 1])
+    return codes.view(len(packed), -1)
+
+
+def int4_values(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, out: Tensor
+) -> Tensor:
+    """`packed` uint8 [rows, columns / 2]; `scale`, `zero` (uint8) and `offset` [rows, groups] into
+    `out` [rows, columns], in its type. With neither zero nor offset, zero is 8."""
+    rows, groups = scale.shape
+    for run in row_runs(rows, out.shape[1], out.device):
+        some = out[run].view(-1, groups, out.shape[1] // groups)
+        codes = nibbles(packed[run]).view(some.shape)
+        if offset is not None:
+            _scaled(codes, scale[run], offset[run], some)
+            continue
+        # Differences are whole numbers below 256: exact in every type.
+        if zero is None:
+            some.copy_(codes).sub_(CENTRE)
+        else:
+            torch.sub(codes, zero[run].to(out.dtype)[..., None], out=some)
+        _scaled(some, scale[run], None, some)
+    return out
+
+
+def int8_values(codes: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
+    """`codes` int8 [rows, columns], `scale` and `offset` [rows, groups] into `out` [rows, columns]."""
+    rows, groups = scale.shape
+    for run in row_runs(rows, out.shape[1], out.device):
+        shape = (-1, groups, out.shape[1] // groups)
+        some = None if offset is None else offset[run]
+        _scaled(codes[run].view(shape), scale[run], some, out[run].view(shape))
+    return out
+
+
+def _scaled(codes: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
+    wide = scale.float()[..., None]
+    if offset is None:
+        torch.mul(codes, wide, out=out)
+    else:
+        out.copy_(torch.addcmul(offset.float()[..., None], codes.float(), wide))

@@ -1,0 +1,1 @@
+"""GGUF files as checkpoints: their metadata by transformers, their blocks as affine codes."""

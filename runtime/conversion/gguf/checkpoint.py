@@ -1,0 +1,302 @@
+"""A GGUF file as a checkpoint: the weights that conversion reads, and the files that it writes beside them."""
+
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gguf
+import torch
+import xxhash
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from headrace.runtime.block_file import Entry
+from headrace.runtime.conversion.checkpoint import companions_in, has_tokenizer_in
+from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, Affine, BlockType, unpack
+from headrace.runtime.conversion.gguf.naming import (
+    PLUS_ONE,
+    as_trained,
+    heads_of,
+    names_of,
+    rope_scaling,
+)
+from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.source import Repacking, SourceTensor, SourceWeight, rows_at_once
+from headrace.runtime.skeleton import Skeleton
+from headrace.scheduler.errors import StoreError
+
+PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+ROPE_FACTORS = "rope_freqs.weight"
+KEYS = {
+    "attention.key_length": "head_dim",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+DECODED = "F16"
+"""What quantized tensors become that are no matrices of layers: their scales are float16."""
+
+
+class GGUFCheckpoint:
+    """One file, with the interface of conversion.checkpoint.Checkpoint.
+
+    Tokenizer and chat template come from the file's metadata, unless there are tokenizer files beside it.
+    Raises StoreError when it is damaged, or of a kind that is not read here.
+    """
+
+    method = "gguf"
+
+    def __init__(self, file: Path) -> None:
+        self.path = file
+        try:
+            self._reader = gguf.GGUFReader(file)
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise StoreError(
+                f"{file} is no whole GGUF file ({error}): download it again"
+            ) from error
+        if "split.count" in self._reader.fields and _field(self._reader, "split.count") > 1:
+            raise StoreError(
+                f"{file} is one of {_field(self._reader, 'split.count')} parts: join them first, with"
+                " llama-gguf-split --merge"
+            )
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        config = self._read_config()
+        skeleton = Skeleton(config, torch.bfloat16)
+        self._names = names_of(config, skeleton.model)
+        self._model_type, self._config = config.model_type, config
+        self._router = {n for n in self._tensors if ".ffn_gate_inp" in n}
+        self.dtype = self._main_dtype()
+        self.config = {**self._config_dict(config), "dtype": _TORCH_NAMES[self.dtype]}
+        self.weights = {
+            weight.name: weight
+            for name, tensor in self._tensors.items()
+            if name != ROPE_FACTORS
+            for weight in self._weights_of(name, tensor)
+        }
+
+    def _read_config(self) -> PretrainedConfig:
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+        except Exception as error:  # whatever its readers of single models raise
+            raise StoreError(
+                f"{self.path}: transformers cannot read what model this is: {error}. Convert the original"
+                " checkpoint"
+            ) from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        self._complete(config)
+        factors = self._tensors.get(ROPE_FACTORS)
+        if factors is not None:
+            values = torch.from_numpy(factors.data.copy()).float()
+            config.rope_parameters = rope_scaling(values, config)
+        return config
+
+    def _complete(self, config: PretrainedConfig) -> None:
+        """What transformers does not read for every architecture."""
+        arch = _field(self._reader, "general.architecture")
+        for key, name in KEYS.items():
+            if f"{arch}.{key}" in self._reader.fields and hasattr(config, name):
+                setattr(config, name, _field(self._reader, f"{arch}.{key}"))
+
+    @staticmethod
+    def _config_dict(config: PretrainedConfig) -> dict[str, Any]:
+        found: dict[str, Any] = config.to_dict()
+        found.pop("quantization_config", None)
+        return {name: value for name, value in found.items() if not name.startswith("_")}
+
+    def _main_dtype(self) -> str:
+        """That of most plain matrices, else bfloat16: quantized models were trained in that, or nearly."""
+        sizes: dict[str, int] = {}
+        for tensor in self._tensors.values():
+            dtype = PLAIN.get(tensor.tensor_type.name)
+            if dtype is not None and len(tensor.shape) > 1 and tensor.name not in self._router:
+                sizes[dtype] = sizes.get(dtype, 0) + int(tensor.n_bytes)
+        return max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
+
+    def _weights_of(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[SourceWeight]:
+        named, shape = self._names.get(name), _shape_of(tensor)
+        if named is None:
+            raise StoreError(
+                f"{self.path} holds a tensor {name}, which {self._model_type} does not have here"
+            )
+        if not named.experts:
+            if name.endswith("ffn_gate_inp_shexp.weight"):
+                shape = (1, *shape[-1:])
+            yield self._weight(name, named.name, tensor, shape, 0, int(tensor.n_bytes))
+            return
+        each = int(tensor.n_bytes) // shape[0]
+        for expert in range(shape[0]):
+            one = named.name.format(expert)
+            yield self._weight(name, one, tensor, shape[1:], expert * each, each)
+
+    def _weight(
+        self,
+        there: str,
+        name: str,
+        tensor: gguf.ReaderTensor,
+        shape: tuple[int, ...],
+        offset: int,
+        nbytes: int,
+    ) -> SourceWeight:
+        kind, first = tensor.tensor_type.name, int(tensor.data_offset) + offset
+        rows = _Rows(SourceTensor(self.path, "U8", (nbytes,), first, nbytes), shape)
+        heads = heads_of(there, self._config)
+        if kind in PLAIN:
+            source = SourceTensor(self.path, PLAIN[kind], shape, first, nbytes)
+            return _plain(name, source, heads, minus_one=self._is_plus_one(there))
+        if kind not in BLOCK_TYPES:
+            raise StoreError(
+                f"{there} of {self.path} is {kind}, which is not read here: there are"
+                f" {', '.join((*PLAIN, *BLOCK_TYPES))}. Make the file anew with one of them (llama-quantize), or"
+                " convert the original checkpoint"
+            )
+        if there.startswith("token_embd") or there in self._router:
+            return _decoded(name, BLOCK_TYPES[kind], rows)
+        return _affine(name, BLOCK_TYPES[kind], rows, heads)
+
+    def _is_plus_one(self, name: str) -> bool:
+        return self._model_type in PLUS_ONE and name.endswith("norm.weight")
+
+    def companions(self) -> dict[str, bytes]:
+        beside = self.path.parent
+        if has_tokenizer_in(beside) or not self._has_own_tokenizer:
+            return companions_in(beside)
+        with TemporaryDirectory(prefix="headrace-gguf-") as folder:
+            self._own_tokenizer().save_pretrained(folder)
+            return companions_in(Path(folder))
+
+    def _own_tokenizer(self) -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+        except Exception as error:  # whatever its readers of single tokenizers raise
+            raise StoreError(
+                f"{self.path}: transformers cannot read its tokenizer: {error}. Put the original"
+                " tokenizer.json and tokenizer_config.json beside the file"
+            ) from error
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return has_tokenizer_in(self.path.parent) or self._has_own_tokenizer
+
+    @property
+    def _has_own_tokenizer(self) -> bool:
+        return "tokenizer.ggml.model" in self._reader.fields
+
+    def fingerprint(self) -> str:
+        """Tells this file from others without reading it whole: metadata and samples."""
+        size, start = self.path.stat().st_size, int(self._reader.data_offset)
+        hasher = xxhash.xxh3_128(f"{size}".encode())
+        with self.path.open("rb") as stream:
+            while start > 0 and (chunk := stream.read(min(start, 1 << 20))):
+                hasher.update(chunk)
+                start -= len(chunk)
+            for i in range(SAMPLES):
+                stream.seek(size * i // SAMPLES)
+                hasher.update(stream.read(SAMPLE_BYTES))
+        return hasher.hexdigest()
+
+
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _field(reader: gguf.GGUFReader, name: str) -> Any:
+    return reader.fields[name].contents()
+
+
+def _shape_of(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """Outermost first."""
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+class _Rows:
+    """The bytes of a quantized matrix, some rows at a time."""
+
+    def __init__(self, data: SourceTensor, shape: tuple[int, ...]) -> None:
+        self.data, self.shape = data, shape
+        self.count = prod(shape[:-1])
+        self.row_bytes = data.nbytes // self.count
+
+    def runs(self, rows_together: int = 1) -> Iterator[Tensor]:
+        """uint8 [rows, row_bytes]; every run but the last has 64 n rows, and whole groups of `rows_together`."""
+        step = rows_at_once(self.row_bytes)
+        step = -(-step // rows_together) * rows_together
+        for first in range(0, self.count, step):
+            size = min(step, self.count - first) * self.row_bytes
+            offset = self.data.offset + first * self.row_bytes
+            part = SourceTensor(self.data.file, "U8", (size,), offset, size)
+            yield part.tensor().view(-1, self.row_bytes)
+
+
+def _plain(name: str, source: SourceTensor, heads: int, *, minus_one: bool) -> SourceWeight:
+    part = Part("data", Entry(name, source.dtype, source.shape))
+    if not heads and not minus_one:
+        return SourceWeight(name, "raw", source.shape, ((part, source),))
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        values = source.tensor()
+        yield "data", as_trained(values, heads) if heads else values - 1
+
+    return SourceWeight(
+        name, "raw", source.shape, ((part, source),), None, Repacking((part,), pieces)
+    )
+
+
+def _decoded(name: str, kind: BlockType, rows: _Rows) -> SourceWeight:
+    """As float16 values."""
+    part = Part("data", Entry(name, DECODED, rows.shape))
+    source = SourceTensor(rows.data.file, DECODED, rows.shape, rows.data.offset, rows.data.nbytes)
+
+    def pieces() -> Iterator[tuple[str, Tensor]]:
+        for run in rows.runs():
+            yield "data", _values(kind, unpack(kind, run)).half()
+
+    return SourceWeight(
+        name, "raw", rows.shape, ((part, source),), None, Repacking((part,), pieces)
+    )
+
+
+def _values(kind: BlockType, found: Affine) -> Tensor:
+    codes = found.codes.float()
+    if kind.bits == 4 and not kind.has_offset:
+        codes -= 8
+    codes *= found.scale.float().repeat_interleave(kind.group, dim=1)
+    if found.offset is not None:
+        codes += found.offset.float().repeat_interleave(kind.group, dim=1)
+    return codes
+
+
+def _affine(name: str, kind: BlockType, rows: _Rows, heads: int) -> SourceWeight:
+    each = (rows.count, rows.shape[-1] // kind.group)
+    data = Entry(name, "U8", (prod(rows.shape) // 2, 1))
+    if kind.bits == 8:
+        data = Entry(name, "I8", (rows.count, rows.shape[-1]))
+    parts = [Part("data", data), Part("scale", Entry(f"{name}.scale", "F16", each))]
+    if kind.has_offset:
+        parts.append(Part("offset", Entry(f"{name}.offset", "F16", each)))
+    source = ((parts[0], rows.data),)
+    repacking = Repacking(tuple(parts), partial(_pieces, kind, rows, heads))
+    fmt = "int4" if kind.bits == 4 else "int8g"
+    return SourceWeight(name, fmt, rows.shape, source, None, repacking)
+
+
+def _pieces(kind: BlockType, rows: _Rows, heads: int) -> Iterator[tuple[str, Tensor]]:
+    scales, offsets = [], []
+    together = rows.count // heads if heads else 1
+    for run in rows.runs(together):
+        some = as_trained(run, len(run) // together) if heads else run
+        found = unpack(kind, some)
+        scales.append(found.scale)
+        if found.offset is not None:
+            offsets.append(found.offset)
+        pairs = found.codes.reshape(-1, 2)
+        yield "data", (pairs[:, :1] << 4 | pairs[:, 1:]) if kind.bits == 4 else found.codes
+    yield "scale", torch.cat(scales)
+    if offsets:
+        yield "offset", torch.cat(offsets)

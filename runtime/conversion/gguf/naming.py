@@ -1,0 +1,121 @@
+"""Tensors of a GGUF file by the names of the Hugging Face checkpoint that they were made from."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import gguf
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from headrace.scheduler.errors import StoreError
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "mistral": "llama",
+    "phi3": "phi3",
+    "starcoder2": "starcoder2",
+}
+"""What llama.cpp calls the architecture of a model_type. Others have tensors that it changed in ways of their own."""
+
+PLUS_ONE = ("gemma2", "gemma3_text")
+"""Models whose norms multiply by one more than their weight; GGUF holds the sum."""
+
+_FUSED = re.compile(r"(.*\.experts)\.gate_up_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A tensor's name in the checkpoint; with `experts` it is a stack of matrices, whose name has a {}."""
+
+    name: str
+    experts: bool = False
+
+
+def names_of(config: PretrainedConfig, model: nn.Module) -> dict[str, Named]:
+    """By GGUF's names. StoreError for an architecture that is not read here."""
+    arch = ARCHITECTURES.get(config.model_type)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    if arch not in numbers:
+        raise StoreError(
+            f"GGUF files of {config.model_type} are not read here, only those of"
+            f" {', '.join(sorted(ARCHITECTURES))}: convert the original checkpoint"
+        )
+    known = gguf.get_tensor_name_map(numbers[arch], config.num_hidden_layers)
+    found = {}
+    for place in _places(model):
+        stem, dot, suffix = place.name.rpartition(".")
+        stem, suffix = (stem, dot + suffix) if suffix in ("weight", "bias") else (place.name, "")
+        there = known.get_name(stem)
+        if there is not None:
+            name = place.name
+            if place.experts:
+                suffix = ".weight"
+                name = f"{stem.rpartition('.')[0]}.{{}}.{stem.rpartition('.')[2]}.weight"
+            found[there + suffix] = Named(name, place.experts)
+    return found
+
+
+def _places(model: nn.Module) -> Iterator[Named]:
+    """The model's parameters; a stack of experts' gates and ups is two, as it is on disk."""
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        fused = _FUSED.fullmatch(name)
+        if fused is not None:
+            yield from (Named(f"{fused[1]}.{each}_proj", True) for each in ("gate", "up"))
+        else:
+            yield Named(name, ".experts." in name)
+
+
+def as_trained(rows: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys of llama: a head's halves are interleaved there. `rows` [heads * 2 n, ...].
+
+    From convert_hf_to_gguf.py's LlamaModel.permute, the other way round.
+    """
+    half = len(rows) // heads // 2
+    return rows.view(heads, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def heads_of(name: str, config: PretrainedConfig) -> int:
+    """How many heads have their rows interleaved in the tensor of this GGUF name; 0 for none."""
+    if ARCHITECTURES[config.model_type] != "llama":
+        return 0
+    if re.search(r"\.attn_q\.", name):
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if re.search(r"\.attn_k\.", name) else 0
+
+
+def rope_scaling(factors: Tensor, config: PretrainedConfig) -> dict[str, object]:
+    """Llama 3's scaling whose factors [head / 2] a file holds as a tensor, and not in its metadata.
+
+    StoreError where they are of no Llama 3 that was published.
+    """
+    theta = float(config.rope_parameters["rope_theta"])
+    head = config.head_dim
+    frequencies = theta ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
+    wavelengths = 2 * torch.pi / frequencies
+    for factor in (8.0, 32.0):
+        low, high, before = 1.0, 4.0, 8192
+        smooth = (before / wavelengths - low) / (high - low)
+        between = 1 / ((1 - smooth) / factor + smooth)
+        want = torch.where(wavelengths < before / high, torch.ones(()), between)
+        want = torch.where(wavelengths > before / low, torch.full((), factor), want)
+        if torch.allclose(want, factors.float(), rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": before,
+            }
+    raise StoreError(
+        "the file scales rotary embeddings (rope_freqs.weight) in no way that a Llama 3 does, and does not say"
+        " how: convert the original checkpoint"
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints made smaller by leaving layers, neurons, heads and single weights out."""

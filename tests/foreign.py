@@ -1,0 +1,185 @@
+"""Checkpoints as other tools quantize them, packed here word by word as their layouts are documented,
+each beside a plain checkpoint with the values that its bytes stand for."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+GROUP = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+Quantized = tuple[dict[str, Tensor], Tensor]
+"""Tensors by what follows the module's name, and the weight's values in float32."""
+
+Quantizer = Callable[[Tensor], Quantized]
+
+
+def is_linear(name: str, tensor: Tensor) -> bool:
+    router = re.search(r"(mlp|block_sparse_moe)\.(gate|router)\.weight$", name)
+    outside = "embed" in name or "lm_head" in name
+    return tensor.dim() == 2 and name.endswith(".weight") and not (router or outside)
+
+
+def write(
+    folder: Path, model_type: str, settings: dict[str, Any], quantize: Quantizer, **changes: Any
+) -> tuple[Path, Path]:
+    """A quantized and a plain checkpoint of one tiny model."""
+    quantized, plain = folder / "quantized", folder / "plain"
+    tiny_model(model_type, **changes).save_pretrained(plain)
+    tensors = load_file(plain / "model.safetensors")
+    packed, values = {}, {}
+    for name, tensor in tensors.items():
+        if is_linear(name, tensor):
+            parts, values[name] = quantize(tensor)
+            stem = name.removesuffix(".weight")
+            packed |= {f"{stem}.{part}": side.contiguous() for part, side in parts.items()}
+        else:
+            packed[name] = values[name] = tensor
+    save(quantized, plain, settings, packed, values)
+    return quantized, plain
+
+
+def save(
+    quantized: Path, plain: Path, settings: dict[str, Any], packed: dict[str, Tensor],
+    values: dict[str, Tensor],
+) -> None:  # fmt: skip
+    quantized.mkdir()
+    config = json.loads((plain / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    save_file(packed, quantized / "model.safetensors", {"format": "pt"})
+    save_file(values, plain / "model.safetensors", {"format": "pt"})
+
+
+def words(codes: Tensor, bits: int, places: tuple[int, ...] | None = None) -> Tensor:
+    """[rows, columns] -> int32 [rows, columns * bits / 32]; code places[i] of a word i-th from below."""
+    each = 32 // bits
+    split = codes.long().view(len(codes), -1, each)
+    total = torch.zeros(split.shape[:2], dtype=torch.int64)
+    for i, place in enumerate(places or range(each)):
+        total += split[..., place] << (bits * i)
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def affine(weight: Tensor, bits: int, index: Tensor, low: int = 0) -> tuple[Tensor, ...]:
+    """Codes [N, K], zeros and float16 scales [N, groups], and values; index[k] is column k's group."""
+    groups, most = int(index.max()) + 1, 2**bits - 1
+    scale = torch.empty(len(weight), groups, dtype=torch.float16)
+    zero = torch.empty(len(weight), groups)
+    for g in range(groups):
+        some = weight[:, index == g]
+        least, high = some.amin(1).clamp(max=0), some.amax(1).clamp(min=0)
+        scale[:, g] = ((high - least) / most).half()
+        zero[:, g] = (-least / scale[:, g].float()).round().clamp(low, most)
+    wide, point = scale.float()[:, index], zero[:, index]
+    codes = (weight / wide + point).round().clamp(0, most)
+    return codes.long(), zero.long(), scale, (codes - point) * wide
+
+
+def gptq(bits: int, *, less: int, act_order: bool) -> Quantizer:
+    def quantize(weight: Tensor) -> Quantized:
+        columns = weight.shape[1]
+        index = torch.arange(columns) // GROUP
+        if act_order:
+            index = index[torch.randperm(columns)]
+        codes, zero, scale, values = affine(weight, bits, index, low=less)
+        parts = {
+            "qweight": words(codes, bits).T,
+            "qzeros": words((zero - less).T, bits),
+            "scales": scale.T,
+            "g_idx": index.int(),
+        }
+        return parts, values
+
+    return quantize
+
+
+def awq(weight: Tensor) -> Quantized:
+    index = torch.arange(weight.shape[1]) // GROUP
+    codes, zero, scale, values = affine(weight, 4, index)
+    parts = {
+        "qweight": words(codes.T, 4, AWQ_ORDER),
+        "qzeros": words(zero.T, 4, AWQ_ORDER),
+        "scales": scale.T,
+    }
+    return parts, values
+
+
+def fp8(block: tuple[int, int] | None, suffix: str, *, static: bool = False) -> Quantizer:
+    """Block by block; None: one scale for all."""
+
+    def quantize(weight: Tensor) -> Quantized:
+        rows, columns = weight.shape
+        height, width = block or (rows, columns)
+        grid = (-(-rows // height), -(-columns // width))
+        scale, codes = torch.empty(grid), torch.empty_like(weight).to(torch.float8_e4m3fn)
+        values = torch.empty_like(weight)
+        for i in range(grid[0]):
+            for j in range(grid[1]):
+                at = slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width)
+                scale[i, j] = weight[at].abs().amax() / 448
+                codes[at] = (weight[at] / scale[i, j]).to(torch.float8_e4m3fn)
+                values[at] = codes[at].float() * scale[i, j]
+        stored = scale if block else scale.view(())
+        parts = {"weight": codes, f"weight_{suffix}": stored}
+        return parts | ({"activation_scale": torch.ones(())} if static else {}), values
+
+    return quantize
+
+
+def compressed_tensors_settings(layout: str) -> dict[str, Any]:
+    group = {"weights": {}, "targets": ["Linear"], "format": layout}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group},
+        "quantization_status": "compressed",
+    }
+
+
+def compressed_tensors(
+    layout: str, bits: int, group: int | None, symmetric: bool, *, act_order: bool = False
+) -> Quantizer:
+    """Groups of columns, or None: rows; 0: one scale for the whole."""
+
+    def quantize(weight: Tensor) -> Quantized:
+        rows, columns = weight.shape
+        index = torch.arange(columns) // (group or columns)
+        if act_order:
+            index = index[torch.randperm(columns)]
+        half = 2 ** (bits - 1)
+        if layout == "float-quantized":
+            scale = (weight.abs().amax(1, keepdim=True) / 448).bfloat16()
+            scale = scale.amax().view(1) if group == 0 else scale
+            codes = (weight / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            return {"weight": codes, "weight_scale": scale}, codes.float() * scale.float()
+        if symmetric:
+            extreme = weight.abs().view(rows, -1, group or columns).amax(-1)
+            scale = (extreme / (half - 1)).bfloat16()
+            signed = (weight / scale.float()[:, index]).round().clamp(-half, half - 1).long()
+            values, zero = signed * scale.float()[:, index], None
+        else:
+            codes, zero, scale, values = affine(weight, bits, index)
+            signed = codes - half
+        parts = {"weight_scale": scale}
+        if layout == "pack-quantized":
+            parts["weight_packed"] = words(signed + half, bits)
+            parts["weight_shape"] = torch.tensor(weight.shape)
+        else:
+            parts["weight"] = signed.to(torch.int8)
+        if zero is not None:
+            packed = layout == "pack-quantized"
+            parts["weight_zero_point"] = (
+                words(zero.T, bits).T if packed else (zero - half).to(torch.int8)
+            )
+        if act_order:
+            parts["weight_g_idx"] = index.int()
+        return parts, values
+
+    return quantize

@@ -1,0 +1,140 @@
+"""Tiny models as GGUF files, written as llama.cpp's convert_hf_to_gguf.py does, and with the values that they hold."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+KEYS = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "vocab_size": "vocab_size",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "sliding_window": "attention.sliding_window",
+}
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
+
+
+def write(
+    model: Any, path: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None
+) -> None:
+    """The model as a GGUF file whose matrices are of that kind. Its parameters become what the file holds."""
+    config = model.config
+    arch = ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, arch)
+    for name, key in KEYS.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    writer.add_float32(f"{arch}.rope.freq_base", _theta(config))
+    if arch == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+    else:
+        writer.add_key_length(config.head_dim)
+    _add_tokenizer(writer, config, tokenizer)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[arch], config.num_hidden_layers)
+    for name, parameter in list(model.named_parameters()):
+        for there, values, put in _tensors(name, parameter, names, config):
+            put(_add(writer, there, values, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _theta(config: Any) -> float:
+    parameters = config.rope_parameters
+    parameters = parameters.get("full_attention", parameters)
+    return float(parameters["rope_theta"])
+
+
+def _tensors(name: str, parameter: nn.Parameter, names: Any, config: Any) -> Any:
+    """(GGUF name, values there, how values go back into the parameter)."""
+    stem, _, suffix = name.rpartition(".")
+    data = parameter.data
+    fused = re.fullmatch(r"(.*\.experts)\.gate_up_proj", name)
+    if fused:
+        half = data.shape[1] // 2
+        for i, each in enumerate(("gate_proj", "up_proj")):
+            part = data[:, i * half : (i + 1) * half]
+            yield f"{names.get_name(f'{fused[1]}.{each}')}.weight", part, part.copy_
+        return
+    if ".experts." in name:
+        yield f"{names.get_name(name)}.weight", data, data.copy_
+        return
+    there = f"{names.get_name(stem)}.{suffix}"
+    if config.model_type == "llama" and re.search(r"\.[qk]_proj\.", name):
+        heads = config.num_attention_heads if ".q_" in name else config.num_key_value_heads
+
+        def put(values: Tensor) -> None:
+            rows = values.view(heads, len(values) // heads // 2, 2, -1).swapaxes(1, 2)
+            data.copy_(rows.reshape(data.shape))
+
+        rows = data.view(heads, 2, len(data) // heads // 2, -1).swapaxes(1, 2)
+        yield there, rows.reshape(data.shape), put
+    elif config.model_type.startswith("gemma") and "norm" in name:
+        yield there, data + 1, lambda values: data.copy_(values - 1)
+    else:
+        yield there, data, data.copy_
+
+
+def _add(writer: gguf.GGUFWriter, name: str, values: Tensor, kind: str) -> Tensor:
+    array = values.float().numpy()
+    if kind in ("F32", "F16", "BF16") or values.dim() < 2 or "ffn_gate_inp" in name:
+        number = gguf.GGMLQuantizationType[
+            kind if values.dim() > 1 and "inp" not in name else "F32"
+        ]
+    else:
+        number = gguf.GGMLQuantizationType[kind]
+    data = (
+        _random(values, number)
+        if kind.endswith(("_K", "_NL")) and number > 2 and number != 30
+        else (gguf.quantize(array, number))
+    )
+    writer.add_tensor(name, data, raw_dtype=number)
+    return torch.from_numpy(gguf.dequantize(data, number).reshape(values.shape).copy())
+
+
+def _random(values: Tensor, number: gguf.GGMLQuantizationType) -> Any:
+    """Blocks that nobody computed: the package cannot write these."""
+    elements, nbytes = gguf.GGML_QUANT_SIZES[number]
+    rng = np.random.default_rng(values.numel())
+    shape = (*values.shape[:-1], values.shape[-1] // elements, nbytes)
+    data = rng.integers(0, 256, shape, dtype=np.uint8)
+    first = 208 if number.name == "Q6_K" else 0
+    count = 1 if number.name in ("Q6_K", "IQ4_NL") else 2
+    small = 2e-5 if number.name == "Q6_K" else 2e-4
+    scales = (rng.random((*shape[:-1], count)) * small + small).astype(np.float16).view(np.uint8)
+    data[..., first : first + 2 * count] = scales
+    return data.reshape(*values.shape[:-1], -1)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, config: Any, tokenizer: Any) -> None:
+    if tokenizer is None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    merges = tokenizer.backend_tokenizer.to_str()
+    import json
+
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(merges)["model"]["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)

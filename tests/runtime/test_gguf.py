@@ -1,0 +1,141 @@
+"""GGUF files into stores: the logits of the values that the files hold."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from gguf_files import write
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole import WholeModel
+
+from headrace.runtime.conversion.convert import convert
+from headrace.runtime.store import Store
+from headrace.scheduler.errors import StoreError
+from headrace.scheduler.plan import Slice
+
+TOKENS = tuple(range(3, 40))
+STORIES = Path(__file__).parents[2] / "examples" / "stories-9m"
+
+
+def tiny(model_type: str, **more: Any) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    model = tiny_model(model_type, **(sizes | {"head_dim": 64} | more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= 0.3  # as wide layers have it: small errors stay small
+    return model
+
+
+def logits_of(path: Path) -> Tensor:
+    model = WholeModel(path)
+    return model.logits([Slice(0, 0, TOKENS, (0,), None)]).float()
+
+
+@torch.inference_mode()
+def converted(model: Any, kind: str, folder: Path, **options: Any) -> tuple[Path, Tensor]:
+    """The store made of a GGUF file, and what the plain model with the file's values computes."""
+    file = folder / "model.gguf"
+    write(model, file, kind)
+    convert(file, folder / "store", format="keep", allow_missing_tokenizer=True, **options)
+    return folder / "store", model(torch.tensor([TOKENS])).logits[0].float()
+
+
+def assert_near(found: Tensor, want: Tensor, bound: float = 1e-3) -> None:
+    error = float((found - want).abs().max() / want.abs().max())
+    assert error < bound
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "F16",
+        "BF16",
+        "F32",
+    ],
+)
+def test_logits_are_those_of_the_files_values(kind: str, tmp_path: Path) -> None:
+    store, want = converted(tiny("llama", tie_word_embeddings=False), kind, tmp_path)
+    assert_near(logits_of(store), want)
+    formats = {"Q4": "int4", "F1": "raw", "BF": "raw", "F3": "raw"}
+    weights = Store.open(store).layers[0].weights
+    assert weights["model.layers.0.mlp.up_proj.weight"].format == formats.get(kind[:2], "int8g")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"),
+    [
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("qwen3_moe", {"moe_intermediate_size": 256, "norm_topk_prob": True}),
+        ("gemma2", {}),
+        ("gemma3_text", {"num_hidden_layers": 2}),
+        ("llama", {"tie_word_embeddings": True}),
+    ],
+)
+def test_architectures(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
+    store, want = converted(tiny(model_type, **more), "Q4_K", tmp_path)
+    assert_near(logits_of(store), want)
+
+
+def test_a_tokenizer_and_the_model_from_one_file(tmp_path: Path) -> None:
+    """The bundled model's tokens and text from a file of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
+    file = tmp_path / "stories.Q8_0.gguf"
+    write(model, file, "Q8_0", tokenizer)
+    store = convert(tmp_path, tmp_path / "store", format="keep").path
+    text = "Once upon a time there was a little girl named Lily."
+    again = AutoTokenizer.from_pretrained(store)
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.decode(again(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
+    with torch.inference_mode():
+        want = model(torch.tensor([TOKENS])).logits[0]
+    assert_near(logits_of(store), want)
+
+
+def test_formats_and_requantizing(tmp_path: Path) -> None:
+    """What is plain becomes nf4 as it would from a checkpoint; what is quantized only when asked."""
+    model = tiny("llama")
+    write(model, tmp_path / "plain.gguf", "F16")
+    model.half().save_pretrained(tmp_path / "checkpoint")
+    for name in ("plain.gguf", "checkpoint"):
+        convert(
+            tmp_path / name, tmp_path / f"{name}.nf4", format="nf4", allow_missing_tokenizer=True
+        )
+    assert_near(
+        logits_of(tmp_path / "plain.gguf.nf4"), logits_of(tmp_path / "checkpoint.nf4"), 1e-6
+    )
+    write(model.float(), tmp_path / "four.gguf", "Q4_K")
+    options: dict[str, Any] = {"format": "nf4", "allow_missing_tokenizer": True}
+    with pytest.raises(StoreError, match="requantize"):
+        convert(tmp_path / "four.gguf", tmp_path / "four", **options)
+    convert(tmp_path / "four.gguf", tmp_path / "four", **options, requantize=True)
+    with torch.inference_mode():
+        want = model.float()(torch.tensor([TOKENS])).logits[0]
+    assert_near(logits_of(tmp_path / "four"), want, bound=0.3)
+
+
+def test_files_that_are_not_whole(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write(tiny("llama"), file, "Q4_0")
+    data = file.read_bytes()
+    (tmp_path / "other.gguf").write_bytes(data)
+    with pytest.raises(StoreError, match="has 2 GGUF files: name one"):
+        convert(tmp_path, tmp_path / "store", format="keep")
+    for size in (3, 1000, len(data) - 100):
+        file.write_bytes(data[:size])
+        with pytest.raises(StoreError, match="no whole GGUF file"):
+            convert(file, tmp_path / "store", format="keep")
