@@ -3,11 +3,13 @@
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from headrace.cluster.adapters import Adapters
 from headrace.cluster.completion import Completion
 from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
@@ -25,7 +27,7 @@ from headrace.scheduler.drafter import Guesses
 from headrace.scheduler.errors import NoPlaceError, StageError, StageLostError
 from headrace.scheduler.limits import check_request, limits_of
 from headrace.scheduler.moves import MoveReports
-from headrace.scheduler.plan import Pass, PassResult, Sample
+from headrace.scheduler.plan import Adapter, Pass, PassResult, Sample
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
 
@@ -68,6 +70,8 @@ class Engine:
         self._tracing = RingTracing() if trace is None else trace.tracing
         self._tracer = self._tracing.tracer
         self._stop_ids = stop_ids
+        self.adapters = Adapters()
+        self._failures: dict[int, str] = {}  # of loads of adapters, by their numbers
         self._outputs = Outputs(tokenizer, stop_ids, vocabulary)
         self._enter(ring)
         self._fruitless = 0  # recoveries since a pass returned
@@ -101,6 +105,7 @@ class Engine:
         keep: bool = False,
         priority: Priority = Priority.INTERACTIVE,
         weight: int = 1,
+        adapter: str | None = None,
         said: Sequence[Sample] = (),
         on_token: Callable[[Sample], None] | None = None,
         arrived: float | None = None,
@@ -109,7 +114,8 @@ class Engine:
 
         Nothing that a tenant has had computed is found by another one, and of one priority tenants have
         shares by `weight` (at least 1). `keep` saves the keys and
-        values below the device for a prompt that goes on from where this one ends. `said` are the first
+        values below the device for a prompt that goes on from where this one ends. It runs with the `adapter` of
+        that name. `said` are the first
         tokens of the answer, which an earlier run had committed. `on_token` is called by `step` with each
         of the others, once that is committed. Times are measured from when the request `arrived`, on
         time.monotonic, or else from now.
@@ -123,6 +129,7 @@ class Engine:
         request = Request(
             request_id, list(token_ids), params, seed, stop_ids, tenant, keep,
             priority=priority, weight=weight,
+            adapter=None if adapter is None else self.adapters.find(adapter),
         )  # fmt: skip
         request.tokens += [sample.token for sample in said]
         self._scheduler.add(request)
@@ -147,6 +154,24 @@ class Engine:
         self._outputs.forget(request_id)
         self.events.ended(request_id, FinishReason.ABORT.value)
         self.stats.kv = self._scheduler.kv_stats()
+
+    def load_adapters(self, paths: Mapping[str, Path]) -> None:
+        """Have requests name the adapters in these directories. HeadraceError when one cannot be applied to the
+        model, has a larger rank than slots have room for, or a name that is taken."""
+        from headrace.runtime.adapters.directory import open_adapter
+
+        for name, path in paths.items():
+            self.add_adapter(name, open_adapter(path).adapter)
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """`load_adapters` of one that was opened."""
+        self.adapters.check_free(name)
+        self._pipeline.check_adapter(adapter)
+        self.adapters.add(name, adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Nobody can name it any more; requests that do already go on. RequestError when there is none."""
+        self.adapters.remove(name)
 
     def draft_with(self, make: Callable[[int], Guesses]) -> None:
         """Guess by others than drafters, each made for a request of how many tokens at most it may guess:
@@ -239,6 +264,7 @@ class Engine:
         except StageLostError as error:
             self._recover(error)
             taken = Taken(lost=replace(ids, window=()))
+        self._scheduler.lose_adapters()
         gone = taken.lost.plus(ContextIds(window=ids.window))
         lost, requests = len(gone), self._scheduler.lose(gone)
         if self._logs is not None:
@@ -314,6 +340,8 @@ class Engine:
         self._abandon()
         self._reports = MoveReports(self.plan.placement.num_stages)
         requests = self._scheduler.lose(self._scheduler.contexts()) if done.stages else 0
+        if done.stages:
+            self._scheduler.lose_adapters()
         self.stats.recovered(done := replace(done, requests=requests))
         log.warning("%s", done)
         for stage in done.stages:
@@ -406,6 +434,7 @@ class Engine:
             raise StageError(f"a stage answered another pass than {a_pass.step}")
         samples = [sample for result in results for sample in result.samples]
         spoiled = {request for result in results for request in result.spoiled}
+        self._failures.update(failure for result in results for failure in result.failures)
         moved, lost = self._reports.merge(results)
         update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
         self.stats.add(a_pass, results)
@@ -432,6 +461,11 @@ class Engine:
         errors = self._follow([r for r, _ in update.committed if r.request_id not in ended])
         ended |= {request.request_id: request for request in errors}
         reasons = {request.request_id: error for request, error in errors.items()}
+        for request, number in update.without_adapter:
+            ended[request.request_id] = request
+            reasons[request.request_id] = self._failures[number]
+        for number in lost:
+            self._failures.pop(number, None)
         self.stats.prompt_tokens += sum(request.num_prompt for request in ended.values())
         complete = self._outputs.complete
         done = [complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]

@@ -1,6 +1,7 @@
 """What a user chooses of an engine. Light to import: the command line looks at it before anything starts."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from headrace.runtime.stage_config import TENANT
@@ -33,7 +34,10 @@ class EngineOptions:
     seconds while one is under way is replaced;
     `trace` a file to write, when the engine closes, for Perfetto;
     `cold` is the URL[#NAME] from which each node fetches what its store lacks, None where the store was
-    pulled from, if it was; with `from_peers` from nodes of the cluster that have it.
+    pulled from, if it was; with `from_peers` from nodes of the cluster that have it;
+    `adapters` are LoRA adapters by name, in directories that every stage's node has; `adapter_slots` of them are on
+    each device at once (None: as many as are named, at most 8), of ranks up to `adapter_rank` (None: theirs);
+    `adapter_host_memory` bytes of each stage's host memory keep others (None: 256 MiB).
     """
 
     store: Path
@@ -75,6 +79,10 @@ class EngineOptions:
     heartbeat_timeout: float = 30.0
     trace: Path | None = None
     cold: str | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapter_slots: int | None = None
+    adapter_rank: int | None = None
+    adapter_host_memory: int | None = None
     from_peers: bool = False
 
     @property

@@ -3,12 +3,13 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from headrace.cluster import answers
+from headrace.cluster.adapters import Adapters
 from headrace.cluster.completion import Completion
 from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.inputs import Input, open_input
@@ -50,6 +51,7 @@ class BatchEngine(Protocol):
         seed: int,
         *,
         keep: bool = False,
+        adapter: str | None = None,
         said: Sequence[Sample] = (),
         on_token: Callable[[Sample], None] | None = None,
     ) -> int: ...
@@ -61,6 +63,28 @@ class BatchEngine(Protocol):
     def has_started(self, request_id: int) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True)
+class JobAdapters:
+    """Adapters that a job's rows may name, and the one of rows that name none, if there is one."""
+
+    named: Adapters = field(default_factory=Adapters)
+    default: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What must not change between the runs of a job; nothing without adapters."""
+        if not len(self.named):
+            return {}
+        return {"adapters": self.named.digests(), "default_adapter": self.default}
+
+    @classmethod
+    def of(cls, named: Adapters, default: str | None) -> Self:
+        """JobError for a default that there is not."""
+        if default is not None and default not in named:
+            raise JobError(f"--default-adapter {default}: there is no --adapter {default}=DIR")
+        return cls(named, default)
+
+
 class JobFiles:
     """A job's input and journal, open and checked before anything expensive starts.
 
@@ -69,13 +93,20 @@ class JobFiles:
     """
 
     def __init__(
-        self, source: Path, output: Path, model_digest: str, defaults: SamplingParams
+        self,
+        source: Path,
+        output: Path,
+        model_digest: str,
+        defaults: SamplingParams,
+        adapters: "JobAdapters | None" = None,
     ) -> None:
+        self.adapters = adapters or JobAdapters()
         self.path, self.model_digest, self.defaults = source, model_digest, defaults
         self.source: Input = open_input(source)
         if output.exists() and output.samefile(source):
             raise JobError(f"--output {output} is the --input: choose another --output")
-        identity = JobIdentity(model_digest, self.source.digest, asdict(defaults))
+        parameters = asdict(defaults) | self.adapters.parameters
+        identity = JobIdentity(model_digest, self.source.digest, parameters)
         self.journal = journal = Journal(output, identity)
         try:
             self.progress = Progress(
@@ -105,16 +136,26 @@ class JobRows:
     """Rows of either shape, as `headrace generate` takes them."""
 
     def __init__(
-        self, tokenizer: Tokenizer, defaults: SamplingParams, digest: str, max_context: int
+        self,
+        tokenizer: Tokenizer,
+        defaults: SamplingParams,
+        digest: str,
+        max_context: int,
+        adapters: JobAdapters,
     ) -> None:
         self._encoder, self._defaults, self._max_context = Encoder(tokenizer), defaults, max_context
+        self._adapters = adapters
         self._salt = digest.encode() + b"\n" + repr(defaults).encode()
+        if adapters.parameters:
+            self._salt += b"\n" + repr(adapters.parameters).encode()
 
     def decode(self, number: int, raw: bytes | Mapping[str, Any]) -> Draft:
         return decode(number, raw, self._salt)
 
     def prepare(self, draft: Draft) -> Row:
-        return prepare(draft, self._encoder, self._defaults, self._max_context)
+        adapters = self._adapters
+        row = prepare(draft, self._encoder, self._defaults, self._max_context, adapters.named)
+        return replace(row, adapter=row.adapter or adapters.default)
 
     def refusal(
         self, number: int, raw: bytes | Mapping[str, Any], draft: Draft | None, error: RequestError
@@ -185,6 +226,7 @@ class EngineRows:
                     one,
                     seed,
                     keep=row.keep_context,
+                    adapter=row.adapter,
                     said=self._progress.resumed(part),
                     on_token=partial(self._progress.note, part),
                 )
@@ -252,7 +294,7 @@ class Job:
             made = answers.answer(row, samples, tokenizer, model_name, journal.created)
             return answers.encode(made)
 
-        rows = JobRows(tokenizer, defaults, engine.model_digest, engine.max_context)
+        rows = JobRows(tokenizer, defaults, engine.model_digest, engine.max_context, files.adapters)
         self._runner = EngineRows(engine, line, defaults.seed, max_waiting, files.progress)
         self._loop = RowLoop(files.path, files.source, journal, rows, self._runner, clock=clock)
 

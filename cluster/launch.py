@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headrace.cluster.adapters import check_adapter_options
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.hydration import cold_model, open_store
@@ -69,6 +70,7 @@ def running_engine(options: EngineOptions, watch: Watch | None = None) -> Iterat
             vocabulary=measuring.result().vocab_size,
         )
         stack.enter_context(engine)
+        engine.load_adapters(options.adapters)
         if starter.name:
             stack.enter_context(EngineMetrics(engine, starter.name))
         yield engine
@@ -89,6 +91,7 @@ def _check(options: EngineOptions) -> None:
     check_tokenizer(options.store)
     check_kv_format(options.kv_format)
     check_kv_options(options)
+    check_adapter_options(options)
     if options.metrics_port is not None and options.address is not None:
         raise HeadraceError(
             "--metrics-port is for a cluster of the run's own; on the cluster at --address it is `ray"

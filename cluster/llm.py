@@ -82,11 +82,12 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         keep_context: bool = False,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Continue each prompt (text or token ids); results come in the order of the prompts.
 
         `keep_context` saves keys and values of prompts and answers to host RAM and NVMe, where there
-        is room for them: a later prompt that begins with the same tokens finds them. RequestError when a prompt cannot be served (empty, or longer than the context, or with a grammar that cannot be
+        is room for them: a later prompt that begins with the same tokens finds them. All run with the `adapter` of that name, if one is given. RequestError when a prompt cannot be served (empty, or longer than the context, or with a grammar that cannot be
         followed).
         """
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
@@ -99,7 +100,7 @@ class LLM:
             else list(prompt)
             for prompt in several
         ]
-        return self._run(texts, tokens, sampling_params, keep_context)
+        return self._run(texts, tokens, sampling_params, keep_context, adapter)
 
     def chat(
         self,
@@ -108,10 +109,11 @@ class LLM:
         *,
         keep_context: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
+        adapter: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template, which is told of `tools`.
 
-        Calls are in the text as the model writes them.
+        Calls are in the text as the model writes them. All run with the `adapter` of that name, if one is given.
         """
         one = bool(messages) and isinstance(messages[0], dict)
         conversations: Any = [messages] if one else messages
@@ -122,7 +124,7 @@ class LLM:
             chat_tokens(self._encoder, list(each), None, tools, context=context)
             for each in conversations
         ]
-        return self._run([None] * len(tokens), tokens, sampling_params, keep_context)
+        return self._run([None] * len(tokens), tokens, sampling_params, keep_context, adapter)
 
     def _run(
         self,
@@ -130,6 +132,7 @@ class LLM:
         tokens: Sequence[list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         keep: bool,
+        adapter: str | None,
     ) -> list[RequestOutput]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(tokens)
@@ -140,7 +143,8 @@ class LLM:
                 own = self._count if wish.seed is None else wish.seed
                 seed = derive_seed(self._engine.model_digest, own, index)
                 one = replace(wish, n=1)
-                waiting[self._engine.add(prompt, one, seed, keep=keep)] = (i, index)
+                number = self._engine.add(prompt, one, seed, keep=keep, adapter=adapter)
+                waiting[number] = (i, index)
         done: dict[tuple[int, int], Completion] = {}
         while waiting:
             for completion in self._engine.step():
@@ -156,6 +160,15 @@ class LLM:
             )
             for i, (text, prompt, wish) in enumerate(zip(texts, tokens, params, strict=True))
         ]
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Have `generate` know a LoRA adapter that PEFT has saved in a directory. HeadraceError when it cannot be
+        applied, the name is taken, or there are no slots for adapters (`adapters`, or `adapter_slots`)."""
+        self._engine.load_adapters({name: Path(path)})
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a name. RequestError when there is none."""
+        self._engine.remove_adapter(name)
 
     def replace_stage(self, stage: int, node: str | None = None) -> Replacement:
         """Move a stage to a new process, with the keys and values that it has: to take a GPU or a node out

@@ -18,7 +18,7 @@ from headrace.cluster.stage_traces import StageTrace, StageTraces
 from headrace.cluster.wire import decode, encode
 from headrace.scheduler.errors import HeadraceError, StageLostError
 from headrace.scheduler.placement import Plan
-from headrace.scheduler.plan import Pass, PassResult
+from headrace.scheduler.plan import Adapter, Pass, PassResult
 
 if TYPE_CHECKING:  # seconds to import, and drivers of actors have no use
     from headrace.runtime.ready import Ready
@@ -47,6 +47,9 @@ class Pipeline(Protocol):
 
     def wait_host_tier(self) -> None:
         """Return when every stage has in host RAM what belongs there; passes need not wait for it."""
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """StoreError when it cannot be applied to some stage's layers; passes go on meanwhile."""
 
     def close(self) -> None: ...
 
@@ -198,6 +201,10 @@ class RayPipeline:
         refs = [actor.wait_host_tier.remote() for actor in self._actors]
         gather(refs, self._most, doing="filling host memory")
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        refs = [actor.check_adapter.remote(encode(adapter)) for actor in self._actors]
+        gather(refs, self._most, doing="looking at an adapter")
+
     def replace(self, stage: int, actor: Any) -> None:
         """Another actor runs the stage's part of passes to come; none is under way."""
         self._actors[stage] = actor
@@ -244,6 +251,10 @@ class LocalPipeline:
     def wait_host_tier(self) -> None:
         for stage in self._stages:
             stage.wait_host_tier()
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        for stage in self._stages:
+            stage.check_adapter(adapter)
 
     def begin_trace(self, passes: int) -> None:
         for thread, stage in zip(self._threads, self._stages, strict=True):

@@ -138,7 +138,11 @@ class RingUDF(StatefulStageUDF):  # type: ignore[misc]
             row["chat_template_kwargs"] = self._template
         ring = self._ring
         read = prepare(
-            Draft(0, 0, 0, False, row), self._encoder, SamplingParams(), ring.max_context
+            Draft(0, 0, 0, False, row),
+            self._encoder,
+            SamplingParams(),
+            ring.max_context,
+            ring.adapters,
         )
         if read.params.n > 1:
             raise RequestError("n: a row has one answer; repeat the row, with other seeds", "n")
@@ -148,7 +152,7 @@ class RingUDF(StatefulStageUDF):  # type: ignore[misc]
     async def _generate(self, row: Row) -> Completion:
         own = uuid4().hex if row.params.seed is None else row.params.seed
         seed = derive_seed(self._ring.model_digest, own, 0)
-        order = Order(row.token_ids, row.params, seed, keep=row.keep_context)
+        order = Order(row.token_ids, row.params, seed, keep=row.keep_context, adapter=row.adapter)
         with self._engine.running([order], of_batch=True) as generation:
             return await _ended(generation)
 

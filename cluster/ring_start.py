@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from headrace.cluster.adapters import adapter_host_bytes
 from headrace.cluster.discovery import Discovery
 from headrace.cluster.edges import Edges, meeting_host
 from headrace.cluster.engine_options import EngineOptions
@@ -169,6 +170,7 @@ class RingStarter:
                 trace=options.trace is not None,
                 kv_log=log_config(options),
                 cold=cold_model(options.store, options.cold),
+                adapter_host_memory=adapter_host_bytes(options),
                 from_peers=options.from_peers,
             )
             for i, discovery in enumerate(found)

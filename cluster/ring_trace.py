@@ -8,7 +8,7 @@ from headrace.cluster.pipeline import Pending, Pipeline
 from headrace.cluster.stage_traces import StageTrace, TraceSource
 from headrace.runtime.trace import NULL_TRACER, Kind, SwitchTracer, Trace, Tracer
 from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.plan import Pass, PassResult
+from headrace.scheduler.plan import Adapter, Pass, PassResult
 
 _SPANS_A_PASS = 4
 """The driver's at most: schedule, and once more in vain, in flight, commit."""
@@ -98,6 +98,9 @@ class TracedPipeline:
 
     def wait_host_tier(self) -> None:
         self._pipeline.wait_host_tier()
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        self._pipeline.check_adapter(adapter)
 
     def close(self) -> None:
         self._pipeline.close()

@@ -92,6 +92,7 @@ class OwnParameters(Parameters):
     """And ours, which is none of sampling."""
 
     keep_context: bool | None = None
+    adapter: str | None = None
 
 
 class WithTools(BaseModel):
@@ -118,7 +119,8 @@ class NativeRow(OwnParameters, WithTools):
 
 
 class Body(OwnParameters):
-    """`user` is understood and has no effect; `model` has none where one model answers all."""
+    """`user` is understood and has no effect; `model` has none where one model answers all, unless it names an
+    adapter."""
 
     model: str | None = None
     user: str | None = None

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from headrace.cluster.adapters import Adapters
 from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.json_text import read_json
 from headrace.cluster.row_models import (
@@ -85,7 +86,8 @@ class Draft:
 class Row:
     """A row that is ready to run. `params.seed` is the row's own one, or None.
 
-    `keep_context`: another row, of this job or of one to come, goes on from where this one ends.
+    `keep_context`: another row, of this job or of one to come, goes on from where this one ends. It runs with
+    the `adapter` of that name.
     """
 
     number: int
@@ -96,6 +98,7 @@ class Row:
     params: SamplingParams
     keep_context: bool = False
     tools: ToolUse | None = None
+    adapter: str | None = None
 
     @property
     def batch(self) -> bool:
@@ -125,9 +128,18 @@ def decode(number: int, raw: bytes | Mapping[str, Any], salt: bytes) -> Draft:
     return Draft(number, row_id, max(key, 2), batch, data)
 
 
-def prepare(draft: Draft, encoder: Encoder, defaults: SamplingParams, max_context: int) -> Row:
-    """Check a row and tokenize it. Raises RequestError with a reason that the user can act upon."""
+def prepare(
+    draft: Draft,
+    encoder: Encoder,
+    defaults: SamplingParams,
+    max_context: int,
+    adapters: Adapters | None = None,
+) -> Row:
+    """Check a row and tokenize it; it may name one of the `adapters`. Raises RequestError with a reason that the
+    user can act upon."""
     kind, row = _validate(draft)
+    model = None if isinstance(row, NativeRow) else row.model
+    adapter = (adapters or Adapters()).chosen(row.adapter, model)
     params, tokenizer = sampling_params(row, defaults), encoder.tokenizer
     tools = None if isinstance(row, CompletionBody) else tool_use(row, tokenizer)
     token_ids = _token_ids(row, encoder, tools, max_context)
@@ -135,7 +147,7 @@ def prepare(draft: Draft, encoder: Encoder, defaults: SamplingParams, max_contex
     keep = bool(row.keep_context)
     if tools is not None:
         params, tools = tools.sampling(params), tools.after(token_ids, tokenizer)
-    return Row(draft.number, draft.id, draft.key, kind, token_ids, params, keep, tools)
+    return Row(draft.number, draft.id, draft.key, kind, token_ids, params, keep, tools, adapter)
 
 
 def check_tokens(token_ids: Sequence[int], tokenizer: Tokenizer, max_context: int) -> None:

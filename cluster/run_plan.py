@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from headrace.cluster.adapters import adapter_host_bytes, adapter_room, check_adapter_options
 from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options
@@ -61,14 +62,15 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
     """Each stage's memory: what the user said, else a share of what is free on its node.
 
     Free host memory is halved (the page cache and everybody else live there, too) and shared by the
-    stages of a node. Stages on CPUs compute in it, and nothing but KV pages moves out of their way.
+    stages of a node. Stages on CPUs compute in it, and nothing but KV pages and adapters moves out of their way.
     """
     shared = Counter(discovery.node for discovery in found)
-    result, kv = [], options.kv_host_bytes
+    result, adapters = [], adapter_host_bytes(options)
+    kept = options.kv_host_bytes + adapters
     for discovery in found:
         host = discovery.host_free // 2 // shared[discovery.node]
-        free = max(host - kv, 0) if device == "cpu" else discovery.device_free * 9 // 10
-        spare = min(kv, host) if device == "cpu" else host
+        free = max(host - kept, 0) if device == "cpu" else discovery.device_free * 9 // 10
+        spare = min(kept, host) if device == "cpu" else host
         result.append(
             Budget(
                 device_memory=free if options.device_memory is None else options.device_memory,
@@ -76,6 +78,7 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
                 process_bytes=discovery.process + OVERHEAD_BYTES,
                 kv_host_memory=options.kv_host_memory,
                 kv_disk=options.kv_disk,
+                adapter_host_memory=adapters,
             )
         )
     return result
@@ -83,6 +86,7 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
 
 def choices_of(options: EngineOptions) -> Choices:
     """What the user settles of a plan."""
+    slots, rank = adapter_room(options)
     return Choices(
         placement=options.placement,
         token_budget=options.token_budget,
@@ -93,6 +97,8 @@ def choices_of(options: EngineOptions) -> Choices:
         kv_hot_window=options.kv_hot_window,
         drafts=options.ngram_speculation,
         stage_layers=options.stage_layers,
+        adapter_slots=slots,
+        adapter_rank=rank,
     )
 
 
@@ -115,6 +121,7 @@ def inputs_of_run(
     shared = Counter(discovery.node for discovery in found)
     if device != "cpu":  # its embedding stays in host RAM
         shape = replace(shape, tied_bytes=0)
+    shape = shape.with_adapters(*adapter_room(options))
     nodes = tuple(discovery.node for discovery in found)
     profiles = tuple(one.profile.shared_by(shared[one.node]) for one in found)
     network = []
@@ -134,6 +141,7 @@ def inputs_of_run(
 def local_plan(options: EngineOptions, store: Store) -> Plan:
     """The plan of stages that are all on this machine. HeadraceError when there is none."""
     check_kv_options(options)
+    check_adapter_options(options)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
     # First: what it imports is counted by what follows.
@@ -163,7 +171,8 @@ def kv_alternatives(options: EngineOptions, store: Store) -> dict[str, ModelShap
         if name == options.kv_format:
             continue
         try:
-            found[name] = shape_in(store, dtype, name)
+            shape = shape_in(store, dtype, name)
+            found[name] = shape.with_adapters(*adapter_room(options))
         except HeadraceError:  # its heads are not made for it
             continue
     return found

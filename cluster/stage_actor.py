@@ -18,7 +18,7 @@ from headrace.runtime.cold.source import Hydration
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
 from headrace.scheduler.contexts import ContextIds
-from headrace.scheduler.plan import Pass, PassResult
+from headrace.scheduler.plan import Adapter, Pass, PassResult
 
 if TYPE_CHECKING:
     from headrace.cluster.telemetry.stage_metrics import StageMetrics
@@ -237,6 +237,11 @@ class StageActor:
         """Return when what belongs in host RAM is there."""
         assert self._stage is not None
         self._stage.wait_host_tier()
+
+    def check_adapter(self, payload: bytes) -> None:
+        """StoreError when this stage could not load the Adapter."""
+        assert self._stage is not None
+        self._stage.check_adapter(decode(payload, Adapter))
 
     def import_models(self) -> None:
         """Import what `load` would: only to see what that takes by itself."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.runtime.adapters.rows import Segment, segments_of
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
 SCORES = 1 << 24
@@ -25,7 +26,7 @@ class Batch:
     query_start [S + 1] int32: where each sequence's tokens begin.  context [S] int32: its tokens
     with this slice's.  page_table [S, P] int32, padded with 0.  tails [S] int32: each sequence's slot.
     `tokens` [T] int64 stay on the host, pinned for a CUDA device; `lengths` and `contexts` are the tokens of each slice and context.
-    `max_context` is at least the longest context. `packed` is the memory of all tensors.
+    `max_context` is at least the longest context. `packed` is the memory of all tensors. `adapters` says which rows run with one.
     """
 
     tokens: Tensor
@@ -40,6 +41,7 @@ class Batch:
     contexts: tuple[int, ...]
     max_context: int
     packed: Tensor
+    adapters: tuple[Segment, ...] = ()
     _decodes: "dict[tuple[int | None, int], list[Decodes]]" = field(default_factory=dict)
 
     @cached_property
@@ -118,6 +120,7 @@ class Batch:
             contexts=tuple(ends.tolist()),
             max_context=int(ends.max()) if pages is None else pages * PAGE_TOKENS,
             packed=packed,
+            adapters=segments_of(slices),
         )
 
     def to(self, device: torch.device, onto: "Batch | None" = None) -> "Batch":

@@ -170,12 +170,14 @@ class DecodeGraphs:
     def ready(self, index: int, micro_batch: MicroBatch) -> ReadyBatch | None:
         """A pass's micro-batch `index` padded for a lane, on any thread.
 
-        None when it holds more than decodes, or more of them than lanes have rows.
+        None when it holds more than decodes, or more of them than lanes have rows, or some with adapters.
         """
         slices = micro_batch.slices
         rows = min(padded_rows(len(slices)), self._max_rows)
         if self._failed or len(slices) > rows or any(len(piece.tokens) > 1 for piece in slices):
             return None
+        if any(piece.adapter is not None for piece in slices):
+            return None  # which rows are multiplied by what differs from pass to pass
         longest = max(piece.start for piece in slices) + 1
         pages = min(padded_pages(pages_for(longest)), self._max_pages)
         rows, pages = self._size(index, rows, pages)

@@ -22,6 +22,7 @@ from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 
 if TYPE_CHECKING:
+    from headrace.runtime.adapters.matrices import LinearAdapters
     from headrace.runtime.linear_group import LinearGroup
 
 
@@ -323,8 +324,13 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
         self.scratch = scratch
         self.group: LinearGroup | None = None
+        self.adapters: LinearAdapters | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._product(x)
+        return y if self.adapters is None else self.adapters.add(y, x)
+
+    def _product(self, x: Tensor) -> Tensor:
         assert self.weight is not None, "a layer ran before its weights were bound"
         if self.group is not None:
             found = self.group.take(self, x)

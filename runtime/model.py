@@ -10,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from headrace.runtime import plugs, rope
+from headrace.runtime.adapters.matrices import RunningRows
+from headrace.runtime.adapters.places import AdapterPlaces
 from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.binding import Binder, ExpertStack, FetchedStack, View
+from headrace.runtime.binding import Binder, ExpertStack, FetchedStack, PackedLinear, View
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv.store import LayerPages
 from headrace.runtime.latents import keeps_latents
-from headrace.runtime.linear import RawWeight, Scratch, Weight
+from headrace.runtime.linear import QuantLinear, RawWeight, Scratch, Weight
 from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.memory.held import Holding, named
+from headrace.runtime.names import map_names
 from headrace.runtime.norms import FusedNorms
 from headrace.runtime.recording import Interruptions
 from headrace.runtime.rotary import FusedRotary
@@ -98,6 +101,12 @@ class StageModel:
         shared = self._skeleton.shared_inputs()
         _move_buffers(self._skeleton.model, device)
         weights = _weights(store, layers)
+        self._find_names = partial(
+            map_names,
+            self._skeleton.model,
+            places=dict(self._skeleton.model.state_dict(keep_vars=True)),
+        )
+        self.adapted = RunningRows()
         blocks = [store.layers[layer] for layer in layers]
         self.interruptions = Interruptions()
         self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
@@ -238,12 +247,22 @@ class StageModel:
         """x [T, hidden] -> [T, hidden]; writes the batch's keys and values to the layer's pages."""
         args, kwargs = prepared.calls[layer]
         attend = partial(_attend, kv, layer, prepared.batch, self.tracer)
-        with plugs.attending(self._attentions[layer], attend):
+        batch = prepared.batch
+        adapted = self.adapted.of(batch.adapters, len(batch.tokens))
+        with plugs.attending(self._attentions[layer], attend), adapted:
             out = self._modules[layer](x[None], *args, **kwargs)
         for group in self._groups[layer]:
             group.forget()
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden[0]
+
+    def adapter_places(self) -> AdapterPlaces:
+        """The linear layers whose products an adapter may change."""
+        bindings = chain.from_iterable(self._bindings.values())
+        own = {b.module for b in bindings if isinstance(b, PackedLinear) and not b.whole}
+        modules = self._skeleton.model.named_modules()
+        linears = {path: m for path, m in modules if isinstance(m, QuantLinear) and m in own}
+        return AdapterPlaces(self._find_names, self._skeleton.block_of, self._bindings, linears)
 
     def four_bit_products(self) -> set[Product]:
         """The layers' products with 4-bit weights."""

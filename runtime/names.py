@@ -1,7 +1,7 @@
 """From tensor names on disk to places in memory, through transformers' own conversion mapping."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -29,8 +29,11 @@ class Target:
     part: int | None = None
 
 
-def map_names(model: PreTrainedModel, on_disk: Iterable[str]) -> dict[str, Target | None]:
-    """The place of each tensor; None for tensors that the model has no use for.
+def map_names(
+    model: PreTrainedModel, on_disk: Iterable[str], places: Collection[str] | None = None
+) -> dict[str, Target | None]:
+    """The place of each tensor; None for tensors that the model has no use for. `places` are those of the model
+    as transformers makes it, where some of its modules have been replaced since.
 
     Raises UnsupportedModelError for a conversion other than renaming or fusing expert matrices.
     """
@@ -38,7 +41,7 @@ def map_names(model: PreTrainedModel, on_disk: Iterable[str]) -> dict[str, Targe
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    places = model.state_dict(keep_vars=True)
+    places = model.state_dict(keep_vars=True) if places is None else places
     tied = tied_names(model)
     targets: dict[str, Target | None] = {}
     for name in on_disk:

@@ -8,7 +8,7 @@ import torch
 from headrace.runtime.batch import Batch
 from headrace.runtime.drawn_tokens import Tokens
 from headrace.runtime.kv.cold_batch import ColdBatch
-from headrace.scheduler.plan import MicroBatch, PageMove
+from headrace.scheduler.plan import AdapterLoad, MicroBatch, PageMove
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +70,4 @@ class Ready:
     follows: int | None
     batches: Sequence[ReadyBatch]
     moves: Sequence[PageMove]
+    adapters: Sequence[AdapterLoad] = ()

@@ -39,6 +39,13 @@ class Rendezvous:
         """A connection to the store. RuntimeError when there is none, then and whenever it ends."""
         import torch.distributed as dist
 
+        # A store that is closed already, TCPStore would ask for the better part of a minute.
+        try:
+            socket.create_connection((self.host, self.port), EDGE_SECONDS).close()
+        except OSError as error:
+            raise RuntimeError(
+                f"nobody meets at {self.host}:{self.port} ({error.strerror or error})"
+            ) from error
         return dist.TCPStore(
             self.host, self.port, is_master=False, wait_for_workers=False, timeout=timeout
         )

@@ -1,5 +1,6 @@
 """A store's sizes, as the planner wants them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -17,6 +18,8 @@ from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import Block, LayerShape
 from headrace.scheduler.inputs import Experts, ModelShape
 from headrace.scheduler.kv_format import KVFormat
+
+ROUTED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 SCRATCH_BYTES = 512 << 20
 """Scratch is one dequantized matrix, but no more than this; larger ones are multiplied in slices."""
@@ -77,6 +80,7 @@ def model_shape(store: Described, dtype: torch.dtype, fmt: KVFormat | None = Non
         kv_format=fmt.name,
         attention_size=_attention_size(config, store.layer_shapes, fmt),
         tied_bytes=tied,
+        layer_adapter_columns=tuple(map(_adapter_columns, store.layers)),
     )
 
 
@@ -95,6 +99,15 @@ def scratch_elements(
         and (spec.format != "raw" or TORCH_DTYPES[spec.parts["data"].dtype] != dtype)
     ]
     return min(max(sizes, default=0), cap_bytes // dtype.itemsize)
+
+
+def _adapter_columns(block: Block) -> int:
+    """Rows and columns of the layer's matrices, but for routed experts': no adapter changes those."""
+    return sum(
+        sum(spec.shape)
+        for name, spec in block.weights.items()
+        if len(spec.shape) == 2 and not ROUTED_EXPERT.search(name)
+    )
 
 
 def _experts(block: Block, per_token: int) -> Experts | None:

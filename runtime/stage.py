@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from headrace.runtime.adapters.loads import EndedLoads
 from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
 from headrace.runtime.kv.cold_batch import ColdBatch
 from headrace.runtime.kv.handover import Contexts
@@ -27,8 +28,8 @@ from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
 from headrace.runtime.streaming.streamer import StreamCounters, wait_clock
 from headrace.runtime.trace import KEPT_PASSES, NULL_TRACER, Kind, SwitchTracer, Trace
 from headrace.runtime.verification import verified
-from headrace.scheduler.errors import StageError, StageLostError
-from headrace.scheduler.plan import MicroBatch, Pass, PassResult, StageTimes
+from headrace.scheduler.errors import StageError, StageLostError, StoreError
+from headrace.scheduler.plan import Adapter, MicroBatch, Pass, PassResult, StageTimes
 
 if TYPE_CHECKING:
     from headrace.runtime.graphs import Lane
@@ -89,6 +90,7 @@ class Stage:
             self._storage, self._weights = parts.storage, parts.weights
             self._model, self._kv, self._moves = parts.model, parts.kv, parts.moves
             self._ring, self._contexts = parts.ring, parts.contexts
+            self._adapters = parts.adapters
             self._graphs = make_graphs(config, parts, capture or self._capture(parts))
             self._opened = opened.pop_all()
 
@@ -128,7 +130,13 @@ class Stage:
         NVMe are the caller's, and so is what they hold. No pass is under way."""
         host = None if self._moves is None else self._moves.host
         kept: list[Owner | None] = [self._weights, self._model, self._kv, host, self._ring]
-        kept += [self._graphs, self._storage, *self._senders.values(), *self._receivers.values()]
+        kept += [
+            self._adapters,
+            self._graphs,
+            self._storage,
+            *self._senders.values(),
+            *self._receivers.values(),
+        ]
         for owner in kept:
             if owner is not None:
                 yield from owner.memory()
@@ -149,6 +157,12 @@ class Stage:
         self._moves.attach(pages, window)
         if self._ring is not None and window is not None:
             self._ring.attach(window)
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """StoreError when it could not be applied to this stage's layers, or there are no slots. Any thread."""
+        if self._adapters is None:
+            raise StoreError("the engine has no slots for adapters: start it with --adapter-slots")
+        self._adapters.check(adapter)
 
     def end_moves(self) -> None:
         """Let moves of KV pages under way end and begin no more, so that their log can be closed. No
@@ -196,9 +210,11 @@ class Stage:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._weights.rewind()
+            self._wait_for_moves("what follows")
             if self._moves is not None:
-                self._wait_for_moves("what follows")
                 self._moves.take()
+            if self._adapters is not None:
+                self._adapters.take()
             if self._ring is not None:
                 self._ring.begin_pass(())
                 self._ring.take()
@@ -208,7 +224,7 @@ class Stage:
     def prepare(self, a_pass: Pass) -> Ready:
         """What can be done of a pass before the one before it ends. Any thread may, while that runs."""
         batches = [self._prepare(i, batch) for i, batch in enumerate(a_pass.micro_batches)]
-        return Ready(a_pass.step, a_pass.follows, batches, a_pass.moves)
+        return Ready(a_pass.step, a_pass.follows, batches, a_pass.moves, a_pass.adapters)
 
     def _prepare(self, index: int, batch: MicroBatch) -> ReadyBatch:
         if batch.num_cold:
@@ -268,17 +284,22 @@ class Stage:
         if ready.moves:
             assert self._moves is not None, "the plan has no host slots for pages"
             self._moves.begin(ready.moves)
+        if ready.adapters:
+            assert self._adapters is not None, "the plan has no slots for adapters"
+            self._adapters.begin(ready.adapters)
 
     def _wait_for_moves(self, waiting: str) -> float:
-        """Return when all moves under way have ended; seconds."""
-        if self._moves is None:
-            return 0.0
+        """Return when all moves and loads of adapters under way have ended; seconds."""
         started, deadline = time.perf_counter(), self.config.deadline
-        if not self._moves.wait(deadline):
-            raise StageLostError(
-                f"stage {self.config.stage}: moves of KV pages that {waiting} waits for did not "
-                f"end within {deadline:.0f} s"
-            )
+        for who, what in (
+            (self._moves, "moves of KV pages"),
+            (self._adapters, "loads of adapters"),
+        ):
+            if who is not None and not who.wait(deadline):
+                raise StageLostError(
+                    f"stage {self.config.stage}: {what} that {waiting} waits for did not "
+                    f"end within {deadline:.0f} s"
+                )
         return time.perf_counter() - started
 
     def _begin(self, index: int, ready: ReadyBatch, drawn: Tokens) -> _Travel:
@@ -360,6 +381,7 @@ class Stage:
         counters = self._weights.take_counters()
         self._check_streamed(step, counters.layers, computed=bool(travels))
         ended = NONE_ENDED if self._moves is None else self._moves.take()
+        loads = EndedLoads() if self._adapters is None else self._adapters.take()
         brought = NOTHING_BROUGHT if self._ring is None else self._ring.take()
         times = StageTimes(
             stage=self.config.stage,
@@ -378,7 +400,15 @@ class Stage:
         )
         found = (verified(travel.micro_batch, travel.drawn) for travel in travels if travel.drawn)
         samples = tuple(chain.from_iterable(found))
-        return PassResult(step, samples, times, ended.moved, ended.lost, brought.spoiled)
+        return PassResult(
+            step,
+            samples,
+            times,
+            (*ended.moved, *loads.done),
+            (*ended.lost, *(number for number, _ in loads.failed)),
+            brought.spoiled,
+            loads.failed,
+        )
 
     def _check_streamed(self, step: int, layers: StreamCounters, *, computed: bool) -> None:
         """StageError when a pass did not stream what the plan says: nothing, where it computed nothing."""

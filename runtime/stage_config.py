@@ -36,6 +36,7 @@ class StageConfig:
     for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
     stage keeps a Trace of its newest passes. `kv_log` is for KV pages on NVMe, if there are to be any.
     What the directory `store` lacks comes from `cold`, or `from_peers`, before the stage is built.
+    `adapter_host_memory` bytes keep adapters that are not on the device.
     """
 
     store: str
@@ -51,6 +52,7 @@ class StageConfig:
     kv_log: LogConfig | None = None
     cold: ColdModel | None = None
     from_peers: bool = False
+    adapter_host_memory: int = 0
 
     @property
     def hydration(self) -> Hydration | None:

@@ -28,6 +28,7 @@ from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.pages import pages_for
 
 if TYPE_CHECKING:
+    from headrace.runtime.adapters.loader import AdapterLoader
     from headrace.runtime.graphs import DecodeGraphs
     from headrace.runtime.model import ReadBlock, StageModel
     from headrace.runtime.recording import Capture
@@ -38,7 +39,7 @@ class StageParts:
     """A stage's weights and where they are read from, the model that they are of, and KV pages.
 
     `contexts` hands pages over to another stage. `moves` is None where pages have no host slots to go to, `ring` where none come from there to
-    be attended to.
+    be attended to, `adapters` where there are no slots for them.
     """
 
     storage: Storage
@@ -48,6 +49,7 @@ class StageParts:
     contexts: Contexts
     moves: PageMover | None
     ring: KVRing | None
+    adapters: "AdapterLoader | None"
 
 
 class StageStart:
@@ -98,7 +100,8 @@ class StageStart:
         moves, ring = self._make_mover(kv, opened)  # last: pinning slows other calls of the driver
         host = None if moves is None else moves.host
         contexts = Contexts(kv, host, PageIdentity.of(self._config))
-        return StageParts(storage, weights, model, kv, contexts, moves, ring)
+        adapters = self._make_adapters(model, opened)
+        return StageParts(storage, weights, model, kv, contexts, moves, ring, adapters)
 
     def _make_mover(self, kv: KVStore, opened: ExitStack) -> tuple[PageMover | None, KVRing | None]:
         count, ring_pages = self._plan.host_pages, self._plan.kv_ring_pages
@@ -111,6 +114,24 @@ class StageStart:
             return moves, None
         ring = KVRing(kv, host, ring_pages, self._device, self._tracer, window=self._window)
         return moves, opened.enter_context(ring)
+
+    def _make_adapters(self, model: "StageModel", opened: ExitStack) -> "AdapterLoader | None":
+        from headrace.runtime.adapters.loader import AdapterLoader
+        from headrace.runtime.adapters.matrices import StageMatrices, like
+
+        slots, rank = self._plan.adapter_slots, self._plan.adapter_rank
+        if not slots:
+            return None
+        places, made_like = model.adapter_places(), like(self._dtype, self._device)
+        loader = AdapterLoader(
+            places,
+            StageMatrices(places.linears, slots, rank, model.adapted, made_like),
+            rank=rank,
+            host_bytes=self._config.adapter_host_memory,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        return opened.enter_context(loader)
 
     def _choose_storage(self) -> Storage:
         blocks = [self._store.layers[layer] for layer in self._layers]

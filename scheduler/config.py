@@ -50,6 +50,7 @@ _OPTIONAL = (
     "window_pages",
     "hot_window",
     "write_through",
+    "adapter_slots",
 )
 
 
@@ -71,7 +72,8 @@ class SchedulerConfig:
     Full pages go to `host_pages` slots in host RAM and from there to NVMe, which has room for
     `nvme_pages`; at most `write_backs` a pass to each while there is time, and as `costs` say. With
     `write_through` all of them do, soon after they were computed: for stages that die.
-    Decodes carry `drafts`. `identity` names all that keys and values depend on besides tokens (model, formats, adapter):
+    Requests with adapters run while these are in `adapter_slots`.
+    Decodes carry `drafts`. `identity` names all that keys and values depend on besides tokens (model, formats), for an adapter is each request's own:
     what a run finds on NVMe of an earlier one is of the same identity or not found.
 
     Raises HeadraceError for a limit that no request could meet.
@@ -96,6 +98,7 @@ class SchedulerConfig:
     write_through: bool = False
     costs: KVCosts = field(default_factory=KVCosts)
     drafts: DraftLimits = field(default_factory=DraftLimits)
+    adapter_slots: int = 0
     identity: str = ""
 
     def __post_init__(self) -> None:

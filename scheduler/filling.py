@@ -106,6 +106,7 @@ def _filled(
             host_kv=pages * slot_bytes(page_bytes(shape, layout, stage)),
             host_window=window_host_bytes(shape, layout, stage, cache),
             host_log=budget.kv_log,
+            host_adapters=budget.adapter_host_memory,
         )
         for stage, budget in enumerate(budgets)
     )

@@ -1,14 +1,15 @@
-"""What requests hold: pages and tails, and pages that are still coming."""
+"""What requests hold: pages, tails and slots of adapters, and what of it is still coming."""
 
 from collections.abc import Collection, Iterable, Sequence
 
+from headrace.scheduler.adapters import AdapterSlots
 from headrace.scheduler.cold_pages import ColdPages
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.kv_cache import KVCache, Prefix
 from headrace.scheduler.kv_stats import KVStats, PageCounts, TierHits
 from headrace.scheduler.pages import PagePool, PageState, pages_for
-from headrace.scheduler.plan import PAGE_TOKENS, PageMove
+from headrace.scheduler.plan import PAGE_TOKENS, AdapterLoad, PageMove
 from headrace.scheduler.prefixes import extend_keys
 from headrace.scheduler.request import FinishReason, Request
 
@@ -25,6 +26,7 @@ class Holdings:
         self.tails = PagePool(config.num_tails or config.num_pages)
         self._has_tails, self._first_in_window = config.num_tails > 0, config.host_pages
         self._identity = config.identity
+        self.adapters = AdapterSlots(config.adapter_slots, self._tiers.moves)
         self._loading: dict[int, tuple[Request, Prefix]] = {}
         self._hits, self._misses = TierHits(), 0
         self._by_swap = self._by_recompute = self._spoiled = 0
@@ -35,8 +37,22 @@ class Holdings:
 
     @property
     def is_moving(self) -> bool:
-        """Whether moves are under way, or wait for a pass to carry them."""
-        return len(self._tiers.moves) > 0
+        """Whether moves or loads of adapters are under way, or wait for a pass to carry them."""
+        return len(self._tiers.moves) > 0 or self.adapters.is_loading
+
+    def take_loads(self) -> tuple[AdapterLoad, ...]:
+        """The adapters that the next pass has brought."""
+        return self.adapters.take()
+
+    def has_room_for_adapter(self, request: Request) -> bool:
+        """Whether a slot can be had for the adapter of a request that waits, if it has one."""
+        return request.adapter is None or self.adapters.can_hold(request.adapter)
+
+    def has_come(self, request: Request) -> bool:
+        """Whether all is there that a running request goes on from: pages of its prefix, and its adapter."""
+        if request.coming:
+            return False
+        return request.adapter is None or self.adapters.has_come(request.adapter)
 
     def take_moves(self) -> tuple[PageMove, ...]:
         """What the next pass carries, with what there is time to save."""
@@ -58,7 +74,7 @@ class Holdings:
 
     def contexts(self) -> ContextIds:
         """All that stages hold something in; no move is under way."""
-        assert not self.is_moving
+        assert not len(self._tiers.moves)
         tails = self.tails.filled() if self._has_tails else ()
         slots, window = self._tiers.host.filled(), self._tiers.window.filled()
         return ContextIds(self.pool.filled(), tails, slots, window)
@@ -96,6 +112,8 @@ class Holdings:
         found = self.cache.claim(prefix)
         request.pages = found + self.pool.allocate(total - len(found))
         [request.tail] = self.tails.allocate(1)
+        if request.adapter is not None:
+            request.adapter_slot = self.adapters.hold(request.adapter)
         request.num_named = len(found)
         request.num_scheduled = len(found) * PAGE_TOKENS
         request.coming = self.cache.coming(found)
@@ -150,8 +168,10 @@ class Holdings:
         return failed
 
     def abandon_moves(self) -> list[Request]:
-        """Give up every move of pages. Returns the requests that wait for some."""
+        """Give up every move of pages, and have adapters loaded once more. Returns the requests that wait for
+        pages."""
         waiting = [request for request, _ in self._loading.values()]
+        self.adapters.abandon()
         self.cache.abandon_moves()
         return waiting
 
@@ -188,6 +208,9 @@ class Holdings:
         if request.tail is not None:
             self.tails.free([request.tail])
             request.tail = None
+        if request.adapter is not None and request.adapter_slot is not None:
+            self.adapters.let_go(request.adapter)
+            request.adapter_slot = None
 
     def stats(self) -> KVStats:
         tiers = self._tiers
@@ -211,6 +234,7 @@ class Holdings:
     def check_integrity(self, requests: Sequence[Request] = ()) -> None:
         """Assert that pages and tails are in order, and that slots are held by `requests` alone."""
         self.cold.check_integrity(requests)
+        self.adapters.check_integrity()
         self.cache.check_integrity()
         self.tails.check_integrity()
 
@@ -220,7 +244,8 @@ class Holdings:
         return request.pages[: request.num_named - request.num_cold]
 
     def _extend_keys(self, request: Request, count: int) -> None:
-        extend_keys(request.keys, self._identity, request.tenant, request.tokens, count)
+        adapter = "" if request.adapter is None else request.adapter.digest
+        extend_keys(request.keys, self._identity, request.tenant, request.tokens, count, adapter)
 
     def _count(self, request: Request, prefix: Prefix) -> None:
         """Note what became of the search, now that the request can begin."""

@@ -42,6 +42,8 @@ class ModelShape:
     `attention_size`: columns that one token takes where attention multiplies latents (0: it does not).
     `compute_bytes`: bytes of one element of the compute dtype.
     `needs_scratch`: whether matrices have to be dequantized before a matmul.
+    `layer_adapter_columns`: rows and columns together of all matrices that an adapter may change;
+    `layer_adapter_bytes`: what the slots for adapters take of the device (empty: there are none).
     `experts`: None for a layer whose experts, if any, cannot be read alone; empty: so are all.
     """
 
@@ -63,10 +65,19 @@ class ModelShape:
     layer_tail_bytes: tuple[int, ...] = ()
     attention_size: int = 0
     tied_bytes: int = 0
+    layer_adapter_columns: tuple[int, ...] = ()
+    layer_adapter_bytes: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:
         return len(self.layer_bytes)
+
+    def with_adapters(self, slots: int, rank: int) -> "ModelShape":
+        """With room for so many adapters on the device: of each matrix [N, K], [slots, rank, K] and
+        [slots, rank, N] elements of the compute type."""
+        each = slots * rank * self.compute_bytes
+        sizes = tuple(columns * each for columns in self.layer_adapter_columns)
+        return replace(self, layer_adapter_bytes=sizes if each else ())
 
     @property
     def can_split(self) -> bool:
@@ -134,7 +145,7 @@ class DeviceProfile:
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Bytes that one stage may use. `kv_host_memory` of its host memory is for KV pages, `kv_disk` of
-    its drive.
+    its drive, `adapter_host_memory` of its host memory for adapters.
 
     `process_bytes` is reported, not planned with.
     """
@@ -144,6 +155,7 @@ class Budget:
     process_bytes: int = 0
     kv_host_memory: int = 0
     kv_disk: int = 0
+    adapter_host_memory: int = 0
 
     @property
     def kv_log(self) -> int:
@@ -153,7 +165,8 @@ class Budget:
     @property
     def host_weights(self) -> int:
         """Host memory for weights."""
-        return self.host_memory - self.kv_host_memory - self.kv_log
+        others = self.kv_host_memory + self.kv_log + self.adapter_host_memory
+        return self.host_memory - others
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +193,7 @@ class Choices:
     without their experts, which have the room that is left; with 0, room for one layer's to be
     loaded ahead. Of sequences that decode over pages that are not on the device, those older than
     `kv_hot_window` tokens may lie on NVMe; None: none may. `drafts` a decode carries at most; None: a few, where they cost
-    nothing. `stage_layers` are how many layers each stage has; None: as many as is fastest. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
+    nothing. `adapter_slots` adapters of up to `adapter_rank` are on each stage's device at once. `stage_layers` are how many layers each stage has; None: as many as is fastest. `graphs`: decodes as CUDA graphs; None makes them on CUDA, where they take little of
     the device's memory.
     """
 
@@ -193,3 +206,5 @@ class Choices:
     kv_hot_window: int | None = None
     drafts: int | None = None
     stage_layers: tuple[int, ...] | None = None
+    adapter_slots: int = 0
+    adapter_rank: int = 0

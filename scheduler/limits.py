@@ -15,6 +15,11 @@ def token_limit(request: Request, config: SchedulerConfig) -> int:
 
 def check_request(request: Request, config: SchedulerConfig) -> None:
     """Raise RequestError for a request that could not even run alone."""
+    if request.adapter is not None and not config.adapter_slots:
+        raise RequestError(
+            "the engine has no slots for adapters: name adapters when it starts (--adapter NAME=DIR), or give"
+            " it --adapter-slots"
+        )
     if not request.tokens:
         raise RequestError("the prompt is empty; give it at least one token")
     if request.num_prompt + 1 > config.max_context:
@@ -55,5 +60,6 @@ def limits_of(plan: Plan, identity: str = "", *, write_through: bool = False) ->
         window_pages=plan.window_pages,
         hot_window=plan.hot_window,
         write_through=write_through,
+        adapter_slots=plan.adapter_slots,
         identity=identity,
     )

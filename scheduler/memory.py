@@ -204,6 +204,13 @@ def kv_ring_bytes(shape: ModelShape, layout: Layout, stage: int, ring_pages: int
     return KV_RING_SLOTS * ring_pages * largest
 
 
+def adapter_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
+    """All slots for adapters over the stage's layers."""
+    if not shape.layer_adapter_bytes:
+        return 0
+    return sum(shape.layer_adapter_bytes[layer] for layer in layout.layers[stage])
+
+
 def tail_bytes(shape: ModelShape, layout: Layout, stage: int) -> int:
     """One sequence's newest page over all of the stage's layers, where full ones are quantized."""
     if not shape.layer_tail_bytes:
@@ -232,6 +239,7 @@ def without_weights(shape: ModelShape, layout: Layout, stage: int, cache: Cache)
         embed=shape.embed_bytes if embeds else 0,
         process=0,
         graphs=graph_bytes(shape, layout, stage),
+        adapters=adapter_bytes(shape, layout, stage),
     )
 
 

@@ -31,10 +31,14 @@ class Moves:
         cohort: int,
         nvme_slot: int = NO_PAGE,
     ) -> None:
-        self._number += 1
-        move = PageMove(self._number, kind, slot, page, key, cohort, nvme_slot)
+        move = PageMove(self.next_number(), kind, slot, page, key, cohort, nvme_slot)
         self._under_way[move.number] = move
         self._untaken.append(move)
+
+    def next_number(self) -> int:
+        """Of a move, or of something else that is reported like one."""
+        self._number += 1
+        return self._number
 
     def take(self) -> tuple[PageMove, ...]:
         """What the next pass carries."""

@@ -142,8 +142,8 @@ class StageMemory:
 
     resident: layers kept on the device.  ring: slots x slot bytes.  head: final norm and LM head.
     kv: pages of this stage's layers.  kv_ring: slots for pages that pass through, of the layer with the largest.  tails: newest pages, where full ones are quantized.  scratch: one dequantized matrix.  activations: one micro-batch.
-    experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
-    experts.  host_kv: host slots for pages.  host_window: pages that pass through from NVMe.  host_log: pages on their way to NVMe.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
+    adapters: slots of adapters on the device.  experts: slots of experts on the device.  graphs: CUDA graphs.  host_layers: pinned layers.  host_experts: pinned
+    experts.  host_kv: host slots for pages.  host_window: pages that pass through from NVMe.  host_log: pages on their way to NVMe.  host_adapters: adapters.  embed: the embedding table, kept in host RAM and outside the budget, like `process`:
     interpreter, libraries and reader buffers.
     """
 
@@ -164,6 +164,8 @@ class StageMemory:
     host_log: int = 0
     kv_ring: int = 0
     host_window: int = 0
+    adapters: int = 0
+    host_adapters: int = 0
 
     @property
     def device(self) -> int:
@@ -176,12 +178,18 @@ class StageMemory:
             + self.scratch
             + self.activations
             + self.graphs
+            + self.adapters
         )
 
     @property
     def host(self) -> int:
         return (
-            self.host_layers + self.host_experts + self.host_kv + self.host_window + self.host_log
+            self.host_layers
+            + self.host_experts
+            + self.host_kv
+            + self.host_window
+            + self.host_log
+            + self.host_adapters
         )
 
 
@@ -261,6 +269,9 @@ class Plan:
     and passes through the ring if it rests elsewhere; each routed expert is loaded when tokens reach
     it, into one of that many slots of `expert_slot_bytes` on the device. `host_experts[stage]`
     experts can be kept in host RAM. The bytes a pass are then those without experts.
+
+    `adapter_slots` adapters of ranks up to `adapter_rank` are on each stage's device at once, in slots with the
+    same numbers.
     """
 
     placement: Placement
@@ -295,3 +306,5 @@ class Plan:
     window_pages: int = 0
     hot_window: int = 0
     drafts: DraftLimits = field(default_factory=DraftLimits)
+    adapter_slots: int = 0
+    adapter_rank: int = 0

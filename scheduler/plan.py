@@ -54,7 +54,7 @@ class Slice:
     `sampling` is None while the slice does not reach the end of the request's tokens. A decode's
     token may be FOLLOWS. The last `num_drafts` tokens are guesses; one is drawn after each of them, and
     after the last token that is known. `tail` is the request's own slot for its newest page, where full pages are
-    quantized.
+    quantized. `adapter` is the slot of the adapter that it runs with, None without.
     """
 
     request: int
@@ -65,6 +65,7 @@ class Slice:
     tail: int = 0
     cold: tuple[int, ...] = ()
     num_drafts: int = 0
+    adapter: int | None = None
 
     @property
     def num_pages(self) -> int:
@@ -147,17 +148,39 @@ class PageMove:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """Low-rank changes of a model's matrices: files of a `digest`, in the directory `path` on each stage's
+    node."""
+
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoad:
+    """Each stage brings its layers' part of an adapter to a slot of its device, beside the pass that says so.
+
+    No slice uses the slot until every stage has reported the `number`, as one of a move.
+    """
+
+    number: int
+    slot: int
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
 class Pass:
     """One sweep through every layer. Stages execute passes in the order of `step`.
 
     Tokens that FOLLOW are drawn in the earlier pass whose step is `follows`; None when all are known.
-    Without micro-batches it ends when all `moves` under way have.
+    Without micro-batches it ends when all `moves` under way have, and all loads of `adapters`.
     """
 
     step: int
     micro_batches: tuple[MicroBatch, ...]
     follows: int | None = None
     moves: tuple[PageMove, ...] = ()
+    adapters: tuple[AdapterLoad, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -244,9 +267,9 @@ class PassResult:
 
     A slice that draws has one sample, and with drafts one more for each that was right, in order.
 
-    `moved` and `lost` are the moves of this and earlier passes that ended since the last result, with
+    `moved` and `lost` are the moves and loads of adapters of this and earlier passes that ended since the last result, with
     their page or without it. `spoiled` are requests of the pass of which a page on NVMe could not be
-    had: what was computed for them is worth nothing.
+    had: what was computed for them is worth nothing. `failures` say of loads that are lost why.
     """
 
     step: int
@@ -255,3 +278,4 @@ class PassResult:
     moved: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
     spoiled: tuple[int, ...] = ()
+    failures: tuple[tuple[int, str], ...] = ()

@@ -245,6 +245,8 @@ def _plan(problem: Problem, candidate: Candidate) -> Plan:
         window_pages=cache.window_pages,
         hot_window=(problem.choices.kv_hot_window or 0) if cache.window_pages else 0,
         drafts=_drafts(problem, candidate),
+        adapter_slots=problem.choices.adapter_slots,
+        adapter_rank=problem.choices.adapter_rank,
     )
 
 

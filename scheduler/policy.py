@@ -141,6 +141,14 @@ def pack(
     return tuple(MicroBatch(tuple(slices[i] for i in sorted(members))) for members in bins)
 
 
+def by_adapter(batch: MicroBatch) -> MicroBatch:
+    """Slices of one adapter side by side, after those without: their rows are multiplied together."""
+    if all(piece.adapter is None for piece in batch.slices):
+        return batch
+    slices = sorted(batch.slices, key=lambda s: -1 if s.adapter is None else s.adapter)
+    return MicroBatch(tuple(slices))
+
+
 def _fill(
     slices: Sequence[Slice],
     order: Iterable[int],

@@ -115,6 +115,7 @@ def _table(case: _Case, need: _Need) -> Iterator[str]:
         ("experts", memory.experts, "slots for those that a pass loads"),
         ("scratch", memory.scratch, "one dequantized matrix"),
         ("activations", memory.activations, f"{layout.token_budget} tokens a pass"),
+        ("adapters", memory.adapters, "slots: fewer with --adapter-slots, or --adapter-rank"),
         ("graphs", memory.graphs, "CUDA graphs of decodes"),
         ("KV pages", memory.kv, f"one sequence of {case.context} tokens"),
         ("KV tails", memory.tails, "its newest page, not quantized"),

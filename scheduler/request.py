@@ -6,7 +6,7 @@ from enum import Enum
 
 from headrace.scheduler.errors import RequestError
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.plan import FOLLOWS, Sampling, Slice
+from headrace.scheduler.plan import FOLLOWS, Adapter, Sampling, Slice
 from headrace.scheduler.structured import StructuredOutputsParams
 
 MAX_BIASES = 1024
@@ -138,7 +138,8 @@ class Request:
     No page of a `tenant` is found by another one, and a tenant's share of passes and pages goes by its
     `weight`: `num_charged` tokens have been counted. `rank` is 0 of interactive requests, and of batch
     ones that have been promoted; lower ranks go first, and in a rank whoever came first. `keep` brings the full pages to host RAM and NVMe
-    once the request has stopped or reached its length, for a request that continues it.
+    once the request has stopped or reached its length, for a request that continues it. It runs with an
+    `adapter`, in its `adapter_slot` while it runs; what was computed with another, or none, is not found by it.
     """
 
     request_id: int
@@ -151,6 +152,8 @@ class Request:
     mask: bytes = b""
     priority: Priority = Priority.INTERACTIVE
     weight: int = 1
+    adapter: Adapter | None = None
+    adapter_slot: int | None = field(init=False, default=None)
     rank: int = field(init=False)
     num_charged: int = field(init=False, default=0)
     num_prompt: int = field(init=False)
@@ -225,6 +228,7 @@ class Request:
             sampling=self.sampling() if count == self.num_pending else None,
             tail=self.tail,
             cold=tuple(self.slots[: self.num_cold]),
+            adapter=self.adapter_slot,
         )
 
     def sampling(self) -> Sampling:

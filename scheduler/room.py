@@ -41,6 +41,10 @@ class Room:
     def admit(self, request: Request, num_tokens: int, spare: int) -> bool:
         """Give a request that waits pages for `num_tokens` tokens, if that leaves `spare`; those of a higher
         rank give way if need be. While one of rank 0 has to wait for that the device `is_short` for others."""
+        if not self._holdings.has_room_for_adapter(request):
+            return (
+                False  # until a request with another one ends: pages of others would be of no use
+            )
         if self._holdings.admit(request, num_tokens, spare):
             return True
         self.is_short = request.rank == 0

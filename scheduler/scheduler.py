@@ -1,7 +1,7 @@
 """The scheduler: requests in, passes out, samples in, tokens committed."""
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
@@ -11,8 +11,8 @@ from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.limits import check_request, token_limit
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.plan import PAGE_TOKENS, PageMove, Pass, Sample, Slice
-from headrace.scheduler.policy import service_order, watermark
+from headrace.scheduler.plan import PAGE_TOKENS, Adapter, MicroBatch, PageMove, Pass, Sample, Slice
+from headrace.scheduler.policy import by_adapter, service_order, watermark
 from headrace.scheduler.request import FinishReason, Priority, Request
 from headrace.scheduler.room import Room
 from headrace.scheduler.roster import Roster
@@ -152,7 +152,8 @@ class Scheduler:
         follows = self._steps[0] if ahead else None
         self._step += 1
         self._steps.append(self._step)
-        return Pass(self._step, batches, follows, self.holdings.take_moves())
+        batches = tuple(map(by_adapter, batches))
+        return self._pass(batches, follows, self.holdings.take_moves())
 
     def save(self) -> Pass | None:
         """A pass without slices that brings to NVMe what a later run may `adopt`; None when all that
@@ -172,7 +173,15 @@ class Scheduler:
     def _moves_alone(self, moves: tuple[PageMove, ...]) -> Pass:
         self._step += 1
         self._steps.append(self._step)
-        return Pass(self._step, (), None, moves)
+        return self._pass((), None, moves)
+
+    def _pass(
+        self,
+        batches: tuple[MicroBatch, ...],
+        follows: int | None,
+        moves: tuple[PageMove, ...],
+    ) -> Pass:
+        return Pass(self._step, batches, follows, moves, self.holdings.take_loads())
 
     @property
     def next_step(self) -> int:
@@ -192,6 +201,11 @@ class Scheduler:
         for request in losers:
             self._roster.wait_again(request)
         return len(losers)
+
+    def lose_adapters(self) -> None:
+        """Take note that some stage has none of the adapters: they are brought once more. Nothing is in flight."""
+        assert not self._steps
+        self.holdings.adapters.lose()
 
     def abandon(self, passes: Iterable[Pass]) -> None:
         """Take back the passes in flight, which are `passes`: nothing that they computed counts, and moves of
@@ -269,6 +283,8 @@ class Scheduler:
             if not request.passes:
                 self._land(request)
         if moved or lost:
+            moved, lost, failed = self.holdings.adapters.settle(moved, lost)
+            self._end_without(failed, update)
             for request in self.holdings.settle(moved, lost):
                 self._room.put_back(request)
         return update
@@ -315,7 +331,9 @@ class Scheduler:
                 places = None if places is None else places - 1
 
     def _is_ready(self, request: Request, may_follow: bool) -> bool:
-        if self._room.is_leaving(request) or request.coming or request.is_spoiled:
+        if self._room.is_leaving(request) or request.is_spoiled:
+            return False
+        if not self.holdings.has_come(request):
             return False
         if not request.passes:
             return True
@@ -341,7 +359,7 @@ class Scheduler:
                 return
             self._roster.start(request)
             growth, count = growth + self._room.growth(request), count + 1
-            if not request.coming:
+            if self.holdings.has_come(request):
                 self._take(request, draft, min(request.num_pending, draft.room))
 
     def _take(self, request: Request, draft: Draft, count: int) -> None:
@@ -374,6 +392,14 @@ class Scheduler:
         self.speculation.count(piece, request.num_output - before)
         if piece.num_drafts:
             self._name(request, request.num_scheduled)
+
+    def _end_without(self, failed: Mapping[Adapter, int], update: Update) -> None:
+        """End those that hold a slot for an adapter that has not come; others will ask for it once more."""
+        for request in [*self._roster.running.values()] if failed else ():
+            adapter = request.adapter
+            if adapter is not None and adapter in failed:
+                update.without_adapter.append((request, failed[adapter]))
+                self._end(request, FinishReason.ABORT)
 
     def _name(self, request: Request, end: int) -> None:
         if end >= (request.num_named + 1) * PAGE_TOKENS:

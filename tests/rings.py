@@ -132,6 +132,8 @@ def manual_plan(
     micro_batches: int = 0,
     max_context: int = 0,
     drafts: DraftLimits = NO_DRAFTS,
+    adapter_slots: int = 0,
+    adapter_rank: int = 16,
 ) -> Plan:
     """A plan that tests dictate: the planner's judgement is not what they are about.
 
@@ -188,6 +190,8 @@ def manual_plan(
         window_pages=window_pages,
         hot_window=hot_window,
         drafts=drafts,
+        adapter_slots=adapter_slots,
+        adapter_rank=adapter_rank,
     )
 
 
@@ -203,6 +207,7 @@ def local_ring(
     logs: Sequence[PageLog] = (),
     windows: Sequence[PageWindow | None] = (),
     deadline: float = 60.0,
+    adapter_host_memory: int = 1 << 20,
 ) -> Iterator[LocalPipeline]:
     """`logs` keep the stages' KV pages, and `windows` those that are decoded over on NVMe, if they are
     given; they stay the caller's."""
@@ -219,6 +224,7 @@ def local_ring(
                 deadline=deadline,
                 threads=torch.get_num_threads(),
                 trace=trace,
+                adapter_host_memory=adapter_host_memory,
             ),
             capture,
             logs[stage] if logs else None,

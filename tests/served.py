@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from headrace.cluster.adapters import Adapters
 from headrace.cluster.bench.local import local_engine
 from headrace.cluster.cli.options import Device, RunOptions
 from headrace.cluster.completion import Completion
@@ -182,6 +183,7 @@ class EchoEngine:
     busy_seconds: float = 0.0
     num_recoveries: int = 0
     recoveries: list[Recovery] = field(default_factory=list)
+    adapters: Adapters = field(default_factory=Adapters)
     tracing: RingTracing = field(default_factory=RingTracing)
 
     def __post_init__(self) -> None:
@@ -254,6 +256,7 @@ class EchoEngine:
         keep: bool = False,
         priority: Priority = Priority.INTERACTIVE,
         weight: int = 1,
+        adapter: str | None = None,
         on_token: Callable[[Sample], None] | None = None,
         arrived: float | None = None,
     ) -> int:

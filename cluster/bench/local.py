@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from headrace.cluster.adapters import adapter_host_bytes, check_adapter_options
 from headrace.cluster.discovery import discover
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
@@ -25,7 +26,7 @@ from headrace.runtime.kv_log.stage_log import StageLog
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
-from headrace.scheduler.plan import Pass, PassResult
+from headrace.scheduler.plan import Adapter, Pass, PassResult
 
 
 class _Done:
@@ -48,6 +49,9 @@ class InlinePipeline:
     def wait_host_tier(self) -> None:
         self._stage.wait_host_tier()
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        self._stage.check_adapter(adapter)
+
     def close(self) -> None:
         self._stage.close()
 
@@ -63,6 +67,7 @@ def local_engine(
     """What running_engine gives, with its one stage in this process."""
     assert options.stages == 1, "several stages need processes of their own"
     check_kv_options(options)
+    check_adapter_options(options)
     store = Store.open(options.store)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
@@ -82,6 +87,7 @@ def local_engine(
         deadline=options.pass_timeout,
         threads=torch.get_num_threads(),
         kv_log=log_config(options),
+        adapter_host_memory=adapter_host_bytes(options),
     )
     tokenizer = load_tokenizer(store.path)
     with ExitStack() as opened:
@@ -106,6 +112,7 @@ def local_engine(
             tenant=options.kv_tenant,
             vocabulary=shape.vocab_size,
         )
-        yield opened.enter_context(engine)
+        opened.enter_context(engine).load_adapters(options.adapters)
+        yield engine
         if options.kv_keep:
             engine.save()

@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 from headrace.cluster.cli.calibration import roundings
 from headrace.cluster.cli.progress import byte_bar
 from headrace.runtime.calibration.calibrate import Calibration, convert_calibrated
-from headrace.runtime.conversion.convert import CHANGES, REQUANTIZED, Progress, convert
+from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.writer import CHANGES, REQUANTIZED, Progress
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.store import Block, Store
 from headrace.scheduler.errors import HeadraceError

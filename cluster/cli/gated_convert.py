@@ -8,7 +8,7 @@ from rich.console import Console
 from headrace.cluster.cli.evaluate import checked_gate, how, judge, measured, table
 from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.evaluation.corpus import Corpus
-from headrace.runtime.conversion.convert import hold_back, release
+from headrace.runtime.conversion.destination import hold_back, release
 from headrace.runtime.store import Store
 from headrace.runtime.sweep.source import open_model
 

@@ -113,14 +113,20 @@ def _jobs(address: str, ca_file: Path | None) -> "RayJobs":
 
 def _checked(arguments: list[str]) -> list[str]:
     """The arguments of `headrace generate`, on the cluster unless they name another; usage errors are click's."""
+    from headrace.cluster.adapters import parse_adapters
     from headrace.cluster.cli.main import app as headrace
     from headrace.cluster.cli.main import generate
 
     root: Any = typer.main.get_command(headrace)
     given = root.commands["generate"].make_context("headrace generate", list(arguments)).params
-    for name, kind in get_type_hints(generate).items():
-        value = given.get(name)
-        if Path in (kind, *get_args(kind)) and value and not Path(value).is_absolute():
+    paths = [
+        given.get(name)
+        for name, kind in get_type_hints(generate).items()
+        if Path in (kind, *get_args(kind))
+    ]
+    paths += parse_adapters(given.get("adapter") or []).values()
+    for value in paths:
+        if value and not Path(value).is_absolute():
             raise HeadraceError(
                 f"{value} must be an absolute path: the job does not run in this folder, nor, unless this"
                 " is the cluster's head, on this machine"

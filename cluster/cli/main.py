@@ -183,6 +183,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Default for rows without it.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Default for rows without it.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Changes every row's random numbers.")] = None,
+    default_adapter: Annotated[
+        str | None, typer.Option(help="Of --adapter, the one of rows that name none.")
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -191,11 +194,12 @@ def generate(
     ] = None,
 ) -> None:
     """Run a batch job. Run the same command again to resume it; finished rows are never repeated."""
+    from headrace.cluster.adapters import check_adapter_options, opened_adapters
     from headrace.cluster.cli.generate import Setting, run_job
     from headrace.cluster.cli.kv_report import end_of_pages
     from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.explain.report import ReportWriter
-    from headrace.cluster.jobs import Job, JobFiles
+    from headrace.cluster.jobs import Job, JobAdapters, JobFiles
     from headrace.cluster.launch import running_engine
     from headrace.cluster.run_plan import kv_alternatives
     from headrace.scheduler.request import SamplingParams
@@ -211,9 +215,11 @@ def generate(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     opened = opened_store(store, ring.cold)
+    check_adapter_options(options)
+    adapters = JobAdapters.of(opened_adapters(options), default_adapter)
     # The files first: starting the engine takes long, and a mistake in a path should not.
     with (
-        JobFiles(input, output, opened.digest, defaults) as files,
+        JobFiles(input, output, opened.digest, defaults, adapters) as files,
         running_engine(options) as engine,
     ):
         job = Job(engine, engine.tokenizer, files, model_name=store.name)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headrace.cluster.adapters import parse_adapters
 from headrace.cluster.cli.sizes import parse_duration, parse_size
 from headrace.cluster.engine_options import EngineOptions
 from headrace.runtime.stage_config import TENANT
@@ -14,7 +15,14 @@ from headrace.scheduler.errors import HeadraceError
 
 StoreArgument = Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")]
 
-SIZES = ("device_memory", "host_memory", "kv_host_memory", "kv_disk", "kv_daily_writes")
+SIZES = (
+    "device_memory",
+    "host_memory",
+    "kv_host_memory",
+    "kv_disk",
+    "kv_daily_writes",
+    "adapter_host_memory",
+)
 
 
 class Device(str, Enum):
@@ -181,12 +189,42 @@ class RunOptions:
         ),
     ] = "off"
 
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A LoRA adapter as PEFT saves it, for requests that name it; on every stage's node. Repeatable.",
+        ),
+    ] = None
+    adapter_slots: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Adapters on each device at once; others wait in host memory or in their directories. "
+            "[default: as many as are named, at most 8]",
+        ),
+    ] = None
+    adapter_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The largest rank that slots have room for. [default: that of the adapters named, else 16]",
+        ),
+    ] = None
+    adapter_host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a stage's host memory, for adapters. [default: 256MiB, where there are slots]"
+        ),
+    ] = None
+
     def engine(self, store: Path, **more: Any) -> EngineOptions:
         """What the engine takes, with sizes in bytes. HeadraceError for a malformed one."""
         given = asdict(self)
         for name, value in given.items():
             if isinstance(value, Enum):
                 given[name] = value.value
+        given["adapters"] = parse_adapters(given.pop("adapter") or [])
         return EngineOptions(store=store, **parsed(given), **more)
 
 

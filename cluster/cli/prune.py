@@ -20,7 +20,7 @@ from headrace.cluster.evaluation.evaluate import CONTEXT
 from headrace.cluster.evaluation.gate import Gate
 from headrace.cluster.evaluation.results import Evaluation
 from headrace.cluster.run_plan import resolve_device, resolve_dtype
-from headrace.runtime.conversion.convert import hold_back, release
+from headrace.runtime.conversion.destination import hold_back, release
 from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.pruning.choice import Request
 from headrace.runtime.pruning.prune import Calibration, Reporter, prune

@@ -86,8 +86,10 @@ def serve(
     import asyncio
     import gc
 
+    from headrace.cluster.adapters import check_adapter_options
     from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.launch import running_engine
+    from headrace.cluster.serving.adapters import check_not_model
     from headrace.cluster.serving.batches.file_store import FileLimits
     from headrace.cluster.serving.server import Listener, Server, ServerOptions
 
@@ -113,6 +115,8 @@ def serve(
         ),
         shadow=shadow.chosen(opened, engine_options),
     )
+    check_not_model(engine_options.adapters, options.model_name)
+    check_adapter_options(engine_options)
     # The address first: starting the engine takes long, and a mistake in it should not.
     with Listener(options) as listener, running_engine(engine_options) as engine:
         server = Server(listener, engine)

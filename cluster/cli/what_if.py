@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from headrace.cluster.adapters import adapter_room
 from headrace.cluster.bench.hollow import hollow_store
 from headrace.cluster.bench.shapes import SHAPES, config_of
 from headrace.cluster.cli.plan import describe, plan_json
@@ -38,6 +39,7 @@ def ask(store: Store, options: EngineOptions, nodes: Path, prices: Path | None) 
     """What each pool of the file would do. HeadraceError for files and options that are wrong."""
     pools = read_pools(nodes, prices)
     shape = shape_in(store, resolve_dtype(options.dtype, "cuda", store), options.kv_format)
+    shape = shape.with_adapters(*adapter_room(options))
     workload = Workload(context=options.context, min_sequences=options.min_sequences)
 
     def question(pool: Pool) -> Any:

@@ -21,6 +21,7 @@ DEVICE_PARTS = {
     "tails": "newest KV pages, as computed",
     "scratch": "one dequantized matrix",
     "graphs": "CUDA graphs of decodes",
+    "adapters": "slots for adapters",
 }
 HOST_PARTS = {
     "host_layers": "layers in host memory",
@@ -28,6 +29,7 @@ HOST_PARTS = {
     "host_kv": "KV pages in host memory",
     "host_window": "KV pages on their way from NVMe",
     "host_log": "KV pages on their way to NVMe",
+    "host_adapters": "adapters in host memory",
     "embed": "embedding in host memory",
 }
 """What the plan counts of a stage, by the names of StageMemory."""

@@ -29,6 +29,7 @@ class Work:
     token_ids: list[int]
     params: SamplingParams
     seed: int
+    adapter: str | None = None
 
 
 def work_of(engine: Engine, load: Load, vocabulary: int) -> list[Work]:
@@ -58,19 +59,22 @@ def _rows(engine: Engine, path: Path) -> Iterator[Work]:
     encoder, defaults = Encoder(engine.tokenizer), SamplingParams(max_tokens=ROW_TOKENS)
     for number, raw in open_input(path):
         try:
-            row = prepare(decode(number, raw, b""), encoder, defaults, engine.max_context)
+            row = prepare(
+                decode(number, raw, b""), encoder, defaults, engine.max_context, engine.adapters
+            )
             one = replace(row.params, n=1)
             engine.check(row.token_ids, one)  # compiles its grammar, if it has one
         except RequestError as error:
             raise HeadraceError(f"--input {path}, row {number}: {error}") from error
         for index in range(row.params.n):
-            yield Work(row.token_ids, one, row_seed(engine.model_digest, row, None, index))
+            seed = row_seed(engine.model_digest, row, None, index)
+            yield Work(row.token_ids, one, seed, row.adapter)
 
 
 def run_load(engine: Engine, work: list[Work], seconds: float) -> Done:
     """Until all of it is done or the time is over; what runs then is given up."""
     started, passes, finished = time.monotonic(), 0, 0
-    ids = [engine.add(one.token_ids, one.params, one.seed) for one in work]
+    ids = [engine.add(w.token_ids, w.params, w.seed, adapter=w.adapter) for w in work]
     while engine.has_work and time.monotonic() - started < seconds:
         finished += len(engine.step())
         passes += 1

@@ -11,9 +11,15 @@ from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from headrace.cluster.serving.adapters import (
+    AdapterDoor,
+    LoadAdapterRequest,
+    UnloadAdapterRequest,
+    listed_adapter,
+)
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.routes import PATHS as FILE_PATHS
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
@@ -57,6 +63,8 @@ PATHS = frozenset(
         "/v1/models",
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
         "/tokenize",
         "/detokenize",
         "/health/live",
@@ -86,14 +94,14 @@ class Front:
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
         self._room, self._tracing = room, Tracing(engine)
-        self._shadow = shadow
+        self._adapters, self._shadow = AdapterDoor(engine, model.name), shadow
         self._max_body, self._created = max_body, int(time.time())
 
     @property
     def routes(self) -> list[Route]:
         read, streamed = (*READS, 404), ("application/json", "text/event-stream")
         return [
-            Route("GET", "/v1/models", self.models, "The one model, in a list"),
+            Route("GET", "/v1/models", self.models, "The model and its adapters, in a list"),
             Route("GET", "/v1/models/{name:path}", self.one_model, "A model", errors=(404,)),
             Route(
                 "POST",
@@ -112,6 +120,24 @@ class Front:
                 body=ChatRequest,
                 kinds=streamed,
                 errors=(*READS, *WORKS),
+            ),
+            Route(
+                "POST",
+                "/v1/load_lora_adapter",
+                self.load_adapter,
+                "Have requests name a LoRA adapter as their model; operators alone",
+                body=LoadAdapterRequest,
+                kinds=("text/plain",),
+                errors=(*READS, 503),
+            ),
+            Route(
+                "POST",
+                "/v1/unload_lora_adapter",
+                self.unload_adapter,
+                "Forget a LoRA adapter; operators alone",
+                body=UnloadAdapterRequest,
+                kinds=("text/plain",),
+                errors=(*read, 503),
             ),
             Route(
                 "POST",
@@ -151,13 +177,13 @@ class Front:
         ]
 
     async def models(self) -> Response:
-        return JSON({"object": "list", "data": [self._listed()]})
+        return JSON({"object": "list", "data": [*map(self._listed, self._reader.names)]})
 
     async def one_model(self, name: str) -> Response:
-        if name != self._model.name:
+        if name not in self._reader.names:
             told = f"there is no model {name[:80]!r} here"
             raise ApiError(404, told, param="model", code="model_not_found")
-        return JSON(self._listed())
+        return JSON(self._listed(name))
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, self._reader.completion)
@@ -190,25 +216,30 @@ class Front:
         shadow = shadow_state(self._shadow)
         return JSON({"model": self._model.name, **state, "shadow": shadow})
 
+    async def load_adapter(self, request: Request) -> Response:
+        _check_operator(request, "load adapters")
+        asked = await self._read(request, LoadAdapterRequest.model_validate_json)
+        return PlainTextResponse(await self._adapters.load(asked))
+
+    async def unload_adapter(self, request: Request) -> Response:
+        _check_operator(request, "unload adapters")
+        asked = await self._read(request, UnloadAdapterRequest.model_validate_json)
+        return PlainTextResponse(await self._adapters.unload(asked))
+
     async def trace(self, request: Request) -> Response:
-        if not request.state.operator:
-            raise ApiError(
-                403,
-                "this API key is no operator's, who may have the ring recorded: headrace serve-key"
-                " NAME --operator makes one",
-                code="not_operator",
-            )
+        _check_operator(request, "have the ring recorded")
         asked = await self._read(request, TraceRequest.model_validate_json)
         return _Recording(self._tracing, asked)
 
-    def _listed(self) -> dict[str, Any]:
-        return {
+    def _listed(self, name: str) -> dict[str, Any]:
+        base = {
             "id": self._model.name,
             "object": "model",
             "created": self._created,
             "owned_by": "headrace",
             "max_model_len": self._model.max_context,
         }
+        return base if name == self._model.name else listed_adapter(name, base)
 
     async def _answer(self, request: Request, read: Callable[[bytes, str], Work]) -> Response:
         since, tenant = self._engine.now(), str(request.state.tenant)
@@ -223,6 +254,15 @@ class Front:
         with self._room.holding() as held:
             raw = await read_body(request, self._max_body, held)
             return await self._room.run(len(raw), partial(read, raw))
+
+
+def _check_operator(request: Request, what: str) -> None:
+    if not request.state.operator:
+        raise ApiError(
+            403,
+            f"this API key is no operator's, who may {what}: headrace serve-key NAME --operator makes one",
+            code="not_operator",
+        )
 
 
 class _Answering(Response):

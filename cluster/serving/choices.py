@@ -73,7 +73,7 @@ class Answer:
 
     def __init__(self, work: Work, model: Model, created: int) -> None:
         self._work, self._tokenizer = work, model.tokenizer
-        self._envelope = answers.envelope(work.kind, work.name, model.name, created)
+        self._envelope = answers.envelope(work.kind, work.name, work.adapter or model.name, created)
         self._choices = [
             Choice(
                 index,

@@ -19,6 +19,7 @@ class Order:
     seed: int
     tenant: str = ""
     keep: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

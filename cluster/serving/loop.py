@@ -9,6 +9,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, Protocol, TypeVar
 
+from headrace.cluster.adapters import Adapters
 from headrace.cluster.completion import Completion
 from headrace.cluster.job_report import Stats, Work
 from headrace.cluster.recovered import Recovery
@@ -22,7 +23,7 @@ from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.placement import Plan
-from headrace.scheduler.plan import Sample
+from headrace.scheduler.plan import Adapter, Sample
 from headrace.scheduler.request import Priority, SamplingParams
 from headrace.scheduler.speculation import DraftCounts
 
@@ -56,6 +57,9 @@ class ServedEngine(Protocol):
 
     @property
     def model_digest(self) -> str: ...
+
+    @property
+    def adapters(self) -> Adapters: ...
 
     @property
     def max_context(self) -> int: ...
@@ -99,9 +103,14 @@ class ServedEngine(Protocol):
         keep: bool = False,
         priority: Priority = Priority.INTERACTIVE,
         weight: int = 1,
+        adapter: str | None = None,
         on_token: Callable[[Sample], None] | None = None,
         arrived: float | None = None,
     ) -> int: ...
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None: ...
+
+    def remove_adapter(self, name: str) -> None: ...
 
     def step(self) -> list[Completion]: ...
 
@@ -273,6 +282,7 @@ class EngineLoop:
                     order.seed,
                     tenant=order.tenant,
                     keep=order.keep,
+                    adapter=order.adapter,
                     priority=generation.terms.priority,
                     weight=generation.terms.weight,
                     on_token=None if generation.of_batch else news.samples.append,

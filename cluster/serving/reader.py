@@ -57,7 +57,7 @@ class Model:
 class Work:
     """A request that is ready to run: `n` sequences for each of its prompts, one after the other.
 
-    `name` is the request's own, in the answer's id. The answers may have calls of `tools` in them.
+    `name` is the request's own, in the answer's id. The answers may have calls of `tools` in them. All run with the `adapter` of that name.
     """
 
     kind: Kind
@@ -68,6 +68,7 @@ class Work:
     include_usage: bool
     terms: Terms
     tools: ToolUse | None = None
+    adapter: str | None = None
 
 
 class Reader:
@@ -137,12 +138,16 @@ class Reader:
             )
         return {"prompt": self._model.tokenizer.decode(tokens)}
 
+    @property
+    def names(self) -> list[str]:
+        """What a request may call the model: with an adapter, that has its name."""
+        return [self._model.name, *self._engine.adapters]
+
     def _parse(self, shape: type[B], given: dict[str, Any]) -> B:
         name = given.get("model")
-        if name is not None and name != self._model.name:
-            told = (
-                f"there is no model {str(name)[:80]!r} here; this server has {self._model.name!r}"
-            )
+        if name is not None and name not in self.names:
+            there = ", ".join(map(repr, self.names[:20]))
+            told = f"there is no model {str(name)[:80]!r} here; this server has {there}"
             raise ApiError(404, told, param="model", code="model_not_found")
         # Null means not given, also for what is not known here.
         present = {key: value for key, value in given.items() if value is not None}
@@ -184,6 +189,7 @@ class Reader:
     ) -> Work:
         field = "messages" if kind is Kind.CHAT else "prompt"
         one, name = replace(params, n=1), uuid4().hex
+        adapter = self._engine.adapters.chosen(body.adapter, body.model)
         if len(params.stop) > MAX_STOPS or any(len(stop) > MAX_STOP for stop in params.stop):
             # Each token of the answer is compared with all of them.
             raise RequestError(
@@ -196,14 +202,16 @@ class Reader:
         except RequestError as error:
             error.param = error.param or field
             raise
+        keep = bool(body.keep_context)
         orders = [
-            Order(prompt, one, self._seed(params, name, i, index), tenant, bool(body.keep_context))
+            Order(prompt, one, self._seed(params, name, i, index), tenant, keep, adapter)
             for i, prompt in enumerate(prompts)
             for index in range(params.n)
         ]
         options = _stream_options(body.stream, body.stream_options)
         streams, usage = bool(body.stream), bool(options.include_usage)
-        return Work(kind, name, orders, params.n, streams, usage, body.terms)
+        terms = body.terms
+        return Work(kind, name, orders, params.n, streams, usage, terms, adapter=adapter)
 
     def _seed(self, params: SamplingParams, name: str, prompt: int, index: int) -> int:
         """With a seed of the request's own, a prompt's samples are those of a batch row."""

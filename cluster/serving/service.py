@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from headrace.cluster.serving.adapters import check_not_model
 from headrace.cluster.serving.app import Front, create_app
 from headrace.cluster.serving.async_engine import AsyncEngine
 from headrace.cluster.serving.batches.file_store import FileStore
@@ -37,6 +38,8 @@ class Service:
         store: FileStore | None = None,
         shadow: Setup | None = None,
     ) -> None:
+        """HeadraceError where an adapter is called like the model."""
+        check_not_model(engine.adapters, options.model_name)
         rates = Rates(rules.keys or ())
         self.metrics = Metrics(engine.events)
         self.gate = Gate(rules, rates, self.metrics)

@@ -16,15 +16,14 @@ from transformers import PretrainedConfig
 
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.convert import (
-    Progress,
-    finished_store,
     identity_of,
-    locked,
     refuse_missing_tokenizer,
     write_store,
 )
+from headrace.runtime.conversion.destination import finished_store, locked
 from headrace.runtime.conversion.journal import Journal
 from headrace.runtime.conversion.plan import Options
+from headrace.runtime.conversion.writer import Progress
 from headrace.runtime.pruning.choice import Request, any_choice, check_request, choose
 from headrace.runtime.pruning.report import Report, make_report, read_report, write_report
 from headrace.runtime.pruning.statistics import Statistics, gather

@@ -11,9 +11,9 @@ from headrace.runtime.block_file import DTYPE_BYTES, write_durably
 from headrace.runtime.cold.chunks import MOST_BYTES
 from headrace.runtime.cold.codec import encode
 from headrace.runtime.conversion.checkpoint import Checkpoint
-from headrace.runtime.conversion.convert import stored_bytes
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.plan import BlockPlan, Options, plan_conversion
+from headrace.runtime.conversion.writer import stored_bytes
 from headrace.runtime.pruning.choice import Request
 from headrace.runtime.pruning.statistics import Statistics
 from headrace.runtime.pruning.surgery import Stays, Subject

@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from headrace.runtime.conversion.convert import stored_bytes
 from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.conversion.plan import BlockPlan, Options, plan_conversion
 from headrace.runtime.conversion.quantize import weight_spec
 from headrace.runtime.conversion.selfcheck import check
+from headrace.runtime.conversion.writer import stored_bytes
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.store import MANIFEST, Block, LayerShape, Store
 

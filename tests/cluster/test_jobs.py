@@ -149,6 +149,7 @@ class FakeEngine:
         seed: int,
         *,
         keep: bool = False,
+        adapter: str | None = None,
         said: Sequence[Sample] = (),
         on_token: Callable[[Sample], None] | None = None,
     ) -> int:

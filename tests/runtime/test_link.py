@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, connect
-from headrace.runtime.rendezvous import RendezvousServer
-from headrace.scheduler.errors import StageError
+from headrace.runtime.rendezvous import RendezvousServer, edge_group
+from headrace.scheduler.errors import StageError, StageLostError
 from headrace.scheduler.placement import Placement, Tier, cyclic_visits
 
 CPU = torch.device("cpu")
@@ -99,3 +99,14 @@ def test_a_peer_that_is_gone_is_an_error_at_once() -> None:
 def test_a_peer_that_hangs_is_an_error_at_the_deadline() -> None:
     with ring(placement_of(2), deadline=0.5) as ends, pytest.raises(StageError, match="broke"):
         ends[0][1][1].recv(4)
+
+
+def test_nobody_waits_for_a_meeting_that_is_over() -> None:
+    """Such as a stage that is told to connect when another one has died again."""
+    server = RendezvousServer("127.0.0.1")
+    rendezvous = server.rendezvous(3)
+    server.close()
+    started = time.monotonic()
+    with pytest.raises(StageLostError, match=r"did not reach stage 1.*: nobody meets at 127"):
+        edge_group(rendezvous, (0, 1), 0, torch.device("cpu"), "")
+    assert time.monotonic() - started < 5

@@ -27,7 +27,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from whole import WholeModel
 
 from headrace.cluster.cli.convert import run_convert
-from headrace.runtime.conversion.convert import Progress, convert
+from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.writer import Progress
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.plan import Slice

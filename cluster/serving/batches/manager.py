@@ -225,11 +225,11 @@ class Batches:
 
     async def _validate(self, run: BatchRun) -> None:
         batch, store = run.batch, self._store
-        path = store.path(batch.input_file_id)
+        path, models = store.path(batch.input_file_id), [batch.model, *self._reader.names]
         async with self._turn(self._checks, run) as is_given:
             if is_given:
                 found = await self._in_thread(
-                    check_lines, path, batch.endpoint, batch.model, self._max_line, run.has_stopped
+                    check_lines, path, batch.endpoint, models, self._max_line, run.has_stopped
                 )
         if run.verdict is not None:
             await self._end(run, run.verdict)

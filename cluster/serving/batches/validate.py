@@ -1,7 +1,7 @@
 """What is checked of a batch's input before any of it runs: the shape of every line."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ class Checked:
 
 
 def check_lines(
-    path: Path, endpoint: str, model: str, max_line: int, is_stopped: Callable[[], bool]
+    path: Path,
+    endpoint: str,
+    models: Collection[str],
+    max_line: int,
+    is_stopped: Callable[[], bool],
 ) -> Checked:
     """Read all lines of a file; `max_line` is in bytes. Parameters of bodies are each line's own matter."""
     found, ids = Checked(), IdSet()
@@ -51,7 +55,7 @@ def check_lines(
         found.total += 1
         fault = _too_long(number, max_line) if line is None else None
         if line is not None:
-            fault = _check(number, line, endpoint, model, ids, found)
+            fault = _check(number, line, endpoint, models, ids, found)
         if found.total > MAX_LINES:
             told = f"a batch may have {MAX_LINES} lines: send several"
             found.errors = [Fault(code="too_many_lines", message=told)]
@@ -80,7 +84,7 @@ def _lines(path: Path, max_line: int) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _check(
-    number: int, line: bytes, endpoint: str, model: str, ids: IdSet, found: Checked
+    number: int, line: bytes, endpoint: str, models: Collection[str], ids: IdSet, found: Checked
 ) -> Fault | None:
     try:
         data = load_object(line, "a line")
@@ -99,13 +103,13 @@ def _check(
     if not ids.add(envelope.custom_id):
         told = f"the custom_id {envelope.custom_id[:80]!r} is an earlier line's"
         return _fault("duplicate_custom_id", told, number, "custom_id")
-    return _check_model(number, envelope.body.get("model"), model)
+    return _check_model(number, envelope.body.get("model"), models)
 
 
-def _check_model(number: int, given: Any, model: str) -> Fault | None:
-    if given is None or given == model:
+def _check_model(number: int, given: Any, models: Collection[str]) -> Fault | None:
+    if given is None or given in models:
         return None
-    told = f"there is no model {str(given)[:80]!r} here; this server has {model!r}"
+    told = f"there is no model {str(given)[:80]!r} here; this server has {', '.join(map(repr, models))}"
     return _fault("model_not_found", told, number, "body.model")
 
 

@@ -17,6 +17,7 @@ _SAME = frozenset(
         *("model", "text", "n", "max_tokens", "temperature", "top_k", "top_p", "min_p"),
         *("repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "logprobs"),
         *("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "keep_context"),
+        *("adapter",),
         *("max_ttft_ms", "deadline_ms", "parallel_tool_calls"),
     }
 )

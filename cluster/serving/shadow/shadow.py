@@ -83,9 +83,9 @@ class Shadow:
         return None if self._child is None else self._child.pid
 
     def offer(self, request: Request, completion: Completion) -> None:
-        """A sequence has ended by itself."""
+        """A sequence has ended by itself. One with an adapter is another model's."""
         self._busy_at = monotonic()
-        if self._lottery.draws(completion.request_id):
+        if request.adapter is None and self._lottery.draws(completion.request_id):
             greedy = is_plainly_greedy(request.params)
             self.queue.offer(request.token_ids, completion.token_ids, greedy=greedy)
             self._fresh.set()

@@ -82,6 +82,15 @@ def test_only_plainly_greedy_tokens_are_held_against_a_ring(
     assert is_plainly_greedy(SamplingParams(**{"temperature": 0, **changed})) is is_greedy
 
 
+def test_answers_with_an_adapter_are_those_of_another_model(stories: Path) -> None:
+    options = ShadowOptions(stories, stories, sample=1.0, memory=MEMORY)
+    shadow = Shadow(options, check_shadow(options), lambda: True)
+    for adapter in ("pirate", None):
+        order = Order([5, 6], SamplingParams(temperature=0), 0, adapter=adapter)
+        shadow.offer(order, Completion(1, [7, 8], "", "length", None, 2))
+    assert shadow.queue.tokens == 4 and not shadow.queue.dropped
+
+
 def test_shares_are_percents_or_numbers() -> None:
     assert [parse_share(text) for text in ("1%", "100%", "0.5 %", "0.01", "1")] == [
         0.01, 1.0, 0.005, 0.01, 1.0,

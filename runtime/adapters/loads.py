@@ -1,0 +1,10 @@
+"""What has become of loads of adapters."""
+
+from typing import NamedTuple
+
+
+class EndedLoads(NamedTuple):
+    """Numbers of loads that ended well, and of others with the reasons."""
+
+    done: tuple[int, ...] = ()
+    failed: tuple[tuple[int, str], ...] = ()

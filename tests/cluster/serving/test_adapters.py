@@ -1,0 +1,124 @@
+"""Adapters of a server: named as models, listed, loaded and unloaded by operators."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from adapters import stories_adapters
+from served import MODEL, Served, serving, stories_engine
+
+from headrace.cluster.serving.keys import add_key
+from headrace.cluster.serving.rpc import inference_pb2 as pb
+from headrace.cluster.serving.rpc.inference_pb2_grpc import InferenceStub
+
+PROMPT = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return stories_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def server(stories: Path, named: dict[str, Path]) -> Iterator[Served]:
+    given = [f"adapter-0={named['adapter-0']}"]
+    with (
+        stories_engine(stories, adapter=given, adapter_slots=1, adapter_rank=8) as engine,
+        serving(engine, grpc_port=0) as made,
+    ):
+        yield made
+
+
+def complete(server: Served, **more: Any) -> tuple[int, Any]:
+    status, body, _ = server.ask("POST", "/v1/completions", PROMPT | more)
+    return status, body
+
+
+def text(server: Served, **more: Any) -> str:
+    status, body = complete(server, **more)
+    assert status == 200, body
+    return str(body["choices"][0]["text"])
+
+
+def load(server: Served, name: str, path: Path, headers: Any = None) -> tuple[int, Any]:
+    asked = {"lora_name": name, "lora_path": str(path)}
+    status, body, _ = server.ask("POST", "/v1/load_lora_adapter", asked, headers)
+    return status, body
+
+
+def models(server: Served) -> list[str]:
+    return [each["id"] for each in server.ask("GET", "/v1/models")[1]["data"]]
+
+
+def test_a_model_by_name_is_the_adapter(server: Served) -> None:
+    base, adapted = text(server), text(server, model="adapter-0")
+    assert base != adapted
+    assert text(server, model=MODEL) == base
+    assert text(server, adapter="adapter-0") == adapted
+    status, body = complete(server, model="adapter-0")
+    assert (status, body["model"]) == (200, "adapter-0")
+    assert models(server) == [MODEL, "adapter-0"]
+    listed = server.ask("GET", "/v1/models/adapter-0")[1]
+    assert (listed["id"], listed["parent"]) == ("adapter-0", MODEL)
+    status, body = complete(server, model="adapter-9")
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+    assert f"this server has '{MODEL}', 'adapter-0'" in body["error"]["message"]
+    status, body = complete(server, adapter="adapter-9")
+    assert (status, body["error"]["param"]) == (400, "adapter")
+
+
+def test_grpc_has_a_field_for_it(server: Served) -> None:
+    def said(**more: Any) -> str:
+        asked = pb.GenerateRequest(text="Once upon a time", temperature=0, max_tokens=8, **more)
+        return "".join(answer.piece.text for answer in stub.Generate(asked))
+
+    assert server.grpc is not None
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub = InferenceStub(channel)
+        assert said() == text(server)
+        assert (
+            said(adapter="adapter-0") == said(model="adapter-0") == text(server, model="adapter-0")
+        )
+        with pytest.raises(grpc.RpcError, match="there is no adapter 'x' here"):
+            said(adapter="x")
+
+
+def test_adapters_come_and_go_while_the_server_runs(
+    server: Served, named: dict[str, Path], tmp_path: Path
+) -> None:
+    path = named["adapter-1"]
+    status, body = load(server, "later", path)
+    assert (status, body) == (200, "Success: LoRA adapter 'later' added successfully.")
+    assert models(server) == [MODEL, "adapter-0", "later"]
+    both = {text(server, model="later"), text(server, model="adapter-0"), text(server)}
+    assert len(both) == 3  # through one slot
+    for name, where, told in (
+        ("later", path, "there is an adapter 'later' already: unload it first"),
+        (MODEL, path, "give the adapter another name"),
+        ("other", tmp_path / "nowhere", "is no directory"),
+        ("other", tmp_path, "has no adapter_config.json"),
+    ):
+        status, body = load(server, name, where)
+        assert (status, body["error"]["code"]) == (400, "adapter_not_loaded")
+        assert told in body["error"]["message"]
+    gone = {"lora_name": "later"}
+    assert server.ask("POST", "/v1/unload_lora_adapter", gone)[0] == 200
+    assert models(server) == [MODEL, "adapter-0"]
+    assert complete(server, model="later")[0] == 404
+    assert server.ask("POST", "/v1/unload_lora_adapter", gone)[0] == 404
+
+
+def test_only_operators_load_adapters(
+    stories: Path, named: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    user, operator = add_key(keys, "user", None), add_key(keys, "operator", None, operator=True)
+    with stories_engine(stories) as engine, serving(engine, api_keys=keys) as server:
+        path = named["adapter-1"]
+        status, body = load(server, "a", path, {"Authorization": f"Bearer {user}"})
+        assert (status, body["error"]["code"]) == (403, "not_operator")
+        status, body = load(server, "a", path, {"Authorization": f"Bearer {operator}"})
+        assert status == 400
+        assert "--adapter-slots" in body["error"]["message"]
