@@ -8,6 +8,7 @@ import typer
 from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import RunOptions
 from headrace.cluster.cli.ring_options import RingOptions
+from headrace.cluster.cli.shadow_options import ShadowFlags
 from headrace.cluster.cli.sizes import parse_duration, parse_size
 
 
@@ -15,6 +16,7 @@ from headrace.cluster.cli.sizes import parse_duration, parse_size
 def serve(
     run: RunOptions,
     ring: RingOptions,
+    shadow: ShadowFlags,
     store: Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")],
     host: Annotated[
         str,
@@ -91,6 +93,8 @@ def serve(
     from headrace.cluster.serving.batches.file_store import FileLimits
     from headrace.cluster.serving.server import Listener, Server, ServerOptions
 
+    engine_options = run.engine(store, **ring.chosen())
+    opened = opened_store(store, ring.cold)
     options = ServerOptions(
         model_name=store.resolve().name if model_name is None else model_name,
         host=host,
@@ -109,9 +113,8 @@ def serve(
         limits=FileLimits(
             parse_size(files_max_bytes), parse_size(file_max_bytes), int(parse_duration(files_ttl))
         ),
+        shadow=shadow.chosen(opened, engine_options),
     )
-    engine_options = run.engine(store, **ring.chosen())
-    opened_store(store, ring.cold)
     check_not_model(engine_options.adapters, options.model_name)
     check_adapter_options(engine_options)
     # The address first: starting the engine takes long, and a mistake in it should not.

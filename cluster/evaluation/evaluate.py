@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from headrace.cluster.evaluation.alike import refuse_other_model
 from headrace.cluster.evaluation.corpus import Corpus
 from headrace.cluster.evaluation.results import VERSION, Evaluation, ModelFigures, StoreFigures
 from headrace.cluster.evaluation.shown import SHOWN, STRETCH, Reader, choose_prompts
@@ -25,8 +26,6 @@ from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.room import device_budget, fitting_tokens
 from headrace.runtime.sweep.source import SweptModel
 from headrace.runtime.sweep.sweep import MOST_TOKENS, Sweep
-from headrace.scheduler.errors import HeadraceError
-from headrace.scheduler.inputs import ModelShape
 
 CONTEXT = 1024
 """Tokens of a window, unless the model is made for fewer."""
@@ -87,7 +86,7 @@ class _Run:
         self._dtype: torch.dtype = getattr(torch, self.dtype_name)
         self._shapes = [model_shape(model, self._dtype) for model in models]
         for model, shape in zip(models, self._shapes, strict=True):
-            _refuse_other_model(models[0], self._shapes[0], model, shape)
+            refuse_other_model(models[0], self._shapes[0], model, shape)
             corpus.require_same(model)
         most = min(shape.max_context for shape in self._shapes)
         wanted = min(most, CONTEXT) if options.context is None else options.context
@@ -188,17 +187,3 @@ class _Run:
             reference=reference,
             stores=stores,
         )
-
-
-def _refuse_other_model(
-    first: SweptModel, shape: ModelShape, other: SweptModel, other_shape: ModelShape
-) -> None:
-    for what, one, two in (
-        ("as hidden size", shape.hidden_size, other_shape.hidden_size),
-        ("as size of its vocabulary", shape.vocab_size, other_shape.vocab_size),
-    ):
-        if one != two:
-            raise HeadraceError(
-                f"{other.path} cannot be compared with {first.path}: it has {what} {two}, not {one}. Give stores of one "
-                "model and its own checkpoint"
-            )

@@ -50,6 +50,8 @@ from headrace.cluster.serving.page import Page
 from headrace.cluster.serving.reader import Model, Reader, Work
 from headrace.cluster.serving.reading_room import ReadingRoom
 from headrace.cluster.serving.ring import ring_state
+from headrace.cluster.serving.shadow.metrics import shadow_state
+from headrace.cluster.serving.shadow.shadow import Shadow
 from headrace.cluster.serving.terms import TIMEOUT_HEADER
 from headrace.cluster.serving.tracing import TraceRequest, Tracing
 from headrace.scheduler.errors import RequestError
@@ -88,10 +90,11 @@ class Front:
         metrics: Metrics,
         *,
         max_body: int,
+        shadow: Shadow | None = None,
     ) -> None:
         self._engine, self._reader, self._model, self._metrics = engine, reader, model, metrics
         self._room, self._tracing = room, Tracing(engine)
-        self._adapters = AdapterDoor(engine, model.name)
+        self._adapters, self._shadow = AdapterDoor(engine, model.name), shadow
         self._max_body, self._created = max_body, int(time.time())
 
     @property
@@ -210,7 +213,8 @@ class Front:
         engine, operator = self._engine, bool(request.state.operator)
         standing = await asyncio.to_thread(engine.standing)
         state = ring_state(engine.plan, engine.state, engine.now(), standing, operator=operator)
-        return JSON({"model": self._model.name, **state})
+        shadow = shadow_state(self._shadow)
+        return JSON({"model": self._model.name, **state, "shadow": shadow})
 
     async def load_adapter(self, request: Request) -> Response:
         _check_operator(request, "load adapters")

@@ -8,6 +8,7 @@ from functools import partial
 from time import monotonic
 from typing import Protocol, TypeVar
 
+from headrace.cluster.completion import Completion
 from headrace.cluster.serving.admission import Admission
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Generation, Order
@@ -46,7 +47,8 @@ class AsyncEngine:
 
     At most `max_waiting` sequences of each tenant and priority wait for their first token, so that nobody's
     can keep others' out; that is also the most that one request may ask for. How many go on at once is up to the scheduler. An interactive request that does not say by
-    when it wants its first token is held to `max_ttft` seconds, if they are given.
+    when it wants its first token is held to `max_ttft` seconds, if they are given. `on_end` is told of
+    each sequence that ends by itself while somebody waits for it; it must not wait or fail.
     """
 
     def __init__(
@@ -58,12 +60,13 @@ class AsyncEngine:
         *,
         max_ttft: float | None = None,
         rates: Rates | None = None,
+        on_end: Callable[[Order, Completion], None] | None = None,
     ) -> None:
         self._engine = engine
         self._loop = EngineLoop(engine, self._post_news, self._post_failure, clock)
         self._admission, self._max_ttft = Admission(engine.limits), max_ttft
         self._meter, self._max_waiting, self._clock = meter, max_waiting, clock
-        self._rates = rates or Rates()
+        self._rates, self._on_end = rates or Rates(), on_end
         self._open: dict[Generation, list[float]] = {}  # when each sequence last had a token
         self._waiting: Counter[tuple[str, Priority]] = Counter()
         self._events: asyncio.AbstractEventLoop | None = None
@@ -243,6 +246,8 @@ class AsyncEngine:
             if each.error is not None:
                 each.generation.fail(_refusal(each.error))
                 continue
+            if self._on_end is not None and each.completion is not None:
+                self._on_end(each.generation.orders[each.index], each.completion)
             if each.generation.of_batch:
                 each.generation.feed(each.index, each.samples, each.completion)
                 assert each.completion is not None

@@ -8,6 +8,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from headrace.cluster.serving.loop import EngineState
+from headrace.cluster.serving.shadow.metrics import ShadowMetrics
+from headrace.cluster.serving.shadow.shadow import Shadow
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.engine_metrics import kv_pages
 from headrace.cluster.telemetry.events import EngineEvents
@@ -43,6 +45,10 @@ class Metrics:
     def watch(self, state: Callable[[], EngineState]) -> None:
         """Show what the engine is doing, too."""
         self._registry.register(_Engine(state))
+
+    def watch_shadow(self, shadow: Shadow) -> None:
+        """Show what the shadow found, too."""
+        self._registry.register(ShadowMetrics(shadow))
 
     def answered(self, path: str, status: int | str) -> None:
         self._requests.labels(path, str(status)).inc()

@@ -21,6 +21,8 @@ from headrace.cluster.serving.guard import LOCAL, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
 from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.service import Service
+from headrace.cluster.serving.shadow.messages import Setup
+from headrace.cluster.serving.shadow.options import ShadowOptions
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ class ServerOptions:
     None for no gRPC; `max_body` is in bytes, `max_connections`
     are of each port, `grace` is in seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
     is what interactive requests that do not say wait for their first token at most; None: for ever. `files` is the
-    directory of what clients upload and batches write, None for none; its `limits` say how much that may be."""
+    directory of what clients upload and batches write, None for none; its `limits` say how much that may be. `shadow`: what
+    answers are compared with, None for nothing."""
 
     model_name: str
     host: str = "127.0.0.1"
@@ -55,6 +58,7 @@ class ServerOptions:
     grace: float = 30.0
     files: Path | None = None
     limits: FileLimits = field(default_factory=FileLimits)
+    shadow: ShadowOptions | None = None
 
     def rules(self, keys: ApiKeys | None) -> Rules:
         """A local server without keys answers to local names alone."""
@@ -68,7 +72,7 @@ class Listener:
 
     def __init__(self, options: ServerOptions) -> None:
         """HeadraceError when others could reach the server unprotected, and for an address, a file of
-        keys, a certificate or a directory that cannot be used."""
+        keys, a certificate, a directory or a shadow that cannot be used."""
         self.options = options
         check_protected(options.host, options.api_keys, options.tls_cert, insecure=options.insecure)
         check_tls(options.tls_cert, options.tls_key)
@@ -80,12 +84,17 @@ class Listener:
         )
         self.socket = bind(options.host, options.port)
         self.files: FileStore | None = None
+        self.shadow: Setup | None = None
         self._grpc: socket.socket | None = None
         try:
             if options.grpc_port is not None:
                 self._grpc = bind(options.host, options.grpc_port, "--grpc-port")
             if options.files is not None:
                 self.files = FileStore(options.files, options.limits)
+            if options.shadow is not None:
+                from headrace.cluster.serving.shadow.check import check_shadow  # loads torch
+
+                self.shadow = check_shadow(options.shadow)
         except BaseException:
             self.close()
             raise
@@ -126,9 +135,11 @@ class Server:
 
     def __init__(self, listener: Listener, engine: ServedEngine) -> None:
         options = listener.options
-        served = Service(engine, options, options.rules(listener.keys), listener.files)
+        rules = options.rules(listener.keys)
+        served = Service(engine, options, rules, listener.files, listener.shadow)
         self._listener, self._grace = listener, options.grace
         self._engine, self._batches, self._room = served.engine, served.batches, served.room
+        self._shadow = served.shadow
         self._config = _config(options, served.app)
         self._rpc: RpcServer | None = None
         if listener.grpc_address is not None:
@@ -161,6 +172,8 @@ class Server:
         self._engine.start()
         if self._batches is not None:
             await self._batches.start()
+        if self._shadow is not None:
+            self._shadow.start()
         most = self._listener.options.max_connections
         http = _Uvicorn(self._config, most, lambda: on_ready(self._listener.url))
         ending = asyncio.ensure_future(self._end(http))
@@ -172,6 +185,8 @@ class Server:
                         await self._rpc.start(self._listener.grpc_address, self._listener.tls)
                     await http.serve([self._listener.socket])
                 finally:
+                    if self._shadow is not None:
+                        await self._shadow.close()
                     if self._rpc is not None:
                         await self._rpc.close()
                     if self._batches is not None:

@@ -1,5 +1,6 @@
 """An engine and what stands before it, for whoever listens: the command's server, or Ray Serve's replicas."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from headrace.cluster.serving.adapters import check_not_model
@@ -15,6 +16,9 @@ from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.reader import Model, Reader
 from headrace.cluster.serving.reading_room import ReadingRoom
+from headrace.cluster.serving.shadow.messages import Setup
+from headrace.cluster.serving.shadow.shadow import Shadow
+from headrace.cluster.serving.shadow.ties import tie_of
 
 if TYPE_CHECKING:
     from headrace.cluster.serving.server import ServerOptions
@@ -32,6 +36,7 @@ class Service:
         options: "ServerOptions",
         rules: Rules,
         store: FileStore | None = None,
+        shadow: Setup | None = None,
     ) -> None:
         """HeadraceError where an adapter is called like the model."""
         check_not_model(engine.adapters, options.model_name)
@@ -41,8 +46,18 @@ class Service:
         self.model = Model(
             options.model_name, engine.tokenizer, engine.model_digest, engine.max_context
         )
+        self.shadow: Shadow | None = None
+        if shadow is not None and options.shadow is not None:
+            setup = replace(shadow, tie=tie_of(shadow, engine.plan.kv_format))
+            self.shadow = Shadow(options.shadow, setup, lambda: self.engine.num_open > 0)
+            self.metrics.watch_shadow(self.shadow)
         self.engine = AsyncEngine(
-            engine, self.metrics, options.max_waiting, max_ttft=options.max_ttft, rates=rates
+            engine,
+            self.metrics,
+            options.max_waiting,
+            max_ttft=options.max_ttft,
+            rates=rates,
+            on_end=None if self.shadow is None else self.shadow.offer,
         )
         self.metrics.watch(lambda: self.engine.state)
         self.reader = Reader(self.model, engine, options.max_waiting)
@@ -54,6 +69,7 @@ class Service:
             self.model,
             self.metrics,
             max_body=options.max_body,
+            shadow=self.shadow,
         )
         files: FileRoutes | NoFiles = NoFiles()
         self.batches: Batches | None = None

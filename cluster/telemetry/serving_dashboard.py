@@ -1,4 +1,4 @@
-"""What clients get: latency, queue, refusals, KV pages."""
+"""What clients get: latency, queue, refusals, KV pages, and how good answers are."""
 
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.panels import Dashboard, Panel, Query, Row
@@ -9,6 +9,7 @@ from headrace.cluster.telemetry.queries import (
     SHARE,
     TIME,
     now,
+    over,
     quantile,
     quantiles,
     rate,
@@ -147,10 +148,69 @@ KV = Row(
     ),
 )  # fmt: skip
 
+
+def _of_last(spec: MetricSpec, label: str) -> Query:
+    return Query(spec.exposed[0], f"{{{{instance}}}} {{{{{label}}}}}" if label else "{{instance}}")
+
+
+def _in_an_hour(spec: MetricSpec, by: str) -> str:
+    return f"sum by ({by}) (increase({spec.exposed[0]}[1h]))"
+
+
+SHADOW = Row(
+    "Shadow (headrace serve --shadow)",
+    (
+        Panel(
+            "Divergence from the reference", "nats",
+            (
+                Query(
+                    over(
+                        _in_an_hour(table.SHADOW_KLD_NATS, "instance"),
+                        _in_an_hour(table.SHADOW_TOKENS, "instance"),
+                    ),
+                    "{{instance}} mean, 1 h",
+                ),
+                _of_last(table.SHADOW_KLD, "figure"),
+                Query(table.SHADOW_MAX_KLD.exposed[0], "{{instance}} --shadow-max-kld"),
+            ),
+            table.SHADOW_KLD.help,
+        ),
+        Panel(
+            "Agreement", SHARE, (_of_last(table.SHADOW_AGREEMENT, "source"),),
+            "own: below 1, the ring computes other tokens than its store says.", most=1.0,
+        ),
+        Panel(
+            "Perplexity over the reference's", COUNT,
+            (_of_last(table.SHADOW_PERPLEXITY_RATIO, ""),), table.SHADOW_PERPLEXITY_RATIO.help,
+        ),
+        Panel(
+            "Greedy tokens that strayed, in an hour", COUNT,
+            (
+                Query(_in_an_hour(table.SHADOW_STRAYED_TOKENS, "instance, source"), "{{instance}} {{source}}"),
+                Query(_in_an_hour(table.SHADOW_GREEDY_TOKENS, "instance"), "{{instance}} of"),
+            ),
+            table.SHADOW_STRAYED_TOKENS.help,
+        ),
+        Panel(
+            "Samples in an hour", COUNT,
+            (
+                Query(_in_an_hour(table.SHADOW_SEQUENCES, "instance"), "{{instance}} compared"),
+                Query(_in_an_hour(table.SHADOW_DROPPED, "instance, reason"), "{{instance}} dropped, {{reason}}"),
+                Query(_in_an_hour(table.SHADOW_RESTARTS, "instance"), "{{instance}} restarts"),
+            ),
+            table.SHADOW_DROPPED.help,
+        ),
+        Panel(
+            "Tokens that wait", COUNT, (_of_last(table.SHADOW_WAITING_TOKENS, ""),),
+            table.SHADOW_WAITING_TOKENS.help,
+        ),
+    ),
+)  # fmt: skip
+
 SERVING = Dashboard(
     "headrace-serving",
     "Headrace: serving",
-    "Latency, queue, refusals and KV pages.",
+    "Latency, queue, refusals, KV pages, and how far answers are from a reference.",
     TIME,
-    (SERVED, LATENCY, QUEUE, KV),
+    (SERVED, LATENCY, QUEUE, KV, SHADOW),
 )

@@ -263,4 +263,66 @@ RECENT_PASS_SECONDS = MetricSpec(
     "headrace_pass_seconds", _GAUGE, "seconds", "What recent passes took.", _SERVER
 )
 
+# Servers with --shadow.
+SHADOW_SEQUENCES = MetricSpec(
+    "headrace_shadow_sequences", _COUNTER, "sequences",
+    "Sampled answers that were compared with the reference.", _SERVER,
+)  # fmt: skip
+SHADOW_TOKENS = MetricSpec(
+    "headrace_shadow_tokens", _COUNTER, "tokens", "Tokens of answers that were compared.", _SERVER
+)
+SHADOW_KLD_NATS = MetricSpec(
+    "headrace_shadow_kld_nats", _COUNTER, "nats",
+    "KL(reference || served store), summed over the compared tokens: over their number it is the mean.",
+    _SERVER,
+)  # fmt: skip
+SHADOW_GREEDY_TOKENS = MetricSpec(
+    "headrace_shadow_greedy_tokens", _COUNTER, "tokens",
+    "Compared tokens that were to be the likeliest: of answers at temperature 0, without biases, penalties"
+    " and grammars.",
+    _SERVER,
+)  # fmt: skip
+SHADOW_STRAYED_TOKENS = MetricSpec(
+    "headrace_shadow_strayed_tokens", _COUNTER, "tokens",
+    "Greedy tokens that a model finds less likely than another one, ties aside, by model (source): the served"
+    " store itself (own), which says that the ring computed wrongly, or the reference.",
+    _SERVER, ("source",),
+)  # fmt: skip
+SHADOW_DROPPED = MetricSpec(
+    "headrace_shadow_dropped", _COUNTER, "sequences",
+    "Sampled answers that were not compared, by reason: too many wait (full), longer than there is memory"
+    " for (long), or the shadow's process failed twice (failed).",
+    _SERVER, ("reason",),
+)  # fmt: skip
+SHADOW_RESTARTS = MetricSpec(
+    "headrace_shadow_restarts",
+    _COUNTER,
+    "restarts",
+    "Times that the shadow's process died.",
+    _SERVER,
+)
+SHADOW_WAITING_TOKENS = MetricSpec(
+    "headrace_shadow_waiting_tokens", _GAUGE, "tokens",
+    "Tokens of samples that wait or are being compared, prompts included.", _SERVER,
+)  # fmt: skip
+SHADOW_KLD = MetricSpec(
+    "headrace_shadow_kld", _GAUGE, "nats",
+    "KL(reference || served store) over the tokens of the newest batch, by figure: mean or p99.",
+    _SERVER, ("figure",),
+)  # fmt: skip
+SHADOW_AGREEMENT = MetricSpec(
+    "headrace_shadow_agreement", _GAUGE, "1",
+    "Of the newest batch, the share of tokens for which both models have the same likeliest one (models), and"
+    " of the greedy ones that are the likeliest, ties aside, of the served store (own) or of the reference.",
+    _SERVER, ("source",),
+)  # fmt: skip
+SHADOW_PERPLEXITY_RATIO = MetricSpec(
+    "headrace_shadow_perplexity_ratio", _GAUGE, "1",
+    "Perplexity of the newest batch's answers by the served store over that by the reference.",
+    _SERVER,
+)  # fmt: skip
+SHADOW_MAX_KLD = MetricSpec(
+    "headrace_shadow_max_kld", _GAUGE, "nats", "--shadow-max-kld, for the alert.", _SERVER
+)
+
 ALL = tuple(value for value in globals().values() if isinstance(value, MetricSpec))

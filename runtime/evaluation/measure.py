@@ -24,14 +24,15 @@ ERROR_ROWS = 4096
 class Predictions:
     """One model's, each [W, L - 1], meant where `Windows.counted`.
 
-    nll float32: -log p of the token that the text has, in nats.  top int32: the likeliest token.  kld
-    float32, in nats: sum over the vocabulary of p_ref log(p_ref / p), 0 for the reference itself.
+    nll float32: -log p of the token that the text has, in nats.  top int32: the likeliest token, and top_nll
+    float32 its -log p.  kld float32, in nats: sum over the vocabulary of p_ref log(p_ref / p), 0 for the reference itself.
     `layer_errors`: after each layer ||x - x_ref|| / ||x_ref|| over all hidden states of the windows. `seconds`:
     what this model took, waiting for its weights included.
     """
 
     nll: Tensor
     top: Tensor
+    top_nll: Tensor
     kld: Tensor
     layer_errors: list[float] = field(default_factory=list)
     seconds: float = 0.0
@@ -39,7 +40,8 @@ class Predictions:
     @classmethod
     def blank(cls, windows: Windows) -> "Predictions":
         size = windows.counted.shape
-        return cls(torch.zeros(size), torch.zeros(size, dtype=torch.int32), torch.zeros(size))
+        top = torch.zeros(size, dtype=torch.int32)
+        return cls(torch.zeros(size), top, torch.zeros(size), torch.zeros(size))
 
 
 def measure(sweeps: Sequence[Sweep], windows: Windows, progress: Progress) -> list[Predictions]:
@@ -121,7 +123,9 @@ def _predict(
             logs = sweep.logits(state.values[window, at]).log_softmax(-1)
             one.nll[window, at] = -logs.gather(1, wanted[:, None])[:, 0].cpu()
             one.seconds += time.perf_counter() - start
-            one.top[window, at] = logs.argmax(-1).int().cpu()
+            top = logs.argmax(-1)
+            one.top[window, at] = top.int().cpu()
+            one.top_nll[window, at] = -logs.gather(1, top[:, None])[:, 0].cpu()
             if reference is None:
                 reference = logs
             else:

@@ -12,20 +12,22 @@ from torch import Tensor
 class Windows:
     """tokens [W, L] int64, those of window w from lengths[w] on are padding (0).
 
-    The first `prefix` tokens of each (such as a BOS) are not the text's and are not predicted, and neither is
-    a window's first token, which follows nothing. Raises AssertionError when nothing is left.
+    The first `prefix` tokens of each (such as a BOS), or `prompts[w]` where that is given, are not predicted, and
+    neither is a window's first token, which follows nothing.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
     prefix: int
+    prompts: tuple[int, ...] | None = None
 
     @cached_property
     def counted(self) -> Tensor:
         """[W, L - 1], true at i where token i + 1 is predicted from those before it."""
         target = torch.arange(1, self.tokens.shape[1])
         ends = torch.tensor(self.lengths)[:, None]
-        return (target >= self.prefix)[None] & (target[None] < ends)
+        prompts = self.prompts or (self.prefix,) * len(self.lengths)
+        return (target[None] >= torch.tensor(prompts)[:, None]) & (target[None] < ends)
 
     @property
     def count(self) -> int:

@@ -27,8 +27,8 @@ class CheckpointModel:
         self, path: Path, self_check: Callable[[PretrainedConfig], bool] | None = check
     ) -> None:
         checkpoint = open_checkpoint(path)
-        latents = self_check is None or self_check(parse_config(checkpoint.config, str(path)))
-        plan = plan_conversion(checkpoint, Options("keep"), expand=not latents)
+        self.latents = self_check is None or self_check(parse_config(checkpoint.config, str(path)))
+        plan = plan_conversion(checkpoint, Options("keep"), expand=not self.latents)
         self.path = path
         self.companions = checkpoint.companions
         self.config: dict[str, Any] = plan.config
@@ -61,14 +61,17 @@ class CheckpointModel:
 SweptModel = Store | CheckpointModel
 
 
-def open_model(path: Path) -> SweptModel:
-    """The store or the checkpoint in `path`, whole. Raises StoreError, saying what it is instead."""
+def open_model(
+    path: Path, self_check: Callable[[PretrainedConfig], bool] | None = check
+) -> SweptModel:
+    """The store or the checkpoint in `path`, whole; `self_check` is of checkpoints. Raises StoreError, saying what
+    it is instead."""
     is_checkpoint = path.is_file() or (path / "config.json").exists() or any(path.glob("*.gguf"))
     if (path / MANIFEST).exists() or not is_checkpoint:
         store = Store.open(path)
         store.require(store.blocks)
         return store
-    return CheckpointModel(path)
+    return CheckpointModel(path, self_check)
 
 
 def _block(path: Path, plan: BlockPlan) -> Block:

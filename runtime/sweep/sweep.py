@@ -158,7 +158,8 @@ class Sweep:
 
     def _pieces(self, sequences: int, length: int) -> Iterator[Piece]:
         """Whole sequences where several fit, else parts of one, in order."""
-        at_once = self.micro_batch_tokens // length
+        # Shorter ones than `context` waste more of their pages.
+        at_once = min(self.micro_batch_tokens // length, self._pages // -(-length // PAGE_TOKENS))
         if at_once:
             for first in range(0, sequences, at_once):
                 yield Piece(first, min(first + at_once, sequences), 0, length)

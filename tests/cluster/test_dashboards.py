@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import wait_for
+from commands import STORIES, wait_for
 from prometheus import ABSENT, SHIPPED, Prometheus, free_port, installed, prometheus
 from served import Served, serving
 
@@ -21,6 +21,7 @@ from headrace.cluster.engine import Engine
 from headrace.cluster.keyword_options import engine_options
 from headrace.cluster.launch import running_engine
 from headrace.cluster.processes import ray_cluster
+from headrace.cluster.serving.shadow.options import ShadowOptions
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.dashboards import DASHBOARDS, GRAFANA, text_of
 from headrace.cluster.telemetry.table import Kind
@@ -124,7 +125,8 @@ def watched(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("RAY_metrics_report_interval_ms", "1000")
         engine = stack.enter_context(running_engine(options))
-        server = stack.enter_context(serving(engine, max_waiting=3))
+        shadow = ShadowOptions(stories, STORIES, context=192, sample=1.0, memory=256 << 20)
+        server = stack.enter_context(serving(engine, max_waiting=3, shadow=shadow))
         address = f"{server.address[0]}:{server.address[1]}"
         targets = {"headrace-metrics-port": f"127.0.0.1:{port}", "headrace-serve": address}
         made = stack.enter_context(prometheus(folder, targets))
@@ -136,8 +138,9 @@ def watched(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 made.ask("max(ray_headrace_recoveries_total)") == {(): 1.0}
                 and made.ask("ray_headrace_time_to_first_token_seconds_count == 4") != {}
                 and made.one("ray_headrace_output_tokens_total") == engine.stats.output_tokens
+                and made.one("headrace_shadow_sequences_total") == 4
             ),
-            60.0,
+            120.0,
             lambda: str(made.get("targets")),
         )
         time.sleep(2.0)  # for what stages tell, and for rules

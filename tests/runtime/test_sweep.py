@@ -23,11 +23,11 @@ from headrace.scheduler.errors import DoesNotFitError, StoreError
 CPU = torch.device("cpu")
 
 
-def swept(path: Path, tokens: Tensor, **options: int) -> Tensor:
+def swept(path: Path, tokens: Tensor, context: int = 0, **options: int) -> Tensor:
     """Logits [sequences, length, vocabulary]."""
-    model = open_model(path)
+    model, context = open_model(path), context or tokens.shape[1]
     with (
-        Sweep(model, CPU, torch.float32, context=tokens.shape[1], **options) as sweep,
+        Sweep(model, CPU, torch.float32, context=context, **options) as sweep,
         sweep.embed(tokens) as states,
     ):
         for layer in sweep.layers():
@@ -52,6 +52,12 @@ def test_logits_are_transformers(name: str, tmp_path: Path) -> None:
     assert close(swept(store, tokens), expected)
     # From the checkpoint itself; in parts of sequences, which go on over keys and values.
     assert close(swept(tmp_path / "checkpoint", tokens, micro_batch_tokens=64), expected)
+
+
+def test_sequences_may_be_shorter_than_the_context(tmp_path: Path) -> None:
+    store, tokens = tiny_store("llama", tmp_path), torch.randint(4, 256, (14, 20))
+    found = swept(store, tokens, context=128, micro_batch_tokens=256)
+    assert close(found, swept(store, tokens))
 
 
 def test_every_layer_is_shown_to_hooks_and_states_can_stay(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from commands import Command, headrace, wait_for
+from commands import STORIES, Command, headrace, wait_for
 from prometheus import free_port
 
 from headrace.cluster.top.door import Door
@@ -149,6 +149,30 @@ def test_a_stream_stays_open_while_a_stage_is_replaced(stories: Path, tmp_path: 
         assert (reading.reasons, reading.error) == (["length"], None)
         assert "stages 1 replaced" in command.stderr
         assert "Traceback" not in command.stderr
+
+
+def test_a_shadow_ends_with_its_server_however_that_ends(stories: Path, tmp_path: Path) -> None:
+    shadow = ("--shadow", STORIES, "--shadow-sample", "100%", "--shadow-memory", "256MiB")
+    for how in ("killed", "told"):
+        with serve(tmp_path, stories, *shadow) as (command, client):
+            given = {"max_tokens": 20, "temperature": 0, "extra_body": LONG}
+            client.completions.create(model="stories.nf4", prompt="Once", **given)
+            door = Door(str(client.base_url).removesuffix("/v1/"))
+            wait_for(
+                lambda door=door: door.get("/ring")["shadow"]["sequences"] == 1,
+                120.0,
+                lambda command=command: command.stderr,
+            )
+            assert door.get("/ring")["shadow"]["last"]["agreement"]["own"] == 1
+            if how == "killed":
+                command.kill()  # which waits until nothing is left
+            else:
+                command.process.send_signal(signal.SIGTERM)
+                assert command.wait() == 0
+                wait_for(
+                    lambda c=command: not c.processes(), 60.0, lambda c=command: str(c.processes())
+                )
+                assert "Traceback" not in command.stderr
 
 
 def test_grpc_beside_http(stories: Path, tmp_path: Path) -> None:
