@@ -8,6 +8,7 @@ as they are stored. Mixed stores have the formats that --budget chooses, by what
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from math import prod
@@ -73,20 +74,27 @@ def halves(checkpoint: Path, files: list[Path], context: int, tokens: int) -> tu
 
 
 def stores(
-    checkpoint: Path, folder: Path, calibration: Tensor, device: str
+    checkpoint: Path, folder: Path, calibration: Tensor, device: str, only: str | None
 ) -> Iterator[tuple[str, Path]]:
     """Each row's name, and its store once it is made."""
     convert(checkpoint, folder / "bf16", format="bf16", self_check=check)
     yield "bf16", folder / "bf16"
     text = xxhash.xxh3_128_hexdigest(calibration.numpy().tobytes())
     gptq = Calibration(calibration, text, "gptq", torch.device(device))
-    yield from mixed(checkpoint, folder, gptq)
+    if only != "uniform":
+        yield from mixed(checkpoint, folder, gptq)
+    if only != "mixed":
+        yield from uniform(checkpoint, folder, gptq)
+
+
+def uniform(checkpoint: Path, folder: Path, gptq: Calibration) -> Iterator[tuple[str, Path]]:
+    """One format for all matrices of layers."""
     for name, options in FORMATS.items():
         run: Callable[..., Store] = partial(convert, self_check=check, **options)
         run(checkpoint, folder / name)
         yield f"{name}, to nearest", folder / name
         for method in METHODS:
-            chosen = Calibration(calibration, text, method, torch.device(device))
+            chosen = replace(gptq, method=method)
             convert_calibrated(checkpoint, folder / f"{name} {method}", chosen, run)
             yield f"{name}, {method}", folder / f"{name} {method}"
 
@@ -157,6 +165,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", default=TEXTS)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=40960, help="of each half of each text")
+    parser.add_argument("--only", choices=("mixed", "uniform"), help="rows of the table")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     chosen = parser.parse_args()
     calibration, tests = halves(chosen.checkpoint, chosen.text, chosen.context, chosen.tokens)
@@ -165,7 +174,7 @@ def main() -> None:
         "weights", "bytes", "bits", "bits in all", "perplexity", "mean KLD", "p99 KLD", "agree"
     )
     with tempfile.TemporaryDirectory() as folder:
-        made = stores(chosen.checkpoint, Path(folder), calibration, chosen.device)
+        made = stores(chosen.checkpoint, Path(folder), calibration, chosen.device, chosen.only)
         while some := list(islice(made, AT_ONCE)):
             paths = [chosen.checkpoint, *(path for _, path in some)]
             reference, *found = predictions(paths, windows, chosen.device)
