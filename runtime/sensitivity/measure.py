@@ -67,12 +67,14 @@ Progress = Callable[[int, int], None]
 """Layers that are done, of how many."""
 
 
-def sample_of(tokens: Tensor) -> Tensor:
-    """Sequences from all over `tokens` [sequences, length], cut."""
+def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """`tokens` [sequences, length] as a sample, sequences from all over them, cut; and those that roundings follow: the others, for
+    a rounding changes less of what it followed. Of few sequences they are all."""
     length = min(tokens.shape[1], SAMPLE_CONTEXT)
     count = max(1, min(len(tokens), SAMPLE_TOKENS // length))
     rows = [i * len(tokens) // count for i in range(count)]
-    return tokens[rows, :length]
+    others = [i for i in range(len(tokens)) if len(tokens) <= 2 * count or i not in rows]
+    return tokens[rows, :length], tokens[others]
 
 
 def probed_layers(count: int) -> frozenset[int]:
@@ -140,10 +142,11 @@ class _Measuring:
                     device_memory=room.sweep_bytes,
                 )
             )
-            self._sample = stack.enter_context(self._sweep.embed(sample_of(tokens)))
+            sample, followed = split(tokens)
+            self._sample = stack.enter_context(self._sweep.embed(sample))
             self._all: States | None = None
             if rounding != "nearest":
-                self._all = stack.enter_context(self._sweep.embed(tokens))
+                self._all = stack.enter_context(self._sweep.embed(followed))
             self._stack = stack.pop_all()
         self._probes: list[_Probe] = []
         self._tables = dict(self._rounded_tables())

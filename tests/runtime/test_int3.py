@@ -73,6 +73,24 @@ def test_a_store_gives_the_logits_of_its_values(name: str, tmp_path: Path) -> No
     assert float((logits - reference).norm() / reference.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe"])
+def test_experts_of_one_layer_may_have_formats_of_two_sizes(name: str, tmp_path: Path) -> None:
+    """One by one, and in stacks; other layers have others."""
+    model = tiny_model(name)
+    model.save_pretrained(tmp_path / "src")
+    leaving = "down_proj" if name == "qwen3_moe" else "output_linear"
+    policy = [
+        ("*layers.0.*_proj.weight", "int4"),
+        (f"*layers.1.*.{leaving}.weight", "int3"),
+        ("*layers.1.*experts*" if name == "qwen3_moe" else "*layers.1.*input_linear*", "int8"),
+        ("*embed_tokens*", "int8"),
+    ]
+    options = {"group_size": 32, "allow_missing_tokenizer": True, "policy": policy}
+    convert(tmp_path / "src", tmp_path / "store", format="keep", **options)
+    logits, reference = compared(tmp_path / "store", tmp_path / "plain", model)
+    assert float((logits - reference).norm() / reference.norm()) < 1e-5
+
+
 @pytest.mark.parametrize("fmt", ["int3", "int4", "int8", "nf4"])
 @torch.inference_mode()
 def test_a_tied_table_is_looked_up_and_multiplied_by_as_it_is_stored(fmt, tmp_path):

@@ -14,7 +14,7 @@ from headrace.runtime.evaluation.windows import Windows
 from headrace.runtime.sensitivity.candidates import Candidates
 from headrace.runtime.sensitivity.choose import choose, options_of, rules_of
 from headrace.runtime.sensitivity.factors import Factors, kind_of
-from headrace.runtime.sensitivity.measure import measure, probed_layers, sample_of
+from headrace.runtime.sensitivity.measure import measure, probed_layers, split
 from headrace.runtime.store import MANIFEST
 from headrace.runtime.sweep.source import open_model
 from headrace.runtime.sweep.sweep import Sweep
@@ -168,7 +168,10 @@ def test_a_quantized_checkpoint_has_no_choice(tmp_path):
 def test_factors_between_probed_layers_are_interpolated():
     assert probed_layers(80) == {0, 11, 23, 34, 45, 56, 68, 79}
     assert probed_layers(3) == {0, 1, 2} and probed_layers(1) == {0}
-    assert sample_of(torch.zeros(100, 1024)).shape == (4, 512)
+    sample, followed = split(torch.arange(100)[:, None].expand(-1, 1024))
+    assert sample.shape == (4, 512) and followed.shape == (96, 1024)
+    assert not set(sample[:, 0].tolist()) & set(followed[:, 0].tolist())
+    assert [len(part) for part in split(torch.zeros(8, 512))] == [4, 8]
     kind = kind_of(("model.layers.4.mlp.experts.17.up_proj.weight",))
     assert kind == {"model.layers.*.mlp.experts.*.up_proj.weight"}
     factors = Factors()
