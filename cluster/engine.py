@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from headrace.cluster.adapters import Adapters
+from headrace.cluster.commits import Commits
 from headrace.cluster.completion import Completion
 from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
@@ -26,7 +27,6 @@ from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.drafter import Guesses
 from headrace.scheduler.errors import NoPlaceError, StageError, StageLostError
 from headrace.scheduler.limits import check_request, limits_of
-from headrace.scheduler.moves import MoveReports
 from headrace.scheduler.plan import Adapter, Pass, PassResult, Sample
 from headrace.scheduler.request import FinishReason, Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
@@ -71,7 +71,6 @@ class Engine:
         self._tracer = self._tracing.tracer
         self._stop_ids = stop_ids
         self.adapters = Adapters()
-        self._failures: dict[int, str] = {}  # of loads of adapters, by their numbers
         self._outputs = Outputs(tokenizer, stop_ids, vocabulary)
         self._enter(ring)
         self._fruitless = 0  # recoveries since a pass returned
@@ -88,9 +87,10 @@ class Engine:
         self._pipeline, self._logs = TracedPipeline(ring.pipeline, self._tracer), ring.logs
         self._tracing.follow(ring.traces)
         self._replacer, self._recovery = ring.replacer, ring.recovery
-        self._reports = MoveReports(ring.plan.placement.num_stages)
         config = limits_of(ring.plan, self._identity, write_through=self._write_through)
         self._scheduler = Scheduler(config)
+        stages = ring.plan.placement.num_stages
+        self._commits = Commits(self._scheduler, self._outputs, self.events, self.stats, stages)
         if ring.logs is not None:
             self._scheduler.adopt(ring.logs.keys())
             self.stats.kv = self._scheduler.kv_stats()
@@ -234,7 +234,7 @@ class Engine:
             return earlier
         a_pass, results = returned
         with self._tracer.span(Kind.COMMIT, number=a_pass.step):
-            completions = self._apply(a_pass, results)
+            completions = self._commits.apply(a_pass, results)
         self.stats.busy_seconds += time.monotonic() - started
         loaded = sum(result.times.experts_loaded for result in results)
         sunk = sum(result.times.kv_sunk_bytes for result in results)
@@ -338,7 +338,7 @@ class Engine:
             self._move(no_place)
             return
         self._abandon()
-        self._reports = MoveReports(self.plan.placement.num_stages)
+        self._commits.forget_moves()
         requests = self._scheduler.lose(self._scheduler.contexts()) if done.stages else 0
         if done.stages:
             self._scheduler.lose_adapters()
@@ -379,7 +379,7 @@ class Engine:
         while True:
             while self._in_flight:
                 if (returned := self._oldest()) is not None:
-                    self._completed += self._apply(*returned)
+                    self._completed += self._commits.apply(*returned)
             moving = self._scheduler.settle()
             if moving is None:
                 return
@@ -397,9 +397,9 @@ class Engine:
         try:
             while self._in_flight:
                 a_pass, pending = self._in_flight.popleft()
-                self._apply(a_pass, pending.result())
+                self._commits.apply(a_pass, pending.result())
             while (last := self._scheduler.save()) is not None:
-                self._apply(last, self._pipeline.submit(last).result())
+                self._commits.apply(last, self._pipeline.submit(last).result())
         except StageError as error:
             log.warning("not all KV pages were saved for the next run: %s", error)
 
@@ -428,56 +428,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _apply(self, a_pass: Pass, results: Sequence[PassResult]) -> list[Completion]:
-        if any(result.step != a_pass.step for result in results):
-            raise StageError(f"a stage answered another pass than {a_pass.step}")
-        samples = [sample for result in results for sample in result.samples]
-        spoiled = {request for result in results for request in result.spoiled}
-        self._failures.update(failure for result in results for failure in result.failures)
-        moved, lost = self._reports.merge(results)
-        update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
-        self.stats.add(a_pass, results)
-        self.stats.kv, self.stats.drafts = (
-            self._scheduler.kv_stats(),
-            self._scheduler.speculation.counts,
-        )
-        ended = {request.request_id: request for request in update.finished}
-        texts: dict[int, str] = {}
-        left = Counter(request.request_id for request, _ in update.committed)
-        self.events.committed(left)
-        for request, sample in update.committed:
-            number = request.request_id
-            left[number] -= 1
-            if number in texts:
-                continue  # behind the stop string, in the same pass
-            self.stats.output_tokens += 1
-            if (text := self._outputs.push(number, sample)) is None:
-                continue
-            texts[number], kept = text, request.num_output - left[number]
-            if self._scheduler.finish(number, FinishReason.STOP, kept) is None:
-                request.truncate(kept)
-            request.finish_reason, ended[number] = FinishReason.STOP, request
-        errors = self._follow([r for r, _ in update.committed if r.request_id not in ended])
-        ended |= {request.request_id: request for request in errors}
-        reasons = {request.request_id: error for request, error in errors.items()}
-        for request, number in update.without_adapter:
-            ended[request.request_id] = request
-            reasons[request.request_id] = self._failures[number]
-        for number in lost:
-            self._failures.pop(number, None)
-        self.stats.prompt_tokens += sum(request.num_prompt for request in ended.values())
-        complete = self._outputs.complete
-        done = [complete(r, texts.get(i), reasons.get(i)) for i, r in ended.items()]
-        for completion in done:
-            self.events.ended(completion.request_id, completion.finish_reason)
-        return done
-
-    def _follow(self, requests: Sequence[Request]) -> dict[Request, str | None]:
-        """Find out what may come next of those that follow a grammar. The ones that end now: with an error,
-        or because their answer is complete."""
-        ended = self._outputs.follow([request for request in requests if request.mask])
-        for request, error in ended.items():
-            reason = FinishReason.STOP if error is None else FinishReason.ABORT
-            self._scheduler.finish(request.request_id, reason, request.num_output)
-        return ended

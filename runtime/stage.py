@@ -290,12 +290,13 @@ class Stage:
 
     def _wait_for_moves(self, waiting: str) -> float:
         """Return when all moves and loads of adapters under way have ended; seconds."""
+        named = ((self._moves, "moves of KV pages"), (self._adapters, "loads of adapters"))
+        busy = [(who, what) for who, what in named if who is not None]
+        if not busy:
+            return 0.0
         started, deadline = time.perf_counter(), self.config.deadline
-        for who, what in (
-            (self._moves, "moves of KV pages"),
-            (self._adapters, "loads of adapters"),
-        ):
-            if who is not None and not who.wait(deadline):
+        for who, what in busy:
+            if not who.wait(deadline):
                 raise StageLostError(
                     f"stage {self.config.stage}: {what} that {waiting} waits for did not "
                     f"end within {deadline:.0f} s"

@@ -63,6 +63,7 @@ def run(
     return [done[number] for number in ids]
 
 
+@pytest.mark.slow
 def test_stages_that_die_or_are_replaced_load_their_adapters_again(
     ray_here: None, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path: Path
     assert torch.equal(windows.tokens[0, 1:], plain.tokens[0, :19]) and plain.prefix == 0
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_compared_by_its_own_tokenizer(stores: Path, tmp_path: Path) -> None:
     file, found = tmp_path / "stories.gguf", tmp_path / "found.json"
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)

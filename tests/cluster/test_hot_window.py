@@ -41,6 +41,7 @@ def served(engine: Engine) -> list[list[int]]:
     return [done[i] for i in ids]
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_is_decoded_over_on_nvme(
     stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -204,6 +204,7 @@ def held_out(*paths):
         return [perplexity(tests, found) for found in measure(sweeps, tests, lambda *_: None)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("method", "group_size"),

@@ -84,10 +84,10 @@ def test_a_process_adds_up() -> None:
     )
     assert process.uss <= process.pss <= process.rss <= process.peak
     assert {one.kind for one in process.files} >= {"torch", "numpy", "system"}
-    assert abs(process.anonymous - before.process.anonymous - 64 * MIB) < 2 * MIB
+    assert abs(process.anonymous - before.process.anonymous - 64 * MIB) < 4 * MIB
     after = Measured(process, parts_of([("memory", memory)]))
     assert after.held == 64 * MIB
-    assert abs(after.own - before.own) < 2 * MIB
+    assert abs(after.own - before.own) < 4 * MIB
     assert process.threads >= 1 and process.stacks > 0
 
 

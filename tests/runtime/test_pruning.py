@@ -364,6 +364,7 @@ prune(Path(sys.argv[1]), Path(sys.argv[3]), Request(layers=2, neurons=0.25),
 """
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_writes_the_same(tmp_path: Path) -> None:
     tokens = story_tokens()
     torch.save(tokens, tmp_path / "tokens")
