@@ -53,6 +53,27 @@ def int4_values(
     return out
 
 
+def int3_values(packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
+    """`packed` uint8 [rows, 3 ceil(columns / 8)], `scale` and `zero` (uint8) [rows, groups] into `out` [rows, columns],
+    in its type."""
+    groups, columns = scale.shape[1], out.shape[1]
+    for run in row_runs(len(scale), columns, out.device):
+        some = out[run].view(-1, groups, columns // groups)
+        codes = threes(packed[run])[:, :columns].reshape(some.shape)
+        # Differences are whole numbers below 8: exact in every type.
+        torch.sub(codes, zero[run].to(out.dtype)[..., None], out=some)
+        _scaled(some, scale[run], None, some)
+    return out
+
+
+def threes(packed: Tensor) -> Tensor:
+    """uint8 [rows, 3 n], eight codes in three bytes, the first in the lowest bits -> uint8 [rows, 8 n]."""
+    a, b, c = packed.view(len(packed), -1, 3).unbind(-1)
+    # Codes 2 and 5 lie across two bytes.
+    parts = (a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5)
+    return torch.stack(parts, -1).bitwise_and_(7).view(len(packed), -1)
+
+
 def int8_values(codes: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
     """`codes` int8 [rows, columns], `scale` and `offset` [rows, groups] into `out` [rows, columns]."""
     rows, groups = scale.shape

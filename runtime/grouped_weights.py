@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from headrace.runtime.affine import int4_values, int8_values
+from headrace.runtime.affine import int3_values, int4_values, int8_values
 from headrace.runtime.linear import Scratch, Weight, tracer_of
 from headrace.runtime.matmul.configs import LEAST_GROUP, Codes
 from headrace.runtime.matmul.few_rows import multiply
@@ -129,6 +129,13 @@ class Int4Weight(GroupedWeight):
         scales = parts["scale"].float().view(-1)
         packed = parts["data"].view(-1)
         return Codes(self.kind, packed, scales, self._group, (columns, depth), zeros)
+
+
+class Int3Weight(GroupedWeight):
+    """(code - zero) * scale of 3-bit codes, which no kernel takes packed."""
+
+    def _fill(self, out: Tensor) -> Tensor:
+        return int3_values(self._parts["data"], self._parts["scale"], self._parts["zero"], out)
 
 
 class GroupedInt8Weight(GroupedWeight):

@@ -14,7 +14,7 @@ from headrace.runtime.adapters.matrices import RunningRows
 from headrace.runtime.adapters.places import AdapterPlaces
 from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
-from headrace.runtime.binding import Binder, ExpertStack, FetchedStack, PackedLinear, View
+from headrace.runtime.binding import Binder, Binding, ExpertStack, FetchedStack, PackedLinear, View
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
@@ -128,6 +128,7 @@ class StageModel:
         self._blank = torch.zeros(1, self.hidden_size, dtype=dtype, device=device)
         self._table: EmbeddingTable | None = None
         self._with_head = with_head
+        self._head: list[tuple[Binding, Tensor]] = []
         self._ends: list[Tensor] = []  # what lies before and after the layers, on the device
         read = read or partial(_read, store)
         if with_embedding or len(store.embed.weights) > 1 or (with_head and self._skeleton.tied):
@@ -136,8 +137,8 @@ class StageModel:
         if with_head:
             data = read(store.head, device)
             self._ends.append(data)
-            for binding in binder.bindings("head"):
-                binding.bind(data)
+            self._head += [(binding, data) for binding in binder.bindings("head")]
+            self.bind_head_through(Weight.view)
 
     @property
     def context_limit(self) -> int | None:
@@ -163,7 +164,7 @@ class StageModel:
                 binding.bind(on_device)
             if tied:
                 path = self._skeleton.head_name.removesuffix(".weight")
-                binder.packed(path, spec).bind(on_device)
+                self._head.append((binder.packed(path, spec), on_device))
 
     def layer(self, index: int) -> nn.Module:
         """transformers' layer, whose linears are QuantLinear while it is one of this stage's."""
@@ -176,6 +177,11 @@ class StageModel:
         for binding in self._bindings[layer]:
             binding.bind(block, view)
         self._bound.pop(layer, None)
+
+    def bind_head_through(self, view: View) -> None:
+        """`bind_through` for what lies behind the last layer."""
+        for binding, block in self._head:
+            binding.bind(block, view)
 
     def bind(self, layer: int, block: Tensor) -> None:
         """Points the layer's weights at `block`, its data section on the device (uint8).

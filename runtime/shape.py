@@ -67,7 +67,7 @@ def model_shape(store: Described, dtype: torch.dtype, fmt: KVFormat | None = Non
         layer_parameters=tuple(shape.parameters for shape in store.layer_shapes),
         layer_active_parameters=tuple(shape.active_parameters for shape in store.layer_shapes),
         largest_matrix=largest,
-        embed_bytes=store.embed.nbytes,
+        embed_bytes=_table_bytes(store.embed, dtype),
         head_bytes=store.head.nbytes + tied,
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -79,9 +79,20 @@ def model_shape(store: Described, dtype: torch.dtype, fmt: KVFormat | None = Non
         layer_tail_bytes=tuple(page_nbytes(shape, own) for shape in tails),
         kv_format=fmt.name,
         attention_size=_attention_size(config, store.layer_shapes, fmt),
-        tied_bytes=tied,
+        tied_bytes=0 if _is_packed(store.embed) else tied,
         layer_adapter_columns=tuple(map(_adapter_columns, store.layers)),
     )
+
+
+def _is_packed(embed: Block) -> bool:
+    return any(spec.format != "raw" for spec in embed.weights.values())
+
+
+def _table_bytes(embed: Block, dtype: torch.dtype) -> int:
+    """Of host memory: a quantized table is dequantized when it is loaded."""
+    if not _is_packed(embed):
+        return embed.nbytes
+    return dtype.itemsize * sum(prod(spec.shape) for spec in embed.weights.values())
 
 
 def scratch_elements(

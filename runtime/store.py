@@ -67,6 +67,8 @@ class WeightSpec:
         absent), weight = (data - zero) * scale, or "offset" of scale's type and shape,
         weight = data * scale + offset. Optional "order": I32 [columns], of a single matrix:
         column j of the data is column order[j] of the weight.
+    format "int3": the same with data U8 [rows, 3 ceil(columns / 8)], eight codes in three bytes (conversion/affine.py), and
+        always "zero".
     format "int8g": parts {"data": I8 [rows, columns], "scale", optional "offset"} as in int4,
         weight = data * scale + offset.
     format "fp8": parts {"data": F8_E4M3 [rows, columns], "scale": F32 [matrices x blocks of rows,

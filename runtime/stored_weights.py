@@ -6,13 +6,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from headrace.runtime.block_weights import Fp8Weight, TurnedWeight
-from headrace.runtime.grouped_weights import GroupedInt8Weight, Int4Weight, Mxfp4Weight
+from headrace.runtime.grouped_weights import GroupedInt8Weight, Int3Weight, Int4Weight, Mxfp4Weight
 from headrace.runtime.linear import Weight
 from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError
 
 _READERS: Mapping[str, Callable[[WeightSpec, dict[str, Tensor]], Weight]] = {
     "int4": Int4Weight,
+    "int3": Int3Weight,
     "int8g": GroupedInt8Weight,
     "fp8": Fp8Weight,
     "mxfp4": Mxfp4Weight,

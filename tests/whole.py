@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from stored import stored_weights
 from torch import Tensor
 
 from headrace.runtime.batch import Batch
+from headrace.runtime.conversion.convert import convert
 from headrace.runtime.kv.store import KVStore
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.model import StageModel
@@ -57,3 +60,19 @@ class WholeModel:
         for layer in self._layers:
             x = self.model.run_layer(layer, x, prepared, self._kv)
         return self.model.logits(x)
+
+
+@torch.inference_mode()
+def compared(store: Path, plain: Path, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Our logits of a store, and a plain store's with the values that the former's bytes stand for."""
+    opened = Store.open(store)
+    values = {n: w for block in opened.blocks for n, w in stored_weights(opened, block).items()}
+    model.save_pretrained(plain / "src")
+    file = plain / "src" / "model.safetensors"
+    before = load_file(file)
+    assert values.keys() == before.keys()
+    assert any(not torch.equal(values[n], before[n]) for n in values)
+    save_file(values, file, {"format": "pt"})
+    convert(plain / "src", plain / "store", format="keep", allow_missing_tokenizer=True)
+    prompt = Slice(0, 0, tuple(range(3, 40)), (1,), None)
+    return WholeModel(store).logits([prompt]), WholeModel(plain / "store").logits([prompt])

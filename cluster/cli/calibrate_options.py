@@ -11,6 +11,7 @@ import typer
 class Method(str, Enum):
     GPTQ = "gptq"
     AWQ = "awq"
+    NEAREST = "nearest"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,11 @@ class CalibrationOptions:
         ),
     ] = None
     method: Annotated[
-        Method, typer.Option(help="Of --calibrate: errors made up for, or channels scaled.")
+        Method,
+        typer.Option(
+            help="Of --calibrate: errors made up for, or channels scaled; nearest: of --budget, the text decides "
+            "formats only."
+        ),
     ] = Method.GPTQ
     calibration_tokens: Annotated[int, typer.Option(min=1, help="At most, of the text.")] = 262144
     calibration_context: Annotated[

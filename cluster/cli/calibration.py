@@ -1,5 +1,6 @@
 """`headrace convert --calibrate`: its options, the text, and what is said of the roundings."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from headrace.runtime.calibration.calibrate import Calibration
 from headrace.runtime.calibration.encoding import CALIBRATED
 from headrace.runtime.calibration.layer import Tally
 from headrace.runtime.rope import context_limit
+from headrace.runtime.sensitivity.layer import Rounding
 from headrace.runtime.skeleton import parse_config
 from headrace.runtime.sweep.source import CheckpointModel
 from headrace.scheduler.errors import HeadraceError
@@ -44,12 +46,35 @@ def chosen(
         raise HeadraceError(
             f"--calibrate is for --format {', '.join(CALIBRATED)}; {', '.join(sorted(formats))} rounds nothing"
         )
+    return text_of(options, where, checkpoint).calibration()
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """`tokens` [sequences, length] int64 that a model is to read, their hash, and on which device, in how many bytes of it."""
+
+    tokens: Tensor
+    digest: str
+    method: Rounding
+    device: torch.device
+    device_memory: int | None
+
+    def calibration(self) -> Calibration | None:
+        """None where roundings do not follow the text."""
+        if self.method == "nearest":
+            return None
+        return Calibration(self.tokens, self.digest, self.method, self.device, self.device_memory)
+
+
+def text_of(options: CalibrationOptions, where: CorpusOptions, checkpoint: Path) -> Text:
+    """The text of --calibrate. Raises HeadraceError as `sequences` does."""
+    assert options.calibrate is not None
     tokens = sequences(
         checkpoint, options.calibrate, options.calibration_tokens, options.calibration_context
     )
-    return Calibration(
+    return Text(
         tokens=tokens,
-        text=xxhash.xxh3_128_hexdigest(tokens.numpy().tobytes()),
+        digest=xxhash.xxh3_128_hexdigest(tokens.numpy().tobytes()),
         method=options.method.value,
         device=torch.device(resolve_device(where.device.value)),
         device_memory=where.memory_bytes,

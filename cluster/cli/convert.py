@@ -45,7 +45,7 @@ def run_convert(
     dest: Path,
     *,
     format: str,
-    policy: Sequence[str],
+    policy: Sequence[tuple[str, str]],
     double_quant: bool,
     group_size: int | None = None,
     requantize: bool = False,
@@ -54,13 +54,12 @@ def run_convert(
     calibration: Calibration | None = None,
 ) -> Store:
     """Converts behind a progress bar and prints what came out. Raises HeadraceError."""
-    pairs = parse_policy(policy)
     tally = None
     with byte_bar(console) as bar:
         run = partial(
             convert,
             format=format,
-            policy=pairs,
+            policy=policy,
             double_quant=double_quant,
             group_size=group_size,
             requantize=requantize,

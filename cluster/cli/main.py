@@ -26,6 +26,7 @@ from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.cli.explain_command import explain_run
 from headrace.cluster.cli.job import app as job_app
 from headrace.cluster.cli.kv import app as kv_app
+from headrace.cluster.cli.mix_options import MixOptions
 from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import RunOptions, StoreArgument
 from headrace.cluster.cli.plan_command import plan_run
@@ -65,6 +66,7 @@ class Format(str, Enum):
     INT8 = "int8"
     NF4 = "nf4"
     INT4 = "int4"
+    INT3 = "int3"
 
 
 @app.callback(invoke_without_command=True)
@@ -86,12 +88,15 @@ def _root(
 @takes_options
 def convert(
     calibration: CalibrationOptions,
+    mix: MixOptions,
     corpus: CorpusOptions,
     checkpoint: Annotated[
         Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
     ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
-    format: Annotated[Format, typer.Option(help="Of the layers' matrices.")] = Format.NF4,
+    format: Annotated[
+        Format | None, typer.Option(help="Of the layers' matrices. [default: nf4]")
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(help="PATTERN=FORMAT for tensors by name; the first match wins. Repeatable."),
@@ -101,7 +106,9 @@ def convert(
     ] = False,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Columns that share a scale in int4: 32, 64 (if not given) or 128."),
+        typer.Option(
+            help="Columns that share a scale in int4 and int3: 32, 64 (if not given) or 128."
+        ),
     ] = None,
     requantize: Annotated[
         bool,
@@ -120,34 +127,37 @@ def convert(
 ) -> None:
     """Turn a checkpoint into a store. Run it again to resume; one layer is in memory at a time.
 
-    With --calibrate TEXT, roundings follow what matrices are given when the text is read. Options about other
-    texts and --dtype are the gate's, as in headrace eval; --device and --device-memory are of both.
+    With --calibrate TEXT, roundings follow what matrices are given when the text is read; with --budget, formats
+    do, too. Options about other texts and --dtype are the gate's, as in headrace eval; --device and --device-memory are of both.
     """
-    from headrace.cluster.cli.calibration import chosen
-    from headrace.cluster.cli.convert import parse_policy, run_convert
+    from headrace.cluster.cli.conversion import Asked, settle
+    from headrace.cluster.cli.convert import run_convert
     from headrace.cluster.cli.gated_convert import GatedConversion
     from headrace.runtime.conversion.selfcheck import check
 
-    formats = frozenset((format.value, *(fmt for _, fmt in parse_policy(policy or []))))
-    settled = chosen(calibration, corpus, checkpoint, formats)
+    asked = Asked(
+        None if format is None else format.value, policy or [], double_quant, group_size, requantize
+    )
+    formats = settle(Console(), checkpoint, asked, mix, calibration, corpus)
 
     def run() -> Store:
+        found = formats()
         return run_convert(
             Console(),
             checkpoint,
             store,
-            format=format.value,
-            policy=policy or [],
+            format=found.format,
+            policy=found.policy,
             double_quant=double_quant,
-            group_size=group_size,
+            group_size=found.group_size,
             requantize=requantize,
             allow_missing_tokenizer=allow_missing_tokenizer,
             self_check=check,
-            calibration=settled,
+            calibration=found.calibration,
         )
 
     if gate is None:
-        corpus.refuse_without_gate(calibrating=settled is not None)
+        corpus.refuse_without_gate(calibrating=calibration.calibrate is not None)
         run()
     else:
         raise typer.Exit(GatedConversion(Console(), checkpoint, store, corpus, gate).run(run))

@@ -21,6 +21,7 @@ from headrace.runtime.calibration.grids import (
     table_grid,
     weighted_squares,
 )
+from headrace.runtime.conversion.affine import BITS, pack
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.quantize import (
     BLOCKSIZE,
@@ -33,7 +34,7 @@ from headrace.scheduler.errors import StoreError
 log = logging.getLogger(__name__)
 
 Method = Literal["gptq", "awq"]
-CALIBRATED = ("int4", "nf4", "int8")
+CALIBRATED = ("int4", "int3", "nf4", "int8")
 """Formats whose roundings can be calibrated."""
 
 
@@ -70,11 +71,11 @@ def make_grid(
         raise StoreError(f"{name} holds NaN or infinity, which cannot be quantized")
     if plan.format == "int8":
         return row_grid(weight, errors), None
-    if plan.format == "int4":
-        grid = affine_grid(weight, block_of(plan), errors=errors)
+    if plan.format in BITS:
+        grid = affine_grid(weight, block_of(plan), BITS[plan.format], errors)
         if not bool(torch.isfinite(grid.scale).all()):
             raise StoreError(
-                f"{name} has values too large for int4's float16 scales; keep it with "
+                f"{name} has values too large for {plan.format}'s float16 scales; keep it with "
                 f"--policy '{name}=keep'"
             )
         return grid, None
@@ -98,22 +99,39 @@ def nearest(plan: WeightPlan) -> Callable[[Tensor], Tensor]:
 
 def round_matrix(plan: WeightPlan, weight: Tensor, gram: Tensor | None, method: Method) -> Rounded:
     """`weight` [N, K] float32, given inputs' second moments [K, K]; to nearest where there are none."""
+    found = chosen(plan, weight, gram, method)
+    codes = _small(plan, found.codes)
+    if gram is None:
+        return Rounded(codes, found.grid, found.absmax, None)
+    size = output_error(torch.zeros_like(weight), weight, gram)
+    error = output_error(weight, found.values, gram) / size if size > 0 else None
+    return Rounded(codes, found.grid, found.absmax, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Codes and the values that they stand for, both [N, K] float32; the rest as in Rounded."""
+
+    codes: Tensor
+    values: Tensor
+    grid: Grid
+    absmax: Tensor | None
+
+
+def chosen(plan: WeightPlan, weight: Tensor, gram: Tensor | None, method: Method) -> Chosen:
+    """`round_matrix` before anything is packed."""
     if gram is None:
         grid, absmax = make_grid(plan, weight)
-        return Rounded(_small(plan, grid.round(weight)[0]), grid, absmax, None)
+        return Chosen(*grid.round(weight), grid, absmax)
     block = block_of(plan)
     if method == "gptq":
         # What an error costs beside others, which later columns make up for, is its column's part.
         grid, absmax = make_grid(plan, weight, weighted_squares(gram.diagonal(), block))
-        codes, values = gptq(weight, gram, grid)
-    else:
-        whole = weight.shape[-1] % block == 0
-        errors = output_errors(gram, block) if whole else weighted_squares(gram.diagonal(), block)
-        grid, absmax = make_grid(plan, weight, errors)
-        codes, values = grid.round(weight)
-    size = output_error(torch.zeros_like(weight), weight, gram)
-    error = output_error(weight, values, gram) / size if size > 0 else None
-    return Rounded(_small(plan, codes), grid, absmax, error)
+        return Chosen(*gptq(weight, gram, grid), grid, absmax)
+    whole = weight.shape[-1] % block == 0
+    errors = output_errors(gram, block) if whole else weighted_squares(gram.diagonal(), block)
+    grid, absmax = make_grid(plan, weight, errors)
+    return Chosen(*grid.round(weight), grid, absmax)
 
 
 def _small(plan: WeightPlan, codes: Tensor) -> Tensor:
@@ -132,10 +150,11 @@ def stored(plan: WeightPlan, matrices: list[Rounded]) -> list[tuple[str, Tensor]
         # Stores divide by 127 when they are read.
         tail = {"scale": scale * 127, "layout": torch.zeros((), dtype=torch.uint8)}
         data = codes
-    elif plan.format == "int4":
+    elif plan.format in BITS:
         zeros = [grid.zero for grid in grids if isinstance(grid, AffineGrid)]
         tail = {"scale": scale.half(), "zero": torch.cat(zeros).cpu().to(torch.uint8)}
-        data = _packed(codes)
+        columns = plan.source.shape[-1]
+        data = pack(codes.view(-1, columns), BITS[plan.format])
     else:
         absmax = [each.grid.numbers[0] if each.absmax is None else each.absmax for each in matrices]
         whole = torch.cat(absmax).cpu()

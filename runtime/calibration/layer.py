@@ -97,7 +97,7 @@ class LayerCalibration:
     def run(self, states: States, tally: Tally) -> Encoded:
         """Runs `states`, the layer's input, through the layer as often as the budget asks for, and leaves them
         as they are. Norms that were changed are among what is given back."""
-        with _sample(states) as sample:
+        with short_sample(states) as sample:
             groups = self.linear_groups(sample) + self._expert_groups()
             folds = self.folds(groups, sample) if self._method == "awq" else {}
         # Backwards, because rows may be divided for the sake of a matrix that comes after.
@@ -153,7 +153,7 @@ class LayerCalibration:
 
         def run() -> Tensor:
             self._layer.rebind(Weight.view)
-            with _sample(sample) as states:
+            with short_sample(sample) as states:
                 self._layer.run(states)
                 return states.values.float() - sample.values.float()
 
@@ -226,7 +226,7 @@ class LayerCalibration:
                 yield name, [(entry.name, values)]
 
 
-def _sample(states: States) -> States:
+def short_sample(states: States) -> States:
     """The first tokens of the first sequence."""
     length = min(states.length, 64)
     shape = 1, length, states.values.shape[-1]

@@ -41,13 +41,17 @@ class Room:
         context: int,
         device: torch.device,
         device_memory: int | None,
+        beside: int = 0,
     ) -> "Room":
-        """Raises DoesNotFitError, with the figure that is needed, where `device_memory` does not do."""
+        """`beside` bytes are for what else there is.
+
+        Raises DoesNotFitError, with the figure that is needed, where `device_memory` does not do."""
         if device_memory is None:
             is_cuda = device.type == "cuda"
             free = torch.cuda.mem_get_info(device)[0] if is_cuda else available_memory()
             return cls(None, free // _SHARE)
         work, gram = rounding_bytes(plan)
+        work += beside
         least = sweep_bytes(model_shape(model, dtype), context, FEWEST_TOKENS)
         needed = work + gram + least
         if needed > device_memory:

@@ -41,8 +41,8 @@ def convert(
 ) -> Store:
     """Converts the checkpoint in `source` into a store in `dest` and opens it.
 
-    `format` is "keep" (bytes as they are), "bf16", "int8", "nf4" or "int4"; the last three apply to
-    the matrices of linear layers and experts, with `group_size` columns a scale in int4 (64), `policy` overrides by glob: (pattern, format) pairs, of
+    `format` is "keep" (bytes as they are), "bf16", "int8", "nf4", "int4" or "int3"; the last four apply to
+    the matrices of linear layers and experts, with `group_size` columns a scale in int4 and int3 (64), `policy` overrides by glob: (pattern, format) pairs, of
     which the first match decides. A checkpoint that is quantized already is kept, or, with
     `requantize`, brought into another format; headrace-changes.json then says what that changed.
     `self_check` may refuse the architecture before anything is

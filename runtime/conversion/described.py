@@ -63,8 +63,12 @@ def described(
         for name, module in skeleton.model.named_modules()
         if type(module) is nn.Linear and name not in quantized
     ]
-    if not {plan.format for plan in plans.values()} <= {"raw", *BITSANDBYTES}:
-        # No other reader knows these formats. With a name that none has, they all refuse to try.
+    table = any(
+        plan.encoded and plan.format != "raw" and roles[name].target == skeleton.embedding_name
+        for name, plan in plans.items()
+    )
+    if table or not {plan.format for plan in plans.values()} <= {"raw", *BITSANDBYTES}:
+        # No other reader knows these formats, or tables in them. With a name that none has, they all refuse to try.
         config["quantization_config"] = {"quant_method": OWN_METHOD, "format": fmt}
         return config
     known = _quantization(fmt, plans, config[key])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from headrace.runtime.block_file import Layout, lay_out
-from headrace.runtime.conversion.affine import GROUP_SIZE, GROUP_SIZES, group_of
+from headrace.runtime.conversion.affine import BITS, GROUP_SIZE, GROUP_SIZES, group_of
 from headrace.runtime.conversion.described import WeightPlan, described, main_format
 from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
 from headrace.runtime.conversion.readers import READERS
@@ -20,7 +20,7 @@ from headrace.scheduler.errors import StoreError
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("keep", "bf16", "int8", "nf4", "int4")
+FORMATS = ("keep", "bf16", "int8", "nf4", "int4", "int3")
 FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 FOUR_BIT = ("nf4", "fp4")
 
@@ -31,7 +31,7 @@ class Options:
 
     `policy` pairs a glob over tensor names with the format of what it matches; the first match
     decides. `double_quant` quantizes NF4's scales to 8 bits, `group_size` is the number of columns
-    that share a scale in int4. `requantize`: what is quantized in another format gets this one all
+    that share a scale in int4 and int3. `requantize`: what is quantized in another format gets this one all
     the same. Raises StoreError on unknown formats.
     """
 
@@ -49,15 +49,21 @@ class Options:
             raise StoreError(f"double quantization is part of nf4, not of {self.format}")
         if self.group_size is None:
             return
-        if "int4" not in self._formats:
-            raise StoreError(f"a group size is part of int4, not of {self.format}")
+        if not self._grouped:
+            raise StoreError(f"a group size is part of int4 and int3, not of {self.format}")
         if self.group_size not in GROUP_SIZES:
             known = ", ".join(map(str, GROUP_SIZES))
-            raise StoreError(f"int4 has groups of {known} columns, not of {self.group_size}")
+            raise StoreError(
+                f"{self._grouped[0]} has groups of {known} columns, not of {self.group_size}"
+            )
 
     @property
     def _formats(self) -> tuple[str, ...]:
         return (self.format, *(fmt for _, fmt in self.policy))
+
+    @property
+    def _grouped(self) -> list[str]:
+        return [fmt for fmt in BITS if fmt in self._formats]
 
     def as_json(self) -> dict[str, Any]:
         policy = [list(pair) for pair in self.policy]
@@ -66,7 +72,7 @@ class Options:
             "policy": policy,
             "double_quant": self.double_quant,
         }
-        if "int4" in self._formats:
+        if self._grouped:
             options["group_size"] = self.group_size or GROUP_SIZE
         if self.requantize:
             options["requantize"] = True
@@ -182,7 +188,7 @@ class _Chooser:
     def __init__(self, checkpoint: AnyCheckpoint, skeleton: Skeleton, options: Options) -> None:
         self._checkpoint = checkpoint
         self._options = options
-        self._head = _head_name(skeleton)
+        self._ends = _head_name(skeleton), skeleton.embedding_name
         self._regrouped: dict[int, int] = {}
         self._quantized = next(
             (w.format for w in checkpoint.weights.values() if w.format != "raw"), None
@@ -217,7 +223,7 @@ class _Chooser:
                     f"{', '.join(sorted(roles)[:3])}"
                 )
         for columns, group in sorted(self._regrouped.items()):
-            log.warning("rows of %d columns have groups of %d in int4", columns, group)
+            log.warning("rows of %d columns have groups of %d in int4 and int3", columns, group)
         return plans
 
     def _plan_weight(self, weight: SourceWeight, role: Role, asked: str | None) -> WeightPlan:
@@ -254,17 +260,17 @@ class _Chooser:
         return fmt if weight.data.dtype == self._checkpoint.dtype else "keep"
 
     def _refuse_unquantizable(self, weight: SourceWeight, role: Role, fmt: str) -> None:
-        if role.kind not in ("linear", "expert") and role.target != self._head:
+        if role.kind not in ("linear", "expert") and role.target not in self._ends:
             raise StoreError(
                 f"{weight.name} cannot be stored as {fmt}: only the matrices of linear layers, of "
-                "experts and of the LM head can; use keep or bf16 for it"
+                "experts and of the LM head, and the embedding table can; use keep or bf16 for it"
             )
         if weight.format == "raw" and weight.data.dtype not in FLOATS:
             raise StoreError(f"{weight.name} is {weight.data.dtype} and cannot be stored as {fmt}")
 
     def _encoded(self, weight: SourceWeight, fmt: str, dtype: str) -> WeightPlan:
         group_size = self._options.group_size or GROUP_SIZE
-        if fmt == "int4" and group_of(weight.shape[-1], group_size) != group_size:
+        if fmt in BITS and group_of(weight.shape[-1], group_size) != group_size:
             self._regrouped[weight.shape[-1]] = group_of(weight.shape[-1], group_size)
         parts = parts_of(
             weight.name,

@@ -8,7 +8,7 @@ Names and bytes are those that bitsandbytes' layers save and transformers reads:
     int8  X.weight (I8 [rows, columns]), X.SCB (F32 [rows], the largest magnitude of each row),
           X.weight_format (0: row-major)
 
-int4 and what else has scales of groups is in affine.py.
+int4, int3 and what else has scales of groups is in affine.py.
 
 A weight is encoded in runs of rows, so that memory does not grow with the matrix.
 """
@@ -24,11 +24,13 @@ from torch import Tensor
 from headrace.runtime.block_file import Entry
 from headrace.runtime.conversion.affine import (
     AFFINE,
+    BITS,
     GROUP_SIZE,
+    affine_tail,
     decode_affine,
-    encode_int4,
+    encode_affine,
+    int3_parts,
     int4_parts,
-    int4_tail,
 )
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.small_floats import SMALL_FLOATS, decode_small_floats
@@ -37,7 +39,7 @@ from headrace.scheduler.errors import StoreError
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
-QUANTIZED = ("nf4", "int8", "int4")
+QUANTIZED = ("nf4", "int8", "int4", "int3")
 STATE_BYTES = 256
 """The 4-bit state is JSON padded with spaces to this length, so that sizes are known beforehand."""
 
@@ -69,7 +71,7 @@ def parts_of(
     double_quant: bool = False,
     group_size: int = GROUP_SIZE,
 ) -> tuple[Part, ...]:
-    """The tensors that encode weight `name` in format "raw", "nf4", "int8" or "int4", in stored order."""
+    """The tensors that encode weight `name` in format "raw" or one of QUANTIZED, in stored order."""
     if fmt == "raw":
         return (Part("data", Entry(name, dtype, shape)),)
     if fmt == "int8":
@@ -79,8 +81,8 @@ def parts_of(
             Part("scale", Entry(f"{stem}SCB", "F32", (rows,))),
             Part("layout", Entry(f"{stem}weight_format", "U8", ())),
         )
-    if fmt == "int4":
-        return int4_parts(name, shape, group_size)
+    if fmt in BITS:
+        return (int4_parts if fmt == "int4" else int3_parts)(name, shape, group_size)
     assert fmt == "nf4", fmt
     count = prod(shape)
     blocks = -(-count // BLOCKSIZE)
@@ -112,8 +114,8 @@ def encode_rows(
         for run in runs:
             yield names["data"], run.to(TORCH_DTYPES[parts[0].entry.dtype])
         return
-    if fmt == "int4":
-        yield from _int4_rows(runs, parts)
+    if fmt in BITS:
+        yield from _affine_rows(runs, parts, fmt)
         return
     quantize = _int8 if fmt == "int8" else _nf4
     scales = []
@@ -128,14 +130,16 @@ def encode_rows(
         yield names[role], tensor
 
 
-def _int4_rows(runs: Iterable[Tensor], parts: tuple[Part, ...]) -> Iterator[tuple[str, Tensor]]:
+def _affine_rows(
+    runs: Iterable[Tensor], parts: tuple[Part, ...], fmt: str
+) -> Iterator[tuple[str, Tensor]]:
     names = {part.role: part.entry for part in parts}
     groups, tail = names["scale"].shape[-1], []
     for run in runs:
-        data, scale, zero = encode_int4(run, names["data"].name, groups)
+        data, scale, zero = encode_affine(run, names["data"].name, groups, fmt)
         tail.append((scale, zero))
         yield names["data"].name, data
-    for role, tensor in int4_tail(tail):
+    for role, tensor in affine_tail(tail):
         yield names[role].name, tensor
 
 

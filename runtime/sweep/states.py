@@ -40,6 +40,13 @@ class States:
         else:
             self.values = torch.empty(shape, dtype=dtype)
 
+    def beside(self, values: Tensor) -> "States":
+        """Others of the same tokens, with a copy of `values`."""
+        sequences, length, hidden = values.shape
+        states = States((sequences, length, hidden), values.dtype, self.tokens)
+        states.values.copy_(values)
+        return states
+
     @property
     def sequences(self) -> int:
         return self.values.shape[0]

@@ -6,7 +6,7 @@ with Sweep(open_model(path), device, dtype, context=1024) as sweep, sweep.embed(
     logits = sweep.logits(states.values[0])
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +98,9 @@ class Sweep:
         return len(self.model.layers)
 
     @torch.inference_mode()
-    def embed(self, tokens: Tensor) -> States:
-        """tokens [sequences, length] int64, on the host -> what the first layer gets."""
+    def embed(self, tokens: Tensor, through: Callable[[Tensor], Tensor] | None = None) -> States:
+        """tokens [sequences, length] int64, on the host -> what the first layer gets. Rows of the embedding table [T, hidden]
+        float32 go `through`, if it is given."""
         sequences, length = tokens.shape
         assert 0 < length <= self.context, (length, self.context)
         size = sequences, length, self._stage.hidden_size
@@ -107,7 +108,11 @@ class Sweep:
             size, self.dtype, tokens, host_memory=self._host_memory, directory=self._directory
         )
         for piece in self._pieces(sequences, length):
-            x = self._stage.prepare(self._batch(piece, tokens)).x
+            batch = self._batch(piece, tokens)
+            rows = self._stage.rows(batch)
+            if through is not None:
+                rows = through(rows.float()).to(rows.dtype)
+            x = self._stage.enter(rows, batch).x
             _part(states, piece).copy_(x.view(piece.last - piece.first, -1, x.shape[-1]))
         return states
 
@@ -126,6 +131,10 @@ class Sweep:
     def rebind(self, index: int, block: Tensor, view: View) -> None:
         """`SweptLayer.rebind`."""
         self._stage.bind_through(index, block, view)
+
+    def rebind_head(self, view: View) -> None:
+        """From now on logits are made with a head that is what `view` makes of it."""
+        self._stage.bind_head_through(view)
 
     @torch.inference_mode()
     def run_layer(self, index: int, states: States, *, keep: bool) -> None:

@@ -42,7 +42,7 @@ def convert(console, source, dest, policy=()):
 
 def test_convert_and_inspect_print_tables(checkpoint, tmp_path):
     console = Console(record=True, width=120)
-    store = convert(console, checkpoint, tmp_path / "store", ["model.layers.3.*_proj.*=keep"])
+    store = convert(console, checkpoint, tmp_path / "store", [("model.layers.3.*_proj.*", "keep")])
     text = console.export_text()
     assert "4 layers" in text and store.digest in text and "nf4, the rest in bf16" in text
     run_inspect(console, tmp_path / "store", verify=True, as_json=False)

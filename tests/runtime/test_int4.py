@@ -6,19 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import tiny_model
-from stored import packed_block, stored_weights
+from stored import packed_block
 from torch import Tensor
-from whole import WholeModel
+from whole import compared
 
-from headrace.runtime.conversion.affine import decode_affine, encode_int4, group_of
+from headrace.runtime.conversion.affine import decode_affine, encode_affine, group_of
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import Options
 from headrace.runtime.conversion.quantize import decode, encode
 from headrace.runtime.grouped_weights import Int4Weight
 from headrace.runtime.linear import Scratch, Weight
-from headrace.runtime.store import Store, WeightSpec
+from headrace.runtime.store import WeightSpec
 from headrace.scheduler.errors import StoreError
-from headrace.scheduler.plan import Slice
 
 CPU = torch.device("cpu")
 GROUP = 32
@@ -165,7 +164,7 @@ def test_encoding_is_off_by_half_a_step(dtype: torch.dtype, group: int) -> None:
     weight[4, :group] = 1e-7  # below float16's least scale times 15
     weight[5, :group] = 0.25  # a single value
     groups = 256 // group
-    packed, scale, zero = encode_int4(weight, "w", groups)
+    packed, scale, zero = encode_affine(weight, "w", groups, "int4")
     parts = {"data": packed, "scale": scale, "zero": zero}
     specs, _ = packed_block(parts)
     back = decode_affine(WeightSpec("int4", (24, 256), specs, blocksize=group), parts)
@@ -184,7 +183,7 @@ def test_what_cannot_be_int4_is_refused() -> None:
         encode("x.weight", torch.full((2, 64), 1e7), "int4")
     with pytest.raises(StoreError, match=r"rows of 33 columns, an odd number"):
         encode("x.weight", torch.ones(2, 33), "int4")
-    with pytest.raises(StoreError, match="a group size is part of int4, not of nf4"):
+    with pytest.raises(StoreError, match="a group size is part of int4 and int3, not of nf4"):
         Options("nf4", group_size=64)
     with pytest.raises(StoreError, match="groups of 32, 64, 128 columns, not of 48"):
         Options("int4", group_size=48)
@@ -208,21 +207,3 @@ def test_a_store_gives_the_logits_of_its_values(name: str, tmp_path: Path) -> No
     store.verify()
     logits, reference = compared(tmp_path / "store", tmp_path / "plain", model)
     assert float((logits - reference).norm() / reference.norm()) < 1e-5
-
-
-@torch.inference_mode()
-def compared(store: Path, plain: Path, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """Our logits of a store, and a plain store's with the values that the former's bytes stand for."""
-    from safetensors.torch import load_file, save_file
-
-    opened = Store.open(store)
-    values = {n: w for block in opened.blocks for n, w in stored_weights(opened, block).items()}
-    model.save_pretrained(plain / "src")
-    file = plain / "src" / "model.safetensors"
-    before = load_file(file)
-    assert values.keys() == before.keys()
-    assert any(not torch.equal(values[n], before[n]) for n in values)
-    save_file(values, file, {"format": "pt"})
-    convert(plain / "src", plain / "store", format="keep", allow_missing_tokenizer=True)
-    prompt = Slice(0, 0, tuple(range(3, 40)), (1,), None)
-    return WholeModel(store).logits([prompt]), WholeModel(plain / "store").logits([prompt])
