@@ -311,7 +311,7 @@ def mixtures(draw: st.DrawFn) -> ModelShape:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shape=mixtures(),
     budgets=st.lists(

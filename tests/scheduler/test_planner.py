@@ -319,7 +319,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     shape=shapes(),
     budgets=st.lists(
