@@ -22,11 +22,13 @@ from headrace.runtime.experts import (
     Obtain,
     SlotViews,
 )
-from headrace.runtime.linear import QuantLinear, Scratch, Weight
+from headrace.runtime.linear import QuantLinear
 from headrace.runtime.norms import FusedNorms
 from headrace.runtime.recording import Interruptions
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Scratch, Weight
 from headrace.scheduler.errors import StoreError
 
 View = Callable[[WeightSpec, Tensor], Weight]
@@ -44,7 +46,7 @@ class Binding(Protocol):
     def factors(self) -> tuple[WeightSpec, ...]:
         """The weights that are read by a view: x @ weight.T is all that is done with them."""
 
-    def bind(self, block: Tensor, view: View = Weight.view) -> None: ...
+    def bind(self, block: Tensor, view: View = view_weight) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,8 @@ class PackedLinear:
     def factors(self) -> tuple[WeightSpec, ...]:
         return () if self.whole else (self.spec,)
 
-    def bind(self, block: Tensor, view: View = Weight.view) -> None:
-        self.module.weight = (Weight.view if self.whole else view)(self.spec, block)
+    def bind(self, block: Tensor, view: View = view_weight) -> None:
+        self.module.weight = (view_weight if self.whole else view)(self.spec, block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,8 @@ class Dense:
     def factors(self) -> tuple[WeightSpec, ...]:
         return ()
 
-    def bind(self, block: Tensor, view: View = Weight.view) -> None:
-        value = Weight.view(self.spec, block).dense(self.dtype).view(self.shape)
+    def bind(self, block: Tensor, view: View = view_weight) -> None:
+        value = view(self.spec, block).dense(self.dtype).view(self.shape)
         if self.attribute in self.module._buffers:
             setattr(self.module, self.attribute, value)
         else:
@@ -114,8 +116,8 @@ class ExpertStack:
             return ()
         return (*(spec for specs in self.specs.enter for spec in specs), *self.specs.leave)
 
-    def bind(self, block: Tensor, view: View = Weight.view) -> None:
-        self._bind(ExpertsInBlock(self.specs, block, view if self.factors else Weight.view))
+    def bind(self, block: Tensor, view: View = view_weight) -> None:
+        self._bind(ExpertsInBlock(self.specs, block, view if self.factors else view_weight))
 
     def fetched(self, extents: Sequence[Extent], fetch: Fetch, views: SlotViews) -> "FetchedStack":
         """Bind the module for good to experts that are read alone, from these extents of a block."""
@@ -139,7 +141,7 @@ class FetchedStack:
     def factors(self) -> tuple[WeightSpec, ...]:
         return ()
 
-    def bind(self, block: Tensor, view: View = Weight.view) -> None:
+    def bind(self, block: Tensor, view: View = view_weight) -> None:
         pass
 
 

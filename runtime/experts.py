@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from headrace.runtime.expert_extents import Extent
-from headrace.runtime.linear import Scratch, Weight
 from headrace.runtime.recording import Interruptions
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Scratch, Weight
 
 Matrices = tuple[tuple[Weight, ...], Weight]
 """One expert's (gate, up), the two fused, or up alone; and down."""
@@ -109,7 +110,7 @@ class FetchedExperts:
 
     def view(self, expert: int, data: Tensor) -> Matrices:
         enter, leave = self._specs.of(expert)
-        return tuple(Weight.view(spec, data) for spec in enter), Weight.view(leave, data)
+        return tuple(view_weight(spec, data) for spec in enter), view_weight(leave, data)
 
 
 class BoundExperts:

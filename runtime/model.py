@@ -20,7 +20,7 @@ from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
 from headrace.runtime.kv.store import LayerPages
 from headrace.runtime.latents import keeps_latents
-from headrace.runtime.linear import QuantLinear, RawWeight, Scratch, Weight
+from headrace.runtime.linear import QuantLinear
 from headrace.runtime.linear_group import four_bit_products, grouped
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
@@ -33,6 +33,9 @@ from headrace.runtime.shape import scratch_elements
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
 from headrace.runtime.store import Block, LayerShape, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
+from headrace.runtime.weights.plain import RawWeight
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Scratch
 from headrace.scheduler.errors import StoreError
 
 ReadBlock = Callable[[Block, torch.device], Tensor]
@@ -138,7 +141,7 @@ class StageModel:
             data = read(store.head, device)
             self._ends.append(data)
             self._head += [(binding, data) for binding in binder.bindings("head")]
-            self.bind_head_through(Weight.view)
+            self.bind_head_through(view_weight)
 
     @property
     def context_limit(self) -> int | None:
@@ -151,7 +154,7 @@ class StageModel:
         spec = binder.table()
         if with_table:
             # A view of the bytes read, unless the table is quantized.
-            weight = Weight.view(spec, data)
+            weight = view_weight(spec, data)
             raw = isinstance(weight, RawWeight)
             table = weight.dense(weight.dtype if raw else self.dtype)
             self._table = EmbeddingTable(table, self.device, self.dtype)

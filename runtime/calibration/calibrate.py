@@ -23,12 +23,13 @@ from headrace.runtime.calibration.states_file import StatesFile
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import BlockPlan, ConversionPlan
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.linear import Weight
 from headrace.runtime.skeleton import Role, Skeleton, parse_config
 from headrace.runtime.store import Block, Store, WeightSpec
 from headrace.runtime.sweep.source import CheckpointModel
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import Sweep, SweptLayer
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Weight
 
 log = logging.getLogger(__name__)
 
@@ -181,10 +182,10 @@ class Calibrator:
             # What is no factor of a product is taken from the layer's own bytes.
             if spec.format == "raw" or name in self._transposed:
                 raw = weights.raw(name)
-                raw.copy_(Weight.view(spec, data).dense(raw.dtype).view(raw.shape))
+                raw.copy_(view_weight(spec, data).dense(raw.dtype).view(raw.shape))
 
         def view(spec: WeightSpec, _: Tensor) -> Weight:
-            return Weight.view(block.weights[weights.name_of(spec)], data)
+            return view_weight(block.weights[weights.name_of(spec)], data)
 
         layer.rebind(view)
         layer.run(self._states)

@@ -31,10 +31,11 @@ from headrace.runtime.calibration.observed import (
 )
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.linear import Weight
 from headrace.runtime.store import LayerShape, WeightSpec
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import SweptLayer
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Weight
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class LayerCalibration:
     def _watching(self, watcher: Collector | InputGroups) -> View:
         def view(spec: WeightSpec, block: Tensor) -> Weight:
             matrix = self._weights.name_of(spec), None
-            return Watched(Weight.view(spec, block), watcher.note, matrix)
+            return Watched(view_weight(spec, block), watcher.note, matrix)
 
         return view
 
@@ -152,7 +153,7 @@ class LayerCalibration:
         """By the first matrix of a group, what can divide the group's input."""
 
         def run() -> Tensor:
-            self._layer.rebind(Weight.view)
+            self._layer.rebind(view_weight)
             with short_sample(sample) as states:
                 self._layer.run(states)
                 return states.values.float() - sample.values.float()

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.linear import Weight
 from headrace.runtime.skeleton import Role
 from headrace.runtime.store import Block, WeightSpec
+from headrace.runtime.weights.view import view_weight
 
 
 class LayerWeights:
@@ -50,12 +50,12 @@ class LayerWeights:
         """A copy in float32, of what the weight is going to be."""
         if name in self.changed:
             return self.changed[name].to(torch.float32, copy=True)
-        weight = Weight.view(self.block.weights[name], self.data)
+        weight = view_weight(self.block.weights[name], self.data)
         return weight.dense(torch.float32).clone()
 
     def part(self, name: str, expert: int) -> Tensor:
         """A copy in float32 of one matrix of a stack."""
-        weight = Weight.view(self.block.weights[name], self.data).expert(expert)
+        weight = view_weight(self.block.weights[name], self.data).expert(expert)
         return weight.dense(torch.float32).clone()
 
     def beside(self, name: str) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from headrace.runtime.linear import Scratch, Weight
+from headrace.runtime.weights.weight import Scratch, Weight
 
 Matrix = tuple[str, int | None]
 """A tensor's name, and the expert where the tensor is a stack of several experts' matrices."""

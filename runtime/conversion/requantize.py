@@ -12,7 +12,7 @@ from headrace.runtime.conversion.quantize import weight_spec
 from headrace.runtime.conversion.source import SourceWeight, rows_at_once
 
 if TYPE_CHECKING:
-    from headrace.runtime.linear import Weight
+    from headrace.runtime.weights.weight import Weight
 
 
 def values(source: SourceWeight) -> Iterator[Tensor]:
@@ -37,7 +37,7 @@ def in_memory(
 ) -> "Weight":
     """The weight that stored tensors, streamed in their order, encode."""
     # Imported late: bitsandbytes takes seconds.
-    from headrace.runtime.linear import Weight
+    from headrace.runtime.weights.view import view_weight
 
     layout = lay_out(part.entry for part in parts)
     block = torch.zeros(layout.nbytes, dtype=torch.uint8)
@@ -46,7 +46,7 @@ def in_memory(
         start = layout.tensors[name].offset + filled.get(name, 0)
         block[start : start + len(data)] = torch.frombuffer(data, dtype=torch.uint8)
         filled[name] = filled.get(name, 0) + len(data)
-    return Weight.view(weight_spec(fmt, shape, parts, layout.tensors, state), block)
+    return view_weight(weight_spec(fmt, shape, parts, layout.tensors, state), block)
 
 
 def _runs(weight: "Weight") -> Iterator[Tensor]:

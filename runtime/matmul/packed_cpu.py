@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.bnb import functional, lib
-from headrace.runtime.dequantize import dequantize_4bit
-from headrace.runtime.linear import FourBitWeight, Scratch, Weight, parts_of
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.dequantize import dequantize_4bit
+from headrace.runtime.weights.four_bit import FourBitWeight
+from headrace.runtime.weights.view import parts_of, view_weight
+from headrace.runtime.weights.weight import Scratch, Weight
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class PackedLayout:
     def view(self, spec: WeightSpec, block: Tensor) -> Weight:
         """The weight at `spec` in a block whose weights of the kernel's shape have been packed."""
         if not self.takes(spec):
-            return Weight.view(spec, block)
+            return view_weight(spec, block)
         return PackedWeight(spec, parts_of(spec, block), self.rows)
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headrace.runtime.affine import int4_values
 from headrace.runtime.matmul.configs import TABLES, Codes, Config, Problem
 from headrace.runtime.matmul.room import FLUSH_BYTES
+from headrace.runtime.weights.affine import int4_values
 
 log = logging.getLogger(__name__)
 

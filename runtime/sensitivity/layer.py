@@ -11,11 +11,12 @@ from headrace.runtime.calibration.encoding import CALIBRATED, chosen
 from headrace.runtime.calibration.layer import LayerCalibration, short_sample
 from headrace.runtime.calibration.layer_weights import LayerWeights
 from headrace.runtime.calibration.observed import Collector, Matrix, Moments, Watched, batches
-from headrace.runtime.linear import Weight
 from headrace.runtime.sensitivity.candidates import KEEP, Candidates
 from headrace.runtime.store import LayerShape, WeightSpec
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import SweptLayer
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Weight
 
 Rounding = Literal["nearest", "gptq", "awq"]
 """How candidates are rounded to be judged; "awq" is that without scales of channels."""
@@ -74,10 +75,10 @@ class LayerTrial:
             yield from self._tried(names, sample, reference, moments)
         for names in self._expert_groups():
             yield from self._tried(names, sample, reference, None)
-        self._layer.rebind(Weight.view)
+        self._layer.rebind(view_weight)
 
     def _output(self, sample: States) -> Tensor:
-        self._layer.rebind(Weight.view)
+        self._layer.rebind(view_weight)
         with sample.beside(sample.values) as states:
             self._layer.run(states)
             return states.values
@@ -114,7 +115,7 @@ class LayerTrial:
 
             def view(spec: WeightSpec, block: Tensor, collector: Collector = collector) -> Weight:
                 matrix = self._weights.name_of(spec), None
-                return Watched(Weight.view(spec, block), collector.note, matrix)
+                return Watched(view_weight(spec, block), collector.note, matrix)
 
             self._layer.rebind(view)
             self._layer.run(states, keep=False)

@@ -21,7 +21,6 @@ from headrace.runtime.binding import View
 from headrace.runtime.calibration.layer_weights import LayerWeights
 from headrace.runtime.calibration.room import Room
 from headrace.runtime.evaluation.measure import divergence
-from headrace.runtime.linear import Weight
 from headrace.runtime.sensitivity.candidates import KEEP, Candidates
 from headrace.runtime.sensitivity.factors import Factors, kind_of
 from headrace.runtime.sensitivity.layer import LayerTrial, Rounding, Tried
@@ -30,6 +29,8 @@ from headrace.runtime.store import WeightSpec
 from headrace.runtime.sweep.source import CheckpointModel
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import Sweep, SweptLayer
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Weight
 
 SAMPLE_TOKENS = 2048
 """Over which errors and divergences are measured, from all over the text."""
@@ -257,21 +258,21 @@ class _Measuring:
             each.values.flatten(0, 1)[::step].split(self._sweep.logit_rows)
             for each in (self._sample, states)
         )
-        view = Weight.view if head is None else self._rounded(head, fmt)
+        view = view_weight if head is None else self._rounded(head, fmt)
         total = 0.0
         for some, other in zip(rows, found, strict=True):
-            self._sweep.rebind_head(Weight.view)
+            self._sweep.rebind_head(view_weight)
             logs = self._logs(some)
             self._sweep.rebind_head(view)
             total += float(divergence(logs, self._logs(other)).sum())
-        self._sweep.rebind_head(Weight.view)
+        self._sweep.rebind_head(view_weight)
         return total / sum(map(len, rows))
 
     def _rounded(self, name: str, fmt: str) -> View:
         rounding = self._candidates.rounding(name, fmt)
 
         def view(spec: WeightSpec, block: Tensor) -> Weight:
-            return RoundedWeight(Weight.view(spec, block), rounding)
+            return RoundedWeight(view_weight(spec, block), rounding)
 
         return view
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headrace.runtime.linear import Scratch, Weight
+from headrace.runtime.weights.weight import Scratch, Weight
 
 
 class RoundedWeight(Weight):

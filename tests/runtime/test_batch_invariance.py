@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from whole import WholeModel
 
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.linear import RawWeight
+from headrace.runtime.weights.plain import RawWeight
 from headrace.scheduler.plan import Slice
 
 STEPS = 24

@@ -25,11 +25,11 @@ from headrace.runtime.conversion.plan import Options, plan_conversion
 from headrace.runtime.evaluation.figures import perplexity
 from headrace.runtime.evaluation.measure import measure
 from headrace.runtime.evaluation.windows import Windows
-from headrace.runtime.linear import Weight
 from headrace.runtime.skeleton import Skeleton, load_config
 from headrace.runtime.store import Store
 from headrace.runtime.sweep.source import CheckpointModel, open_model
 from headrace.runtime.sweep.sweep import Sweep
+from headrace.runtime.weights.view import view_weight
 from headrace.scheduler.errors import DoesNotFitError, StoreError
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_dividing_channels_before_a_matrix_changes_no_output(name, tmp_path):
             folds = calibrating.folds(groups, states)
             before = sweep.embed(text())
             before.values.copy_(states.values)
-            layer.rebind(Weight.view)
+            layer.rebind(view_weight)
             layer.run(before)
             for group in groups:
                 if group[0] in folds:
@@ -173,7 +173,7 @@ def test_dividing_channels_before_a_matrix_changes_no_output(name, tmp_path):
                         weights.raw(matrix).copy_(values)
                     for matrix, _ in group:
                         weights.raw(matrix).mul_(real)
-            layer.rebind(Weight.view)
+            layer.rebind(view_weight)
             layer.run(states)
             torch.testing.assert_close(states.values, before.values, rtol=1e-5, atol=1e-5)
     assert kinds == {"NormFold", "RowsFold"} or name in ("phi", "stablelm"), kinds

@@ -12,9 +12,9 @@ from whole import WholeModel, compared
 
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.quantize import encode
-from headrace.runtime.linear import Weight
 from headrace.runtime.shape import model_shape
 from headrace.runtime.store import Store, WeightSpec
+from headrace.runtime.weights.view import view_weight
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.plan import Slice
 
@@ -44,7 +44,7 @@ def test_values_are_those_of_the_bits(shape, group):
     assert list(parts) == ["data", "scale", "zero"]
     assert parts["data"].numel() == weight.numel() // shape[-1] * 3 * -(-shape[-1] // 8)
     specs, block = packed_block(parts)
-    read = Weight.view(WeightSpec("int3", shape, specs, blocksize=group), block)
+    read = view_weight(WeightSpec("int3", shape, specs, blocksize=group), block)
     expected = by_hand(parts, shape, group)
     torch.testing.assert_close(read.dense(torch.float32).double(), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(

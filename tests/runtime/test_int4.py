@@ -14,9 +14,10 @@ from headrace.runtime.conversion.affine import decode_affine, encode_affine, gro
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import Options
 from headrace.runtime.conversion.quantize import decode, encode
-from headrace.runtime.grouped_weights import Int4Weight
-from headrace.runtime.linear import Scratch, Weight
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.grouped import Int4Weight
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Scratch
 from headrace.scheduler.errors import StoreError
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def test_values_and_products(kind: str, scales: torch.dtype) -> None:
     expected = by_hand(kind, shape, parts)
     specs, block = packed_block(parts)
     spec = WeightSpec(kind.split()[0], shape, specs, blocksize=GROUP)
-    weight = Weight.view(spec, block)
+    weight = view_weight(spec, block)
     exact = {"rtol": 0, "atol": 1e-6}
     torch.testing.assert_close(weight.dense(torch.float32).double(), expected, **exact)
     torch.testing.assert_close(decode(spec, parts, torch.float32).double(), expected, **exact)
@@ -105,7 +106,7 @@ def test_experts_are_slices_of_a_stack(kind: str) -> None:
     parts = made(kind, shape, torch.float16)
     expected = by_hand(kind, shape, parts).float()
     specs, block = packed_block(parts)
-    stack = Weight.view(WeightSpec(kind.split()[0], shape, specs, blocksize=GROUP), block)
+    stack = view_weight(WeightSpec(kind.split()[0], shape, specs, blocksize=GROUP), block)
     for e in range(3):
         expert = stack.expert(e)
         torch.testing.assert_close(expert.dense(torch.float32), expected[e], rtol=0, atol=1e-6)
@@ -116,7 +117,7 @@ def test_experts_are_slices_of_a_stack(kind: str) -> None:
 def test_the_kernel_is_given_the_same_values(kind: str) -> None:
     parts = made(kind, (48, 96), torch.float16)
     specs, block = packed_block(parts)
-    weight = Weight.view(WeightSpec("int4", (48, 96), specs, blocksize=GROUP), block)
+    weight = view_weight(WeightSpec("int4", (48, 96), specs, blocksize=GROUP), block)
     assert isinstance(weight, Int4Weight)
     codes = weight.rows(8, 40).codes()  # type: ignore[attr-defined]
     packed = codes.packed.view(32, 48).int()
@@ -137,7 +138,7 @@ def test_products_on_cuda(kind: str, group: int) -> None:
     parts = made(kind, shape, torch.float16, group)
     expected = by_hand(kind, shape, parts, group).cuda()
     specs, block = packed_block(parts)
-    weight = Weight.view(WeightSpec("int4", shape, specs, blocksize=group), block.cuda())
+    weight = view_weight(WeightSpec("int4", shape, specs, blocksize=group), block.cuda())
     dense = weight.dense(torch.float32).double()
     torch.testing.assert_close(dense, expected, rtol=0, atol=1e-6)
     for rows in (1, 4, 16, 200):
@@ -152,7 +153,7 @@ def test_many_rows_are_dequantized_in_runs() -> None:
     parts = made("int4 zero", (1030, 256), torch.float16)
     expected = by_hand("int4 zero", (1030, 256), parts)
     specs, block = packed_block(parts)
-    weight = Weight.view(WeightSpec("int4", (1030, 256), specs, blocksize=GROUP), block)
+    weight = view_weight(WeightSpec("int4", (1030, 256), specs, blocksize=GROUP), block)
     torch.testing.assert_close(weight.dense(torch.float32).double(), expected, rtol=0, atol=1e-6)
 
 

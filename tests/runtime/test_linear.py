@@ -7,8 +7,11 @@ from stored import packed_block
 from torch import Tensor, nn
 
 from headrace.runtime.bnb import functional as bnb
-from headrace.runtime.linear import Int8Weight, QuantLinear, RawWeight, Scratch, Weight
+from headrace.runtime.linear import QuantLinear
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.plain import Int8Weight, RawWeight
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Scratch, Weight
 from headrace.scheduler.errors import StoreError
 
 CPU = torch.device("cpu")
@@ -28,7 +31,7 @@ def four_bit(values: Tensor, kind: str, nested: bool) -> tuple[Weight, Tensor]:
         }
     specs, block = packed_block(parts)
     spec = WeightSpec(kind, tuple(values.shape), specs, blocksize=64, **extra)
-    return Weight.view(spec, block), decode(packed, state).view(values.shape)
+    return view_weight(spec, block), decode(packed, state).view(values.shape)
 
 
 def decode(packed: Tensor, state: bnb.QuantState) -> Tensor:
@@ -80,7 +83,7 @@ def test_int8_scales_rows() -> None:
     data = torch.randint(-127, 128, (6, 16), dtype=torch.int8)
     scale = torch.rand(6) + 0.5
     specs, block = packed_block({"data": data, "scale": scale})
-    weight = Weight.view(WeightSpec("int8", (6, 16), specs), block)
+    weight = view_weight(WeightSpec("int8", (6, 16), specs), block)
     dense = data.float() * scale[:, None] / 127
     torch.testing.assert_close(weight.dense(torch.float32), dense)
     torch.testing.assert_close(weight.dense(torch.bfloat16), dense.bfloat16())
@@ -91,7 +94,7 @@ def test_int8_scales_rows() -> None:
 def test_raw_is_a_view_and_casts_when_asked() -> None:
     values = torch.randn(4, 8)
     specs, block = packed_block({"data": values})
-    weight = Weight.view(WeightSpec("raw", (4, 8), specs), block)
+    weight = view_weight(WeightSpec("raw", (4, 8), specs), block)
     dense = weight.dense(torch.float32)
     assert dense.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
     assert torch.equal(dense, values)
@@ -110,7 +113,7 @@ def test_matrix_larger_than_the_scratch_is_multiplied_in_slices() -> None:
 
 def test_unknown_format_is_refused() -> None:
     with pytest.raises(StoreError, match="convert again"):
-        Weight.view(WeightSpec("q3", (1,), {}), torch.zeros(8, dtype=torch.uint8))
+        view_weight(WeightSpec("q3", (1,), {}), torch.zeros(8, dtype=torch.uint8))
 
 
 def test_quant_linear_equals_linear() -> None:

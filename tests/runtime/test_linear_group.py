@@ -14,10 +14,12 @@ from whole import WholeModel
 
 from headrace.runtime.conversion import layer_facts
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.linear import QuantLinear, RawWeight, Scratch, Weight
+from headrace.runtime.linear import QuantLinear
 from headrace.runtime.linear_group import LinearGroup
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.skeleton import Skeleton
+from headrace.runtime.weights.plain import RawWeight
+from headrace.runtime.weights.weight import Scratch, Weight
 from headrace.scheduler.plan import Slice
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -12,7 +12,6 @@ from whole import WholeModel
 from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.quantize import STORE_DTYPES
-from headrace.runtime.linear import Scratch, Weight
 from headrace.runtime.matmul.packed_cpu import (
     FEW_SEQUENCES,
     MOST_ROWS,
@@ -21,6 +20,8 @@ from headrace.runtime.matmul.packed_cpu import (
     has_kernel,
 )
 from headrace.runtime.store import TensorSpec, WeightSpec
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Scratch, Weight
 from headrace.scheduler.plan import Slice
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def test_product_equals_float64(shape: tuple[int, int], nested: bool, rows: int)
     x = torch.randn(rows, shape[1]).bfloat16()
     bias = torch.randn(shape[0]).bfloat16()
     want = x.double() @ dense.T
-    reference = Weight.view(spec, block).linear(x)
+    reference = view_weight(spec, block).linear(x)
     weight = packed_weight(spec, block)
     got = weight.linear(x)
     assert got.shape == want.shape

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from whole import WholeModel
 
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.linear import Weight
 from headrace.runtime.store import Store
+from headrace.runtime.weights.view import view_weight
 from headrace.scheduler.plan import Slice
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -64,7 +64,7 @@ def dequantized(store: Path) -> PreTrainedModel:
     for block in opened.blocks:
         data = torch.frombuffer(opened.read_block(block), dtype=torch.uint8)
         for name, spec in block.weights.items():
-            values[name] = Weight.view(spec, data).dense(torch.float32)
+            values[name] = view_weight(spec, data).dense(torch.float32)
     missing, unexpected = model.load_state_dict(values, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     return model

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from headrace.runtime.conversion.quantize import decode
-from headrace.runtime.linear import Scratch, Weight
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.view import view_weight
+from headrace.runtime.weights.weight import Scratch
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 0, "atol": 0}
@@ -38,7 +39,7 @@ def test_fp8(height: int, width: int) -> None:
             expected[r, c] = parts["data"][r, c].float() * parts["scale"][r // height, c // width]
     specs, block = packed_block(parts)
     spec = WeightSpec("fp8", (48, 96), specs, blocksize=width, block_rows=height)
-    weight = Weight.view(spec, block)
+    weight = view_weight(spec, block)
     torch.testing.assert_close(weight.dense(torch.float32), expected, **EXACT)
     torch.testing.assert_close(weight.dense(torch.bfloat16), expected.bfloat16(), **EXACT)
     torch.testing.assert_close(decode(spec, parts, torch.float32), expected, **EXACT)
@@ -56,7 +57,7 @@ def test_stacked_fp8() -> None:
     parts = blocks((3, 40, 64), 32, 32)
     specs, block = packed_block(parts)
     spec = WeightSpec("fp8", (3, 40, 64), specs, blocksize=32, block_rows=32)
-    weight, expected = Weight.view(spec, block), decode(spec, parts, torch.float32)
+    weight, expected = view_weight(spec, block), decode(spec, parts, torch.float32)
     assert expected.shape == (3, 40, 64)
     torch.testing.assert_close(weight.dense(torch.float32), expected, **EXACT)
     for e in range(3):
@@ -76,7 +77,7 @@ def test_mxfp4_is_what_transformers_reads() -> None:
     parts = {"data": data, "scale": scale.view(-1, 2)}
     specs, block = packed_block(parts)
     spec = WeightSpec("mxfp4", (3, 64, 48), specs, blocksize=32, turned=True)
-    weight = Weight.view(spec, block)
+    weight = view_weight(spec, block)
     assert weight.shape == (3, 64, 48)
     torch.testing.assert_close(weight.dense(torch.float32), expected, **EXACT)
     torch.testing.assert_close(decode(spec, parts, torch.float32), expected, **EXACT)
@@ -105,6 +106,6 @@ def test_cuda_gives_the_same_values(dtype: torch.dtype) -> None:
     ):
         specs, block = packed_block(parts)
         spec = WeightSpec(fmt, shape, specs, **sizes)
-        expected = Weight.view(spec, block).dense(dtype)
-        found = Weight.view(spec, block.cuda()).dense(dtype)
+        expected = view_weight(spec, block).dense(dtype)
+        found = view_weight(spec, block.cuda()).dense(dtype)
         torch.testing.assert_close(found.cpu(), expected, **EXACT)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headrace.runtime.conversion.readers.packing import UNREADABLE, needed, repacked
 from headrace.runtime.conversion.source import Imported, SourceWeight, Tensors
-from headrace.runtime.small_floats import MX_BLOCK
+from headrace.runtime.weights.small_floats import MX_BLOCK
 from headrace.scheduler.errors import StoreError
 
 

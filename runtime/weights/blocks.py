@@ -5,9 +5,9 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from headrace.runtime.linear import Scratch, Weight
-from headrace.runtime.small_floats import fp8_values
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.small_floats import fp8_values
+from headrace.runtime.weights.weight import Scratch, Weight
 
 
 class Fp8Weight(Weight):

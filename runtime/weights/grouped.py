@@ -7,12 +7,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from headrace.runtime.affine import int3_values, int4_values, int8_values
-from headrace.runtime.linear import Scratch, Weight, tracer_of
 from headrace.runtime.matmul.configs import LEAST_GROUP, Codes
 from headrace.runtime.matmul.few_rows import multiply
-from headrace.runtime.small_floats import mxfp4_values
 from headrace.runtime.store import WeightSpec
+from headrace.runtime.weights.affine import int3_values, int4_values, int8_values
+from headrace.runtime.weights.small_floats import mxfp4_values
+from headrace.runtime.weights.weight import Scratch, Weight, tracer_of
 
 
 class GroupedWeight(Weight):

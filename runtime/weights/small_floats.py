@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from headrace.runtime.affine import nibbles, row_runs
+from headrace.runtime.weights.affine import nibbles, row_runs
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of four-bit floats, by code. OCP Microscaling Formats 1.0, 5.3.3."""
