@@ -228,6 +228,7 @@ def test_a_daily_budget_that_is_spent_costs_pages_and_no_token(llama: Path, tmp_
         assert engine.stats.kv.lost[SPILL]
 
 
+@pytest.mark.slow
 def test_a_drive_that_is_full_costs_pages_and_no_token(llama: Path, tmp_path: Path) -> None:
     """Files may not grow: what a write gets is EFBIG, as it is ENOSPC on a full drive."""
     plan = plan_of(llama, host_pages=5, nvme_pages=500)
@@ -317,6 +318,7 @@ def nameless(folder: Path) -> list[tuple[Path, os.stat_result]]:
     return found
 
 
+@pytest.mark.slow
 def test_damage_to_old_pages_costs_computation_and_no_token(llama: Path, tmp_path: Path) -> None:
     """All of them, several times while requests decode over them."""
     plan, spoiled = plan_of(llama, stages=2, **WINDOW), 0

@@ -67,6 +67,7 @@ def divergence(source, store, tokens):
     return float(found.kld[windows.counted].mean())
 
 
+@pytest.mark.slow
 def test_divergences_add_up_to_what_a_mixed_store_has(tmp_path):
     """On other text than they were measured with, from all of three bits to hardly anything."""
     candidates = Candidates(open_checkpoint(STORIES), 128)

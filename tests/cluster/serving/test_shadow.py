@@ -103,6 +103,7 @@ def test_metrics_are_what_an_evaluation_of_the_same_answers_finds(
     assert told["last"]["kld_mean"] == metric('headrace_shadow_kld{figure="mean"}')
 
 
+@pytest.mark.slow
 def test_a_shadow_that_dies_harms_no_answer_and_comes_back(shadowed: Shadowed) -> None:
     prompt = "The cat sat"
     expected = shadowed.ask(prompt)

@@ -212,6 +212,7 @@ def test_patience_has_an_end(stories: Path) -> None:
     asyncio.run(_is_patient(stories))
 
 
+@pytest.mark.slow
 def test_a_reference_that_cannot_be_read_is_a_dropped_sample(
     stories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
