@@ -37,7 +37,7 @@ class TierChoice(str, Enum):
 
 DirectoryOption = Annotated[
     Path | None,
-    typer.Option(help="On the drive to measure. [default: $TMPDIR]", show_default=False),
+    typer.Option(help="On the drive to measure. \\[default: $TMPDIR]", show_default=False),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write everything here, too.")]
 
@@ -59,7 +59,7 @@ def run_shape(
         ),
     ] = "8b",
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Its first layers. [default: all]")
+        int | None, typer.Option(min=1, help="Its first layers. \\[default: all]")
     ] = None,
     format: Annotated[WeightFormat, typer.Option(help="Of the layers.")] = WeightFormat.NF4,
     tier: Annotated[
@@ -68,7 +68,7 @@ def run_shape(
     ] = TierChoice.AUTO,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Sequences at once. [default: what fits, 256 at most]"),
+        typer.Option(min=1, help="Sequences at once. \\[default: what fits, 256 at most]"),
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
     new: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 32,

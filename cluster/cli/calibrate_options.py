@@ -34,5 +34,5 @@ class CalibrationOptions:
     calibration_tokens: Annotated[int, typer.Option(min=1, help="At most, of the text.")] = 262144
     calibration_context: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a sequence. [default: 2048, or the model's]"),
+        typer.Option(min=2, help="Tokens of a sequence. \\[default: 2048, or the model's]"),
     ] = None

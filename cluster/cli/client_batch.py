@@ -32,7 +32,7 @@ def submit(
     tls: Tls = False,
     ca_file: CaFile = None,
     endpoint: Annotated[
-        str | None, typer.Option(help="The url of all lines. [default: that of the first]")
+        str | None, typer.Option(help="The url of all lines. \\[default: that of the first]")
     ] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="NAME=VALUE. Repeatable.")] = None,
     json: Json = False,
@@ -101,7 +101,7 @@ def results(
     ca_file: CaFile = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Write here, and go on at its end if it has lines. [default: stdout]"),
+        typer.Option(help="Write here, and go on at its end if it has lines. \\[default: stdout]"),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="For the batch's end.")] = False,
 ) -> None:

@@ -28,7 +28,9 @@ def doctor(
     store: Annotated[Path | None, typer.Argument(help="A store that will be run.")] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="A Ray cluster, of which to look at all nodes. [default: this machine]"),
+        typer.Option(
+            help="A Ray cluster, of which to look at all nodes. \\[default: this machine]"
+        ),
     ] = None,
     interface: Annotated[
         str | None,
@@ -41,7 +43,8 @@ def doctor(
         Path | None, typer.Option(help="Where KV pages on NVMe will be.")
     ] = None,
     temporary: Annotated[
-        Path | None, typer.Option(help="Of temporary files. [default: $TMPDIR]", show_default=False)
+        Path | None,
+        typer.Option(help="Of temporary files. \\[default: $TMPDIR]", show_default=False),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:

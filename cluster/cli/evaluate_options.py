@@ -20,7 +20,7 @@ class CorpusOptions:
     ] = None
     context: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens of a window. [default: 1024, or the model's]"),
+        typer.Option(min=2, help="Tokens of a window. \\[default: 1024, or the model's]"),
     ] = None
     tokens: Annotated[int, typer.Option(min=2, help="Of each text, at most.")] = 16384
     device: Annotated[Device, typer.Option(help="Where layers compute.")] = Device.AUTO
@@ -28,7 +28,7 @@ class CorpusOptions:
         str | None,
         typer.Option(
             help="For two layers of each model, heads and a micro-batch, such as 8GiB. "
-            "[default: 90% of what is free; CPU: what micro-batches of 2048 tokens take]"
+            "\\[default: 90% of what is free; CPU: what micro-batches of 2048 tokens take]"
         ),
     ] = None
     dtype: Annotated[

@@ -44,7 +44,7 @@ def submit(
     address: Address = HERE,
     ca_file: CaFile = None,
     id: Annotated[
-        str | None, typer.Option(help="Of the job. [default: one that Ray makes]")
+        str | None, typer.Option(help="Of the job. \\[default: one that Ray makes]")
     ] = None,
     grace: Annotated[
         int, typer.Option(min=1, help="Seconds for rows that run to finish, once cancelled.")

@@ -95,7 +95,7 @@ def convert(
     ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     format: Annotated[
-        Format | None, typer.Option(help="Of the layers' matrices. [default: nf4]")
+        Format | None, typer.Option(help="Of the layers' matrices. \\[default: nf4]")
     ] = None,
     policy: Annotated[
         list[str] | None,

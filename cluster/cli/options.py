@@ -61,14 +61,14 @@ class RunOptions:
         str | None,
         typer.Option(
             help="Per stage, such as 8GiB: weights, ring, KV, scratch. "
-            "[default: 90% of what is free; CPU: half, shared]"
+            "\\[default: 90% of what is free; CPU: half, shared]"
         ),
     ] = None
     host_memory: Annotated[
         str | None,
         typer.Option(
             help="Per stage, pinned RAM for weights and for KV pages. "
-            "[default: half of what is free, shared; CPU: what KV pages take]"
+            "\\[default: half of what is free, shared; CPU: what KV pages take]"
         ),
     ] = None
     kv_host_memory: Annotated[
@@ -118,7 +118,7 @@ class RunOptions:
             metavar="TOKENS",
             help="Let more sequences decode than host memory holds KV pages of: those older than so "
             "many tokens may lie in --kv-directory and are read for each token, from up to half of "
-            "--kv-disk; where that is faster. [default: none do]",
+            "--kv-disk; where that is faster. \\[default: none do]",
         ),
     ] = None
     kv_write_through: Annotated[
@@ -138,14 +138,14 @@ class RunOptions:
             min=0,
             help="Layers a stage keeps on its device, of a streamed mixture without their experts; "
             "with 0, experts that pass through are all it has room for. "
-            "[default: as many as is fastest]",
+            "\\[default: as many as is fastest]",
         ),
     ] = None
     context: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Tokens that a sequence reaches, prompt and output. [default: the planner's]",
+            help="Tokens that a sequence reaches, prompt and output. \\[default: the planner's]",
         ),
     ] = None
     token_budget: Annotated[int | None, typer.Option(min=1, help="Tokens a pass at most.")] = None
@@ -164,7 +164,7 @@ class RunOptions:
         typer.Option(
             "--graphs/--no-graphs",
             help="Launch decodes as CUDA graphs. "
-            "[default: on CUDA, if they take little memory and most layers have no experts]",
+            "\\[default: on CUDA, if they take little memory and most layers have no experts]",
         ),
     ] = None
 
@@ -173,7 +173,7 @@ class RunOptions:
         typer.Option(
             min=1e-6,
             help="GB/s between nodes, where stages are on several: 0.0125 for 100 Mbit/s, not measured then. "
-            "[default: measured]",
+            "\\[default: measured]",
         ),
     ] = None
     network_latency: Annotated[
@@ -201,20 +201,20 @@ class RunOptions:
         typer.Option(
             min=0,
             help="Adapters on each device at once; others wait in host memory or in their directories. "
-            "[default: as many as are named, at most 8]",
+            "\\[default: as many as are named, at most 8]",
         ),
     ] = None
     adapter_rank: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="The largest rank that slots have room for. [default: that of the adapters named, else 16]",
+            help="The largest rank that slots have room for. \\[default: that of the adapters named, else 16]",
         ),
     ] = None
     adapter_host_memory: Annotated[
         str | None,
         typer.Option(
-            help="Of a stage's host memory, for adapters. [default: 256MiB, where there are slots]"
+            help="Of a stage's host memory, for adapters. \\[default: 256MiB, where there are slots]"
         ),
     ] = None
 

@@ -20,11 +20,11 @@ def profile_run(
         Path | None, typer.Option(help="Rows to run instead of random prompts, as generate does.")
     ] = None,
     sequences: Annotated[
-        int | None, typer.Option(min=1, help="Random prompts. [default: as many as run at once]")
+        int | None, typer.Option(min=1, help="Random prompts. \\[default: as many as run at once]")
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Each with its answer. [default: the context that is planned]"),
+        typer.Option(min=2, help="Each with its answer. \\[default: the context that is planned]"),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="The load's time at most.")] = 60.0,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,

@@ -44,7 +44,7 @@ def prune_model(
     ] = None,
     method: Annotated[
         Method | None,
-        typer.Option(help="What decides which weights become zero. [default: wanda]"),
+        typer.Option(help="What decides which weights become zero. \\[default: wanda]"),
     ] = None,
     format: Annotated[
         PruneFormat, typer.Option(help="Of the layers' matrices, as of `headrace convert`.")
@@ -56,7 +56,7 @@ def prune_model(
         int, typer.Option(min=2, help="Of each calibration text.")
     ] = 16384,
     calibration_context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window of it. [default: up to 1024]")
+        int | None, typer.Option(min=2, help="Tokens of a window of it. \\[default: up to 1024]")
     ] = None,
     gate: Annotated[
         Path | None,

@@ -31,14 +31,14 @@ class RingOptions:
         StorageChoice.AUTO
     )
     address: Annotated[
-        str | None, typer.Option(help="A Ray cluster to run on. [default: one of its own, here]")
+        str | None, typer.Option(help="A Ray cluster to run on. \\[default: one of its own, here]")
     ] = None
     interface: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|NETWORK",
             help="With --address, what stages speak over: an interface that all machines have, such as"
-            " eth1, or the one of each that is in a network such as 10.0.0.0/24. [default: Ray's]",
+            " eth1, or the one of each that is in a network such as 10.0.0.0/24. \\[default: Ray's]",
         ),
     ] = None
     rendezvous_port: Annotated[
@@ -55,7 +55,7 @@ class RingOptions:
             min=1,
             max=65535,
             help="Where the Ray cluster of the run's own shows Prometheus its metrics, on all of the"
-            " machine's addresses. [default: a port that Ray chooses]",
+            " machine's addresses. \\[default: a port that Ray chooses]",
         ),
     ] = None
     cold: ColdOption = None

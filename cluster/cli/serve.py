@@ -30,7 +30,8 @@ def serve(
         typer.Option(min=0, max=65535, help="Serve gRPC, too, at this port. 0 takes a free one."),
     ] = None,
     model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model. [default: the store's folder]")
+        str | None,
+        typer.Option(help="What clients call the model. \\[default: the store's folder]"),
     ] = None,
     api_keys: Annotated[
         Path | None, typer.Option(help="Who may use the server: a file that serve-key makes.")
@@ -133,19 +134,19 @@ def serve_key(
     file: Annotated[Path, typer.Option(help="For --api-keys; made if need be.")],
     requests: Annotated[
         int | None,
-        typer.Option(min=1, max=999999, help="At once, at most. [default: any number]"),
+        typer.Option(min=1, max=999999, help="At once, at most. \\[default: any number]"),
     ] = None,
     weight: Annotated[
         int,
         typer.Option(min=1, max=999, help="Its share where keys wait for each other, in parts."),
     ] = 1,
     requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, max=999_999, help="RPM. [default: any number]")
+        int | None, typer.Option(min=1, max=999_999, help="RPM. \\[default: any number]")
     ] = None,
     tokens_per_minute: Annotated[
         int | None,
         typer.Option(
-            min=1, max=999_999_999, help="TPM, of prompts and answers. [default: any number]"
+            min=1, max=999_999_999, help="TPM, of prompts and answers. \\[default: any number]"
         ),
     ] = None,
     operator: Annotated[

@@ -27,7 +27,9 @@ def top(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option(help="All rings of the Ray cluster at HOST:PORT. [default: of this machine]"),
+        typer.Option(
+            help="All rings of the Ray cluster at HOST:PORT. \\[default: of this machine]"
+        ),
     ] = None,
     key_file: KeyFile = None,
     ca_file: CaFile = None,

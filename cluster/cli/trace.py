@@ -31,7 +31,7 @@ def trace_ring(
     seconds: Annotated[
         float | None,
         typer.Option(
-            min=0.1, max=300, help="End then at the latest. [default: 10; with --passes 300]"
+            min=0.1, max=300, help="End then at the latest. \\[default: 10; with --passes 300]"
         ),
     ] = None,
     key_file: KeyFile = None,
