@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from headrace.cluster.cli.calibrate_options import CalibrationOptions
 from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.evaluation.corpus import CHARACTERS, special_prefix, tokenizer_of
+from headrace.cluster.given_files import read_text
 from headrace.cluster.run_plan import resolve_device
 from headrace.runtime.calibration.calibrate import Calibration
 from headrace.runtime.calibration.encoding import CALIBRATED
@@ -100,7 +101,7 @@ def sequences(checkpoint: Path, file: Path, tokens: int, context: int | None) ->
             f"--calibration-tokens {tokens} make no sequence of {length} tokens: give more, or a smaller "
             "--calibration-context"
         )
-    text = _read(file, wanted * step * CHARACTERS)
+    text = read_text("--calibrate", file, wanted * step * CHARACTERS)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     count = min(len(ids) // step, wanted)
     if not count:
@@ -115,18 +116,6 @@ def sequences(checkpoint: Path, file: Path, tokens: int, context: int | None) ->
 def _longest(config: PretrainedConfig) -> int:
     limits = (getattr(config, "max_position_embeddings", None), context_limit(config))
     return min((limit for limit in limits if limit), default=CONTEXT)
-
-
-def _read(file: Path, characters: int) -> str:
-    try:
-        with file.open(encoding="utf-8") as stream:
-            return stream.read(characters)
-    except OSError as error:
-        raise HeadraceError(f"cannot read --calibrate {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise HeadraceError(
-            f"--calibrate {file} is no UTF-8 text (byte {error.start}: {error.reason})"
-        ) from error
 
 
 def roundings(tally: Tally) -> RenderableType:

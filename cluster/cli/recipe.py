@@ -6,6 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from headrace.cluster.given_files import read_yaml
 from headrace.runtime.conversion.affine import BITS, GROUP_SIZE
 from headrace.runtime.sensitivity.candidates import Candidates
 from headrace.runtime.sensitivity.choose import Mix, rules_of
@@ -88,12 +89,7 @@ def refuse_taken(file: Path) -> None:
 
 def read_recipe(file: Path) -> Recipe:
     """Raises HeadraceError, naming what is wrong in the file."""
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HeadraceError(f"cannot read --recipe {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HeadraceError(f"--recipe {file} is no YAML: {error}") from error
+    given = read_yaml("--recipe", file)
     try:
         return Recipe.model_validate(given)
     except ValidationError as error:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headrace.cluster.given_files import read_text
 from headrace.cluster.tokenizer import load_tokenizer
 from headrace.runtime.evaluation.windows import Windows, cut_windows
 from headrace.runtime.store import Store
@@ -31,7 +32,7 @@ class Corpus:
         self.files = files
         self.tokenizer = tokenizer_of(model)
         self._path, self._tokens = model.path, tokens
-        self._texts = [_read(file, tokens * CHARACTERS) for file in files]
+        self._texts = [read_text("--text", file, tokens * CHARACTERS) for file in files]
         self.prefix = special_prefix(self.tokenizer)
         self._ids = self._tokenized(self.tokenizer)
 
@@ -80,15 +81,3 @@ def special_prefix(tokenizer: Any) -> list[int]:
     starts = range(len(whole) - len(bare) + 1)
     start = next((i for i in starts if whole[i : i + len(bare)] == bare), 0)
     return whole[:start]
-
-
-def _read(file: Path, characters: int) -> str:
-    try:
-        with file.open(encoding="utf-8") as stream:
-            return stream.read(characters)
-    except OSError as error:
-        raise HeadraceError(f"cannot read --text {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise HeadraceError(
-            f"--text {file} is no UTF-8 text (byte {error.start}: {error.reason})"
-        ) from error

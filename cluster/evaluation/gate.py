@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headrace.cluster.evaluation.results import Evaluation, StoreFigures
+from headrace.cluster.given_files import read_yaml
 from headrace.scheduler.errors import HeadraceError
 
 
@@ -65,12 +65,7 @@ class Gate(BaseModel):
 
 def read_gate(file: Path) -> Gate:
     """Raises HeadraceError, naming what is wrong in the file."""
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HeadraceError(f"cannot read --gate {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HeadraceError(f"--gate {file} is no YAML: {error}") from error
+    given = read_yaml("--gate", file)
     names = ", ".join(Gate.model_fields)
     if not isinstance(given, dict) or not given:
         raise HeadraceError(

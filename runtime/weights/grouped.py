@@ -1,5 +1,6 @@
 """Weights whose parts are rows of codes and, for each row, scales of groups of its columns."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from math import prod
@@ -52,9 +53,9 @@ class GroupedWeight(Weight):
         # Only who asks for the values themselves pays for this: products reorder x instead.
         return torch.empty_like(values).index_copy_(-1, self._order.long(), values)
 
+    @abstractmethod
     def _fill(self, out: Tensor) -> Tensor:
         """Write the codes' values, [rows, columns] in the codes' order, into `out`."""
-        raise NotImplementedError
 
     def linear(
         self,
