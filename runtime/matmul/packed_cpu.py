@@ -23,7 +23,7 @@ from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.dequantize import dequantize_4bit
 from headrace.runtime.weights.four_bit import FourBitWeight
 from headrace.runtime.weights.view import parts_of, view_weight
-from headrace.runtime.weights.weight import Scratch, Weight
+from headrace.runtime.weights.weight import Scratch, Weight, room_for
 
 log = logging.getLogger(__name__)
 
@@ -119,9 +119,7 @@ class PackedWeight(FourBitWeight):
         return scales.T.to(torch.bfloat16).contiguous()
 
     def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
-        out = scratch.take(tuple(self.shape), dtype) if scratch else None
-        if out is None:
-            out = torch.empty(self.shape, dtype=dtype)
+        out = room_for(tuple(self.shape), dtype, torch.device("cpu"), scratch)
         spec, columns = self._spec, self.shape[-1]
         groups = self._packed.view(-1, GROUP, columns // 2)
         scales = self._scales().view(len(groups), -1)

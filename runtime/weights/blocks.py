@@ -7,7 +7,7 @@ from torch import Tensor
 
 from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.small_floats import fp8_values
-from headrace.runtime.weights.weight import Scratch, Weight
+from headrace.runtime.weights.weight import Scratch, Weight, room_for
 
 
 class Fp8Weight(Weight):
@@ -38,9 +38,7 @@ class Fp8Weight(Weight):
 
     def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
         shape = tuple(self.shape)
-        out = scratch.take(shape, dtype) if scratch else None
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=self._data.device)
+        out = room_for(shape, dtype, self._data.device, scratch)
         for data, scale, values in zip(
             self._data, self._scale, out.view(self._data.shape), strict=True
         ):

@@ -11,7 +11,7 @@ from headrace.runtime.matmul.configs import Codes
 from headrace.runtime.matmul.few_rows import multiply
 from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.dequantize import dequantize_4bit
-from headrace.runtime.weights.weight import Scratch, Weight, tracer_of
+from headrace.runtime.weights.weight import Scratch, Weight, room_for, tracer_of
 
 
 class FourBitWeight(Weight):
@@ -76,9 +76,7 @@ class FourBitWeight(Weight):
         # The CPU kernel counts scales from each row's start, which holds for whole blocks only.
         flat = self.shape[-1] % spec.blocksize != 0
         shape = (1, self.shape.numel()) if flat else tuple(self.shape)
-        out = scratch.take(shape, dtype) if scratch else None
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=self._packed.device)
+        out = room_for(shape, dtype, self._packed.device, scratch)
         packed = self._packed.view(-1, 1)
         dequantize_4bit(packed, self._scales(), spec.blocksize, spec.format, shape, out)
         return out.view(self.shape)

@@ -13,7 +13,7 @@ from headrace.runtime.matmul.few_rows import multiply
 from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.affine import int3_values, int4_values, int8_values
 from headrace.runtime.weights.small_floats import mxfp4_values
-from headrace.runtime.weights.weight import Scratch, Weight, tracer_of
+from headrace.runtime.weights.weight import Scratch, Weight, room_for, tracer_of
 
 
 class GroupedWeight(Weight):
@@ -44,9 +44,7 @@ class GroupedWeight(Weight):
 
     def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
         shape = tuple(self.shape)
-        out = scratch.take(shape, dtype) if scratch else None
-        if out is None:
-            out = torch.empty(shape, dtype=dtype, device=self._parts["data"].device)
+        out = room_for(shape, dtype, self._parts["data"].device, scratch)
         values = self._fill(out.view(-1, shape[-1])).view(shape)
         if self._order is None:
             return values

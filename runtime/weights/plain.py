@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from headrace.runtime.weights.weight import Scratch, Weight
+from headrace.runtime.weights.weight import Scratch, Weight, room_for
 
 
 class RawWeight(Weight):
@@ -44,8 +44,6 @@ class Int8Weight(Weight):
 
     def dense(self, dtype: torch.dtype, scratch: Scratch | None = None) -> Tensor:
         data = self._data.view(self.shape)
-        out = scratch.take(data.shape, dtype) if scratch else None
-        if out is None:
-            out = torch.empty(data.shape, dtype=dtype, device=data.device)
+        out = room_for(data.shape, dtype, data.device, scratch)
         # Multiplied in float32 and rounded once.
         return torch.mul(data, self._scale.view(*data.shape[:-1], 1) / 127, out=out)

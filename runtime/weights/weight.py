@@ -42,6 +42,14 @@ class Scratch:
         return self._buffer[:size].view(shape)
 
 
+def room_for(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scratch: Scratch | None
+) -> Tensor:
+    """Where values are dequantized to: the scratch, if it can serve, else memory of its own."""
+    taken = scratch.take(shape, dtype) if scratch else None
+    return torch.empty(shape, dtype=dtype, device=device) if taken is None else taken
+
+
 class Weight(ABC):
     """A logical weight of `shape`, backed by views of a block's bytes."""
 
