@@ -70,3 +70,8 @@ def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> float:
     """The mean squared error of the outputs, summed over them, when `values` stand for `weight` [N, K]."""
     difference = values - weight
     return float((difference @ gram).mul_(difference).sum())
+
+
+def output_size(weight: Tensor, gram: Tensor) -> float:
+    """The mean square of the outputs of `weight` [N, K], summed over them."""
+    return float((weight @ gram).mul_(weight).sum())

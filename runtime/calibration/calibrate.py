@@ -140,7 +140,14 @@ class Calibrator:
         self._skeleton_facts(dtype)
         context = chosen.tokens.shape[1]
         self._room = Room.of(
-            self._model, self._plan, dtype, context, chosen.device, chosen.device_memory
+            self._model,
+            self._plan,
+            dtype,
+            context,
+            chosen.device,
+            chosen.device_memory,
+            method=chosen.method,
+            has_head=False,
         )
         self._sweep = self._stack.enter_context(
             Sweep(
@@ -149,6 +156,7 @@ class Calibrator:
                 dtype,
                 context=context,
                 device_memory=self._room.sweep_bytes,
+                with_head=False,
             )
         )
         self._states = self._stack.enter_context(self._sweep.embed(chosen.tokens))

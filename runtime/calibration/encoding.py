@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from headrace.runtime.calibration.awq import output_error
-from headrace.runtime.calibration.gptq import gptq
+from headrace.runtime.calibration.awq import output_error, output_size
+from headrace.runtime.calibration.gptq import Factor, gptq
 from headrace.runtime.calibration.grids import (
     AffineGrid,
     Errors,
@@ -39,14 +39,39 @@ CALIBRATED = ("int4", "int3", "nf4", "int8")
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is known of a matrix's inputs x [K] float32: mean squares [K]; and the means of x x' [K, K] for
+    awq, or what gptq makes of them."""
+
+    squares: Tensor
+    gram: Tensor | None
+    factor: Factor | None
+
+    @classmethod
+    def of(cls, gram: Tensor, method: Method) -> "Inputs":
+        """`gram` [K, K] is kept for awq alone: whoever has no need of it lets go of it."""
+        if method == "awq":
+            return cls(gram.diagonal(), gram, None)
+        return cls(gram.diagonal().clone(), None, Factor.of(gram))
+
+
+@dataclass(frozen=True, slots=True)
 class Rounded:
-    """Codes [N, K] on the host, and their grid; `absmax` are NF4's scales where those are quantized, too. `error` is the
-    outputs' squared error over their square, by the inputs seen, None where there were none."""
+    """Codes [N, K], small whole numbers, and their grid; `absmax` are NF4's scales where those are quantized, too.
+    `error` is the outputs' squared error over their square, by the inputs seen, None where there were none."""
 
     codes: Tensor
     grid: Grid
     absmax: Tensor | None
     error: float | None
+
+    @property
+    def values(self) -> Tensor:
+        """What the codes stand for, [N, K] float32."""
+        return self.grid.values(self.codes)
+
+    def on_host(self) -> "Rounded":
+        return replace(self, codes=self.codes.cpu())
 
 
 def block_of(plan: WeightPlan) -> int:
@@ -97,46 +122,26 @@ def nearest(plan: WeightPlan) -> Callable[[Tensor], Tensor]:
     return lambda weight: make_grid(plan, weight)[0].round(weight)[1]
 
 
-def round_matrix(plan: WeightPlan, weight: Tensor, gram: Tensor | None, method: Method) -> Rounded:
-    """`weight` [N, K] float32, given inputs' second moments [K, K]; to nearest where there are none."""
-    found = chosen(plan, weight, gram, method)
-    codes = _small(plan, found.codes)
-    if gram is None:
-        return Rounded(codes, found.grid, found.absmax, None)
-    size = output_error(torch.zeros_like(weight), weight, gram)
-    error = output_error(weight, found.values, gram) / size if size > 0 else None
-    return Rounded(codes, found.grid, found.absmax, error)
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Codes and the values that they stand for, both [N, K] float32; the rest as in Rounded."""
-
-    codes: Tensor
-    values: Tensor
-    grid: Grid
-    absmax: Tensor | None
-
-
-def chosen(plan: WeightPlan, weight: Tensor, gram: Tensor | None, method: Method) -> Chosen:
-    """`round_matrix` before anything is packed."""
-    if gram is None:
+def round_matrix(plan: WeightPlan, weight: Tensor, inputs: Inputs | None) -> Rounded:
+    """`weight` [N, K] float32, by what is known of its inputs; to nearest where nothing is."""
+    if inputs is None:
         grid, absmax = make_grid(plan, weight)
-        return Chosen(*grid.round(weight), grid, absmax)
+        return Rounded(grid.round(weight)[0].to(grid.dtype), grid, absmax, None)
     block = block_of(plan)
-    if method == "gptq":
-        # What an error costs beside others, which later columns make up for, is its column's part.
-        grid, absmax = make_grid(plan, weight, weighted_squares(gram.diagonal(), block))
-        return Chosen(*gptq(weight, gram, grid), grid, absmax)
-    whole = weight.shape[-1] % block == 0
-    errors = output_errors(gram, block) if whole else weighted_squares(gram.diagonal(), block)
+    # What an error costs beside others: with gptq, where later columns make up for those, its column's part.
+    errors = weighted_squares(inputs.squares, block)
+    if inputs.factor is not None:
+        grid, absmax = make_grid(plan, weight, errors)
+        codes, error = gptq(weight, inputs.factor, grid)
+        return Rounded(codes, grid, absmax, error)
+    gram = inputs.gram
+    assert gram is not None
+    if weight.shape[-1] % block == 0:
+        errors = output_errors(gram, block)
     grid, absmax = make_grid(plan, weight, errors)
-    return Chosen(*grid.round(weight), grid, absmax)
-
-
-def _small(plan: WeightPlan, codes: Tensor) -> Tensor:
-    """In a byte each, on the host."""
-    return codes.to(torch.int8 if plan.format == "int8" else torch.uint8).cpu()
+    codes, values = grid.round(weight)
+    error, size = output_error(weight, values, gram), output_size(weight, gram)
+    return Rounded(codes.to(grid.dtype), grid, absmax, error / size if size > 0 else None)
 
 
 def stored(plan: WeightPlan, matrices: list[Rounded]) -> list[tuple[str, Tensor]]:

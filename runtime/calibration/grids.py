@@ -5,7 +5,7 @@ row (a group), or a whole row. Where K is no multiple of the block, a block goes
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -30,9 +30,19 @@ class Grid(Protocol):
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Of all weights [N, K] float32: codes and values of that shape."""
 
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes [N, K] stand for, float32."""
+
+    def of_columns(self, columns: Tensor, rows: int) -> "Grid":
+        """Of these columns of `rows` rows alone: [rows, columns], a number for each element."""
+
     @property
     def numbers(self) -> tuple[Tensor, ...]:
         """What is kept of each block."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The smallest that codes fit into."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +57,27 @@ class AffineGrid:
     columns: int
 
     def nearest(self, column: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        index = _block_of_rows(len(weights), self.columns, column, self.block, weights.device)
+        where = torch.tensor([column], device=weights.device)
+        index = _blocks(len(weights), self.columns, where, self.block)
         return self._round(weights, self.scale[index], self.zero[index])
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = (_spread(each, weight, self.block) for each in (self.scale, self.zero))
         return self._round(weight, scale, zero)
+
+    def values(self, codes: Tensor) -> Tensor:
+        scale, zero = (_spread(each, codes, self.block) for each in (self.scale, self.zero))
+        return (codes - zero).mul_(scale)
+
+    def of_columns(self, columns: Tensor, rows: int) -> "AffineGrid":
+        index = _blocks(rows, self.columns, columns, self.block)
+        return replace(
+            self, scale=self.scale[index], zero=self.zero[index], block=1, columns=len(columns)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int8 if self.low < 0 else torch.uint8
 
     def _round(self, weights: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
         codes = torch.round(weights / scale).add_(zero).clamp_(self.low, self.high)
@@ -77,11 +102,23 @@ class TableGrid:
         object.__setattr__(self, "_borders", (self.table[1:] + self.table[:-1]) / 2)
 
     def nearest(self, column: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        index = _block_of_rows(len(weights), self.columns, column, self.block, weights.device)
+        where = torch.tensor([column], device=weights.device)
+        index = _blocks(len(weights), self.columns, where, self.block)
         return self._round(weights, self.scale[index])
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return self._round(weight, _spread(self.scale, weight, self.block))
+
+    def values(self, codes: Tensor) -> Tensor:
+        return self.table[codes.int()].mul_(_spread(self.scale, codes, self.block))
+
+    def of_columns(self, columns: Tensor, rows: int) -> "TableGrid":
+        index = _blocks(rows, self.columns, columns, self.block)
+        return TableGrid(self.scale[index], self.table, 1, len(columns))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
 
     def _round(self, weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         # A block of zeros has scale 0 and stays zeros.
@@ -94,11 +131,10 @@ class TableGrid:
         return (self.scale,)
 
 
-def _block_of_rows(
-    rows: int, columns: int, column: int, block: int, device: torch.device
-) -> Tensor:
-    """The blocks of one column's elements, [rows]."""
-    return (torch.arange(rows, device=device) * columns + column) // block
+def _blocks(rows: int, width: int, columns: Tensor, block: int) -> Tensor:
+    """The blocks of these columns' elements, of rows of `width`: [rows * columns]."""
+    starts = torch.arange(rows, device=columns.device)[:, None] * width
+    return (starts + columns).view(-1) // block
 
 
 def _spread(each: Tensor, weight: Tensor, block: int) -> Tensor:
@@ -158,7 +194,8 @@ def table_grid(
     return TableGrid(scale, table, block, weight.shape[-1])
 
 
-_BLOCKS_AT_ONCE = 1 << 16
+_ELEMENTS = 1 << 23
+"""Weights that are fitted at a time."""
 
 Fit = Callable[[Tensor, float], Grid]
 """A grid for blocks [blocks, block], each of which is a row; the range that it covers times a ratio."""
@@ -172,8 +209,9 @@ def _fitted(weight: Tensor, block: int, fit: Fit, errors: Errors | None) -> list
         flat = torch.cat((flat, flat.new_zeros(short)))
     found = []
     blocks = flat.view(-1, block)
-    for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
-        some = blocks[first : first + _BLOCKS_AT_ONCE]
+    at_once = max(1, _ELEMENTS // block)
+    for first in range(0, len(blocks), at_once):
+        some = blocks[first : first + at_once]
         if errors is None:
             found.append(fit(some, 1.0).numbers)
         else:

@@ -12,6 +12,7 @@ from headrace.runtime.binding import View
 from headrace.runtime.calibration.awq import search_scales
 from headrace.runtime.calibration.encoding import (
     CALIBRATED,
+    Inputs,
     Method,
     Rounded,
     is_double,
@@ -186,22 +187,27 @@ class LayerCalibration:
         if moments.count < FEWEST_TOKENS:
             for matrix in mine:
                 tally.too_few[_called(matrix)] = moments.count
-                tally.counts["to nearest, given too few tokens"] += 1
-                plan = self._plans[matrix[0]]
-                self._rounded[matrix] = round_matrix(plan, self._values(matrix), None, self._method)
+                self._put(matrix, self._values(matrix), None)
+            tally.counts["to nearest, given too few tokens"] += len(mine)
             return
-        gram, magnitude = moments.means()
+        gram, magnitude = moments.take_means()
         scales = None if fold is None else self._scales(mine, gram, magnitude, fold)
         if scales is not None:
             gram = gram / scales / scales[:, None]
+        inputs = Inputs.of(gram, self._method)
+        del gram  # gptq has made something as large of it
         for matrix in mine:
             values = self._values(matrix) if scales is None else self._values(matrix) * scales
-            rounded = round_matrix(self._plans[matrix[0]], values, gram, self._method)
-            self._rounded[matrix] = rounded
-            if rounded.error is not None:
-                tally.errors.append(rounded.error)
-            alone = self._method == "awq" and scales is None
-            tally.counts[UNSCALED if alone else self._method] += 1
+            error = self._put(matrix, values, inputs)
+            if error is not None:
+                tally.errors.append(error)
+        alone = self._method == "awq" and scales is None
+        tally.counts[UNSCALED if alone else self._method] += len(mine)
+
+    def _put(self, matrix: Matrix, values: Tensor, inputs: Inputs | None) -> float | None:
+        rounded = round_matrix(self._plans[matrix[0]], values, inputs)
+        self._rounded[matrix] = rounded.on_host()
+        return rounded.error
 
     def _scales(
         self, group: Sequence[Matrix], gram: Tensor, magnitude: Tensor, fold: Fold

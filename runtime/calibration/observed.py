@@ -11,7 +11,10 @@ Matrix = tuple[str, int | None]
 """A tensor's name, and the expert where the tensor is a stack of several experts' matrices."""
 
 _ROWS = 4096
-"""Rows of inputs that are float32 at a time."""
+"""Rows of inputs that are taken in at a time."""
+
+_COLUMNS = 2048
+"""Rows of the sums that are added to at a time."""
 
 
 class Moments:
@@ -25,17 +28,25 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Takes in x [..., K]."""
         for rows in x.reshape(-1, x.shape[-1]).split(_ROWS):
-            wide = rows.float()
-            self._gram.addmm_(wide.T, wide)
-            self._magnitude += wide.abs().sum(dim=0)
-            self.count += len(wide)
+            if rows.is_cuda and rows.dtype != torch.float32:
+                self._add_narrow(rows)
+            else:
+                wide = rows.float()
+                self._gram.addmm_(wide.T, wide)
+            self._magnitude += rows.abs().sum(dim=0, dtype=torch.float32)
+            self.count += len(rows)
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """The means of x x' and |x|: the sums, divided where they lie, so that nothing can be added."""
+    def _add_narrow(self, x: Tensor) -> None:
+        """Tensor cores multiply 16 bits exactly and sum in float32, ten times as fast as in float32."""
+        for part, columns in zip(self._gram.split(_COLUMNS), x.split(_COLUMNS, dim=1), strict=True):
+            part += torch.mm(columns.T, x, out_dtype=torch.float32)
+
+    def take_means(self) -> tuple[Tensor, Tensor]:
+        """The means of x x' and |x|: the sums, divided where they lie, which are then no longer kept here."""
         assert self.count
-        self._gram /= self.count
-        self._magnitude /= self.count
-        return self._gram, self._magnitude
+        gram, self._gram = self._gram, torch.empty(0)
+        gram /= self.count
+        return gram, self._magnitude / self.count
 
 
 class Watched(Weight):

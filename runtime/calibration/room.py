@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 
-from headrace.runtime.calibration.encoding import CALIBRATED
+from headrace.runtime.calibration.encoding import CALIBRATED, Method
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.plan import ConversionPlan
 from headrace.runtime.shape import model_shape
@@ -15,11 +15,17 @@ from headrace.runtime.sweep.source import CheckpointModel
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.sizes import format_size
 
-_MOMENTS = 4
-"""Matrices as large as second moments that a rounding makes: reordered, a factor, and its inverse."""
+_GPTQ_MATRICES = 4
+"""Matrices as large as the weights in float32: those themselves, reordered, a product, and codes."""
 
-_MATRICES = 8
-"""Matrices as large as the weights in float32: those that share an input, codes, values and differences."""
+_GPTQ_COLUMN = 12 << 10
+"""Bytes that making a factor takes for each of its columns beside it."""
+
+_AWQ_MATRICES = 8
+"""As large as the weights in float32: those that share an input, scaled, codes, values and differences."""
+
+_AWQ_MOMENTS = 4
+"""As large as second moments: scaled ones, and what leads to them."""
 
 _SHARE = 4
 """By default, second moments take at most one part in so many of the memory that is free."""
@@ -41,18 +47,22 @@ class Room:
         context: int,
         device: torch.device,
         device_memory: int | None,
+        *,
+        method: Method,
+        has_head: bool,
         beside: int = 0,
     ) -> "Room":
-        """`beside` bytes are for what else there is.
+        """`beside` bytes are for what else there is; `has_head`, whether the sweep makes logits.
 
         Raises DoesNotFitError, with the figure that is needed, where `device_memory` does not do."""
         if device_memory is None:
             is_cuda = device.type == "cuda"
             free = torch.cuda.mem_get_info(device)[0] if is_cuda else available_memory()
             return cls(None, free // _SHARE)
-        work, gram = rounding_bytes(plan)
+        work, gram = rounding_bytes(plan, method)
         work += beside
-        least = sweep_bytes(model_shape(model, dtype), context, FEWEST_TOKENS)
+        shape = model_shape(model, dtype)
+        least = sweep_bytes(shape, context, FEWEST_TOKENS, has_head=has_head)
         needed = work + gram + least
         if needed > device_memory:
             raise DoesNotFitError(
@@ -65,19 +75,30 @@ class Room:
         return cls(least + spare, gram + spare)
 
 
-def rounding_bytes(plan: ConversionPlan) -> tuple[int, int]:
-    """Bytes for rounding the matrix that takes most, with a layer as it is written; and for the second
-    moments of the one with most columns."""
+def rounding_bytes(plan: ConversionPlan, method: Method) -> tuple[int, int]:
+    """Bytes for rounding the matrix that takes most, or for a layer as it is written, which comes after; and for the
+    second moments of the matrix with most columns."""
     matrices = [
         _matrix(weight)
         for block in plan.blocks[1:-1]
         for weight in block.weights
         if weight.encoded and weight.format in CALIBRATED
     ]
-    work = [4 * columns * (_MATRICES * rows + _MOMENTS * columns) for rows, columns in matrices]
+    of_one = _awq_bytes if method == "awq" else _gptq_bytes
+    work = [of_one(rows, columns) for rows, columns in matrices]
     written = max(block.layout.nbytes for block in plan.blocks[1:-1])
     grams = (4 * columns * columns for _, columns in matrices)
-    return max(work, default=0) + written, max(grams, default=0)
+    return max(*work, written), max(grams, default=0)
+
+
+def _gptq_bytes(rows: int, columns: int) -> int:
+    """Beside the second moments, which are gone when the weights come."""
+    factor = 4 * columns * columns + _GPTQ_COLUMN * columns
+    return max(factor, 4 * _GPTQ_MATRICES * rows * columns)
+
+
+def _awq_bytes(rows: int, columns: int) -> int:
+    return 4 * columns * (_AWQ_MATRICES * rows + _AWQ_MOMENTS * columns)
 
 
 def _matrix(weight: WeightPlan) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headrace.runtime.calibration.encoding import CALIBRATED, chosen
+from headrace.runtime.calibration.encoding import CALIBRATED, Inputs, round_matrix
 from headrace.runtime.calibration.layer import LayerCalibration, short_sample
 from headrace.runtime.calibration.layer_weights import LayerWeights
 from headrace.runtime.calibration.observed import Collector, Matrix, Moments, Watched, batches
@@ -129,24 +129,26 @@ class LayerTrial:
         reference: Tensor,
         moments: Moments | None,
     ) -> Iterator[Tried]:
-        gram = None if moments is None else moments.means()[0]
+        inputs = None
+        if moments is not None:
+            assert self._rounding != "nearest"
+            inputs = Inputs.of(moments.take_means()[0], self._rounding)
         for fmt in self._candidates.formats:
             if fmt != KEEP:
                 with self._weights.restored(*names):
                     for name in names:
-                        self._put(name, fmt, gram)
+                        self._put(name, fmt, inputs)
                     output = self._output(sample)
                 yield Tried(names, fmt, output, relative_error(output, reference))
 
-    def _put(self, name: str, fmt: str, gram: Tensor | None) -> None:
+    def _put(self, name: str, fmt: str, inputs: Inputs | None) -> None:
         """Writes the rounded values where the layer has its own, a matrix of a stack at a time."""
         raw = self._weights.raw(name)
         for matrix in raw if raw.dim() == 3 else [raw]:
             values = matrix.float().view(-1, matrix.shape[-1])
-            matrix.copy_(self._rounded(name, values, fmt, gram).view(matrix.shape))
+            matrix.copy_(self._rounded(name, values, fmt, inputs).view(matrix.shape))
 
-    def _rounded(self, name: str, values: Tensor, fmt: str, gram: Tensor | None) -> Tensor:
-        if gram is None or fmt not in CALIBRATED:
+    def _rounded(self, name: str, values: Tensor, fmt: str, inputs: Inputs | None) -> Tensor:
+        if inputs is None or fmt not in CALIBRATED:
             return self._candidates.rounding(name, fmt)(values)
-        assert self._rounding != "nearest"
-        return chosen(self._candidates.of(name, fmt), values, gram, self._rounding).values
+        return round_matrix(self._candidates.of(name, fmt), values, inputs).values

@@ -130,7 +130,15 @@ class _Measuring:
         # What is rounded is kept beside it as it was.
         beside = max(block.nbytes for block in self._model.layers)
         room = Room.of(
-            self._model, candidates.plan, torch.float32, context, device, device_memory, beside
+            self._model,
+            candidates.plan,
+            torch.float32,
+            context,
+            device,
+            device_memory,
+            method="awq" if rounding == "awq" else "gptq",
+            has_head=True,
+            beside=beside,
         )
         self._moments_bytes = room.gram_bytes
         with ExitStack() as stack:

@@ -43,30 +43,40 @@ def pages_of(context: int, tokens: int) -> int:
     return max(1, tokens // context) * -(-context // PAGE_TOKENS)
 
 
-def sweep_bytes(shape: ModelShape, context: int, tokens: int) -> int:
-    """Device memory for micro-batches of `tokens` tokens: two layers, the head, a layer's pages, and
-    what is computed."""
+def sweep_bytes(shape: ModelShape, context: int, tokens: int, *, has_head: bool = True) -> int:
+    """Device memory for micro-batches of `tokens` tokens: two layers, the head if there is one, a layer's pages,
+    and what is computed."""
     layout = Layout((), (tuple(range(shape.num_layers)),), RING_SLOTS, tokens, 1, 1)
     ring = RING_SLOTS * max(shape.layer_bytes)
     # Layers of unlike shapes have pages of their own.
     pages = pages_of(context, tokens) * sum(set(shape.layer_kv_bytes))
     scratch = shape.largest_matrix * shape.compute_bytes if shape.needs_scratch else 0
     logits = LOGITS_AT_ONCE * 4 * logit_rows(shape.vocab_size) * shape.vocab_size
-    computing = max(activation_bytes(shape, layout, has_head=False), logits)
-    return ring + shape.head_bytes + scratch + pages + computing
+    computing = activation_bytes(shape, layout, has_head=False)
+    if not has_head:
+        return ring + scratch + pages + computing
+    return ring + shape.head_bytes + scratch + pages + max(computing, logits)
 
 
 def fitting_tokens(
-    shapes: Sequence[ModelShape], context: int, device_memory: int | None, most: int
+    shapes: Sequence[ModelShape],
+    context: int,
+    device_memory: int | None,
+    most: int,
+    *,
+    has_head: bool = True,
 ) -> int:
     """Tokens of a micro-batch, `most` halved until models of all these shapes fit at once.
 
     Raises DoesNotFitError, with the figure that is needed, when no micro-batch is small enough.
     """
     tokens = most
-    while device_memory is not None and _needed(shapes, context, tokens) > device_memory:
+
+    def needed_for(tokens: int) -> int:
+        return sum(sweep_bytes(shape, context, tokens, has_head=has_head) for shape in shapes)
+
+    while device_memory is not None and (needed := needed_for(tokens)) > device_memory:
         if tokens // 2 < FEWEST_TOKENS:
-            needed = _needed(shapes, context, tokens)
             models = "one model" if len(shapes) == 1 else f"{len(shapes)} models at once"
             raise DoesNotFitError(
                 f"a sweep of {models} over sequences of {context} tokens needs {format_size(needed)} "
@@ -76,7 +86,3 @@ def fitting_tokens(
             )
         tokens //= 2
     return tokens
-
-
-def _needed(shapes: Sequence[ModelShape], context: int, tokens: int) -> int:
-    return sum(sweep_bytes(shape, context, tokens) for shape in shapes)

@@ -47,7 +47,7 @@ class Sweep:
     `context` is the longest sequence. A micro-batch has at most `micro_batch_tokens` tokens, by default as
     many as `device_memory` bytes have room for (on CUDA by default most of what is free); a sequence that is longer goes through a layer in parts,
     over its own keys and values. `host_memory` is for hidden states, see `States`; `storage` says how a
-    store's files are read. Raises DoesNotFitError, with the figure, when `device_memory` does not suffice, and
+    store's files are read; `with_head`, whether there are going to be logits. Raises DoesNotFitError, with the figure, when `device_memory` does not suffice, and
     HeadraceError when the model does not go as far as `context`.
     """
 
@@ -63,13 +63,14 @@ class Sweep:
         host_memory: int | None = None,
         directory: Path | None = None,
         storage: str = "auto",
+        with_head: bool = True,
     ) -> None:
         self.model = model
         self.device, self.dtype, self.context = device, dtype, context
         shape = model_shape(model, dtype)
         most = MOST_TOKENS[device.type] if micro_batch_tokens is None else micro_batch_tokens
         budget = device_budget(device, device_memory)
-        self.micro_batch_tokens = fitting_tokens([shape], context, budget, most)
+        self.micro_batch_tokens = fitting_tokens([shape], context, budget, most, has_head=with_head)
         self.vocabulary = shape.vocab_size
         self.logit_rows = logit_rows(shape.vocab_size)
         self._host_memory, self._directory = host_memory, directory
@@ -81,7 +82,7 @@ class Sweep:
                 device=device,
                 dtype=dtype,
                 with_embedding=True,
-                with_head=True,
+                with_head=with_head,
             )
             stack.callback(self._stage.close)
             _refuse_context(self._stage, context, model)

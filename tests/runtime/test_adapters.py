@@ -54,11 +54,11 @@ class Case:
         pairs = enumerate(zip(self.prompts, self.adapters, strict=True))
         return [request(i, prompt, adapter) for i, (prompt, adapter) in pairs]
 
-    def run(self, **plan: Any) -> tuple[list[list[int]], Scheduler]:
+    def run(self, device: str = "cpu", **plan: Any) -> tuple[list[list[int]], Scheduler]:
         given = {"num_pages": 40, "adapter_slots": 8, **plan}
         made = manual_plan(Store.open(self.store), **given)
         scheduler = Scheduler(limits_of(made))
-        with local_ring(self.store, made) as ring:
+        with local_ring(self.store, made, device) as ring:
             outputs = run_all(made, ring, self.requests(), scheduler)
         scheduler.holdings.check_integrity()
         return [outputs[i] for i in range(len(self.said))], scheduler
@@ -89,6 +89,16 @@ def test_eight_adapters_in_one_batch_say_what_merged_models_do(case: Case, stage
 @pytest.mark.parametrize("slots", [1, 3])
 def test_fewer_slots_than_adapters(case: Case, slots: int) -> None:
     assert case.run(stages=2, adapter_slots=slots, ahead=1)[0] == case.said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("slots", [2, 8])
+@pytest.mark.parametrize("graph_rows", [0, 16])
+def test_eight_adapters_on_cuda(case: Case, slots: int, graph_rows: int) -> None:
+    tier = Tier.DEVICE if graph_rows else Tier.HOST
+    said, _ = case.run("cuda", adapter_slots=slots, graph_rows=graph_rows, tier=tier)
+    assert said == case.said
 
 
 def test_requests_that_give_way_come_back_to_their_adapters(llama: Case) -> None:

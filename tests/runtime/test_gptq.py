@@ -5,7 +5,7 @@ import torch
 
 from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.calibration.awq import channel_scales, output_error, search_scales
-from headrace.runtime.calibration.gptq import gptq
+from headrace.runtime.calibration.gptq import Factor, gptq
 from headrace.runtime.calibration.grids import (
     affine_grid,
     output_errors,
@@ -13,6 +13,7 @@ from headrace.runtime.calibration.grids import (
     table_grid,
     weighted_squares,
 )
+from headrace.runtime.calibration.observed import Moments
 
 NF4 = bnb.get_4bit_type("nf4", device="cpu")
 
@@ -57,7 +58,8 @@ def textbook(weight, gram, grid):
 def test_gptq_rounds_as_its_paper_says(kind, block):
     weight, gram, _ = correlated(24, 64)
     grid = grids(weight)[kind]
-    _, values = gptq(weight, gram, grid, block=block)
+    codes, _ = gptq(weight, Factor.of(gram), grid, block=block)
+    values = grid.values(codes)
     torch.testing.assert_close(values, textbook(weight, gram, grid), rtol=1e-5, atol=1e-5)
 
 
@@ -65,10 +67,16 @@ def test_gptq_rounds_as_its_paper_says(kind, block):
 def test_gptq_changes_outputs_less_than_rounding_to_nearest(kind):
     weight, gram, x = correlated(64, 128)
     grid = grids(weight)[kind]
-    codes, values = gptq(weight, gram, grid)
+    codes, share = gptq(weight, Factor.of(gram), grid)
+    values = grid.values(codes)
     nearest = grid.round(weight)[1]
     error = (x @ (values - weight).T).square().sum()
     assert error < 0.5 * (x @ (nearest - weight).T).square().sum()
+    damped = error + len(x) * 0.01 * gram.diagonal().mean() * (values - weight).square().sum()
+    whole = (x @ weight.T).square().sum() + len(x) * 0.01 * gram.diagonal().mean() * (
+        weight.square().sum()
+    )
+    assert share == pytest.approx((damped / whole).item(), rel=1e-3)
     assert torch.equal(grid.round(values)[0], codes.to(grid.round(values)[0].dtype))
 
 
@@ -76,9 +84,9 @@ def test_columns_without_input_are_rounded_to_nearest():
     weight, gram, _ = correlated(8, 64)
     gram[5], gram[:, 5] = 0, 0
     grid = affine_grid(weight, 32)
-    _, values = gptq(weight, gram, grid)
+    values = grid.values(gptq(weight, Factor.of(gram), grid)[0])
     assert torch.equal(values[:, 5], grid.round(weight)[1][:, 5])
-    _, values = gptq(weight, torch.zeros_like(gram), grid)
+    values = grid.values(gptq(weight, Factor.of(torch.zeros_like(gram)), grid)[0])
     assert torch.equal(values, grid.round(weight)[1])
 
 
@@ -86,11 +94,11 @@ def test_inputs_of_too_few_tokens_are_damped():
     weight, _, x = correlated(8, 256)
     few = x[:10]
     grid = affine_grid(weight, 64)
-    _, values = gptq(weight, few.T @ few / 10, grid)
+    values = grid.values(gptq(weight, Factor.of(few.T @ few / 10), grid)[0])
     error = (few @ (values - weight).T).square().sum()
     assert error < 0.1 * (few @ (grid.round(weight)[1] - weight).T).square().sum()
     with pytest.raises(ValueError, match="no finite numbers"):
-        gptq(weight, torch.full((256, 256), torch.nan), grid)
+        Factor.of(torch.full((256, 256), torch.nan))
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (6, 40)])
@@ -155,3 +163,33 @@ def test_scales_of_channels_without_input_are_finite():
     scales = channel_scales(magnitude, 0.5)
     assert torch.equal(scales, torch.tensor([1.0, 1.0, 2.0]) / 2**0.5)
     assert torch.equal(channel_scales(torch.zeros(3), 0.5), torch.ones(3))
+
+
+def test_factors_of_many_columns_are_made_where_they_lie():
+    x = torch.randn(3000, 1500, generator=torch.Generator().manual_seed(4)).double()
+    gram = (x.T @ x / len(x)).float()
+    before = gram.clone()
+    factor = Factor.of(gram)
+    assert torch.equal(gram, before)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(1500)
+    ordered = damped[factor.order][:, factor.order].double()
+    lower = torch.linalg.cholesky(ordered)
+    torch.testing.assert_close(
+        factor.inverse.double() @ lower, torch.eye(1500, dtype=torch.float64), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_moments_on_cuda(dtype):
+    x = torch.randn(5000, 2500, generator=torch.Generator().manual_seed(5)).to(dtype)
+    moments = Moments(2500, torch.device("cuda"))
+    for some in x.cuda().split(1700):
+        moments.add(some)
+    gram, magnitude = moments.take_means()
+    wide = x.double()
+    torch.testing.assert_close(gram.cpu().double(), wide.T @ wide / 5000, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        magnitude.cpu().double(), wide.abs().mean(dim=0), rtol=1e-4, atol=1e-5
+    )
