@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 OVERHEAD_BYTES = 64 << 20
 """What a stage process takes besides what is counted: allocator arenas, buffers of Ray and links."""
 
+SEGMENTS_BYTES = 256 << 20
+"""Of a CUDA budget, which the allocator enforces, what its segments may leave empty: 243 MiB were seen, of 4 GiB that a
+small model's many blocks and its pages were to fill."""
+
 
 def resolve_device(device: str, address: str | None = None) -> str:
     """ "auto" is CUDA where there is any. HeadraceError when CUDA is asked for and absent here.
@@ -84,6 +88,14 @@ def budgets(options: EngineOptions, device: str, found: Sequence[Discovery]) -> 
     return result
 
 
+def _plannable(budget: Budget, device: str) -> Budget:
+    """The budget less what no tensor will have of it."""
+    if device == "cpu":
+        return budget
+    kept = min(SEGMENTS_BYTES, budget.device_memory // 16)
+    return replace(budget, device_memory=budget.device_memory - kept)
+
+
 def choices_of(options: EngineOptions) -> Choices:
     """What the user settles of a plan."""
     slots, rank = adapter_room(options)
@@ -130,7 +142,7 @@ def inputs_of_run(
     return PlanInputs(
         shape,
         profiles,
-        tuple(budgets(options, device, found)),
+        tuple(_plannable(budget, device) for budget in budgets(options, device, found)),
         Workload(context=options.context, min_sequences=options.min_sequences),
         choices_of(options),
         Links.of(profiles, nodes, network),
