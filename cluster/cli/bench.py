@@ -2,44 +2,26 @@
 
 import json as json_module
 import os
-import tempfile
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from headrace.cluster.cli.bench_options import (
+    DirectoryOption,
+    JsonOption,
+    ShapeOptions,
+    folder_of,
+)
 from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import Device, RunOptions
-from headrace.cluster.cli.ring_options import StorageChoice
 from headrace.cluster.cli.sizes import parse_size
 from headrace.scheduler.errors import HeadraceError
 
 app = typer.Typer(
     help="Measure this machine, and what a model's shape reaches on it.", no_args_is_help=True
 )
-
-
-class WeightFormat(str, Enum):
-    NF4 = "nf4"
-    INT8 = "int8"
-    INT4 = "int4"
-    BF16 = "bf16"
-
-
-class TierChoice(str, Enum):
-    AUTO = "auto"
-    DEVICE = "device"
-    HOST = "host"
-    NVME = "nvme"
-
-
-DirectoryOption = Annotated[
-    Path | None,
-    typer.Option(help="On the drive to measure. \\[default: $TMPDIR]", show_default=False),
-]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write everything here, too.")]
 
 
 def check_writable(file: Path | None) -> None:
@@ -51,50 +33,15 @@ def check_writable(file: Path | None) -> None:
 @app.command("run")
 @takes_options
 def run_shape(
-    run: RunOptions,
     shape: Annotated[
         str,
         typer.Argument(
             help="1b, 8b, 70b, 405b, qwen3-30b, qwen3-235b, mixtral-8x7b or deepseek-v3."
         ),
     ] = "8b",
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Its first layers. \\[default: all]")
-    ] = None,
-    format: Annotated[WeightFormat, typer.Option(help="Of the layers.")] = WeightFormat.NF4,
-    tier: Annotated[
-        TierChoice,
-        typer.Option(help="Where streamed layers rest; device: all stay. auto: as generate does."),
-    ] = TierChoice.AUTO,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sequences at once. \\[default: what fits, 256 at most]"),
-    ] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 128,
-    new: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 32,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE, another value in config.json. Repeatable."),
-    ] = None,
-    directory: DirectoryOption = None,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the store there and use it again.")
-    ] = False,
-    storage: Annotated[
-        StorageChoice, typer.Option(help="How weights are read.")
-    ] = StorageChoice.AUTO,
-    local: Annotated[
-        bool, typer.Option("--local", help="One stage in this process, without Ray.")
-    ] = False,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Instead, trace two decode passes into this file; implies --local."),
-    ] = None,
-    cap_host_memory: Annotated[
-        str | None,
-        typer.Option(help="Of this command, page cache included, such as 16GiB. Needs root."),
-    ] = None,
-    json: JsonOption = None,
+    *,
+    options: ShapeOptions,
+    run: RunOptions,
 ) -> None:
     """Run a model's shape with random weights; print what was reached and what bound it.
 
@@ -103,39 +50,32 @@ def run_shape(
     needed: random weights send most tokens to the same few experts of a mixture, real ones may not.
     """
     from headrace.cluster.bench.memory_cap import host_memory_cap
-    from headrace.cluster.bench.run import (
-        Work,
-        check_request,
-        random_store,
-        run_profile,
-        run_work,
-    )
-    from headrace.cluster.bench.shapes import config_of
+    from headrace.cluster.bench.run import check_request, random_store, run_profile, run_work
     from headrace.cluster.cli.bench_tables import profile_table, run_json, run_title, run_view
 
-    check_writable(json)
-    config = config_of(shape, layers, setting or ())
-    work = Work(batch, prompt, new, tier.value, local or profile is not None)
-    options = run.engine(Path(), storage=storage.value)
-    folder = directory or Path(tempfile.gettempdir())
-    check_request(options, work, folder)
+    check_writable(options.json)
+    config, fmt = options.config(shape), options.format.value
+    work, folder, keep = options.work, options.folder, options.keep
+    engine = run.engine(Path(), storage=options.storage.value)
+    check_request(engine, work, folder)
     console = Console()
-    in_memory = work.tier == "host" and options.host_memory is None
+    in_memory = work.tier == "host" and engine.host_memory is None
     with (
-        host_memory_cap(None if cap_host_memory is None else parse_size(cap_host_memory)),
+        host_memory_cap(options.cap),
         console.status(f"writing {shape} to {folder} ...") as status,
-        random_store(folder, config, format.value, in_memory=in_memory, keep=keep) as store,
+        random_store(folder, config, fmt, in_memory=in_memory, keep=keep) as store,
     ):
         status.update("measuring and running ...")
-        title = run_title(shape, config, format.value, options.device)
-        if profile is not None:
-            console.print(profile_table(title, run_profile(options, work, store, profile)))
+        title = run_title(shape, config, fmt, engine.device)
+        if options.profile is not None:
+            found = run_profile(engine, work, store, options.profile)
+            console.print(profile_table(title, found))
             return
-        result = run_work(options, work, store)
+        result = run_work(engine, work, store)
     console.print(run_view(title, work, result))
-    if json is not None:
-        described = run_json(shape, config, format.value, work, result)
-        json.write_text(json_module.dumps(described, indent=1))
+    if options.json is not None:
+        described = run_json(shape, config, fmt, work, result)
+        options.json.write_text(json_module.dumps(described, indent=1))
 
 
 @app.command("io")
@@ -151,7 +91,7 @@ def measure(
     from headrace.cluster.run_plan import resolve_device
 
     check_writable(json)
-    folder = directory or Path(tempfile.gettempdir())
+    folder = folder_of(directory)
     console = Console()
     readings = []
     where, nbytes = resolve_device(device.value), parse_size(size)

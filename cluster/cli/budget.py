@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from headrace.cluster.cli.calibration import Text
-from headrace.cluster.cli.mix_options import MixOptions
+from headrace.cluster.cli.format_options import MixOptions
 from headrace.cluster.cli.recipe import read_recipe, recipe_of, refuse_taken, write_recipe
 from headrace.cluster.cli.sizes import parse_size
 from headrace.runtime.conversion.opening import open_checkpoint

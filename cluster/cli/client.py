@@ -2,12 +2,13 @@
 
 import json as json_module
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headrace.cluster.cli.option_groups import takes_options
 from headrace.runtime.private_file import check_private, explained
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.request import Priority
@@ -21,55 +22,65 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Address = Annotated[
-    str, typer.Option(envvar="HEADRACE_ADDRESS", help="HOST:PORT, as `headrace serve` prints it.")
-]
-KeyFile = Annotated[
-    Path | None, typer.Option(help="A file with the API key, readable by nobody else.")
-]
-Tls = Annotated[bool, typer.Option("--tls", help="Over TLS, by this machine's certificates.")]
-CaFile = Annotated[Path | None, typer.Option(help="Over TLS, by the certificates in this file.")]
 Json = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What is continued, or said with --chat.")],
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Through the chat template.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer. Repeatable.")] = None,
-    priority: Annotated[Priority | None, typer.Option()] = None,
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where the server is, and how it is spoken to."""
+
+    address: Annotated[
+        str,
+        typer.Option(envvar="HEADRACE_ADDRESS", help="HOST:PORT, as `headrace serve` prints it."),
+    ]
+    key_file: Annotated[
+        Path | None, typer.Option(help="A file with the API key, readable by nobody else.")
+    ] = None
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Over TLS, by this machine's certificates.")
+    ] = False
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Over TLS, by the certificates in this file.")
+    ] = None
+
+    def client(self) -> "Client":
+        """HeadraceError as of `read_key`."""
+        from headrace.cluster.client.client import Client
+
+        key = None if self.key_file is None else read_key(self.key_file)
+        return Client(self.address, api_key=key, tls=self.tls, ca_file=self.ca_file)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """By the names of Client.generate."""
+
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None
+    temperature: Annotated[float | None, typer.Option()] = None
+    top_p: Annotated[float | None, typer.Option()] = None
+    top_k: Annotated[int | None, typer.Option()] = None
+    seed: Annotated[int | None, typer.Option()] = None
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer. Repeatable.")] = None
+    priority: Annotated[Priority | None, typer.Option()] = None
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds for all of the answer.")
-    ] = None,
-    request_id: Annotated[str | None, typer.Option(help="For `headrace client abort`.")] = None,
+    ] = None
+    request_id: Annotated[str | None, typer.Option(help="For `headrace client abort`.")] = None
+
+
+@app.command()
+@takes_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What is continued, or said with --chat.")],
+    server: ServerAddress,
+    *,
+    chat: Annotated[bool, typer.Option("--chat", help="Through the chat template.")] = False,
+    answer: AnswerOptions,
     json: Annotated[bool, typer.Option("--json", help="A line for each piece.")] = False,
 ) -> None:
     """Print an answer as it comes. Ctrl-C gives it up."""
     asked = [{"role": "user", "content": prompt}] if chat else prompt
-    with (
-        connect(address, key_file, tls, ca_file) as client,
-        client.generate(
-            asked,
-            timeout=timeout,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            priority=priority,
-            request_id=request_id,
-        ) as stream,
-    ):
+    with server.client() as client, client.generate(asked, **asdict(answer)) as stream:
         _print(stream, as_json=json)
 
 
@@ -86,50 +97,31 @@ def _print(stream: "Stream", *, as_json: bool) -> None:
 
 
 @app.command()
-def info(
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    json: Json = False,
-) -> None:
+@takes_options
+def info(server: ServerAddress, json: Json = False) -> None:
     """Print what is served, and its limits."""
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         _show({**asdict(client.model_info()), **asdict(client.server_info())}, as_json=json)
 
 
 @app.command()
-def loads(
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    json: Json = False,
-) -> None:
+@takes_options
+def loads(server: ServerAddress, json: Json = False) -> None:
     """Print what the server is doing."""
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         _show(asdict(client.loads()), as_json=json)
 
 
 @app.command()
+@takes_options
 def abort(
     request_id: Annotated[str, typer.Argument(help="As `generate --request-id` had it.")],
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
+    server: ServerAddress,
 ) -> None:
     """Give up a request of the same key. Exit code 1 when there is none."""
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         if not client.abort(request_id):
             raise HeadraceError(f"no request {request_id!r} of this key is running")
-
-
-def connect(address: str, key_file: Path | None, tls: bool, ca_file: Path | None) -> "Client":
-    from headrace.cluster.client.client import Client
-
-    key = None if key_file is None else read_key(key_file)
-    return Client(address, api_key=key, tls=tls, ca_file=ca_file)
 
 
 def read_key(file: Path) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from headrace.cluster.cli.client import Address, CaFile, Json, KeyFile, Tls, connect
+from headrace.cluster.cli.client import Json, ServerAddress
+from headrace.cluster.cli.option_groups import takes_options
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
@@ -25,12 +26,10 @@ BatchId = Annotated[str, typer.Argument(help="As `submit` printed it.")]
 
 
 @app.command()
+@takes_options
 def submit(
     file: Annotated[typer.FileBinaryRead, typer.Argument(help="OpenAI's JSON lines, - for stdin.")],
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
+    server: ServerAddress,
     endpoint: Annotated[
         str | None, typer.Option(help="The url of all lines. \\[default: that of the first]")
     ] = None,
@@ -43,62 +42,46 @@ def submit(
         first = next(iter(file), b"")
         endpoint, lines = _url(first), chain([first], file)
     told = dict(_pair(each) for each in metadata or ())
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         made = client.batches.submit(lines, endpoint, metadata=told)
         typer.echo(json_module.dumps(asdict(made)) if json else made.id)
 
 
 @app.command()
-def status(
-    batch_id: BatchId,
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    json: Json = False,
-) -> None:
+@takes_options
+def status(batch_id: BatchId, server: ServerAddress, json: Json = False) -> None:
     """Print what has become of a batch."""
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         _print(client.batches.get(batch_id), as_json=json)
 
 
 @app.command("list")
+@takes_options
 def list_batches(
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
+    server: ServerAddress,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     after: Annotated[str | None, typer.Option(help="Go on behind this id.")] = None,
     json: Json = False,
 ) -> None:
     """Print the batches of the key, the newest first."""
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         for job in client.batches.list(limit, after).batches:
             _print(job, as_json=json)
 
 
 @app.command()
-def cancel(
-    batch_id: BatchId,
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
-    json: Json = False,
-) -> None:
+@takes_options
+def cancel(batch_id: BatchId, server: ServerAddress, json: Json = False) -> None:
     """Have lines that have not ended end with an error."""
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         _print(client.batches.cancel(batch_id), as_json=json)
 
 
 @app.command()
+@takes_options
 def results(
     batch_id: BatchId,
-    address: Address,
-    key_file: KeyFile = None,
-    tls: Tls = False,
-    ca_file: CaFile = None,
+    server: ServerAddress,
     output: Annotated[
         Path | None,
         typer.Option(help="Write here, and go on at its end if it has lines. \\[default: stdout]"),
@@ -106,7 +89,7 @@ def results(
     wait: Annotated[bool, typer.Option("--wait", help="For the batch's end.")] = False,
 ) -> None:
     """Print the answers of a batch that has ended, and then its errors, as JSON lines."""
-    with connect(address, key_file, tls, ca_file) as client:
+    with server.client() as client:
         if output is None:
             for result in client.batches.results(batch_id, wait=wait):
                 typer.echo(result.line)

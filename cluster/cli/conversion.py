@@ -11,32 +11,12 @@ from headrace.cluster.cli.calibrate_options import CalibrationOptions, Method
 from headrace.cluster.cli.calibration import chosen, text_of
 from headrace.cluster.cli.convert import parse_policy
 from headrace.cluster.cli.evaluate_options import CorpusOptions
-from headrace.cluster.cli.mix_options import MixOptions
+from headrace.cluster.cli.format_options import FormatOptions, MixOptions
 from headrace.runtime.calibration.calibrate import Calibration
 from headrace.runtime.calibration.encoding import CALIBRATED
 from headrace.scheduler.errors import HeadraceError
 
 DEFAULT = "nf4"
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Formats by options; None where nothing was said."""
-
-    format: str | None
-    policy: Sequence[str]
-    double_quant: bool
-    group_size: int | None
-    requantize: bool
-
-    def used(self) -> dict[str, bool]:
-        """Options that say which weights get which format."""
-        return {
-            "--format": self.format is not None,
-            "--policy": bool(self.policy),
-            "--double-quant": self.double_quant,
-            "--requantize": self.requantize,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +30,7 @@ class Settled:
 def settle(
     console: Console,
     checkpoint: Path,
-    asked: Asked,
+    asked: FormatOptions,
     mix: MixOptions,
     calibrate: CalibrationOptions,
     where: CorpusOptions,
@@ -63,8 +43,8 @@ def settle(
             "--method nearest looks at no text: leave out --calibrate, or give --budget for formats that follow it"
         )
     if not mixed:
-        policy = parse_policy(asked.policy)
-        fmt = asked.format or DEFAULT
+        policy = parse_policy(asked.policy or ())
+        fmt = DEFAULT if asked.format is None else asked.format.value
         settled = chosen(calibrate, where, checkpoint, frozenset((fmt, *(f for _, f in policy))))
         return lambda: Settled(fmt, policy, asked.group_size, settled)
     if mix.recipe is not None:

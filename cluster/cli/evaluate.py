@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from headrace.cluster.cli.evaluate_options import CorpusOptions
+from headrace.cluster.cli.evaluate_options import CorpusOptions, OutputOptions
 from headrace.cluster.evaluation.evaluate import EvalOptions, evaluate
 from headrace.cluster.evaluation.gate import Gate, misses, read_gate
 from headrace.cluster.evaluation.page import render_page
@@ -25,21 +24,12 @@ GATE_MISSED = 3
 """Exit code where a threshold is crossed: neither an error's (1) nor a wrong command line's (2)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """Files to write, and one with thresholds."""
-
-    json: Path | None = None
-    html: Path | None = None
-    gate: Path | None = None
-
-
 def run_eval(
     console: Console,
     stores: Sequence[Path],
     reference: Path | None,
     corpus: CorpusOptions,
-    outputs: Outputs,
+    outputs: OutputOptions,
 ) -> int:
     """Evaluates, prints and writes. The exit code. Raises HeadraceError."""
     gate = checked_gate(outputs.gate, reference, corpus)

@@ -1,4 +1,4 @@
-"""Options of evaluations, which `headrace eval` and `headrace convert --gate` share."""
+"""Options of `headrace eval`, some of which commands with a --gate share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,3 +52,14 @@ class CorpusOptions:
                 "--text, --context, --tokens, --device, --device-memory, --dtype, --prompts and --new-tokens say how a "
                 "conversion is judged: give --gate FILE with them (--device and --device-memory: or --calibrate TEXT)"
             )
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Files to write, and one with thresholds."""
+
+    json: Annotated[Path | None, typer.Option(help="Write all figures there.")] = None
+    html: Annotated[Path | None, typer.Option(help="Write one page with plots there.")] = None
+    gate: Annotated[
+        Path | None, typer.Option(help="Thresholds (YAML); crossing one ends with code 3.")
+    ] = None

@@ -2,12 +2,14 @@
 
 import asyncio
 import json as json_module
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from headrace.cluster.cli.option_groups import takes_options
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
@@ -17,22 +19,32 @@ app = typer.Typer(
     help="Run batch jobs on a Ray cluster.", no_args_is_help=True, pretty_exceptions_enable=False
 )
 
-Address = Annotated[
-    str,
-    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."),
-]
-CaFile = Annotated[
-    Path | None, typer.Option(help="Who signed the certificate of an https address, in PEM.")
-]
 JobId = Annotated[str, typer.Argument(help="As `submit` printed it.")]
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Print what it writes; end as it does.")
 ]
 
-HERE = "http://127.0.0.1:8265"
+
+@dataclass(frozen=True)
+class Cluster:
+    """The dashboard that is asked."""
+
+    address: Annotated[
+        str,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard."),
+    ] = "http://127.0.0.1:8265"
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Who signed the certificate of an https address, in PEM.")
+    ] = None
+
+    def jobs(self) -> "RayJobs":
+        from headrace.cluster.ray_jobs import RayJobs
+
+        return RayJobs(self.address, self.ca_file)
 
 
 @app.command()
+@takes_options
 def submit(
     arguments: Annotated[
         list[str],
@@ -41,8 +53,7 @@ def submit(
             help="As of `headrace generate`. All paths are those of the cluster.",
         ),
     ],
-    address: Address = HERE,
-    ca_file: CaFile = None,
+    cluster: Cluster,
     id: Annotated[
         str | None, typer.Option(help="Of the job. \\[default: one that Ray makes]")
     ] = None,
@@ -56,7 +67,7 @@ def submit(
     Submit the same again to go on with a job that was cut: rows that are finished are not repeated.
     """
     given = _checked(arguments)
-    jobs = _jobs(address, ca_file)
+    jobs = cluster.jobs()
     job_id = jobs.submit(given, id, grace)
     typer.echo(job_id, err=follow)
     if follow:
@@ -64,14 +75,14 @@ def submit(
 
 
 @app.command()
+@takes_options
 def status(
     job_id: JobId,
-    address: Address = HERE,
-    ca_file: CaFile = None,
+    cluster: Cluster,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Print what has become of a job."""
-    told = _told(_jobs(address, ca_file).details(job_id))
+    told = _told(cluster.jobs().details(job_id))
     if json:
         typer.echo(json_module.dumps(told))
         return
@@ -81,11 +92,10 @@ def status(
 
 
 @app.command()
-def logs(
-    job_id: JobId, address: Address = HERE, ca_file: CaFile = None, follow: Follow = False
-) -> None:
+@takes_options
+def logs(job_id: JobId, cluster: Cluster, follow: Follow = False) -> None:
     """Print what a job has written."""
-    jobs = _jobs(address, ca_file)
+    jobs = cluster.jobs()
     if follow:
         _follow(jobs, job_id)
     else:
@@ -93,9 +103,10 @@ def logs(
 
 
 @app.command()
-def cancel(job_id: JobId, address: Address = HERE, ca_file: CaFile = None) -> None:
+@takes_options
+def cancel(job_id: JobId, cluster: Cluster) -> None:
     """Stop a job: no further row is started, and those that run may finish. Returns when it has ended."""
-    jobs = _jobs(address, ca_file)
+    jobs = cluster.jobs()
     stopped = jobs.stop(job_id)
     details = jobs.wait(job_id)
     if not stopped:
@@ -105,23 +116,17 @@ def cancel(job_id: JobId, address: Address = HERE, ca_file: CaFile = None) -> No
     )
 
 
-def _jobs(address: str, ca_file: Path | None) -> "RayJobs":
-    from headrace.cluster.ray_jobs import RayJobs
-
-    return RayJobs(address, ca_file)
-
-
 def _checked(arguments: list[str]) -> list[str]:
     """The arguments of `headrace generate`, on the cluster unless they name another; usage errors are click's."""
     from headrace.cluster.adapters import parse_adapters
+    from headrace.cluster.cli.generate_command import generate_rows
     from headrace.cluster.cli.main import app as headrace
-    from headrace.cluster.cli.main import generate
 
     root: Any = typer.main.get_command(headrace)
     given = root.commands["generate"].make_context("headrace generate", list(arguments)).params
     paths = [
         given.get(name)
-        for name, kind in get_type_hints(generate).items()
+        for name, kind in get_type_hints(generate_rows).items()
         if Path in (kind, *get_args(kind))
     ]
     paths += parse_adapters(given.get("adapter") or []).values()

@@ -1,18 +1,21 @@
-"""Options that several commands share, in dataclasses."""
+"""Options that several commands share, or that belong together, in dataclasses."""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_type_hints
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose first parameters are dataclasses, an option for each of their fields."""
-    own = list(inspect.signature(command, eval_str=True).parameters.values())
+    """Give a command options for the fields of those of its parameters that are dataclasses, in their place."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
     groups: dict[str, Any] = {p.name: p.annotation for p in own if is_dataclass(p.annotation)}
     shared = {name: _parameters(group) for name, group in groups.items()}
-    rest = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name not in groups]
-    parameters = [*rest, *(parameter for some in shared.values() for parameter in some)]
+    parameters = [
+        each
+        for p in own
+        for each in shared.get(p.name, [p.replace(kind=inspect.Parameter.KEYWORD_ONLY)])
+    ]
 
     def call(**given: Any) -> None:
         made = {
@@ -33,7 +36,7 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
         for field in fields(group)

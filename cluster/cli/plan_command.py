@@ -1,12 +1,13 @@
 """`headrace plan`: for this machine, or for hardware that is written down."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from headrace.cluster.cli.bench import WeightFormat
+from headrace.cluster.cli.bench_options import WeightFormat
 from headrace.cluster.cli.option_groups import takes_options
 from headrace.cluster.cli.options import RunOptions, StoreArgument
 from headrace.cluster.cli.ring_options import ColdOption
@@ -14,24 +15,32 @@ from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.sizes import format_size
 
 
-@takes_options
-def plan_run(
-    run: RunOptions,
-    store: StoreArgument,
-    cold: ColdOption = None,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+@dataclass(frozen=True)
+class WhatIfOptions:
+    """Hardware that is written down, and what is asked of it."""
+
     what_if: Annotated[
         Path | None, typer.Option(help="Pools of other hardware to plan for: nodes.yaml.")
-    ] = None,
+    ] = None
     prices: Annotated[
         Path | None, typer.Option(help="Instances that the pools name: prices.yaml.")
-    ] = None,
+    ] = None
     format: Annotated[
         WeightFormat, typer.Option(help="Of a model shape that is named instead of a store.")
-    ] = WeightFormat.NF4,
+    ] = WeightFormat.NF4
     job_tokens: Annotated[
         int, typer.Option(min=1, help="Output tokens of the job to be priced.")
-    ] = 1_000_000,
+    ] = 1_000_000
+
+
+@takes_options
+def plan_run(
+    store: StoreArgument,
+    *,
+    cold: ColdOption = None,
+    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    elsewhere: WhatIfOptions,
+    run: RunOptions,
 ) -> None:
     """Print what a run on this machine would keep where, how fast it would be and what binds it.
 
@@ -39,9 +48,9 @@ def plan_run(
     such as 70b or deepseek-v3.
     """
     console = Console()
-    if what_if is not None:
-        raise typer.Exit(_elsewhere(console, run, store, what_if, prices, format, json, job_tokens))
-    if prices is not None:
+    if elsewhere.what_if is not None:
+        raise typer.Exit(_elsewhere(console, run, store, elsewhere, as_json=json))
+    if elsewhere.prices is not None:
         raise HeadraceError("--prices is for --what-if: name the pools to plan for, too")
     from headrace.cluster.cli.plan import plan_json, render_plan
     from headrace.cluster.hydration import cold_model, open_store
@@ -55,23 +64,17 @@ def plan_run(
 
 
 def _elsewhere(
-    console: Console,
-    run: RunOptions,
-    store: Path,
-    nodes: Path,
-    prices: Path | None,
-    format: WeightFormat,
-    as_json: bool,
-    job_tokens: int,
+    console: Console, run: RunOptions, store: Path, asked: WhatIfOptions, *, as_json: bool
 ) -> int:
     """Print what hardware that is written down would do. Returns the exit code: 1 where none can run it."""
     from headrace.cluster.cli.what_if import ask, find_store, render, what_if_json
 
-    opened = find_store(store, format.value)
-    found = ask(opened, run.engine(store), nodes, prices)
+    assert asked.what_if is not None
+    opened = find_store(store, asked.format.value)
+    found = ask(opened, run.engine(store), asked.what_if, asked.prices)
     if as_json:
-        console.print_json(data=what_if_json(found, job_tokens))
+        console.print_json(data=what_if_json(found, asked.job_tokens))
     else:
         title = f"{store.name}, {format_size(opened.nbytes)} in {opened.format}"
-        console.print(render(title, found, job_tokens))
+        console.print(render(title, found, asked.job_tokens))
     return 0 if any(outcome.plan for outcome in found) else 1

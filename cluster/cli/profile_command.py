@@ -13,9 +13,8 @@ from headrace.cluster.cli.ring_options import RingOptions
 
 @takes_options
 def profile_run(
-    run: RunOptions,
-    ring: RingOptions,
     store: StoreArgument,
+    *,
     input: Annotated[
         Path | None, typer.Option(help="Rows to run instead of random prompts, as generate does.")
     ] = None,
@@ -28,6 +27,8 @@ def profile_run(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="The load's time at most.")] = 60.0,
     json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    run: RunOptions,
+    ring: RingOptions,
 ) -> None:
     """Run a load and say where the memory of each process went, beside what the plan says.
 

@@ -1,7 +1,7 @@
 """`headrace prune`: a smaller store, and a table of what went and what it cost."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from headrace.cluster.cli.convert import Meter
 from headrace.cluster.cli.evaluate import checked_gate, how, judge, measured, table
 from headrace.cluster.cli.evaluate_options import CorpusOptions
 from headrace.cluster.cli.progress import byte_bar
+from headrace.cluster.cli.prune_options import TextOptions
 from headrace.cluster.evaluation.corpus import Corpus
 from headrace.cluster.evaluation.evaluate import CONTEXT
 from headrace.cluster.evaluation.gate import Gate
@@ -29,21 +30,12 @@ from headrace.runtime.sweep.source import open_model
 from headrace.scheduler.errors import HeadraceError
 
 
-@dataclass(frozen=True, slots=True)
-class Calibrating:
-    """Files of text, how many tokens of each, in windows of `context` (None: up to 1024)."""
-
-    files: tuple[Path, ...] = ()
-    tokens: int = 16384
-    context: int | None = None
-
-
 def run_prune(
     console: Console,
     source: Path,
     dest: Path,
     request: Request,
-    calibrating: Calibrating,
+    texts: TextOptions,
     corpus: CorpusOptions,
     *,
     format: str,
@@ -54,13 +46,13 @@ def run_prune(
 
     Raises HeadraceError.
     """
-    judged = _checked(source, gate, calibrating, corpus)
+    judged = _checked(source, gate, texts, corpus)
     with byte_bar(console) as bar:
         store, report = prune(
             source,
             dest,
             request,
-            (lambda: calibration(source, calibrating, corpus)) if calibrating.files else None,
+            (lambda: calibration(source, texts, corpus)) if texts.calibrate else None,
             format=format,
             reporter=Reporter(_LayerMeter(bar), Meter(bar)),
             self_check=check,
@@ -93,11 +85,11 @@ def _decided(console: Console, dest: Path, gate: Gate | None, found: Evaluation)
 
 
 def _checked(
-    source: Path, gate: Path | None, calibrating: Calibrating, corpus: CorpusOptions
+    source: Path, gate: Path | None, texts: TextOptions, corpus: CorpusOptions
 ) -> Gate | None:
     """The gate. Raises HeadraceError for mistakes that would show late."""
     _refuse_missing("--text", corpus.text or ())
-    _refuse_missing("--calibrate", calibrating.files)
+    _refuse_missing("--calibrate", texts.calibrate or ())
     if gate is not None and not corpus.text:
         raise HeadraceError(f"--gate {gate} judges what pruning costs on a text: give --text FILE")
     return checked_gate(gate, source, corpus)
@@ -109,14 +101,14 @@ def _refuse_missing(option: str, files: Sequence[Path]) -> None:
             raise HeadraceError(f"{option} {file}: there is no such file")
 
 
-def calibration(source: Path, asked: Calibrating, corpus: CorpusOptions) -> Calibration:
+def calibration(source: Path, asked: TextOptions, corpus: CorpusOptions) -> Calibration:
     """Whole windows of the texts, and where they are run."""
     model = open_model(source)
     device = torch.device(resolve_device(corpus.device.value))
     dtype = resolve_dtype(corpus.dtype.value, device.type, model)
     most = int(model.config.get("max_position_embeddings") or CONTEXT)
-    texts = Corpus(model, asked.files, asked.tokens)
-    windows = texts.windows(asked.context or min(CONTEXT, most))
+    texts = Corpus(model, tuple(asked.calibrate or ()), asked.calibration_tokens)
+    windows = texts.windows(asked.calibration_context or min(CONTEXT, most))
     # Padding would be counted like text.
     whole = [i for i, length in enumerate(windows.lengths) if length == windows.context]
     return Calibration(windows.tokens[whole], device, getattr(torch, dtype), corpus.memory_bytes)

@@ -6,82 +6,19 @@ from typing import Annotated
 import typer
 
 from headrace.cluster.cli.option_groups import takes_options
-from headrace.cluster.cli.options import RunOptions
+from headrace.cluster.cli.options import RunOptions, StoreArgument
 from headrace.cluster.cli.ring_options import RingOptions
+from headrace.cluster.cli.server_options import ServerFlags
 from headrace.cluster.cli.shadow_options import ShadowFlags
-from headrace.cluster.cli.sizes import parse_duration, parse_size
 
 
 @takes_options
 def serve(
+    store: StoreArgument,
+    flags: ServerFlags,
     run: RunOptions,
     ring: RingOptions,
     shadow: ShadowFlags,
-    store: Annotated[Path, typer.Argument(help="A store made by `headrace convert`.")],
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Where to listen. Another one than this machine's own needs keys and TLS."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    grpc_port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="Serve gRPC, too, at this port. 0 takes a free one."),
-    ] = None,
-    model_name: Annotated[
-        str | None,
-        typer.Option(help="What clients call the model. \\[default: the store's folder]"),
-    ] = None,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="Who may use the server: a file that serve-key makes.")
-    ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(help="A certificate chain in PEM, to serve HTTPS.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="The certificate's key in PEM.")] = None,
-    insecure: Annotated[
-        bool,
-        typer.Option(
-            "--insecure", help="Listen anywhere without keys or TLS: all who reach it may."
-        ),
-    ] = False,
-    max_waiting: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Sequences of a key and class that wait for a first token; more get a 429."
-        ),
-    ] = 256,
-    max_ttft: Annotated[
-        float | None,
-        typer.Option(
-            min=0.001,
-            help="Seconds to the first token: interactive requests that would wait longer get a 429.",
-        ),
-    ] = None,
-    max_body: Annotated[str, typer.Option(help="The largest request.")] = "4MiB",
-    max_connections: Annotated[
-        int,
-        typer.Option(min=1, help="Of clients at once at each port; those that idle make room."),
-    ] = 1000,
-    grace: Annotated[
-        float,
-        typer.Option(min=0, help="Seconds for requests that run to finish, once told to stop."),
-    ] = 30.0,
-    files: Annotated[
-        Path | None,
-        typer.Option(
-            help="A directory of the server's own for uploads and results: turns on /v1/files and"
-            " /v1/batches."
-        ),
-    ] = None,
-    files_max_bytes: Annotated[
-        str, typer.Option(help="What all files together may take.")
-    ] = "10GiB",
-    file_max_bytes: Annotated[str, typer.Option(help="The largest file.")] = "512MiB",
-    files_ttl: Annotated[
-        str, typer.Option(help="How long files are kept, unless they end sooner.")
-    ] = "30d",
 ) -> None:
     """Serve a model over HTTP, as OpenAI's clients know it. Ctrl-C lets running requests finish."""
     import asyncio
@@ -91,31 +28,11 @@ def serve(
     from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.launch import running_engine
     from headrace.cluster.serving.adapters import check_not_model
-    from headrace.cluster.serving.batches.file_store import FileLimits
-    from headrace.cluster.serving.server import Listener, Server, ServerOptions
+    from headrace.cluster.serving.server import Listener, Server
 
     engine_options = run.engine(store, **ring.chosen())
     opened = opened_store(store, ring.cold)
-    options = ServerOptions(
-        model_name=store.resolve().name if model_name is None else model_name,
-        host=host,
-        port=port,
-        grpc_port=grpc_port,
-        api_keys=api_keys,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        insecure=insecure,
-        max_waiting=max_waiting,
-        max_ttft=max_ttft,
-        max_body=parse_size(max_body),
-        max_connections=max_connections,
-        grace=grace,
-        files=files,
-        limits=FileLimits(
-            parse_size(files_max_bytes), parse_size(file_max_bytes), int(parse_duration(files_ttl))
-        ),
-        shadow=shadow.chosen(opened, engine_options),
-    )
+    options = flags.chosen(store, shadow.chosen(opened, engine_options))
     check_not_model(engine_options.adapters, options.model_name)
     check_adapter_options(engine_options)
     # The address first: starting the engine takes long, and a mistake in it should not.

@@ -2,25 +2,44 @@
 
 import json as json_module
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from headrace.cluster.cli.option_groups import takes_options
 from headrace.scheduler.errors import HeadraceError
 
 if TYPE_CHECKING:
     from headrace.cluster.top.door import Door
     from headrace.cluster.top.view import Source
 
-KeyFile = Annotated[
-    Path | None,
-    typer.Option(help="A file with the API key, readable by nobody else; or HEADRACE_API_KEY."),
-]
-CaFile = Annotated[Path | None, typer.Option(help="Certificates that HTTPS trusts, in PEM.")]
+
+@dataclass(frozen=True)
+class DoorOptions:
+    """How a server over HTTP is opened."""
+
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with the API key, readable by nobody else; or HEADRACE_API_KEY."),
+    ] = None
+    ca_file: Annotated[
+        Path | None, typer.Option(help="Certificates that HTTPS trusts, in PEM.")
+    ] = None
+
+    def open(self, url: str) -> "Door":
+        """A server, with the key that was given, if any was. HeadraceError as of `read_key`."""
+        from headrace.cluster.cli.client import read_key
+        from headrace.cluster.top.door import Door
+
+        file = self.key_file
+        key = os.environ.get("HEADRACE_API_KEY", "") if file is None else read_key(file)
+        return Door(url, key, self.ca_file)
 
 
+@takes_options
 def top(
     url: Annotated[
         str | None, typer.Argument(help="Of a server, such as http://127.0.0.1:8000.")
@@ -31,8 +50,8 @@ def top(
             help="All rings of the Ray cluster at HOST:PORT. \\[default: of this machine]"
         ),
     ] = None,
-    key_file: KeyFile = None,
-    ca_file: CaFile = None,
+    *,
+    door: DoorOptions,
     once: Annotated[
         bool, typer.Option("--once", help="Print once, for scripts; so it is without a terminal.")
     ] = False,
@@ -48,7 +67,7 @@ def top(
     if url is not None and address is not None:
         raise HeadraceError("give the URL of a server or the --address of a Ray cluster, not both")
     console = Console()
-    source = _source(url, address, key_file, ca_file)
+    source = _source(url, address, door)
     if json:
         typer.echo(json_module.dumps(as_json(look_once(source), source.place)))
     elif once or not console.is_terminal:
@@ -57,13 +76,11 @@ def top(
         watch(source, console)
 
 
-def _source(
-    url: str | None, address: str | None, key_file: Path | None, ca_file: Path | None
-) -> "Source":
+def _source(url: str | None, address: str | None, door: DoorOptions) -> "Source":
     if url is not None:
         from headrace.cluster.top.from_server import ServerSource
 
-        return ServerSource(open_door(url, key_file, ca_file))
+        return ServerSource(door.open(url))
     from headrace.cluster.top.from_metrics import MetricsSource
     from headrace.cluster.top.nodes import nodes_here, nodes_of
 
@@ -71,12 +88,3 @@ def _source(
         return MetricsSource("this machine", nodes_here(), nodes_here)
     with Console(stderr=True).status(f"asking {address} for its nodes ..."):
         return MetricsSource(address, nodes_of(address))
-
-
-def open_door(url: str, key_file: Path | None, ca_file: Path | None) -> "Door":
-    """A server, with the key that was given, if any was."""
-    from headrace.cluster.cli.client import read_key
-    from headrace.cluster.top.door import Door
-
-    key = os.environ.get("HEADRACE_API_KEY", "") if key_file is None else read_key(key_file)
-    return Door(url, key, ca_file)

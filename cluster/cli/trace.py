@@ -9,7 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from headrace.cluster.cli.top import CaFile, KeyFile, open_door
+from headrace.cluster.cli.option_groups import takes_options
+from headrace.cluster.cli.top import DoorOptions
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.sizes import format_size
 
@@ -20,6 +21,7 @@ _PATIENCE = 600.0
 """Seconds beside those of the trace: a pass may take a minute, and a recovery minutes."""
 
 
+@takes_options
 def trace_ring(
     target: Annotated[str, typer.Argument(help="The URL of a server, or a trace to be summed up.")],
     output: Annotated[
@@ -34,8 +36,8 @@ def trace_ring(
             min=0.1, max=300, help="End then at the latest. \\[default: 10; with --passes 300]"
         ),
     ] = None,
-    key_file: KeyFile = None,
-    ca_file: CaFile = None,
+    *,
+    door: DoorOptions,
 ) -> None:
     """Record what each stage of a ring does while it serves: reads, copies, matmuls, waits, on one clock.
 
@@ -51,9 +53,9 @@ def trace_ring(
         raise HeadraceError(f"{target} is no file: to record a server, name the file, too: -o FILE")
     most = seconds or (300.0 if passes is not None else 10.0)
     body = {"seconds": most, **({} if passes is None else {"passes": passes})}
-    door = open_door(target, key_file, ca_file)
+    server = door.open(target)
     with Console(stderr=True).status(f"recording {target} for at most {most:g} s ..."):
-        found = _record(output, door.post("/trace", body, most + _PATIENCE))
+        found = _record(output, server.post("/trace", body, most + _PATIENCE))
     Console().print(render(found, str(output)))
     size = format_size(output.stat().st_size)
     typer.echo(f"The trace is in {output} ({size}): open it in https://ui.perfetto.dev")
