@@ -21,7 +21,6 @@ from headrace.cluster.serving.adapters import (
     listed_adapter,
 )
 from headrace.cluster.serving.async_engine import AsyncEngine
-from headrace.cluster.serving.batches.routes import PATHS as FILE_PATHS
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.bodies import (
     ChatRequest,
@@ -58,25 +57,6 @@ from headrace.scheduler.errors import RequestError
 
 T = TypeVar("T")
 
-PATHS = frozenset(
-    {
-        "/v1/models",
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter",
-        "/tokenize",
-        "/detokenize",
-        "/health/live",
-        "/health/ready",
-        "/metrics",
-        "/ring",
-        "/trace",
-        DESCRIPTION,
-        *PAGE_PATHS,
-    }
-)
-
 
 class Front:
     """Takes requests of one model to its engine and the answers back. `max_body` is in bytes."""
@@ -99,62 +79,33 @@ class Front:
 
     @property
     def routes(self) -> list[Route]:
-        read, streamed = (*READS, 404), ("application/json", "text/event-stream")
+        read, work = (*READS, 404), (*READS, *WORKS)
+        answers = partial(
+            Route, "POST", kinds=("application/json", "text/event-stream"), errors=work
+        )
+        tokens = partial(Route, "POST", errors=read)
+        adapters = partial(Route, "POST", kinds=("text/plain",))
         return [
             Route("GET", "/v1/models", self.models, "The model and its adapters, in a list"),
             Route("GET", "/v1/models/{name:path}", self.one_model, "A model", errors=(404,)),
-            Route(
-                "POST",
-                "/v1/completions",
-                self.completions,
-                "Complete a text",
-                body=CompletionRequest,
-                kinds=streamed,
-                errors=(*READS, *WORKS),
-            ),
-            Route(
-                "POST",
-                "/v1/chat/completions",
-                self.chat,
-                "Answer a conversation",
-                body=ChatRequest,
-                kinds=streamed,
-                errors=(*READS, *WORKS),
-            ),
-            Route(
-                "POST",
+            answers("/v1/completions", self.completions, "Complete a text", body=CompletionRequest),
+            answers("/v1/chat/completions", self.chat, "Answer a conversation", body=ChatRequest),
+            adapters(
                 "/v1/load_lora_adapter",
                 self.load_adapter,
                 "Have requests name a LoRA adapter as their model; operators alone",
                 body=LoadAdapterRequest,
-                kinds=("text/plain",),
                 errors=(*READS, 503),
             ),
-            Route(
-                "POST",
+            adapters(
                 "/v1/unload_lora_adapter",
                 self.unload_adapter,
                 "Forget a LoRA adapter; operators alone",
                 body=UnloadAdapterRequest,
-                kinds=("text/plain",),
                 errors=(*read, 503),
             ),
-            Route(
-                "POST",
-                "/tokenize",
-                self.tokenize,
-                "Text to tokens",
-                body=TokenizeRequest,
-                errors=read,
-            ),
-            Route(
-                "POST",
-                "/detokenize",
-                self.detokenize,
-                "Tokens to text",
-                body=DetokenizeRequest,
-                errors=read,
-            ),
+            tokens("/tokenize", self.tokenize, "Text to tokens", body=TokenizeRequest),
+            tokens("/detokenize", self.detokenize, "Tokens to text", body=DetokenizeRequest),
             Route("GET", "/health/live", self.live, "Whether it runs", needs_key=False),
             Route(
                 "GET",
@@ -321,7 +272,8 @@ def create_app(front: Front, files: FileRoutes | NoFiles, gate: Gate, metrics: M
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
-    return Guard(app, gate, metrics, PATHS | FILE_PATHS)
+    fixed = {route.path for route in routes if "{" not in route.path}
+    return Guard(app, gate, metrics, PAGE_PATHS | fixed | {DESCRIPTION})
 
 
 async def _refused(request: Request, error: Exception) -> Response:
