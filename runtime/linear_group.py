@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from headrace.runtime.binding import Binding, ExpertStack, PackedLinear
 from headrace.runtime.linear import QuantLinear
-from headrace.runtime.matmul.configs import LEAST_GROUP, TABLES, Product
+from headrace.runtime.matmul.configs import Product
+from headrace.runtime.matmul.few_rows import packing_of
 from headrace.runtime.store import WeightSpec
 
 MOST = 3
@@ -80,10 +81,7 @@ def _kind(spec: WeightSpec) -> tuple[str, int, bool]:
 
 def _is_fused(spec: WeightSpec) -> bool:
     """Whether the few-row kernel multiplies by such a weight, if its sizes allow it."""
-    if spec.format == "int4":
-        own = "offset" in spec.parts or "order" in spec.parts
-        return not own and spec.blocksize >= LEAST_GROUP["zero" in spec.parts]
-    return spec.format in TABLES
+    return "order" not in spec.parts and packing_of(spec) is not None
 
 
 def four_bit_products(bindings: Iterable[Binding]) -> Iterator[Product]:

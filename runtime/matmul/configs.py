@@ -32,6 +32,16 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
+class Packing:
+    """How 4-bit weights lie that one launch multiplies by: of `kind` "nf4", "fp4" or "int4", `group` codes a
+    scale, and for int4 whether scales have zero points of their own."""
+
+    kind: str
+    group: int
+    zeros: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Codes:
     """A 4-bit weight [N, K]: uint8 [N * K / 2], float32 scales [N * K / group], and zero points.
 

@@ -6,19 +6,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from headrace.runtime.matmul.configs import Codes, Config
+from headrace.runtime.matmul.configs import LEAST_GROUP, TABLES, Codes, Config, Packing
 from headrace.runtime.matmul.tuning import choices
+from headrace.runtime.store import WeightSpec
 from headrace.runtime.trace import Kind, Tracer
 
 
-class FourBit(Protocol):
-    """A weight [N, K] in bitsandbytes' 4-bit layout."""
+class Packed(Protocol):
+    """A weight [N, K], whose codes there are where it has a packing."""
 
     @property
-    def kind(self) -> str: ...
-
-    @property
-    def group(self) -> int: ...
+    def packing(self) -> Packing | None: ...
 
     @property
     def shape(self) -> torch.Size: ...
@@ -26,8 +24,17 @@ class FourBit(Protocol):
     def codes(self) -> Codes: ...
 
 
+def packing_of(spec: WeightSpec) -> Packing | None:
+    """Of a weight whose columns are in order; None where kernels do not take it."""
+    if spec.format in TABLES:
+        return Packing(spec.format, spec.blocksize)
+    zeros = "zero" in spec.parts
+    taken = "offset" not in spec.parts and spec.blocksize >= LEAST_GROUP[zeros]
+    return Packing("int4", spec.blocksize, zeros) if spec.format == "int4" and taken else None
+
+
 def multiply(
-    x: Tensor, weights: Sequence[FourBit], biases: Sequence[Tensor | None], tracer: Tracer
+    x: Tensor, weights: Sequence[Packed], biases: Sequence[Tensor | None], tracer: Tracer
 ) -> tuple[Tensor, ...] | None:
     """x [..., K] times each weight [N, K], plus its bias [N]; None where dequantizing is faster.
 
@@ -35,13 +42,15 @@ def multiply(
     """
     if not x.is_cuda or x.dtype == torch.float32:
         return None
-    kinds = {(weight.kind, weight.group, weight.shape[1:]) for weight in weights}
-    if len(kinds) > 1 or len({bias is None for bias in biases}) > 1:
+    packing, rest = weights[0].packing, weights[0].shape[1:]
+    alike = all(other.packing == packing and other.shape[1:] == rest for other in weights[1:])
+    if packing is None or not alike or len({bias is None for bias in biases}) > 1:
         return None
-    kind, group, rest = kinds.pop()
     # Several weights take as long as one with the columns of all.
     shape = (sum(weight.shape[0] for weight in weights), *rest)
-    choice = choices(x.device).choose(kind, group, shape, x.shape[:-1].numel(), x.dtype)
+    choice = choices(x.device).choose(
+        packing.kind, packing.group, shape, x.shape[:-1].numel(), x.dtype
+    )
     if choice.config is not None:
         return _ours(x, weights, biases, choice.config, tracer)
     if choice.path == "dense" or len(weights) > 1:
@@ -51,14 +60,14 @@ def multiply(
         codes = weights[0].codes()
         packed = codes.packed.view(-1, 1)
         out: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-            x, packed, codes.shape, codes.scales, group, kind, biases[0]
+            x, packed, codes.shape, codes.scales, packing.group, packing.kind, biases[0]
         )
         return (out,)
 
 
 def _ours(
     x: Tensor,
-    weights: Sequence[FourBit],
+    weights: Sequence[Packed],
     biases: Sequence[Tensor | None],
     config: Config,
     tracer: Tracer,

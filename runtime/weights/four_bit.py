@@ -1,17 +1,17 @@
 """bitsandbytes' NF4 and FP4."""
 
-from collections.abc import Sequence
+from copy import copy
 from math import gcd, prod
 
 import torch
 from torch import Tensor
 
 import headrace.runtime.bnb  # noqa: F401  (registers torch.ops.bitsandbytes)
-from headrace.runtime.matmul.configs import Codes
-from headrace.runtime.matmul.few_rows import multiply
+from headrace.runtime.matmul.configs import Codes, Packing
+from headrace.runtime.matmul.few_rows import packing_of
 from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.dequantize import dequantize_4bit
-from headrace.runtime.weights.weight import Scratch, Weight, room_for, tracer_of
+from headrace.runtime.weights.weight import Scratch, Weight, room_for
 
 
 class FourBitWeight(Weight):
@@ -23,15 +23,11 @@ class FourBitWeight(Weight):
         self._parts = parts
         self._packed = parts["data"].view(-1)
         self._first = 0
+        self._packing = packing_of(spec)
 
     @property
-    def kind(self) -> str:
-        return self._spec.format
-
-    @property
-    def group(self) -> int:
-        """Elements of a scale."""
-        return self._spec.blocksize
+    def packing(self) -> Packing | None:
+        return self._packing
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,7 +42,7 @@ class FourBitWeight(Weight):
         row = prod(self.shape[1:])
         first = self._first + start * row
         assert first % self._spec.blocksize == 0, (start, self.shape, self._spec.blocksize)
-        piece = FourBitWeight(self._spec, self._parts)
+        piece = copy(self)
         piece.shape = torch.Size((stop - start, *self.shape[1:]))
         piece._first = first
         piece._packed = self._packed[start * row // 2 : stop * row // 2]
@@ -81,28 +77,7 @@ class FourBitWeight(Weight):
         dequantize_4bit(packed, self._scales(), spec.blocksize, spec.format, shape, out)
         return out.view(self.shape)
 
-    def linear(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        scratch: Scratch | None = None,
-        transposed: bool = False,
-    ) -> Tensor:
-        found = None if transposed else multiply(x, [self], [bias], tracer_of(scratch))
-        return super().linear(x, bias, scratch, transposed) if found is None else found[0]
-
-    def together(
-        self,
-        others: Sequence[Weight],
-        x: Tensor,
-        biases: Sequence[Tensor | None],
-        scratch: Scratch | None = None,
-    ) -> tuple[Tensor, ...] | None:
-        weights = [self, *(weight for weight in others if isinstance(weight, FourBitWeight))]
-        if len(weights) <= len(others):
-            return None
-        return multiply(x, weights, biases, tracer_of(scratch))
-
     def codes(self) -> Codes:
         columns, depth = self.shape
-        return Codes(self.kind, self._packed, self._scales(), self.group, (columns, depth))
+        spec = self._spec
+        return Codes(spec.format, self._packed, self._scales(), spec.blocksize, (columns, depth))

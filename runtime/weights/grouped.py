@@ -1,19 +1,18 @@
 """Weights whose parts are rows of codes and, for each row, scales of groups of its columns."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from copy import copy
 from math import prod
 
 import torch
 from torch import Tensor
 
-from headrace.runtime.matmul.configs import LEAST_GROUP, Codes
-from headrace.runtime.matmul.few_rows import multiply
+from headrace.runtime.matmul.configs import Codes, Packing
+from headrace.runtime.matmul.few_rows import packing_of
 from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.affine import int3_values, int4_values, int8_values
 from headrace.runtime.weights.small_floats import mxfp4_values
-from headrace.runtime.weights.weight import Scratch, Weight, room_for, tracer_of
+from headrace.runtime.weights.weight import Scratch, Weight, room_for
 
 
 class GroupedWeight(Weight):
@@ -26,12 +25,17 @@ class GroupedWeight(Weight):
         super().__init__(spec.shape)
         rows = prod(spec.shape[:-1])
         self._group = spec.blocksize
+        self._packing = packing_of(spec)
         self._order = parts.get("order")
         self._parts = {r: part.view(rows, -1) for r, part in parts.items() if r != "order"}
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.uint8
+
+    @property
+    def packing(self) -> Packing | None:
+        return self._packing if self._order is None else None
 
     def rows(self, start: int, stop: int) -> Weight:
         each = prod(self.shape[1:-1])
@@ -72,62 +76,19 @@ class GroupedWeight(Weight):
 class Int4Weight(GroupedWeight):
     """(code - zero) * scale, or code * scale + offset, of 4-bit codes; zero is 8 without either."""
 
-    @property
-    def kind(self) -> str:
-        return "int4"
-
-    @property
-    def group(self) -> int:
-        return self._group
-
-    @property
-    def _zeros(self) -> bool:
-        return "zero" in self._parts
-
-    @property
-    def _is_fused(self) -> bool:
-        """Whether the few-row kernel can multiply by it."""
-        least = LEAST_GROUP[self._zeros]
-        return "offset" not in self._parts and self._order is None and self._group >= least
-
     def _fill(self, out: Tensor) -> Tensor:
         parts = self._parts
         return int4_values(
             parts["data"], parts["scale"], parts.get("zero"), parts.get("offset"), out
         )
 
-    def linear(
-        self,
-        x: Tensor,
-        bias: Tensor | None = None,
-        scratch: Scratch | None = None,
-        transposed: bool = False,
-    ) -> Tensor:
-        found = None
-        if self._is_fused and not transposed:
-            found = multiply(x, [self], [bias], tracer_of(scratch))
-        return super().linear(x, bias, scratch, transposed) if found is None else found[0]
-
-    def together(
-        self,
-        others: Sequence[Weight],
-        x: Tensor,
-        biases: Sequence[Tensor | None],
-        scratch: Scratch | None = None,
-    ) -> tuple[Tensor, ...] | None:
-        weights = [self, *(weight for weight in others if isinstance(weight, Int4Weight))]
-        alike = all(w._is_fused and w._zeros == self._zeros for w in weights)
-        if len(weights) <= len(others) or not alike:
-            return None
-        return multiply(x, weights, biases, tracer_of(scratch))
-
     def codes(self) -> Codes:
         columns, depth = self.shape
         parts = self._parts
-        zeros = parts["zero"].float().view(-1) if self._zeros else None
+        zeros = parts["zero"].float().view(-1) if "zero" in parts else None
         scales = parts["scale"].float().view(-1)
         packed = parts["data"].view(-1)
-        return Codes(self.kind, packed, scales, self._group, (columns, depth), zeros)
+        return Codes("int4", packed, scales, self._group, (columns, depth), zeros)
 
 
 class Int3Weight(GroupedWeight):

@@ -11,6 +11,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from headrace.runtime.matmul.configs import Codes, Packing
+from headrace.runtime.matmul.few_rows import multiply
 from headrace.runtime.product import product
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 
@@ -66,6 +68,15 @@ class Weight(ABC):
         """`rows` may start at multiples of this."""
         return 1
 
+    @property
+    def packing(self) -> Packing | None:
+        """How `codes` lie, by which kernels multiply few rows; None where there are none for it."""
+        return None
+
+    def codes(self) -> Codes:
+        """What kernels are given."""
+        raise NotImplementedError
+
     @abstractmethod
     def rows(self, start: int, stop: int) -> "Weight":
         """Rows [start, stop) along the first axis, sharing the bytes."""
@@ -92,6 +103,9 @@ class Weight(ABC):
         if transposed:
             out = self._times(x, None, scratch, transposed=True)
             return out if bias is None else out + bias
+        fused = multiply(x, [self], [bias], tracer_of(scratch))
+        if fused is not None:
+            return fused[0]
         count, step = self.shape[0], self._rows_at_once(x.dtype, scratch)
         if step >= count:
             return self._times(x, bias, scratch)
@@ -111,7 +125,7 @@ class Weight(ABC):
     ) -> tuple[Tensor, ...] | None:
         """x times this weight and each of `others`, plus biases, in one launch; None where there is
         none for them or it is not faster."""
-        return None
+        return multiply(x, [self, *others], biases, tracer_of(scratch))
 
     def _times(
         self, x: Tensor, bias: Tensor | None, scratch: Scratch | None, *, transposed: bool = False

@@ -119,7 +119,7 @@ def test_the_kernel_is_given_the_same_values(kind: str) -> None:
     specs, block = packed_block(parts)
     weight = view_weight(WeightSpec("int4", (48, 96), specs, blocksize=GROUP), block)
     assert isinstance(weight, Int4Weight)
-    codes = weight.rows(8, 40).codes()  # type: ignore[attr-defined]
+    codes = weight.rows(8, 40).codes()
     packed = codes.packed.view(32, 48).int()
     numbers = torch.stack((packed // 16, packed % 16), -1).view(32, 96 // GROUP, GROUP)
     zeros = 8 if codes.zeros is None else codes.zeros.view(32, -1, 1)
