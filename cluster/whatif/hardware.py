@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from headrace.cluster.cli.sizes import parse_size
+from headrace.cluster.given_files import read_yaml
 from headrace.cluster.whatif.devices import GPUS
 from headrace.scheduler.errors import HeadraceError
 
@@ -100,10 +100,10 @@ def read_pools(nodes: Path, prices: Path | None) -> list[Pool]:
 
     Raises HeadraceError naming the file and the place.
     """
-    given = _mapping(nodes)
+    given = _mapping("--what-if", nodes)
     instances: Mapping[str, Any] = {}
     if prices is not None:
-        instances = _mapping(prices).get("instances") or {}
+        instances = _mapping("--prices", prices).get("instances") or {}
         if not isinstance(instances, dict):
             raise HeadraceError(f"{prices}: `instances` must be a mapping of names to nodes")
     for pool in given.get("pools") or []:
@@ -124,13 +124,8 @@ def _filled(node: Any, instances: Mapping[str, Any], nodes: Path, prices: Path |
     return {**instances[name], **own}
 
 
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HeadraceError(f"cannot read {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HeadraceError(f"{file} is no YAML: {error}") from error
+def _mapping(option: str, file: Path) -> dict[str, Any]:
+    found = read_yaml(option, file)
     if not isinstance(found, dict):
         raise HeadraceError(f"{file} must be a mapping, such as `pools:` and a list")
     return found
