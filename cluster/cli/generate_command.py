@@ -51,7 +51,8 @@ def generate_rows(
     from headrace.cluster.cli.kv_report import end_of_pages
     from headrace.cluster.cli.opened import opened_store
     from headrace.cluster.explain.report import ReportWriter
-    from headrace.cluster.jobs import Job, JobAdapters, JobFiles
+    from headrace.cluster.job_files import JobAdapters, JobFiles
+    from headrace.cluster.jobs import Job
     from headrace.cluster.launch import running_engine
     from headrace.cluster.run_plan import kv_alternatives
     from headrace.scheduler.request import SamplingParams

@@ -9,9 +9,9 @@ from headrace.cluster.bench.driver import random_prompts
 from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine import Engine
 from headrace.cluster.inputs import open_input
-from headrace.cluster.jobs import row_seed
 from headrace.cluster.profile.request import Done, Load
 from headrace.cluster.rows import decode, prepare
+from headrace.cluster.seeds import row_seed
 from headrace.scheduler.errors import HeadraceError, RequestError
 from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Plan

@@ -25,7 +25,8 @@ from headrace.cluster.adapters import (
 from headrace.cluster.bench.local import local_engine
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.jobs import Job, JobAdapters, JobFiles
+from headrace.cluster.job_files import JobAdapters, JobFiles
+from headrace.cluster.jobs import Job
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError, JobError, RequestError
 from headrace.scheduler.plan import Adapter

@@ -28,8 +28,9 @@ from headrace.cluster.cli.generate import (
 )
 from headrace.cluster.cli.stage_table import stage_table
 from headrace.cluster.completion import Completion
+from headrace.cluster.job_files import JobFiles
 from headrace.cluster.job_report import ComputeSplit, JobReport, Work
-from headrace.cluster.jobs import Job, JobFiles
+from headrace.cluster.jobs import Job
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError, StageError
 from headrace.scheduler.placement import (

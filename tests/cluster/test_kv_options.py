@@ -18,7 +18,8 @@ from headrace.cluster.cli.options import Device, RunOptions
 from headrace.cluster.cli.sizes import parse_duration
 from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.jobs import Job, JobFiles
+from headrace.cluster.job_files import JobFiles
+from headrace.cluster.jobs import Job
 from headrace.cluster.kv_options import check_kv_options, describe_costs, log_config
 from headrace.cluster.rows import decode, prepare
 from headrace.cluster.run_plan import local_plan

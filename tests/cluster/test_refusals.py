@@ -16,7 +16,7 @@ from leftovers import our_threads
 from transformers import AutoModelForCausalLM
 
 from headrace.cluster.cli.main import main
-from headrace.cluster.jobs import JobFiles
+from headrace.cluster.job_files import JobFiles
 from headrace.runtime.store import Store
 from headrace.scheduler.request import SamplingParams
 

@@ -12,7 +12,8 @@ from commands import Command, headrace, wait_for
 from rings import local_ring, manual_plan
 
 from headrace.cluster.engine import Engine
-from headrace.cluster.jobs import Job, JobFiles
+from headrace.cluster.job_files import JobFiles
+from headrace.cluster.jobs import Job
 from headrace.cluster.ring import Ring
 from headrace.cluster.tokenizer import load_tokenizer, stop_ids
 from headrace.runtime.store import Store

@@ -8,9 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from headrace.cluster.answers import encode
-from headrace.cluster.jobs import own_identity
 from headrace.cluster.rows import Draft, Kind, decode
-from headrace.cluster.seeds import derive_seed
+from headrace.cluster.seeds import derive_seed, own_identity
 from headrace.cluster.serving.batches.space import BatchSpace
 from headrace.cluster.serving.batches.validate import LINE_SPACE
 from headrace.cluster.serving.errors import ApiError

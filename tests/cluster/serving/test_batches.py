@@ -10,7 +10,8 @@ import pytest
 from commands import wait_for
 from served import MODEL, Served, serving, stories_engine
 
-from headrace.cluster.jobs import Job, JobFiles
+from headrace.cluster.job_files import JobFiles
+from headrace.cluster.jobs import Job
 from headrace.scheduler.request import SamplingParams
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
