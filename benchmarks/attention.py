@@ -29,9 +29,9 @@ from headrace.runtime.attention.tiles import DeviceLimits, Tile, shared_bytes
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv import write_triton
 from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV
+from headrace.runtime.manifest import LayerShape
 from headrace.runtime.matmul.timing import Timer
 from headrace.runtime.probe import matmul_tflops, memory_gbps
-from headrace.runtime.store import LayerShape
 from headrace.scheduler.kv_format import FORMATS, KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 

@@ -21,7 +21,7 @@ import torch
 
 from headrace.cluster.bench.machine import random_blocks
 from headrace.cluster.bench.speeds import copy_gbps, read_gbps
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.runtime.streaming.storage import choose_storage
 from headrace.runtime.streaming.streamer import Streamer
 from headrace.scheduler.placement import Tier

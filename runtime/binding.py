@@ -23,10 +23,10 @@ from headrace.runtime.experts import (
     SlotViews,
 )
 from headrace.runtime.linear import QuantLinear
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.norms import FusedNorms
 from headrace.runtime.recording import Interruptions
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
-from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.view import view_weight
 from headrace.runtime.weights.weight import Scratch, Weight
 from headrace.scheduler.errors import StoreError

@@ -10,7 +10,7 @@ from typing import IO, Self
 
 import xxhash
 
-from headrace.runtime.store import ALIGN_BLOCK, ALIGN_TENSOR, TensorSpec
+from headrace.runtime.manifest import ALIGN_BLOCK, ALIGN_TENSOR, TensorSpec
 from headrace.scheduler.errors import StoreError
 
 DTYPE_BYTES = {

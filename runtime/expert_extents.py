@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-from headrace.runtime.store import ALIGN_BLOCK, Block, WeightSpec
+from headrace.runtime.manifest import ALIGN_BLOCK, Block, WeightSpec
 
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from headrace.runtime.expert_extents import Extent
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.recording import Interruptions
-from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.view import view_weight
 from headrace.runtime.weights.weight import Scratch, Weight
 

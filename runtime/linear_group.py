@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from headrace.runtime.binding import Binding, ExpertStack, PackedLinear
 from headrace.runtime.linear import QuantLinear
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.few_rows import packing_of
-from headrace.runtime.store import WeightSpec
 
 MOST = 3
 """Linears of a launch. More get a second one, so that their results need not be kept for long."""

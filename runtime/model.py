@@ -22,6 +22,7 @@ from headrace.runtime.kv.store import LayerPages
 from headrace.runtime.latents import keeps_latents
 from headrace.runtime.linear import QuantLinear
 from headrace.runtime.linear_group import four_bit_products, grouped
+from headrace.runtime.manifest import Block, LayerShape, WeightSpec
 from headrace.runtime.matmul.configs import Product
 from headrace.runtime.matmul.packed_cpu import PackedLayout
 from headrace.runtime.memory.held import Holding, named
@@ -31,7 +32,6 @@ from headrace.runtime.recording import Interruptions
 from headrace.runtime.rotary import FusedRotary
 from headrace.runtime.shape import scratch_elements
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
-from headrace.runtime.store import Block, LayerShape, WeightSpec
 from headrace.runtime.trace import NULL_TRACER, Tracer
 from headrace.runtime.weights.plain import RawWeight
 from headrace.runtime.weights.view import view_weight

@@ -12,10 +12,10 @@ from transformers import PretrainedConfig
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.kv.store import page_nbytes, plain_format
+from headrace.runtime.manifest import Block, LayerShape
 from headrace.runtime.names import experts_per_token
 from headrace.runtime.rope import context_limit
 from headrace.runtime.skeleton import parse_config
-from headrace.runtime.store import Block, LayerShape
 from headrace.scheduler.inputs import Experts, ModelShape
 from headrace.scheduler.kv_format import KVFormat
 

@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from headrace.runtime import latents, names, plugs
 from headrace.runtime.conversion import layer_facts
+from headrace.runtime.manifest import LayerShape
 from headrace.runtime.stand_ins import StandIns, swapped
-from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
 
 T = TypeVar("T")

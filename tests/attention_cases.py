@@ -10,7 +10,7 @@ from torch import Tensor
 from headrace.runtime.attention.softmax import Rule
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv.store import KVStore, LayerKV
-from headrace.runtime.store import LayerShape
+from headrace.runtime.manifest import LayerShape
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 
 

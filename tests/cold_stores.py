@@ -10,7 +10,8 @@ import numpy as np
 import xxhash
 
 from headrace.runtime.block_file import BlockWriter, Entry, lay_out, write_durably
-from headrace.runtime.store import Block, Store, TensorSpec, WeightSpec, block_to_json
+from headrace.runtime.manifest import Block, TensorSpec, WeightSpec, block_to_json
+from headrace.runtime.store import Store
 
 Values = np.ndarray[Any, np.dtype[np.uint16]]
 ROWS, COLUMNS, MATRICES = 512, 512, 7

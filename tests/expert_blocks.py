@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.store import Block, TensorSpec, WeightSpec
+from headrace.runtime.manifest import Block, TensorSpec, WeightSpec
 from headrace.runtime.streaming.expert_streamer import ExpertStreamer
 from headrace.runtime.streaming.loads import Storage
 

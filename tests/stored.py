@@ -7,7 +7,8 @@ from architectures import tiny_model
 
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.quantize import STORE_DTYPES, TORCH_DTYPES, decode
-from headrace.runtime.store import Block, Store, TensorSpec
+from headrace.runtime.manifest import Block, TensorSpec
+from headrace.runtime.store import Store
 
 
 def packed_block(parts: dict[str, torch.Tensor]) -> tuple[dict[str, TensorSpec], torch.Tensor]:

@@ -9,7 +9,8 @@ from headrace.cluster.bench.random_store import write_hollow_checkpoint
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.plan import BlockPlan, Options, plan_conversion
 from headrace.runtime.conversion.quantize import weight_spec
-from headrace.runtime.store import VERSION, Block, Store, block_to_json
+from headrace.runtime.manifest import VERSION, Block, block_to_json
+from headrace.runtime.store import Store
 
 
 def hollow_store(config: Mapping[str, Any], fmt: str) -> Store:

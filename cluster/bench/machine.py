@@ -12,8 +12,8 @@ import torch
 
 from headrace.cluster.bench.hops import hop_actors, measure_call, measure_hop
 from headrace.cluster.bench.speeds import COPY_BYTES, CPU, copy_gbps, places, read_gbps
+from headrace.runtime.manifest import ALIGN_BLOCK, Block
 from headrace.runtime.probe import all_cores, matmul_tflops, memory_gbps
-from headrace.runtime.store import ALIGN_BLOCK, Block
 from headrace.runtime.streaming.storage import (
     BufferedStorage,
     DirectStorage,

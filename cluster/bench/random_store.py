@@ -32,8 +32,9 @@ from headrace.runtime.conversion.plan import (
     plan_conversion,
 )
 from headrace.runtime.conversion.quantize import STORE_DTYPES, weight_spec
+from headrace.runtime.manifest import MANIFEST, VERSION, Block, block_to_json
 from headrace.runtime.skeleton import Skeleton, parse_config
-from headrace.runtime.store import MANIFEST, VERSION, Block, Store, block_to_json
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.sizes import format_size
 

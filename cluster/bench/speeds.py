@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from headrace.cluster.bench.hops import Hop
+from headrace.runtime.manifest import Block
 from headrace.runtime.probe import all_cores, matmul_tflops, memory_gbps
-from headrace.runtime.store import Block
 from headrace.runtime.streaming.loads import Load
 from headrace.runtime.streaming.storage import BufferedStorage, DirectStorage, Storage
 from headrace.runtime.streaming.tiers import AlignedBuffer, device_bytes

@@ -17,7 +17,8 @@ from headrace.runtime.cold.pull import PullReport, Received, everything, pull
 from headrace.runtime.cold.push import PushReport, Sent, push
 from headrace.runtime.cold.ranges import parse_ranges
 from headrace.runtime.cold.source import ColdModel, check_name, parse_cold
-from headrace.runtime.store import Block, Store
+from headrace.runtime.manifest import Block
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import ColdTierError
 
 RATE_BYTES = 1e6

@@ -19,7 +19,8 @@ from headrace.runtime.calibration.calibrate import Calibration, convert_calibrat
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.writer import CHANGES, REQUANTIZED, Progress
 from headrace.runtime.expert_extents import split_block
-from headrace.runtime.store import Block, Store
+from headrace.runtime.manifest import Block
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 
 WORST = 3

@@ -18,7 +18,8 @@ from headrace.cluster.run_plan import choices_of, resolve_dtype, shape_in
 from headrace.cluster.whatif.hardware import Pool, read_pools
 from headrace.cluster.whatif.inputs import plan_inputs
 from headrace.cluster.whatif.outcome import MILLION, Outcome, outcomes
-from headrace.runtime.store import MANIFEST, Store
+from headrace.runtime.manifest import MANIFEST
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Workload
 from headrace.scheduler.placement import Plan

@@ -23,8 +23,9 @@ from headrace.runtime.calibration.states_file import StatesFile
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import BlockPlan, ConversionPlan
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
+from headrace.runtime.manifest import Block, WeightSpec
 from headrace.runtime.skeleton import Role, Skeleton, parse_config
-from headrace.runtime.store import Block, Store, WeightSpec
+from headrace.runtime.store import Store
 from headrace.runtime.sweep.source import CheckpointModel
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import Sweep, SweptLayer

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.calibration.layer_weights import LayerWeights
-from headrace.runtime.store import LayerShape
+from headrace.runtime.manifest import LayerShape
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from headrace.runtime.calibration.observed import (
 )
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.store import LayerShape, WeightSpec
+from headrace.runtime.manifest import LayerShape, WeightSpec
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import SweptLayer
 from headrace.runtime.weights.view import view_weight

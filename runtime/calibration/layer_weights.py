@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
+from headrace.runtime.manifest import Block, WeightSpec
 from headrace.runtime.skeleton import Role
-from headrace.runtime.store import Block, WeightSpec
 from headrace.runtime.weights.view import view_weight
 
 

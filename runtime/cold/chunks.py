@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from headrace.runtime.block_file import DTYPE_BYTES
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 
 MOST_BYTES = 8 << 20
 LEAST_BYTES = 1 << 20

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.scheduler.errors import StoreError
 
 

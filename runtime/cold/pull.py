@@ -20,7 +20,8 @@ from headrace.runtime.cold.record import ChunkRef, FileRecord, ModelRecord
 from headrace.runtime.cold.source import ORIGIN, ColdModel, Hydration, read_origin
 from headrace.runtime.cold.tier import ColdTier
 from headrace.runtime.cold.transfers import JOBS, run_all
-from headrace.runtime.store import MANIFEST, Block, Store
+from headrace.runtime.manifest import MANIFEST, Block
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import ColdTierError, StoreError
 
 Choose = Callable[[Store], Iterable[Block]]

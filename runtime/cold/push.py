@@ -28,7 +28,8 @@ from headrace.runtime.cold.record import ChunkRef, FileRecord, ModelRecord
 from headrace.runtime.cold.source import ORIGIN, ColdModel
 from headrace.runtime.cold.tier import ColdTier
 from headrace.runtime.cold.transfers import JOBS, run_all
-from headrace.runtime.store import JOURNAL, Block, Store
+from headrace.runtime.manifest import Block
+from headrace.runtime.store import JOURNAL, Store
 from headrace.scheduler.errors import ColdTierError, StoreError
 
 DELTA_PAYS = 0.5

@@ -15,7 +15,8 @@ from headrace.runtime.block_file import sync_directory, write_durably
 from headrace.runtime.cold.directory import has_its_size, locked, pulling, refuse_small_disk
 from headrace.runtime.cold.source import ORIGIN, PEERS, ColdModel, Hydration
 from headrace.runtime.cold.transfers import run_all
-from headrace.runtime.store import JOURNAL, MANIFEST, Block, Store
+from headrace.runtime.manifest import MANIFEST, Block
+from headrace.runtime.store import JOURNAL, Store
 from headrace.scheduler.errors import StoreError
 
 PIECE_BYTES = 8 << 20

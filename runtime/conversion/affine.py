@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from headrace.runtime.block_file import Entry
 from headrace.runtime.conversion.part import Part
-from headrace.runtime.store import WeightSpec
+from headrace.runtime.manifest import WeightSpec
 from headrace.scheduler.errors import StoreError
 
 AFFINE = ("int4", "int3", "int8g")

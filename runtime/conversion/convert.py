@@ -19,8 +19,9 @@ from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.conversion.plan import Options, plan_conversion
 from headrace.runtime.conversion.source import AnyCheckpoint
 from headrace.runtime.conversion.writer import Progress, StoreWriter
+from headrace.runtime.manifest import VERSION
 from headrace.runtime.skeleton import parse_config
-from headrace.runtime.store import VERSION, Store
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 
 

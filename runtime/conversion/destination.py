@@ -10,7 +10,8 @@ from typing import Any
 
 from headrace.runtime.block_file import sync_directory
 from headrace.runtime.conversion.encoder import STATES
-from headrace.runtime.store import HELD, JOURNAL, MANIFEST, Store
+from headrace.runtime.manifest import MANIFEST
+from headrace.runtime.store import HELD, JOURNAL, Store
 from headrace.scheduler.errors import StoreError
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from headrace.runtime.conversion.plan import BlockPlan, ConversionPlan
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 
 STATES = "headrace-calibration-*.states"
 """Files beside the journal that an encoder may leave there while a conversion is under way."""

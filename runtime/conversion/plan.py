@@ -14,8 +14,8 @@ from headrace.runtime.conversion.described import WeightPlan, described, main_fo
 from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
 from headrace.runtime.conversion.readers import READERS
 from headrace.runtime.conversion.source import AnyCheckpoint, SourceWeight
+from headrace.runtime.manifest import LayerShape
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
-from headrace.runtime.store import LayerShape
 from headrace.scheduler.errors import StoreError
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from headrace.runtime.conversion.affine import (
 )
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.small_floats import SMALL_FLOATS, decode_small_floats
-from headrace.runtime.store import TensorSpec, WeightSpec
+from headrace.runtime.manifest import TensorSpec, WeightSpec
 from headrace.scheduler.errors import StoreError
 
 BLOCKSIZE = 64

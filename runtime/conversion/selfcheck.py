@@ -21,9 +21,9 @@ from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.conversion.shrink import VOCABULARY, shrink
 from headrace.runtime.kv.store import KVStore
 from headrace.runtime.latents import keeps_latents
+from headrace.runtime.manifest import ALIGN_TENSOR, Block, TensorSpec, WeightSpec
 from headrace.runtime.model import StageModel
 from headrace.runtime.skeleton import BlockKey, Skeleton
-from headrace.runtime.store import ALIGN_TENSOR, Block, TensorSpec, WeightSpec
 from headrace.scheduler.errors import HeadraceError, UnsupportedModelError
 from headrace.scheduler.plan import PAGE_TOKENS, MicroBatch, Slice
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from headrace.runtime.store import WeightSpec
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.weights.small_floats import E2M1, MX_BLOCK
 
 SMALL_FLOATS = ("fp8", "mxfp4")

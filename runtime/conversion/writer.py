@@ -19,7 +19,7 @@ from headrace.runtime.conversion.plan import BlockPlan, ConversionPlan
 from headrace.runtime.conversion.quantize import encode_rows, weight_spec
 from headrace.runtime.conversion.requantize import in_memory, loaded, relative_error, values
 from headrace.runtime.conversion.source import AnyCheckpoint, bytes_of
-from headrace.runtime.store import MANIFEST, Block, WeightSpec, block_from_json, block_to_json
+from headrace.runtime.manifest import MANIFEST, Block, WeightSpec, block_from_json, block_to_json
 from headrace.scheduler.errors import StoreError
 
 log = logging.getLogger(__name__)

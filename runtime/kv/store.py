@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.kv.codes import Rotation
+from headrace.runtime.manifest import LayerShape
 from headrace.runtime.memory.held import Holding, named
-from headrace.runtime.store import LayerShape
 from headrace.scheduler.kv_format import FORMATS, PLAIN, SCALE_BYTES, KVFormat
 from headrace.scheduler.plan import PAGE_TOKENS
 

@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import LEAST_GROUP, TABLES, Codes, Config, Packing
 from headrace.runtime.matmul.tuning import choices
-from headrace.runtime.store import WeightSpec
 from headrace.runtime.trace import Kind, Tracer
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headrace.runtime.bnb import functional, lib
-from headrace.runtime.store import WeightSpec
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.weights.dequantize import dequantize_4bit
 from headrace.runtime.weights.four_bit import FourBitWeight
 from headrace.runtime.weights.view import parts_of, view_weight

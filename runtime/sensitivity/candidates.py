@@ -12,8 +12,8 @@ from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.plan import ConversionPlan, Options, plan_conversion
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.conversion.source import AnyCheckpoint
+from headrace.runtime.manifest import ALIGN_TENSOR
 from headrace.runtime.skeleton import Role, Skeleton, parse_config
-from headrace.runtime.store import ALIGN_TENSOR
 from headrace.scheduler.errors import StoreError
 
 KEEP = "keep"

@@ -11,8 +11,8 @@ from headrace.runtime.calibration.encoding import CALIBRATED, Inputs, round_matr
 from headrace.runtime.calibration.layer import LayerCalibration, short_sample
 from headrace.runtime.calibration.layer_weights import LayerWeights
 from headrace.runtime.calibration.observed import Collector, Matrix, Moments, Watched, batches
+from headrace.runtime.manifest import LayerShape, WeightSpec
 from headrace.runtime.sensitivity.candidates import KEEP, Candidates
-from headrace.runtime.store import LayerShape, WeightSpec
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import SweptLayer
 from headrace.runtime.weights.view import view_weight

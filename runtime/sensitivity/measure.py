@@ -21,11 +21,11 @@ from headrace.runtime.binding import View
 from headrace.runtime.calibration.layer_weights import LayerWeights
 from headrace.runtime.calibration.room import Room
 from headrace.runtime.evaluation.measure import divergence
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.sensitivity.candidates import KEEP, Candidates
 from headrace.runtime.sensitivity.factors import Factors, kind_of
 from headrace.runtime.sensitivity.layer import LayerTrial, Rounding, Tried
 from headrace.runtime.sensitivity.rounded import RoundedWeight
-from headrace.runtime.store import WeightSpec
 from headrace.runtime.sweep.source import CheckpointModel
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import Sweep, SweptLayer

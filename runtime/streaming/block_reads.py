@@ -4,7 +4,7 @@ from typing import Self
 
 import torch
 
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.runtime.streaming.loads import Load, Storage, drain
 from headrace.runtime.streaming.tiers import device_bytes
 

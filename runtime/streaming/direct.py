@@ -15,8 +15,8 @@ from typing import Self
 
 import torch
 
+from headrace.runtime.manifest import ALIGN_BLOCK
 from headrace.runtime.memory.held import Holding, named
-from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.streaming.loads import CopyStream, Load, PendingLoad, check_extent, too_short
 from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer

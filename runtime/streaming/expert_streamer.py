@@ -10,8 +10,8 @@ from typing import Self
 import torch
 
 from headrace.runtime.expert_extents import SplitBlock
+from headrace.runtime.manifest import Block
 from headrace.runtime.memory.held import Holding, named
-from headrace.runtime.store import Block
 from headrace.runtime.streaming.host_experts import ExpertKey, HostExperts, Place
 from headrace.runtime.streaming.loads import Load, Storage, drain
 from headrace.runtime.streaming.reach_history import ReachHistory

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
+from headrace.runtime.manifest import ALIGN_BLOCK
 from headrace.runtime.memory.held import Holding
-from headrace.runtime.store import ALIGN_BLOCK
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer
 from headrace.scheduler.errors import HeadraceError, StoreError
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from headrace.runtime.store import ALIGN_BLOCK
+from headrace.runtime.manifest import ALIGN_BLOCK
 
 log = logging.getLogger(__name__)
 

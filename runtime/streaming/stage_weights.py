@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from headrace.runtime.expert_extents import SplitBlock, split_block
+from headrace.runtime.manifest import Block
 from headrace.runtime.memory.held import Holding
-from headrace.runtime.store import Block, Store
+from headrace.runtime.store import Store
 from headrace.runtime.streaming.expert_streamer import ExpertCounters, ExpertStreamer
 from headrace.runtime.streaming.loads import Storage
 from headrace.runtime.streaming.streamer import StreamCounters, Streamer

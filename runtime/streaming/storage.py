@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from headrace.runtime.store import ALIGN_BLOCK
+from headrace.runtime.manifest import ALIGN_BLOCK
 from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage, OpenFiles
 from headrace.runtime.streaming.kvikio_storage import KvikioStorage
 from headrace.runtime.streaming.loads import Load, Storage

@@ -9,8 +9,8 @@ from typing import Protocol, Self
 
 import torch
 
+from headrace.runtime.manifest import Block
 from headrace.runtime.memory.held import Holding, named
-from headrace.runtime.store import Block
 from headrace.runtime.streaming.loads import Load, Storage, drain
 from headrace.runtime.streaming.tiers import DeviceRing, HostTier, device_bytes
 from headrace.runtime.trace import NULL_TRACER, Kind, Tracer

@@ -9,8 +9,8 @@ from typing import Self
 
 import torch
 
+from headrace.runtime.manifest import ALIGN_BLOCK, Block
 from headrace.runtime.memory.held import Holding, named
-from headrace.runtime.store import ALIGN_BLOCK, Block
 from headrace.runtime.streaming.copies import HostCopies
 from headrace.runtime.streaming.loads import Load, Storage
 from headrace.runtime.trace import NULL_TRACER, Tracer

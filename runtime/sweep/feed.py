@@ -6,7 +6,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from headrace.runtime.store import Block, Store
+from headrace.runtime.manifest import Block
+from headrace.runtime.store import Store
 from headrace.runtime.streaming.copies import HostCopies
 from headrace.runtime.streaming.loads import Load, drain
 from headrace.runtime.streaming.storage import choose_storage

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV
-from headrace.runtime.store import LayerShape
+from headrace.runtime.manifest import LayerShape
 
 
 class SweepPages:

@@ -11,8 +11,9 @@ from headrace.runtime.conversion.plan import BlockPlan, Options, plan_conversion
 from headrace.runtime.conversion.quantize import weight_spec
 from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.conversion.writer import stored_bytes
+from headrace.runtime.manifest import MANIFEST, Block, LayerShape
 from headrace.runtime.skeleton import parse_config
-from headrace.runtime.store import MANIFEST, Block, LayerShape, Store
+from headrace.runtime.store import Store
 
 
 class CheckpointModel:

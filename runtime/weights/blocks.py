@@ -5,7 +5,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from headrace.runtime.store import WeightSpec
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.weights.small_floats import fp8_values
 from headrace.runtime.weights.weight import Scratch, Weight, room_for
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import headrace.runtime.bnb  # noqa: F401  (registers torch.ops.bitsandbytes)
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import Codes, Packing
 from headrace.runtime.matmul.few_rows import packing_of
-from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.dequantize import dequantize_4bit
 from headrace.runtime.weights.weight import Scratch, Weight, room_for
 

@@ -7,9 +7,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import Codes, Packing
 from headrace.runtime.matmul.few_rows import packing_of
-from headrace.runtime.store import WeightSpec
 from headrace.runtime.weights.affine import int3_values, int4_values, int8_values
 from headrace.runtime.weights.small_floats import mxfp4_values
 from headrace.runtime.weights.weight import Scratch, Weight, room_for

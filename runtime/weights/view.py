@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.store import TensorSpec, WeightSpec
+from headrace.runtime.manifest import TensorSpec, WeightSpec
 from headrace.runtime.weights.blocks import Fp8Weight, TurnedWeight
 from headrace.runtime.weights.four_bit import FourBitWeight
 from headrace.runtime.weights.grouped import GroupedInt8Weight, Int3Weight, Int4Weight, Mxfp4Weight

@@ -17,7 +17,7 @@ from headrace.cluster.bench.random_store import (
 )
 from headrace.runtime.conversion.checkpoint import Checkpoint
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.scheduler.errors import HeadraceError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from leftovers import our_threads
 
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.runtime.streaming.block_reads import BlockReads
 from headrace.runtime.streaming.storage import BufferedStorage
 from headrace.scheduler.errors import StoreError

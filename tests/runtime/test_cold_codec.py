@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headrace.runtime.cold.chunks import LEAST_BYTES, MOST_BYTES, cut_block, cut_bytes
 from headrace.runtime.cold.codec import DamagedObjectError, Header, decode, encode, encode_delta
-from headrace.runtime.store import Block, TensorSpec, WeightSpec
+from headrace.runtime.manifest import Block, TensorSpec, WeightSpec
 
 RUNS = st.lists(
     st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(0, 40)).map(lambda p: (p[0], p[0] * p[1])),

@@ -21,7 +21,7 @@ from expert_blocks import (
 from leftovers import our_threads
 from slow_storage import SlowStorage
 
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.runtime.streaming.direct import BufferedStorage
 from headrace.runtime.streaming.expert_streamer import ExpertStreamer
 from headrace.runtime.streaming.host_experts import HostExperts, Place

@@ -21,8 +21,8 @@ from expert_blocks import (
 )
 from slow_storage import SlowStorage
 
+from headrace.runtime.manifest import Block
 from headrace.runtime.memory.held import Holding
-from headrace.runtime.store import Block
 from headrace.runtime.streaming.direct import BufferedStorage
 from headrace.runtime.streaming.expert_streamer import ExpertStreamer
 from headrace.scheduler.experts import LIKELY, RECENT, passing_slots, slots_ahead

@@ -12,8 +12,9 @@ from whole import WholeModel, compared
 
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.quantize import encode
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.shape import model_shape
-from headrace.runtime.store import Store, WeightSpec
+from headrace.runtime.store import Store
 from headrace.runtime.weights.view import view_weight
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.plan import Slice

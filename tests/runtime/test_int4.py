@@ -14,7 +14,7 @@ from headrace.runtime.conversion.affine import decode_affine, encode_affine, gro
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.plan import Options
 from headrace.runtime.conversion.quantize import decode, encode
-from headrace.runtime.store import WeightSpec
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.weights.grouped import Int4Weight
 from headrace.runtime.weights.view import view_weight
 from headrace.runtime.weights.weight import Scratch

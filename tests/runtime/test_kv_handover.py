@@ -25,9 +25,10 @@ from headrace.runtime.kv.payload import read_payload, write_payload
 from headrace.runtime.kv.shared_payload import SharedPayload
 from headrace.runtime.kv.store import KVStore
 from headrace.runtime.kv_log.stage_log import StageLog
+from headrace.runtime.manifest import LayerShape
 from headrace.runtime.stage import Stage
 from headrace.runtime.stage_config import LogConfig, StageConfig
-from headrace.runtime.store import LayerShape, Store
+from headrace.runtime.store import Store
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.errors import HandoverError
 from headrace.scheduler.kv_format import FORMATS

@@ -15,7 +15,7 @@ from headrace.runtime.kv.copies import StreamLink
 from headrace.runtime.kv.host import HostPages
 from headrace.runtime.kv.moves import Ended, PageMover
 from headrace.runtime.kv.store import KVStore
-from headrace.runtime.store import LayerShape
+from headrace.runtime.manifest import LayerShape
 from headrace.runtime.streaming.loads import queued_work
 from headrace.runtime.streaming.tiers import AlignedBuffer
 from headrace.scheduler.errors import DoesNotFitError

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV, page_nbytes, plain_format
-from headrace.runtime.store import LayerShape
+from headrace.runtime.manifest import LayerShape
 from headrace.scheduler.kv_format import FORMATS
 
 CPU = torch.device("cpu")

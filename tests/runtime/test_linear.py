@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.linear import QuantLinear
-from headrace.runtime.store import WeightSpec
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.weights.plain import Int8Weight, RawWeight
 from headrace.runtime.weights.view import view_weight
 from headrace.runtime.weights.weight import Scratch, Weight

@@ -18,9 +18,9 @@ from headrace.runtime.conversion.quantize import STORE_DTYPES
 from headrace.runtime.conversion.selfcheck import check
 from headrace.runtime.conversion.shrink import shrink
 from headrace.runtime.kv.store import KVStore
+from headrace.runtime.manifest import Block, TensorSpec, WeightSpec
 from headrace.runtime.model import StageModel
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton
-from headrace.runtime.store import Block, TensorSpec, WeightSpec
 from headrace.scheduler.errors import UnsupportedModelError
 from headrace.scheduler.plan import MicroBatch, Slice
 

@@ -12,11 +12,12 @@ from whole import WholeModel
 
 from headrace.runtime.binding import Binder
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.norms import FusedNorm, FusedNorms
 from headrace.runtime.plugs import no_grad_parameter
 from headrace.runtime.recording import Interruptions
 from headrace.runtime.skeleton import BlockKey, Skeleton, parse_config
-from headrace.runtime.store import Store, WeightSpec
+from headrace.runtime.store import Store
 from headrace.runtime.weights.weight import Scratch
 from headrace.scheduler.plan import Slice
 

@@ -12,6 +12,7 @@ from whole import WholeModel
 from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.quantize import STORE_DTYPES
+from headrace.runtime.manifest import TensorSpec, WeightSpec
 from headrace.runtime.matmul.packed_cpu import (
     FEW_SEQUENCES,
     MOST_ROWS,
@@ -19,7 +20,6 @@ from headrace.runtime.matmul.packed_cpu import (
     choose_layout,
     has_kernel,
 )
-from headrace.runtime.store import TensorSpec, WeightSpec
 from headrace.runtime.weights.view import view_weight
 from headrace.runtime.weights.weight import Scratch, Weight
 from headrace.scheduler.plan import Slice

@@ -13,7 +13,7 @@ from torch import Tensor
 from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.runtime.kv.store import KVStore, QuantizedKV
-from headrace.runtime.store import LayerShape
+from headrace.runtime.manifest import LayerShape
 from headrace.scheduler.kv_format import FORMATS
 from headrace.scheduler.plan import PAGE_TOKENS
 

@@ -11,11 +11,11 @@ from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.opening import open_checkpoint
 from headrace.runtime.evaluation.measure import measure as compare
 from headrace.runtime.evaluation.windows import Windows
+from headrace.runtime.manifest import MANIFEST
 from headrace.runtime.sensitivity.candidates import Candidates
 from headrace.runtime.sensitivity.choose import choose, options_of, rules_of
 from headrace.runtime.sensitivity.factors import Factors, kind_of
 from headrace.runtime.sensitivity.measure import measure, probed_layers, split
-from headrace.runtime.store import MANIFEST
 from headrace.runtime.sweep.source import open_model
 from headrace.runtime.sweep.sweep import Sweep
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError, StoreError

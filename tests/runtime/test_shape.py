@@ -7,8 +7,8 @@ import torch
 from small_shapes import small_config
 
 from headrace.cluster.bench.random_store import write_store
+from headrace.runtime.manifest import ALIGN_BLOCK
 from headrace.runtime.shape import model_shape
-from headrace.runtime.store import ALIGN_BLOCK
 from headrace.scheduler.kv_format import FORMATS
 
 

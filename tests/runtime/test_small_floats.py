@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from headrace.runtime.conversion.quantize import decode
-from headrace.runtime.store import WeightSpec
+from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.weights.view import view_weight
 from headrace.runtime.weights.weight import Scratch
 

@@ -6,17 +6,17 @@ import torch
 from safetensors import safe_open
 
 from headrace.runtime.block_file import BlockWriter, Entry, lay_out, read_header, write_durably
-from headrace.runtime.store import (
+from headrace.runtime.manifest import (
     ALIGN_BLOCK,
     ALIGN_TENSOR,
     Block,
     LayerShape,
-    Store,
     TensorSpec,
     WeightSpec,
     block_from_json,
     block_to_json,
 )
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 
 ENTRIES = (

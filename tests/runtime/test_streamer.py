@@ -9,7 +9,7 @@ import torch
 from leftovers import our_threads
 from slow_storage import SlowStorage
 
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.runtime.streaming.direct import BufferedStorage
 from headrace.runtime.streaming.loads import Storage
 from headrace.runtime.streaming.streamer import StreamCounters, Streamer

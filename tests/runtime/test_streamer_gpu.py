@@ -8,7 +8,7 @@ import pytest
 import torch
 from leftovers import our_threads
 
-from headrace.runtime.store import Block
+from headrace.runtime.manifest import Block
 from headrace.runtime.streaming.direct import BufferedStorage, DirectStorage
 from headrace.runtime.streaming.loads import Storage
 from headrace.runtime.streaming.storage import choose_storage
