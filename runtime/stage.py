@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from headrace.runtime.adapters.loads import EndedLoads
 from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
 from headrace.runtime.kv.cold_batch import ColdBatch
 from headrace.runtime.kv.handover import Contexts
-from headrace.runtime.kv.moves import NONE_ENDED, PageLog
+from headrace.runtime.kv.moves import PageLog
 from headrace.runtime.kv.ring import NOTHING_BROUGHT
 from headrace.runtime.kv.store import LayerPages
 from headrace.runtime.kv.window import PageWindow
@@ -24,8 +23,10 @@ from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import Recorder, make_recorder
 from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
+from headrace.runtime.stage_links import StageLinks
+from headrace.runtime.stage_moves import StageMoves
 from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
-from headrace.runtime.streaming.streamer import StreamCounters, wait_clock
+from headrace.runtime.streaming.streamer import StreamCounters
 from headrace.runtime.trace import KEPT_PASSES, NULL_TRACER, Kind, SwitchTracer, Trace
 from headrace.runtime.verification import verified
 from headrace.scheduler.errors import StageError, StageLostError, StoreError
@@ -73,16 +74,14 @@ class Stage:
         self._drawn = DrawnTokens(config.plan.passes_in_flight)
         ends = self._placement.first_stage, self._placement.last_stage
         self._reads_tokens = config.stage in ends
-        self._senders: Mapping[int, Sender] = {}
-        self._receivers: Mapping[int, Receiver] = {}
         self._closed, self._broken = threading.Event(), threading.Event()
-        self._link_clock = wait_clock(self.device)
         # The default stream would serialize compute with copies.
         self._compute = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             torch.set_num_threads(config.threads)
         with self._on_device(), ExitStack() as opened:
             self.tracer = SwitchTracer()
+            self._links = StageLinks(self.device, self.tracer)
             self._recorder: Recorder | None = None
             if config.trace:
                 self.begin_trace(KEPT_PASSES)
@@ -91,6 +90,7 @@ class Stage:
             self._model, self._kv, self._moves = parts.model, parts.kv, parts.moves
             self._ring, self._contexts = parts.ring, parts.contexts
             self._adapters = parts.adapters
+            self._beside = StageMoves(config.stage, parts.moves, parts.adapters)
             self._graphs = make_graphs(config, parts, capture or self._capture(parts))
             self._opened = opened.pop_all()
 
@@ -130,13 +130,7 @@ class Stage:
         NVMe are the caller's, and so is what they hold. No pass is under way."""
         host = None if self._moves is None else self._moves.host
         kept: list[Owner | None] = [self._weights, self._model, self._kv, host, self._ring]
-        kept += [
-            self._adapters,
-            self._graphs,
-            self._storage,
-            *self._senders.values(),
-            *self._receivers.values(),
-        ]
+        kept += [self._adapters, self._graphs, self._storage, self._links]
         for owner in kept:
             if owner is not None:
                 yield from owner.memory()
@@ -184,23 +178,16 @@ class Stage:
 
     def connect(self, senders: Mapping[int, Sender], receivers: Mapping[int, Receiver]) -> None:
         """Take over the ends of the edges to other stages, by peer."""
-        self._senders, self._receivers = senders, receivers
+        self._links.connect(senders, receivers)
 
     def disconnect(self) -> None:
         """Close the ends of edges, which no pass uses any more, with their buffers. Safe to call twice."""
-        for sender in self._senders.values():
-            sender.close()
-        for receiver in self._receivers.values():
-            receiver.close()
-        self._senders, self._receivers = {}, {}
+        self._links.close()
 
     def break_off(self) -> None:
         """Have the pass under way fail soon, and later ones at once, until `rewind`. Any thread."""
         self._broken.set()
-        for sender in self._senders.values():
-            sender.abort()
-        for receiver in self._receivers.values():
-            receiver.abort()
+        self._links.abort()
 
     def rewind(self) -> None:
         """Forget passes that were broken off: weights and pages stay, and the next pass begins anew, as soon
@@ -210,15 +197,12 @@ class Stage:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._weights.rewind()
-            self._wait_for_moves("what follows")
-            if self._moves is not None:
-                self._moves.take()
-            if self._adapters is not None:
-                self._adapters.take()
+            self._beside.wait("what follows", self.config.deadline)
+            self._beside.take()
             if self._ring is not None:
                 self._ring.begin_pass(())
                 self._ring.take()
-            self._link_clock.take()
+            self._links.take_wait()
         self._broken.clear()
 
     def prepare(self, a_pass: Pass) -> Ready:
@@ -256,9 +240,9 @@ class Stage:
 
     def _run(self, ready: Ready) -> PassResult:
         started = time.perf_counter()
-        self._begin_moves(ready)
+        self._beside.begin(ready)
         if not ready.batches:
-            waited = self._wait_for_moves(f"pass {ready.step}")
+            waited = self._beside.wait(f"pass {ready.step}", self.config.deadline)
             return self._result(ready.step, (), time.perf_counter() - started, waited)
         drawn = self._drawn.before(ready.step, ready.follows) if self._reads_tokens else {}
         travels = [self._begin(i, batch, drawn) for i, batch in enumerate(ready.batches)]
@@ -278,30 +262,6 @@ class Stage:
             self._ring.begin_pass(
                 (layer, batch) for visit in visits for batch in cold for layer in visit.layers
             )
-
-    def _begin_moves(self, ready: Ready) -> None:
-        """Copies out see what earlier passes wrote; beside this one they need not be waited for."""
-        if ready.moves:
-            assert self._moves is not None, "the plan has no host slots for pages"
-            self._moves.begin(ready.moves)
-        if ready.adapters:
-            assert self._adapters is not None, "the plan has no slots for adapters"
-            self._adapters.begin(ready.adapters)
-
-    def _wait_for_moves(self, waiting: str) -> float:
-        """Return when all moves and loads of adapters under way have ended; seconds."""
-        named = ((self._moves, "moves of KV pages"), (self._adapters, "loads of adapters"))
-        busy = [(who, what) for who, what in named if who is not None]
-        if not busy:
-            return 0.0
-        started, deadline = time.perf_counter(), self.config.deadline
-        for who, what in busy:
-            if not who.wait(deadline):
-                raise StageLostError(
-                    f"stage {self.config.stage}: {what} that {waiting} waits for did not "
-                    f"end within {deadline:.0f} s"
-                )
-        return time.perf_counter() - started
 
     def _begin(self, index: int, ready: ReadyBatch, drawn: Tokens) -> _Travel:
         if self._reads_tokens:
@@ -344,8 +304,7 @@ class Stage:
         if source == self.config.stage:
             assert travel.x is not None
             return travel.x
-        with self._link_clock.measure(), self.tracer.span(Kind.LINK_WAIT, number=source):
-            return self._receivers[source].recv(travel.micro_batch.num_tokens)
+        return self._links.recv(source, travel.micro_batch.num_tokens)
 
     def _depart(self, visit: int, travel: _Travel, x: torch.Tensor) -> None:
         travel.x = None
@@ -358,7 +317,7 @@ class Stage:
             travel.x = x
         else:
             # A lane writes its hidden states where they were.
-            self._senders[target].send(x if travel.lane is None else x.clone())
+            self._links.send(target, x if travel.lane is None else x.clone())
 
     def _draw(self, travel: _Travel, x: torch.Tensor) -> list[Drawn]:
         rows = sampled_rows(travel.micro_batch, travel.before)
@@ -381,14 +340,13 @@ class Stage:
     ) -> PassResult:
         counters = self._weights.take_counters()
         self._check_streamed(step, counters.layers, computed=bool(travels))
-        ended = NONE_ENDED if self._moves is None else self._moves.take()
-        loads = EndedLoads() if self._adapters is None else self._adapters.take()
+        ended, loads = self._beside.take()
         brought = NOTHING_BROUGHT if self._ring is None else self._ring.take()
         times = StageTimes(
             stage=self.config.stage,
             total=seconds,
             weights_wait=counters.wait_seconds,
-            link_wait=self._link_clock.take(),
+            link_wait=self._links.take_wait(),
             nvme_bytes=counters.nvme_bytes,
             host_bytes=counters.host_bytes,
             experts_used=counters.experts.used,
