@@ -112,6 +112,9 @@ class LayerCalibration:
             for leader in batch:
                 fold = folds.get(leader)
                 self._round(by_leader[leader], collector.take(leader), fold, tally)
+            if self._weights.device.type == "cuda":
+                # Else activations are carved out of what was a factor, and the next one finds no place.
+                torch.cuda.empty_cache()
         if self._left:
             tally.counts["to nearest, in stacks that are not calibrated"] += len(self._left)
         return dict(self._encoded())
