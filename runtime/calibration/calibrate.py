@@ -198,6 +198,7 @@ class Calibrator:
 
         layer.rebind(view)
         layer.run(self._states)
+        layer.rebind(view_weight)  # lets go of `data`: every layer has modules of its own
 
     def _finish(self) -> None:
         self._stack.close()
