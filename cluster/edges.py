@@ -1,7 +1,7 @@
 """The edges of a ring, seen from the driver: all of them at once, again whenever a stage was replaced."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -9,10 +9,8 @@ import ray
 from headrace.cluster.pipeline import gather
 from headrace.cluster.processes import START_SECONDS
 from headrace.cluster.stage_actor import Connection
-from headrace.cluster.watch import Watch
 from headrace.cluster.wire import encode
 from headrace.runtime.interfaces import find_interface
-from headrace.runtime.pulse import beat_key
 from headrace.runtime.rendezvous import EDGE_SECONDS, RendezvousServer
 from headrace.scheduler.errors import StageError
 
@@ -22,29 +20,28 @@ it is go on trying to reach it. A stage that still does when edges form anew wou
 
 
 class Edges:
-    """Has stages find each other, and hears their pulses. `local`: all are on this machine, to which their
+    """Has stages find each other. `local`: all are on this machine, to which their
     traffic keeps.
 
     Else it goes over the `interface` of each machine, that of its address in the Ray cluster if none is
     named; this process listens at its own, on `port` (0: a free one). HeadraceError when it cannot.
-    Stages that are not heard of for `patience` seconds are lost.
+    `check` is called while stages connect, and may raise StageLostError.
     """
 
     def __init__(
         self,
-        stages: int,
         *,
         local: bool,
         interface: str | None = None,
         port: int = 0,
-        patience: float,
+        check: Callable[[], None],
     ) -> None:
         self._host = meeting_host(interface, local=local)
-        self._watch = Watch(stages, self._beats, patience)
         self._server: RendezvousServer | None = None
         self._port, self._pinned = port, interface is not None
         self._interface = loopback() if local else interface or ""
         self._epoch = 0
+        self._check = check
 
     def connect(self, actors: Sequence[Any]) -> None:
         """Open every edge, in place of those that stages have; no pass is under way.
@@ -53,24 +50,16 @@ class Edges:
         StageError when a stage dies or does not answer; then none waits for another any more.
         """
         self.close()
-        self._watch.forget()
         self._server = RendezvousServer(self._host, self._port)
         connection = Connection(self._server.rendezvous(self._epoch), self._interface, self._pinned)
         self._epoch += 1
         refs = [actor.connect.remote(encode(connection)) for actor in actors]
         try:
-            gather(refs, START_SECONDS, doing="connecting the stages", check=self.check)
+            gather(refs, START_SECONDS, doing="connecting the stages", check=self._check)
         except StageError:
             self.close()
             ray.wait(refs, num_returns=len(refs), timeout=GIVE_UP_SECONDS)
             raise
-
-    def check(self) -> None:
-        """StageLostError with the stages that have not been heard of while this was asked."""
-        self._watch.check()
-
-    def _beats(self, stage: int) -> int:
-        return 0 if self._server is None else self._server.count(beat_key(stage))
 
     def close(self) -> None:
         if self._server is not None:

@@ -27,11 +27,11 @@ class EngineOptions:
     `network_gbps` and `network_latency` (seconds) are of the network between nodes, None has it measured
     where stages are on several;
     `address` is the Ray cluster to join, None to start one for this engine alone on this machine;
-    on it stages find each other at `rendezvous_port` of this machine (0: a free one) and speak over the network
-    `interface` of that name or in that network, which None leaves to Ray's address of each machine;
+    on it stages find each other at `rendezvous_port` of this machine, say at the next one that they live (0: free
+    ones), and speak over the network `interface` of that name or in that network, which None leaves to Ray's address of each machine;
     `metrics_port` is where such a cluster of its own shows metrics, None any free port;
     no pass may take more than `pass_timeout` seconds, and a stage that is not heard of for `heartbeat_timeout`
-    seconds while one is under way is replaced;
+    seconds while it is waited for is replaced;
     `trace` a file to write, when the engine closes, for Perfetto;
     `cold` is the URL[#NAME] from which each node fetches what its store lacks, None where the store was
     pulled from, if it was; with `from_peers` from nodes of the cluster that have it;

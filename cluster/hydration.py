@@ -2,7 +2,7 @@
 there is a plan."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ def hydrate_stages(
     peers: Sequence[Any] = (),
     *,
     first: int = 0,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """Have each stage fetch what its node lacks, from the cold tier or from `peers`, which are StorePeers.
-    `actors[0]` is stage `first`."""
+    `actors[0]` is stage `first`. `check` is called while they are waited for, and may raise."""
     nbytes = sum(_nbytes(store, each) for each in wanted)
     refs = [
         actor.hydrate.remote(encode(each))
@@ -58,7 +59,8 @@ def hydrate_stages(
     ]
     seconds = START_SECONDS + nbytes / SLOWEST_BYTES
     where = wanted[0].cold or "other nodes"
-    fetched = gather(refs, seconds, doing=f"fetching from {where}", first=first)
+    doing = f"fetching from {where}"
+    fetched = gather(refs, seconds, doing=doing, first=first, check=check)
     log.info("fetched from %s: %d bytes of layers and files", where, sum(fetched))
 
 

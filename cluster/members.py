@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from headrace.cluster.edges import Edges
@@ -55,8 +56,9 @@ class Members:
         return Place(*self.processes.place_of(stage))
 
     def ask(self, stage: int, ref: Any, doing: str, deadline: float | None = None) -> Any:
-        """What a call of a stage's returned. StageLostError when it died or did not answer."""
-        return gather([ref], deadline or self._deadline, doing=doing, first=stage)[0]
+        """What a call of a stage's returned. StageLostError when it died, fell silent, or did not answer."""
+        check = partial(self.processes.pulses.check, stage)
+        return gather([ref], deadline or self._deadline, doing=doing, first=stage, check=check)[0]
 
     def open(self, stage: int, actor: Any, doing: str) -> None:
         """Return when a new process is there, has imported what it runs, and has its device."""
@@ -68,7 +70,10 @@ class Members:
         config = self.configs[stage]
         if config.hydration is not None:
             store = Store.described(config.store)
-            hydrate_stages([actor], store, [config.hydration], self._peers, first=stage)
+            check = partial(self.processes.pulses.check, stage)
+            hydrate_stages(
+                [actor], store, [config.hydration], self._peers, first=stage, check=check
+            )
         self.ask(stage, actor.load.remote(encode(config), step), f"{doing}: loading weights")
 
     def seat(self, stage: int, actor: Any, node: str | None) -> None:
@@ -96,7 +101,7 @@ class Members:
 
     def check(self) -> None:
         """StageLostError with the stages that have not been heard of while this was asked."""
-        self._edges.check()
+        self.processes.pulses.check()
 
     def connect(self) -> None:
         """Open all edges anew. StageError when a stage dies or does not answer."""

@@ -18,7 +18,8 @@ def check_network(options: EngineOptions) -> None:
         return
     host = "" if options.interface is None else find_interface(options.interface).address
     if options.rendezvous_port:
-        _check_free(host, options.rendezvous_port)
+        for port in (options.rendezvous_port, options.rendezvous_port + 1):
+            _check_free(host, port)
 
 
 def _check_absent(options: EngineOptions) -> None:
@@ -39,6 +40,6 @@ def _check_free(host: str, port: int) -> None:
         socket.create_server((host, port)).close()
     except OSError as error:
         raise HeadraceError(
-            f"--rendezvous-port {port}{host and f' of {host}'}: {error.strerror or error}. Choose another,"
-            " or leave it out for a free one"
+            f"port {port}{host and f' of {host}'}: {error.strerror or error}. Choose another --rendezvous-port"
+            " (that and the next one are taken), or leave it out for free ones"
         ) from error

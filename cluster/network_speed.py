@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,19 @@ def rounds(count: int) -> Iterator[list[Pair]]:
 
 class NetworkSpeed:
     """Measures ways between stages that meet at `host` and speak over the `interface` of that name or network,
-    which they keep to if it is `pinned`."""
+    which they keep to if it is `pinned`. `check` is called while they do, and may raise StageLostError."""
 
-    def __init__(self, host: str, port: int, interface: str, *, pinned: bool, device: str) -> None:
-        self._host, self._port = host, port
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        interface: str,
+        *,
+        pinned: bool,
+        device: str,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self._host, self._port, self._check = host, port, check
         self._interface, self._pinned, self._device = interface, pinned, device
 
     def links(self, links: Links, actors: Sequence[Any], nodes: Sequence[str]) -> Links:
@@ -84,7 +93,8 @@ class NetworkSpeed:
                     for end, actor in enumerate(pair)
                 ]
             doing = "measuring the network between nodes"
-            found = [decode(payload, Hop) for payload in gather(refs, START_SECONDS, doing=doing)]
+            done = gather(refs, START_SECONDS, doing=doing, check=self._check)
+            found = [decode(payload, Hop) for payload in done]
         finally:
             server.close()
         return found[::2]

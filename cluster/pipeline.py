@@ -81,7 +81,7 @@ def gather(
                     f"{doing}: stage {named} did not answer within {deadline:.0f} s"
                 )
             if check is not None:
-                check()
+                _check(check, doing)
             continue
         failure = _failure(done[0], first + refs.index(done[0]), doing)
         if isinstance(failure, StageLostError):
@@ -89,6 +89,13 @@ def gather(
         if failure is not None:
             raise failure
     return list(ray.get(list(refs)))
+
+
+def _check(check: Callable[[], None], doing: str) -> None:
+    try:
+        check()
+    except StageLostError as error:
+        raise StageLostError(f"{doing}: {error}", error.silent) from error
 
 
 def _failure(ref: Any, stage: int, doing: str) -> HeadraceError | None:

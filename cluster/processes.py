@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
+from headrace.cluster.pulses import Pulses
 from headrace.cluster.stage_actor import CONCURRENCY, StageActor
 from headrace.cluster.telemetry.ray_sink import has_agent
 from headrace.scheduler.errors import HeadraceError, NoPlaceError
@@ -122,19 +123,21 @@ def _knock(address: str) -> None:
 class StageProcesses:
     """One actor a stage, each in its bundle of a placement group or on a node that was chosen for it."""
 
-    def __init__(self, stages: int, device: str, model: str, ring: str = "") -> None:
-        """HeadraceError when the Ray cluster cannot have so many. `ring` is what metrics of them are told apart
-        by, if they take the place of others."""
+    def __init__(
+        self, stages: int, device: str, model: str, pulses: Pulses, ring: str = ""
+    ) -> None:
+        """HeadraceError when the Ray cluster cannot have so many. They beat for `pulses`. `ring` is what metrics
+        of them are told apart by, if they take the place of others."""
         self._bundle: dict[str, float] = {"CPU": 1.0}
         if device == "cuda":
             self._bundle["GPU"] = 1.0
-        self._stages, self._model = stages, model
+        self._stages, self._model, self.pulses = stages, model, pulses
         # What metrics of these processes are told apart by; "" where nobody would see them.
         self.ring = ring or (f"{model}-{uuid4().hex[:6]}" if has_agent() else "")
         self._check_resources()
         self._group = placement_group([self._bundle] * stages, strategy="PACK", name=_group_name())
         self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
-        self._all: list[Any] = []
+        self._all: dict[Any, str] = {}  # actors that are there, with the names of their pulses
         self.actors: list[Any] = []
         try:
             if not self._group.wait(START_SECONDS):
@@ -203,18 +206,21 @@ class StageProcesses:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
         # Numbered as in every message, and of the ring that metrics name.
         name = f"stage {stage} of {self._stages}, {self.ring or self._model}"
-        remote = ray.remote(concurrency_groups=CONCURRENCY)(StageActor)
+        remote, pulse = (
+            ray.remote(concurrency_groups=CONCURRENCY)(StageActor),
+            self.pulses.expect(stage),
+        )
         actor = remote.options(
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0),
             max_restarts=0,
             scheduling_strategy=strategy,
-        ).remote(name, self.ring)
-        self._all.append(actor)
+        ).remote(name, self.ring, pulse)
+        self._all[actor] = pulse.name
         return actor
 
     def stop(self, actor: Any) -> None:
-        self._all.remove(actor)
+        self.pulses.forget(self._all.pop(actor))
         ray.kill(actor)
 
     def replace(self, stage: int, actor: Any, node: str | None) -> None:
@@ -233,7 +239,7 @@ class StageProcesses:
 
     def _close(self) -> None:
         while self._all:
-            ray.kill(self._all.pop())
+            self.stop(next(iter(self._all)))
         remove_placement_group(self._group)
 
     def __enter__(self) -> Self:

@@ -23,7 +23,7 @@ from headrace.cluster.processes import START_SECONDS, find_node
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.kv.shared_payload import SharedPayload
 from headrace.scheduler.contexts import ContextIds, Taken
-from headrace.scheduler.errors import HeadraceError
+from headrace.scheduler.errors import HeadraceError, StageLostError
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,9 @@ class StageReplacer:
         try:
             self._load(stage, new, step)
             taken = self._stream(stage, new, ids)
+        except StageLostError as error:
+            self._processes.stop(new)
+            raise StageLostError(str(error)) from error  # not the old one, that is known
         except BaseException:
             self._processes.stop(new)
             raise

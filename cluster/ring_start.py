@@ -19,6 +19,7 @@ from headrace.cluster.network_speed import NetworkSpeed
 from headrace.cluster.peers import Peers
 from headrace.cluster.pipeline import RayPipeline, gather
 from headrace.cluster.processes import START_SECONDS, StageProcesses, num_places
+from headrace.cluster.pulses import Pulses
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.ring import Ring
@@ -79,14 +80,16 @@ class RingStarter:
         options, model, times = self._options, self._model, self._times
         if stages != options.stages:  # layers of each stage were told for other ones
             options = replace(options, stages=stages, stage_layers=None)
-        processes = StageProcesses(stages, model.device, model.store.path.name, self.name)
+        pulses = self._opened.enter_context(self._pulses())
+        name = model.store.path.name
+        processes = StageProcesses(stages, model.device, name, pulses, self.name)
         self.name = processes.ring
         actors = self._opened.enter_context(processes).actors
         if options.from_peers:
             store = model.store
             peers = self._opened.enter_context(Peers(store.path.resolve(), store.digest))
             self._peers = peers.actors
-        found = self._discover(actors)
+        found = self._discover(actors, pulses.check)
         times.ended("stages")
         inputs = inputs_of_run(options, model.device, found, model.shape.result())
         if options.network_gbps is None and len({*inputs.nodes}) > 1:
@@ -96,6 +99,7 @@ class RingStarter:
                 options.interface or "",
                 pinned=options.interface is not None,
                 device=stage_device(model.device),
+                check=pulses.check,
             )
             inputs = replace(inputs, links=speed.links(inputs.links, actors, inputs.nodes))
             times.ended("network")
@@ -110,12 +114,12 @@ class RingStarter:
             self._watch(actors)
         configs = self._configs(plan, options, found)
         keys = log_keys(configs[0].kv_log)
-        _load(actors, configs, model.store, keys, self._peers)
+        _load(actors, configs, model.store, keys, self._peers, pulses.check)
         self._ahead.close()
         times.ended(f"loading {read_at_start(plan)} and models' code")
-        edges = self._connect(actors)
+        edges = self._connect(actors, pulses.check)
         times.ended("connecting")
-        pipeline = RayPipeline(actors, plan, options.pass_timeout, edges.check)
+        pipeline = RayPipeline(actors, plan, options.pass_timeout, pulses.check)
         members = Members(processes, configs, pipeline, logs, edges, keys, self._peers)
         replacer, recovery = StageReplacer(members), RingRecovery(members)
         return Ring(plan, pipeline, logs, replacer, recovery, inputs, pipeline.traces)
@@ -133,22 +137,22 @@ class RingStarter:
             )
         return self.start(stages)
 
-    def _discover(self, actors: Sequence[Any]) -> list[Discovery]:
+    def _discover(self, actors: Sequence[Any], check: Callable[[], None]) -> list[Discovery]:
         """One after the other, when all are there: stages of one machine would measure each other."""
         device, model = stage_device(self._model.device), self._model
         opening = [actor.open.remote(device) for actor in actors]
-        gather(opening, START_SECONDS, doing="starting")
+        gather(opening, START_SECONDS, doing="starting", check=check)
         path = str(model.store.path.resolve())
         if model.cold is not None or self._peers:
             wanted = [Hydration(path, model.cold)] * len(actors)
-            hydrate_stages(actors, model.store, wanted, self._peers)
+            hydrate_stages(actors, model.store, wanted, self._peers, check=check)
         found = []
         with self._ahead.paused():
             for i, actor in enumerate(actors):
                 asked = actor.discover.remote(device, path)
                 doing = "measuring the machine"
-                payload = gather([asked], START_SECONDS, doing=doing, first=i)[0]
-                found.append(decode(payload, Discovery))
+                done = gather([asked], START_SECONDS, doing=doing, first=i, check=check)
+                found.append(decode(done[0], Discovery))
         return found
 
     def _configs(
@@ -176,14 +180,20 @@ class RingStarter:
             for i, discovery in enumerate(found)
         ]
 
-    def _connect(self, actors: Sequence[Any]) -> Edges:
+    def _pulses(self) -> Pulses:
+        options = self._options
+        host = meeting_host(options.interface, local=options.address is None)
+        # Stages find each other at the port that the user gave, whenever they do: this one is taken for longer.
+        port = options.rendezvous_port and options.rendezvous_port + 1
+        return Pulses(host, port, options.heartbeat_timeout)
+
+    def _connect(self, actors: Sequence[Any], check: Callable[[], None]) -> Edges:
         options = self._options
         edges = Edges(
-            len(actors),
             local=options.address is None,
             interface=options.interface,
             port=options.rendezvous_port,
-            patience=options.heartbeat_timeout,
+            check=check,
         )
         self._opened.callback(edges.close)
         edges.connect(actors)
@@ -206,14 +216,16 @@ def _load(
     store: Store,
     keys: Mapping[str, bytes],
     peers: Sequence[Any],
+    check: Callable[[], None],
 ) -> None:
     wanted = [config.hydration for config in configs if config.hydration is not None]
     if wanted:
-        hydrate_stages(actors, store, wanted, peers)
+        hydrate_stages(actors, store, wanted, peers, check=check)
     refs = [
         actor.load.remote(encode(config), keys=dict(keys))
         for actor, config in zip(actors, configs, strict=True)
     ]
     deadline = configs[0].deadline
-    names = gather(refs, max(deadline, START_SECONDS), doing="loading weights")
+    deadline = max(deadline, START_SECONDS)
+    names = gather(refs, deadline, doing="loading weights", check=check)
     log.info("storage: %s", names)

@@ -15,6 +15,7 @@ from headrace.cluster.discovery import discover
 from headrace.cluster.stage_thread import StageThread
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.cold.source import Hydration
+from headrace.runtime.pulse import PulseTarget, begin_pulse
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
 from headrace.scheduler.contexts import ContextIds
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from headrace.runtime.kv.window import PageWindow
     from headrace.runtime.kv_log.stage_log import StageLog
     from headrace.runtime.memory.message import Measured
-    from headrace.runtime.pulse import Pulse
     from headrace.runtime.stage import Stage
 
 T = TypeVar("T")
@@ -93,10 +93,11 @@ class StageActor:
     """One process, one device. It starts empty, so that the plan can be made from what it measures.
 
     The driver imports this class, too, before Ray starts: so torch comes later. `ring` is what metrics of it
-    are told apart by; "" emits none.
+    are told apart by; "" emits none. It beats for `pulse` from the first on, if somebody listens.
     """
 
-    def __init__(self, name: str, ring: str = "") -> None:
+    def __init__(self, name: str, ring: str = "", pulse: PulseTarget | None = None) -> None:
+        self._pulse = None if pulse is None else begin_pulse(pulse)
         logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "WARNING"))
         # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -107,7 +108,6 @@ class StageActor:
         self._thread = StageThread()
         self._stage: Stage | None = None
         self._log: StageLog | None = None
-        self._pulse: Pulse | None = None
         self._trace_passes = (
             0  # that a trace is to have, which was asked for before the stage was there
         )
@@ -188,14 +188,10 @@ class StageActor:
         Ends that it has are closed first: no pass is under way.
         """
         from headrace.runtime.link import connect
-        from headrace.runtime.pulse import Pulse
 
         assert self._stage is not None
         stage, connection = self._stage, decode(payload, Connection)
         interface = _interface_of(connection)
-        if self._pulse is not None:
-            self._pulse.close()
-        self._pulse = Pulse(connection.rendezvous, stage.config.stage)
         stage.disconnect()
         ends = connect(
             stage.config.stage,

@@ -65,7 +65,7 @@ class RendezvousServer:
         import torch.distributed as dist
 
         # Bound here because TCPStore by itself listens on every interface.
-        listener = _listen(host, port)
+        listener = listen(host, port)
         self.host, self.port = host, int(listener.getsockname()[1])
         self._store: dist.Store | None = dist.TCPStore(
             host,
@@ -78,23 +78,19 @@ class RendezvousServer:
     def rendezvous(self, epoch: int) -> Rendezvous:
         return Rendezvous(self.host, self.port, epoch)
 
-    def count(self, key: str) -> int:
-        """What somebody has counted under the key; 0 where nobody has."""
-        assert self._store is not None
-        return int(self._store.add(key, 0))
-
     def close(self) -> None:
         """Stop serving: edges that are open stay open, and whoever waits for another end fails at once."""
         self._store = None
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Where stages reach the driver. HeadraceError when the address cannot be had."""
     try:
         return socket.create_server((host, port))
     except OSError as error:
         raise HeadraceError(
-            f"stages cannot meet at {host}, --rendezvous-port {port}: {error.strerror or error}. Choose"
-            " another port, or leave it out for a free one"
+            f"stages cannot reach the driver at {host}:{port}: {error.strerror or error}. Choose another"
+            " --rendezvous-port (that and the next one are taken), or leave it out for free ones"
         ) from error
 
 

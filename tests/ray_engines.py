@@ -14,6 +14,7 @@ from headrace.cluster.kv_options import log_keys
 from headrace.cluster.members import Members
 from headrace.cluster.pipeline import Pending, RayPipeline, gather
 from headrace.cluster.processes import StageProcesses
+from headrace.cluster.pulses import Pulses
 from headrace.cluster.recovery import RingRecovery
 from headrace.cluster.replacement import StageReplacer
 from headrace.cluster.ring import Ring
@@ -71,7 +72,8 @@ def ray_engine(
         for stage in range(stages)
     ]
     with ExitStack() as stack:
-        processes = stack.enter_context(StageProcesses(stages, "cpu", store.name))
+        pulses = stack.enter_context(Pulses("127.0.0.1", 0, patience))
+        processes = stack.enter_context(StageProcesses(stages, "cpu", store.name, pulses))
         actors = processes.actors
         gather([actor.open.remote("cpu") for actor in actors], 60.0, doing="starting")
         keys = log_keys(kv_log)
@@ -82,11 +84,11 @@ def ray_engine(
             a.load.remote(encode(c), keys=keys) for a, c in zip(actors, configs, strict=True)
         ]
         gather(loading, 60.0, doing="loading")
-        edges = Edges(stages, local=True, patience=patience)
+        edges = Edges(local=True, check=pulses.check)
         stack.callback(edges.close)
         edges.connect(actors)
         logs = ActorLogs(actors) if kv_log else None
-        ring = Counted(actors, plan, deadline, edges.check)
+        ring = Counted(actors, plan, deadline, pulses.check)
         members = Members(processes, configs, ring, logs, edges, keys, peers)
         engine = Engine(
             Ring(

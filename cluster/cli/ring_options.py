@@ -45,8 +45,9 @@ class RingOptions:
         int,
         typer.Option(
             min=0,
-            max=65535,
-            help="With --address, where stages find each other on this machine. 0 takes a free one.",
+            max=65534,
+            help="With --address, where stages find each other on this machine, and with the next port, where"
+            " they say that they live. 0 takes free ones.",
         ),
     ] = 0
     metrics_port: Annotated[

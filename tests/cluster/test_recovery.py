@@ -3,10 +3,13 @@
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from commands import wait_for
@@ -16,9 +19,11 @@ from ray_engines import ray_engine
 from rings import manual_plan
 
 from headrace.cluster.engine import Engine
+from headrace.cluster.engine_options import EngineOptions
+from headrace.cluster.launch import running_engine
 from headrace.runtime.stage_config import LogConfig
 from headrace.runtime.store import Store
-from headrace.scheduler.errors import StageError
+from headrace.scheduler.errors import StageError, StageLostError
 from headrace.scheduler.placement import Plan, Tier
 
 
@@ -105,6 +110,67 @@ def test_whatever_dies_or_hangs_whenever(llama: Path, tmp_path: Path, ring: dict
             assert answers(engine, f"{number}", blow) == want
             assert changed(engine, blow) == sorted(victims)
         engine._scheduler.holdings.check_integrity()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("doing", ["open", "load"])
+def test_a_new_process_that_is_stopped_is_replaced_itself(
+    llama: Path, doing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it starts, and while it loads: long before the time is up that either may take."""
+    with ray_engine(llama, plan_of(llama), patience=3.0) as engine:
+        want = answers(engine, "a")
+        blow = Blow(engine, [1], 10)
+        stopped: list[int] = []
+
+        def stop() -> None:
+            def found() -> bool:
+                stopped.extend(processes_doing(doing) - {*blow.pids})
+                return bool(stopped)
+
+            wait_for(found, 60.0, lambda: f"no new process does {doing}")
+            os.kill(stopped[0], signal.SIGSTOP)
+
+        with ThreadPoolExecutor(1) as thread:
+            stopping = thread.submit(stop)
+            assert answers(engine, "b", blow) == want
+            stopping.result()
+        [recovery] = engine.stats.recoveries
+        assert recovery.stages == (1,) and recovery.rounds == 2
+        assert engine.stage_pids()[1] not in (0, blow.pids[1], stopped[0])
+        assert changed(engine, blow) == [1]
+        assert (
+            f"stage 1 has been stopped by SIGSTOP for 3 s (process {stopped[0]} on" in caplog.text
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stage_that_is_stopped_before_it_has_loaded_is_named(stories: Path) -> None:
+    options = EngineOptions(
+        stories, stages=2, device="cpu", device_memory=64 << 20, context=512, heartbeat_timeout=3.0
+    )
+    pids: list[int] = []
+
+    def stop(actors: Sequence[Any]) -> None:
+        pids.extend(ray.get([each.__ray_call__.remote(lambda _: os.getpid()) for each in actors]))
+        os.kill(pids[1], signal.SIGSTOP)
+
+    said = "loading weights: stage 1 has been stopped by SIGSTOP for 3 s"
+    with pytest.raises(StageLostError, match=said) as found, running_engine(options, watch=stop):
+        pass
+    assert f"(process {pids[1]} on " in str(found.value) and found.value.silent == (1,)
+
+
+def processes_doing(what: str) -> set[int]:
+    """Of the actors of this test: Ray titles processes with the call that they are in."""
+    found = set()
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if f"StageActor.{what}" in " ".join(each.cmdline()):
+                found.add(each.pid)
+    return found
 
 
 @pytest.mark.slow

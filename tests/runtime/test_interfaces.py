@@ -43,7 +43,8 @@ def test_a_rendezvous_is_at_the_port_that_was_asked_for_or_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
         with pytest.raises(
-            HeadraceError, match=f"--rendezvous-port {port}: Address already in use"
+            HeadraceError,
+            match=f"127.0.0.1:{port}: Address already in use .*Choose another",
         ):
             RendezvousServer("127.0.0.1", port)
     server = RendezvousServer("127.0.0.1", port)
