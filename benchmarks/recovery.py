@@ -1,6 +1,7 @@
-"""Kills and stops stages of a ring that is generating, at random instants, and times how it recovers.
+"""Kills and stops what a ring that is generating is made of, at random instants, and times how it recovers.
 
-Every answer is compared with an undisturbed run's. `--soak` kills a random stage every `--every` seconds for so
+Stages, `node` one of three nodes (processes of this machine), `driver` the process that owns the job. Every
+answer is compared with an undisturbed run's. `--soak` kills a random stage every `--every` seconds for so
 many seconds instead, and watches the driver's memory.
 
     python benchmarks/recovery.py STORE --stages 3 --device-memory 24MiB --instants 20
@@ -21,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import ray
+from ray.cluster_utils import Cluster
+from recovery_driver import kill_drivers
 
 from headrace.cluster.cli.sizes import parse_size
 from headrace.cluster.engine import Engine
@@ -73,20 +77,25 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+NAMES = ("first", "middle", "last", "stopped", "two", "during", "node", "driver")
+
+
 class Scenario:
-    """What is done to stages, `delay` seconds from now. `name` is one of NAMES."""
+    """What is done to stages, `delay` seconds from now. `name` is one of NAMES, or "node" with a cluster."""
 
-    NAMES = ("first", "middle", "last", "stopped", "two", "during")
-
-    def __init__(self, name: str, engine: Engine, rng: random.Random) -> None:
-        self._name, self._engine, self._rng = name, engine, rng
+    def __init__(
+        self, name: str, engine: Engine, rng: random.Random, cluster: Cluster | None
+    ) -> None:
+        self._name, self._engine, self._rng, self._cluster = name, engine, rng, cluster
 
     def __call__(self, delay: float) -> None:
         pids, rng = self._engine.stage_pids(), self._rng
         before = self._engine.stats.num_recoveries
         time.sleep(delay)
         last = len(pids) - 1
-        if self._name in ("first", "middle", "last"):
+        if self._cluster is not None:
+            self._kill_node(self._cluster, pids)
+        elif self._name in ("first", "middle", "last"):
             send(pids[{"first": 0, "middle": last // 2, "last": last}[self._name]], signal.SIGKILL)
         elif self._name == "stopped":
             send(rng.choice(pids), signal.SIGSTOP)
@@ -97,6 +106,14 @@ class Scenario:
             victim = rng.randrange(len(pids))
             send(pids[victim], signal.SIGKILL)
             self._kill_another(pids, victim, before)
+
+    def _kill_node(self, cluster: Cluster, pids: list[int]) -> None:
+        """The raylet of one that has stages, and is not the head, with all that it started."""
+        raylets = {
+            node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes
+        }
+        used = {psutil.Process(pid).ppid() for pid in pids} & raylets.keys()
+        cluster.remove_node(raylets[self._rng.choice(sorted(used))], allow_graceful=False)
 
     def _kill_another(self, pids: list[int], victim: int, before: int) -> None:
         """A second one, while the first is being replaced: a survivor, or the new process itself."""
@@ -122,9 +139,15 @@ class Case:
 
 
 def disturb(
-    engine: Engine, load: Load, want: list[list[int]], name: str, rng: random.Random, seconds: float
+    engine: Engine,
+    load: Load,
+    want: list[list[int]],
+    name: str,
+    rng: random.Random,
+    seconds: float,
+    cluster: Cluster | None,
 ) -> Case:
-    scenario, before = Scenario(name, engine, rng), engine.stats.num_recoveries
+    scenario, before = Scenario(name, engine, rng, cluster), engine.stats.num_recoveries
     pids = engine.stage_pids()
     started = time.monotonic()
     delay = rng.uniform(0.05, 0.9) * seconds
@@ -175,8 +198,10 @@ def soak(engine: Engine, load: Load, want: list[list[int]], seconds: float, ever
     def kill() -> None:
         nonlocal kills
         while not done.wait(every):
-            send(rng.choice(engine.stage_pids()), rng.choice([signal.SIGKILL, signal.SIGSTOP]))
-            kills += 1
+            # A process that is still to start has no id yet.
+            if pid := rng.choice(engine.stage_pids()):
+                send(pid, rng.choice([signal.SIGKILL, signal.SIGSTOP]))
+                kills += 1
             memory.append(psutil.Process().memory_info().rss)
 
     with beside(kill):
@@ -193,6 +218,64 @@ def soak(engine: Engine, load: Load, want: list[list[int]], seconds: float, ever
     return not wrong and not used
 
 
+@contextmanager
+def nodes(name: str) -> Iterator[Cluster | None]:
+    """Three for the scenario "node", each with room for two stages; else stages are on this machine alone."""
+    if name != "node":
+        yield None
+        return
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    cluster = Cluster(True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def kill_stages(options: EngineOptions, given: argparse.Namespace, names: list[str]) -> bool:
+    """Whether all answers were the same. `names` are "node" alone, or none of it."""
+    with nodes(names[0]) as cluster, running_engine(options) as engine:
+        load = Load.random(given.sequences, given.prompt, given.new, len(engine.tokenizer))
+        want = load.run(engine, "warm")
+        started = time.monotonic()
+        assert load.run(engine, "again") == want, "two undisturbed runs differ"
+        undisturbed = time.monotonic() - started
+        if given.soak:
+            return soak(engine, load, want, given.soak, given.every)
+        rng, cases = random.Random(0), []
+        for name in names:
+            for _ in range(given.instants):
+                cases.append(disturb(engine, load, want, name, rng, undisturbed, cluster))
+                print(cases[-1], file=sys.stderr, flush=True)
+                if cluster is not None and len(cluster.worker_nodes) < 2:
+                    cluster.add_node(num_cpus=2)
+    print(table(cases, undisturbed))
+    if given.json is not None:
+        given.json.write_text(json.dumps([vars(case) for case in cases], indent=1))
+    return all(case.same and case.kept for case in cases)
+
+
+def kill_jobs(given: argparse.Namespace) -> bool:
+    """Whether all rows were the same."""
+    options = [str(given.store), "--stages", str(given.stages), "--device", given.device]
+    if given.device_memory is not None:
+        options += ["--device-memory", str(given.device_memory)]
+    options += ["--context", str(given.prompt + given.new), "--max-tokens", str(given.new)]
+    options += ["--max-sequences", str(given.sequences // 2), "--temperature", "0.8"]
+    cases = kill_drivers(options, given.sequences * 2, given.instants, random.Random(0))
+    longer = [case.longer for case in cases]
+    print(
+        f"driver: {len(cases)} killed, {sum(case.same for case in cases)} with the same rows,"
+        f" {sum(case.rows > 0 for case in cases)} after their first row; all of it took"
+        f" {statistics.median(longer):.1f} s ({max(longer):.1f}) longer"
+    )
+    return all(case.same for case in cases)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
@@ -204,11 +287,11 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=120)
     parser.add_argument("--new", type=int, default=100)
     parser.add_argument("--instants", type=int, default=20)
-    parser.add_argument("--scenarios", nargs="+", default=Scenario.NAMES, choices=Scenario.NAMES)
+    parser.add_argument("--scenarios", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--heartbeat-timeout", type=float, default=10.0)
     parser.add_argument("--soak", type=float, default=0.0)
     parser.add_argument("--every", type=float, default=30.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="of stages and nodes")
     given = parser.parse_args()
     options = EngineOptions(
         store=given.store,
@@ -220,23 +303,12 @@ def main() -> int:
         max_sequences=given.sequences,
         heartbeat_timeout=given.heartbeat_timeout,
     )
-    with running_engine(options) as engine:
-        load = Load.random(given.sequences, given.prompt, given.new, len(engine.tokenizer))
-        want = load.run(engine, "warm")
-        started = time.monotonic()
-        assert load.run(engine, "again") == want, "two undisturbed runs differ"
-        undisturbed = time.monotonic() - started
-        if given.soak:
-            return 0 if soak(engine, load, want, given.soak, given.every) else 1
-        rng, cases = random.Random(0), []
-        for name in given.scenarios:
-            for _ in range(given.instants):
-                cases.append(disturb(engine, load, want, name, rng, undisturbed))
-                print(cases[-1], file=sys.stderr, flush=True)
-    print(table(cases, undisturbed))
-    if given.json is not None:
-        given.json.write_text(json.dumps([vars(case) for case in cases], indent=1))
-    return 0 if all(case.same and case.kept for case in cases) else 1
+    ring = [name for name in given.scenarios if name not in ("node", "driver")]
+    nodes_too = [name for name in given.scenarios if name == "node"]
+    fine = [kill_stages(options, given, names) for names in (ring, nodes_too) if names]
+    if "driver" in given.scenarios:
+        fine.append(kill_jobs(given))
+    return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":
