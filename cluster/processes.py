@@ -220,8 +220,10 @@ class StageProcesses:
         return actor
 
     def stop(self, actor: Any) -> None:
-        self.pulses.forget(self._all.pop(actor))
-        ray.kill(actor)
+        """Again is nothing: a stage may be found dead whose process had to go before another one came."""
+        if (pulse := self._all.pop(actor, None)) is not None:
+            self.pulses.forget(pulse)
+            ray.kill(actor)
 
     def replace(self, stage: int, actor: Any, node: str | None) -> None:
         """The stage's actor is another one from now on, in its bundle or on that node."""

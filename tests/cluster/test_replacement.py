@@ -92,7 +92,9 @@ def processes_of(name: str) -> list[psutil.Process]:
         except psutil.Error:
             return ""
 
-    return [each for each in psutil.process_iter() if f"ray::{name}" in title(each)]
+    # Not all of the machine: somebody else's stages start there, too.
+    here = psutil.Process().children(recursive=True)
+    return [each for each in here if f"ray::{name}" in title(each)]
 
 
 def plan_of(store: Path, **room: Any) -> Plan:
