@@ -206,7 +206,8 @@ class StageTimes:
     """Where one stage's pass went, in seconds, and what it streamed, in bytes.
 
     `kv_wait` is how long it waited for KV pages, `kv_cold_bytes` what it brought of cold ones, `kv_sunk_bytes` what it read of NVMe for that, and `kv_out_bytes` and `kv_in_bytes` what
-    those that have ended since the pass before took to host RAM and back to the device. `experts_used` counts the experts that tokens reached, each once a layer and micro-batch,
+    those that have ended since the pass before took to host RAM and back to the device, as `adapter_bytes` are of
+    loads of adapters. `experts_used` counts the experts that tokens reached, each once a layer and micro-batch,
     `experts_loaded` those of them that were not on the device. Their bytes are in the bytes.
     """
 
@@ -223,6 +224,7 @@ class StageTimes:
     kv_in_bytes: int = 0
     kv_cold_bytes: int = 0
     kv_sunk_bytes: int = 0
+    adapter_bytes: int = 0
 
     def plus(self, other: "StageTimes") -> "StageTimes":
         """The two times of one stage together."""
@@ -240,6 +242,7 @@ class StageTimes:
             self.kv_in_bytes + other.kv_in_bytes,
             self.kv_cold_bytes + other.kv_cold_bytes,
             self.kv_sunk_bytes + other.kv_sunk_bytes,
+            self.adapter_bytes + other.adapter_bytes,
         )
 
     def since(self, start: "StageTimes") -> "StageTimes":
@@ -258,6 +261,7 @@ class StageTimes:
             self.kv_in_bytes - start.kv_in_bytes,
             self.kv_cold_bytes - start.kv_cold_bytes,
             self.kv_sunk_bytes - start.kv_sunk_bytes,
+            self.adapter_bytes - start.adapter_bytes,
         )
 
 
