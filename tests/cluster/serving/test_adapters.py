@@ -8,12 +8,17 @@ import grpc
 import pytest
 from adapters import stories_adapters
 from served import MODEL, Served, serving, stories_engine
+from typer.testing import CliRunner
 
+from headrace.cluster.cli.client import app
+from headrace.cluster.client.answers import AdapterInfo
+from headrace.cluster.client.client import Client
 from headrace.cluster.serving.keys import add_key
 from headrace.cluster.serving.rpc import inference_pb2 as pb
 from headrace.cluster.serving.rpc.inference_pb2_grpc import InferenceStub
+from headrace.runtime.adapters.directory import open_adapter
 
-PROMPT = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
+PROMPT: dict[str, Any] = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,17 @@ def test_grpc_has_a_field_for_it(server: Served) -> None:
         )
         with pytest.raises(grpc.RpcError, match="there is no adapter 'x' here"):
             said(adapter="x")
+
+
+def test_clients_over_grpc_see_which_there_are(server: Served, named: dict[str, Path]) -> None:
+    digest = open_adapter(named["adapter-0"]).adapter.digest
+    with Client(str(server.grpc)) as client:
+        assert client.model_info().adapters == (AdapterInfo("adapter-0", MODEL, digest),)
+    shown = CliRunner().invoke(app, ["info", "--address", str(server.grpc)])
+    assert f"adapters           adapter-0 (of {MODEL})" in shown.output
+    asked = ["generate", PROMPT["prompt"], "--address", str(server.grpc), "--max-tokens", "8"]
+    said = CliRunner().invoke(app, [*asked, "--temperature", "0", "--adapter", "adapter-0"])
+    assert said.output == text(server, model="adapter-0") + "\n"
 
 
 def test_adapters_come_and_go_while_the_server_runs(
