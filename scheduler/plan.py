@@ -3,6 +3,9 @@
 Participation in every transfer and every sampled row is decided here, by the scheduler, never by a
 stage: each stage derives what it receives, computes and sends from the same Pass and the same
 placement.
+
+What there is many of in a pass is a named tuple, which crosses as an array: without the names of its fields, and
+made and read in less time.
 """
 
 from dataclasses import dataclass
@@ -16,8 +19,7 @@ FOLLOWS = -1
 """In place of a token that is not known yet: the one that the request's slice before draws."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(NamedTuple):
     """How the token after a slice is drawn.
 
     `history` carries the request's tokens so far (prompt and output) when a penalty needs them and
@@ -43,8 +45,7 @@ class Sampling:
     mask: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Consecutive tokens of one request: positions [start, start + len(tokens)).
 
     Page i holds positions [64 i, 64 i + 64). The first len(cold) pages, which are full, lie in the
