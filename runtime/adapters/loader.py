@@ -117,7 +117,8 @@ class AdapterLoader:
         files = open_adapter(Path(adapter.path))
         if files.adapter.digest != adapter.digest:
             raise StoreError(
-                f"the adapter {adapter.path} is not what it was when it was named: load it again"
+                f"the files of the adapter {adapter.path} have changed since it was named: unload it, and load it"
+                " again"
             )
         return files
 
