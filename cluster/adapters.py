@@ -41,10 +41,9 @@ class Adapters:
         """RequestError when there is none of that name."""
         found = self._named.get(name)
         if found is None:
-            there = ", ".join(sorted(self._named)[:20]) or "none"
-            raise RequestError(
-                f"there is no adapter {name[:80]!r} here; there is {there}", "adapter"
-            )
+            there = ", ".join(sorted(self._named)[:20])
+            told = f"there is {there}" if there else "none is loaded"
+            raise RequestError(f"there is no adapter {name[:80]!r} here; {told}", "adapter")
         return found
 
     def chosen(self, adapter: str | None, model: str | None) -> str | None:
@@ -113,7 +112,7 @@ def adapter_room(options: EngineOptions) -> tuple[int, int]:
     if not slots:
         return 0, 0
     if rank is None:
-        rank = max(_ranks(options), default=DEFAULT_RANK)
+        rank, _ = max(_ranks(options), default=(DEFAULT_RANK, ""))
     return slots, rank
 
 
@@ -131,10 +130,11 @@ def check_adapter_options(options: EngineOptions) -> None:
         if value is not None and value < (1 if options.adapters else 0):
             raise HeadraceError(f"{name} must be at least 1, not {value}")
     slots, rank = adapter_room(options)
-    needed = max(_ranks(options), default=0)
+    needed, name = max(_ranks(options), default=(0, ""))
     if needed > rank:
         raise HeadraceError(
-            f"--adapter-rank {rank} is too little for the adapters that are named: the largest has rank {needed}"
+            f"--adapter-rank {rank} is too little: the adapter {name} has rank {needed}; give {needed} or more,"
+            " or leave it out"
         )
     unused = (
         options.adapter_rank if options.adapter_host_memory is None else options.adapter_host_memory
@@ -153,9 +153,10 @@ def opened_adapters(options: EngineOptions) -> Adapters:
     return Adapters({name: open_adapter(path).adapter for name, path in options.adapters.items()})
 
 
-def _ranks(options: EngineOptions) -> Iterator[int]:
+def _ranks(options: EngineOptions) -> Iterator[tuple[int, str]]:
+    """The largest rank of each that is named, and its name."""
     from headrace.runtime.adapters.directory import read_modules
 
     for name, path in options.adapters.items():
         check_name(name)
-        yield max(factors.rank for factors in read_modules(path).values())
+        yield max(factors.rank for factors in read_modules(path).values()), name

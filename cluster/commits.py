@@ -68,8 +68,7 @@ class Commits:
         moved, lost = self._reports.merge(results)
         update = self._scheduler.update(a_pass, samples, moved, lost, spoiled)
         self._stats.add(a_pass, results)
-        self._stats.kv = self._scheduler.kv_stats()
-        self._stats.drafts = self._scheduler.speculation.counts
+        self._stats.look(self._scheduler)
         return update, lost
 
     def _push(self, update: Update) -> dict[int, str]:

@@ -93,7 +93,7 @@ class Engine:
         self._commits = Commits(self._scheduler, self._outputs, self.events, self.stats, stages)
         if ring.logs is not None:
             self._scheduler.adopt(ring.logs.keys())
-            self.stats.kv = self._scheduler.kv_stats()
+            self.stats.look(self._scheduler)
 
     def add(
         self,
@@ -134,7 +134,7 @@ class Engine:
         request.tokens += [sample.token for sample in said]
         self._scheduler.add(request)
         self._outputs.start(request, on_token, said)
-        self.events.added(request_id, request.num_prompt, priority.value, arrived)
+        self.events.added(request_id, request.num_prompt, priority.value, arrived, adapter)
         return request_id
 
     def check(self, token_ids: list[int], params: SamplingParams) -> None:
@@ -153,7 +153,7 @@ class Engine:
         self._scheduler.abort(request_id)
         self._outputs.forget(request_id)
         self.events.ended(request_id, FinishReason.ABORT.value)
-        self.stats.kv = self._scheduler.kv_stats()
+        self.stats.look(self._scheduler)
 
     def load_adapters(self, paths: Mapping[str, Path]) -> None:
         """Have requests name the adapters in these directories. HeadraceError when one cannot be applied to the
@@ -235,7 +235,9 @@ class Engine:
         a_pass, results = returned
         with self._tracer.span(Kind.COMMIT, number=a_pass.step):
             completions = self._commits.apply(a_pass, results)
-        self.stats.busy_seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.stats.busy_seconds += seconds
+        self.stats.adapter_wait_seconds += seconds * self.stats.adapter_slots.waiting
         loaded = sum(result.times.experts_loaded for result in results)
         sunk = sum(result.times.kv_sunk_bytes for result in results)
         tokens, cold = a_pass.num_tokens, a_pass.num_cold
@@ -269,7 +271,7 @@ class Engine:
         lost, requests = len(gone), self._scheduler.lose(gone)
         if self._logs is not None:
             self._scheduler.retain({*self._logs.keys()})
-        self.stats.kv = self._scheduler.kv_stats()
+        self.stats.look(self._scheduler)
         seconds = time.monotonic() - started
         done = Replacement(stage, len(ids) - lost, taken.nbytes, lost, requests, seconds)
         log.info("%s", done)
@@ -351,7 +353,7 @@ class Engine:
                 self._scheduler.retain({*self._logs.keys()})
             except StageLostError as another:
                 self._recover(another)
-        self.stats.kv = self._scheduler.kv_stats()
+        self.stats.look(self._scheduler)
 
     def _abandon(self) -> None:
         self._scheduler.abandon(a_pass for a_pass, _ in self._in_flight)

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from headrace.cluster.recovered import Recovery
+from headrace.scheduler.adapters import AdapterStats
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.plan import Pass, PassResult, StageTimes
+from headrace.scheduler.scheduler import Scheduler
 from headrace.scheduler.speculation import DraftCounts
 
 LAST_RECOVERIES = 64
@@ -17,7 +19,8 @@ class EngineStats:
     """Totals since the engine started; `stages` sums each stage's times over all passes.
 
     `passes` are those that computed something, and `tokens` what they computed; `kv` says where pages are
-    and what was found of them, `drafts` what was guessed and how much of it was right;
+    and what was found of them, `drafts` what was guessed and how much of it was right, `adapter_slots` what
+    is in these and was brought there; `adapter_wait_seconds` sums up how long each one waited for a slot;
     `recoveries` are the last ones of `num_recoveries`.
     """
 
@@ -30,6 +33,8 @@ class EngineStats:
     bound_seconds: float = 0.0
     kv: KVStats = field(default_factory=KVStats)
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    adapter_slots: AdapterStats = field(default_factory=AdapterStats)
+    adapter_wait_seconds: float = 0.0
     num_recoveries: int = 0
     recoveries: deque[Recovery] = field(default_factory=lambda: deque(maxlen=LAST_RECOVERIES))
     stages: list[StageTimes] = field(init=False)
@@ -45,6 +50,12 @@ class EngineStats:
     def recovered(self, recovery: Recovery) -> None:
         self.num_recoveries += 1
         self.recoveries.append(recovery)
+
+    def look(self, scheduler: Scheduler) -> None:
+        """Take over what a scheduler counts."""
+        self.kv = scheduler.kv_stats()
+        self.drafts = scheduler.speculation.counts
+        self.adapter_slots = scheduler.adapter_stats()
 
     def add(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
         self.passes += bool(a_pass.micro_batches)

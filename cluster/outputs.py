@@ -70,8 +70,9 @@ class Outputs:
         tokens = request.output
         assert request.finish_reason is not None
         if text is None:
-            by_id = tokens[-1] in request.stop_ids | self._stop_ids
-            by_id &= request.finish_reason is FinishReason.STOP
+            # One that was given up may have no token.
+            stopped = request.finish_reason is FinishReason.STOP
+            by_id = stopped and tokens[-1] in request.stop_ids | self._stop_ids
             text = decode(self._tokenizer, tokens[:-1] if by_id else tokens, request.params)
         completion = Completion(
             request_id=request.request_id,

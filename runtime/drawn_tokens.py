@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 
 from headrace.runtime.sampler import Row
 from headrace.scheduler.errors import StageError
@@ -56,4 +55,4 @@ def _whole(sampling: Sampling, piece: Slice, num_drafts: int, drawn: Tokens) -> 
     if not sampling.history:
         return sampling
     more = (drawn[piece.request],) if piece.follows else piece.drafts[:num_drafts]
-    return replace(sampling, history=(*sampling.history, *more)) if more else sampling
+    return sampling._replace(history=(*sampling.history, *more)) if more else sampling

@@ -182,7 +182,7 @@ class DecodeGraphs:
         pages = min(padded_pages(pages_for(longest)), self._max_pages)
         rows, pages = self._size(index, rows, pages)
         # A row that is there twice writes the same key to the same place, and harms nobody.
-        again = replace(slices[-1], sampling=None)
+        again = slices[-1]._replace(sampling=None)
         padded = MicroBatch(slices + (again,) * (rows - len(slices)))
         return ReadyBatch.build(micro_batch, self._model.device, padded, pages)
 

@@ -356,6 +356,7 @@ class Stage:
             kv_in_bytes=ended.in_bytes,
             kv_cold_bytes=brought.nbytes,
             kv_sunk_bytes=brought.sunk_bytes,
+            adapter_bytes=loads.nbytes,
         )
         found = (verified(travel.micro_batch, travel.drawn) for travel in travels if travel.drawn)
         samples = tuple(chain.from_iterable(found))

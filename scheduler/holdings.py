@@ -44,10 +44,6 @@ class Holdings:
         """The adapters that the next pass has brought."""
         return self.adapters.take()
 
-    def has_room_for_adapter(self, request: Request) -> bool:
-        """Whether a slot can be had for the adapter of a request that waits, if it has one."""
-        return request.adapter is None or self.adapters.can_hold(request.adapter)
-
     def has_come(self, request: Request) -> bool:
         """Whether all is there that a running request goes on from: pages of its prefix, and its adapter."""
         if request.coming:

@@ -4,11 +4,11 @@ A request's age is its id: of one rank, lower ids came earlier and have preceden
 have precedence over higher ones.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 
 from headrace.scheduler.config import KVCosts
-from headrace.scheduler.plan import MicroBatch, Slice
+from headrace.scheduler.plan import Adapter, MicroBatch, Slice
 from headrace.scheduler.request import Request
 from headrace.scheduler.shares import Shares, line_of
 
@@ -39,6 +39,20 @@ def choose_victim(running: Iterable[Request], needy: Request) -> Request | None:
 def choose_outranked(running: Iterable[Request], needy: Request) -> Request | None:
     """Who gives way so that `needy` is admitted: the youngest of those of a higher rank."""
     return _youngest([request for request in running if request.rank > needy.rank])
+
+
+def choose_holders(
+    running: Iterable[Request], needy: Request, leaving: Container[Request]
+) -> list[Request]:
+    """Who gives way so that `needy` has a slot for its adapter: all that run with some other adapter, if they all
+    are of a higher rank; where there are several such adapters, the one that fewest have still to leave."""
+    by_adapter: dict[Adapter, list[Request]] = {}
+    for request in running:
+        if request.adapter is not None:
+            by_adapter.setdefault(request.adapter, []).append(request)
+    outranked = [some for some in by_adapter.values() if all(r.rank > needy.rank for r in some)]
+    left = [[request for request in some if request not in leaving] for some in outranked]
+    return min(left, key=len, default=[])
 
 
 def _youngest(requests: Iterable[Request]) -> Request | None:

@@ -5,7 +5,13 @@ from headrace.scheduler.holdings import Holdings
 from headrace.scheduler.hosting import Hosting
 from headrace.scheduler.limits import token_limit
 from headrace.scheduler.pages import pages_for
-from headrace.scheduler.policy import choose_outranked, choose_victim, watermark
+from headrace.scheduler.plan import Adapter
+from headrace.scheduler.policy import (
+    choose_holders,
+    choose_outranked,
+    choose_victim,
+    watermark,
+)
 from headrace.scheduler.request import Request
 from headrace.scheduler.roster import Roster
 
@@ -38,13 +44,34 @@ class Room:
         lacks = pages_for(token_limit(request, self._config) - 1) - request.num_pages
         return min(lacks, 1) if request.is_hosted and not request.returning else lacks
 
+    def has_slot(self, request: Request) -> bool:
+        """Whether a slot can be had for the adapter of a request that waits, if it has one, and is not another's
+        by right; it queues for one otherwise. Those of a higher rank give theirs up if need be."""
+        if request.adapter is None:
+            return True
+        queue = self._roster.slot_queue
+        if queue.lets(request) and self._make_slot(request, request.adapter):
+            return True
+        queue.wait(request)
+        return False
+
+    def _make_slot(self, request: Request, adapter: Adapter) -> bool:
+        adapters = self._holdings.adapters
+        if adapters.can_hold(adapter):
+            return True
+        if adapters.is_emptying:
+            return False
+        for victim in choose_holders(self._roster.running.values(), request, self._leaving):
+            if victim.passes:
+                self._leaving.add(victim)
+            else:
+                self._preempt(victim)
+        return adapters.can_hold(adapter)
+
     def admit(self, request: Request, num_tokens: int, spare: int) -> bool:
         """Give a request that waits pages for `num_tokens` tokens, if that leaves `spare`; those of a higher
-        rank give way if need be. While one of rank 0 has to wait for that the device `is_short` for others."""
-        if not self._holdings.has_room_for_adapter(request):
-            return (
-                False  # until a request with another one ends: pages of others would be of no use
-            )
+        rank give way if need be. While one of rank 0 has to wait for that the device `is_short` for others.
+        There is a slot for its adapter."""
         if self._holdings.admit(request, num_tokens, spare):
             return True
         self.is_short = request.rank == 0

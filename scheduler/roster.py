@@ -1,24 +1,29 @@
 """Which requests there are: those that wait, run, and are in flight."""
 
+from collections.abc import Container
 from heapq import heappop, heappush
 
+from headrace.scheduler.adapters import SlotQueue
+from headrace.scheduler.plan import Adapter
 from headrace.scheduler.request import Priority, Request
 from headrace.scheduler.shares import Line, Shares, line_of
 
 
 class Roster:
     """A live request waits or runs. In flight are also requests that ended: stages may still write to
-    their pages. Those that wait stand in lines, one for each rank and owner.
+    their pages. Those that wait stand in lines, one for each rank, owner and adapter.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_passed: int) -> None:
+        """`most_passed` is for the queue of those that wait for a slot."""
         self.live: dict[int, Request] = {}
         self.running: dict[int, Request] = {}
         self.in_flight: dict[int, Request] = {}
         self.shares = Shares()
+        self.slot_queue = SlotQueue(most_passed)
         self._num_batch = 0
         # Heaps of ids. One that ended, runs or stands elsewhere by now is skipped when it comes up.
-        self._waiting: dict[Line, list[int]] = {}
+        self._waiting: dict[tuple[Line, Adapter | None], list[int]] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -53,22 +58,31 @@ class Roster:
         """Who is next, of the lowest rank that waits."""
         return self.next_waiting(0) or self.next_waiting(1)
 
-    def next_waiting(self, rank: int) -> Request | None:
-        """Who is next of those that have a rank: the oldest of the owner that had least."""
-        heads = [self._head(line) for line in [*self._waiting] if line[0] == rank]
-        waiting = [request for request in heads if request is not None]
+    def next_waiting(self, rank: int, passed: Container[Request] = ()) -> Request | None:
+        """Who is next of those that have a rank: the oldest of the owner that had least. Those that are `passed` stay,
+        with all of their owner and adapter."""
+        heads = [self._head(line, adapter) for line, adapter in [*self._waiting] if line[0] == rank]
+        waiting = [request for request in heads if request is not None and request not in passed]
         if len(waiting) < 2:
             return waiting[0] if waiting else None
         return min(waiting, key=lambda r: (self.shares.time(line_of(r)), r.request_id))
 
+    def waiting_adapters(self) -> set[Adapter]:
+        """Of those that wait."""
+        waiting = {adapter for line, adapter in [*self._waiting] if self._head(line, adapter)}
+        return {adapter for adapter in waiting if adapter is not None}
+
     def start(self, request: Request) -> None:
         """Who is next runs."""
-        first = heappop(self._waiting[line_of(request)])
+        first = heappop(self._waiting[line_of(request), request.adapter])
         assert first == request.request_id, (first, request.request_id)
         self.running[request.request_id] = request
+        self.slot_queue.begin(request)
 
     def wait_again(self, request: Request) -> None:
         del self.running[request.request_id]
+        if request.adapter is not None:
+            self.slot_queue.wait(request)
         self._line_up(request)
 
     def promote(self, request: Request) -> None:
@@ -83,16 +97,18 @@ class Roster:
         self.running.pop(request.request_id, None)
         self._num_batch -= request.priority is Priority.BATCH
         self.shares.leave(request)
+        self.slot_queue.end(request)
 
     def _line_up(self, request: Request) -> None:
-        heappush(self._waiting.setdefault(line_of(request), []), request.request_id)
+        line = line_of(request), request.adapter
+        heappush(self._waiting.setdefault(line, []), request.request_id)
 
-    def _head(self, line: Line) -> Request | None:
-        ids = self._waiting[line]
+    def _head(self, line: Line, adapter: Adapter | None) -> Request | None:
+        ids = self._waiting[line, adapter]
         while ids:
             request = self.live.get(ids[0])
             if request is not None and ids[0] not in self.running and line_of(request) == line:
                 return request
             heappop(ids)
-        del self._waiting[line]
+        del self._waiting[line, adapter]
         return None

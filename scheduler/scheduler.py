@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from headrace.scheduler.adapters import AdapterStats
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.draft import Draft
@@ -36,7 +37,8 @@ class Scheduler:
     Batch requests go behind interactive ones: into a pass, into pages, and out of pages first. They keep
     their pages while there is only no room for them in passes. What they get in any case: of BATCH_PART
     tokens computed while some live one is theirs, as far as those that run can take it; and when none of
-    them runs, the next one goes with interactive requests once that part would have computed its tokens.
+    them runs, the next one goes with interactive requests once that part would have computed its tokens. So
+    does one that has waited for a slot for its adapter while as many began as a pass has sequences.
 
     There is always a runnable request. `add` refuses what could not run alone, admission reserves
     the pages of all tokens that a request has, so that only decodes need more, and only younger
@@ -51,7 +53,7 @@ class Scheduler:
         self.config = config
         self.holdings = Holdings(config)
         self.pool, self.tails = self.holdings.pool, self.holdings.tails
-        self._roster = Roster()
+        self._roster = Roster(config.max_sequences)
         self._room = Room(config, self.holdings, self._roster)
         self.speculation = Speculation(config, self.holdings)
         self._step = 0
@@ -84,6 +86,11 @@ class Scheduler:
 
     def kv_stats(self) -> KVStats:
         return self.holdings.stats()
+
+    def adapter_stats(self) -> AdapterStats:
+        if not self.config.adapter_slots:
+            return AdapterStats()
+        return self.holdings.adapters.stats(self._roster.waiting_adapters())
 
     def adopt(self, keys: Iterable[bytes]) -> None:
         """Take over what every stage's NVMe holds of an earlier run, oldest first."""
@@ -134,6 +141,8 @@ class Scheduler:
             return None
         self._taken.clear()
         self._keep_guarantee(draft, may_follow=is_ahead)
+        if (due := self._roster.slot_queue.due) is not None and due.rank:
+            self._roster.promote(due)
         for rank in (0, 1):
             self._continue_running(draft, rank, may_follow=is_ahead)
             self._admit_waiting(draft, rank)
@@ -345,12 +354,17 @@ class Scheduler:
         return may_follow and request.passes == [self._steps[0]] and not ends
 
     def _admit_waiting(self, draft: Draft, rank: int) -> None:
-        """Admit those of a rank in their order, never past one that does not fit: it would wait for ever."""
+        """Admit those of a rank in their order, never past one that pages are short for: it would wait for ever.
+        One that waits for a slot for its adapter is passed, as SlotQueue says."""
         if not draft.room or self._room.is_short or self._roster.next_waiting(rank) is None:
             return
+        passed: set[Request] = set()
         running = [r for r in self._roster.running.values() if r.rank <= rank]
         growth, count = sum(map(self._room.growth, running)), len(running)
-        while draft.room and (request := self._roster.next_waiting(rank)) is not None:
+        while draft.room and (request := self._roster.next_waiting(rank, passed)) is not None:
+            if not self._room.has_slot(request):
+                passed.add(request)
+                continue
             # The token that is drawn next needs a place, too, if it is computed at all.
             tokens = min(len(request.tokens) + 1, token_limit(request, self.config) - 1)
             # No more is left free than the running ones can still come to need.

@@ -8,7 +8,7 @@ request has computed, and is overwritten before anybody may see it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.drafter import Drafter, Guesses
@@ -153,8 +153,7 @@ class Speculation:
             return piece
         request.num_drafts = len(drafts)
         end = piece.end + len(drafts)
-        return replace(
-            piece,
+        return piece._replace(
             tokens=(*piece.tokens, *drafts),
             pages=tuple(request.pages[: pages_for(end) - request.num_cold]),
             num_drafts=len(drafts),

@@ -22,6 +22,7 @@ from headrace.cluster.recovery import Recovery, StageStanding
 from headrace.cluster.ring_trace import RingTrace, RingTracing
 from headrace.cluster.serving.server import Listener, Server, ServerOptions
 from headrace.cluster.telemetry.events import EngineEvents
+from headrace.scheduler.adapters import AdapterStats
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import ContextLengthError, HeadraceError
 from headrace.scheduler.kv_stats import KVStats, PageCounts
@@ -181,6 +182,7 @@ class EchoEngine:
     tokens: int = 0
     prompt_tokens: int = 0
     busy_seconds: float = 0.0
+    adapter_wait_seconds: float = 0.0
     num_recoveries: int = 0
     recoveries: list[Recovery] = field(default_factory=list)
     adapters: Adapters = field(default_factory=Adapters)
@@ -224,6 +226,10 @@ class EchoEngine:
     @property
     def drafts(self) -> DraftCounts:
         return DraftCounts()
+
+    @property
+    def adapter_slots(self) -> AdapterStats:
+        return AdapterStats()
 
     @property
     def has_work(self) -> bool:

@@ -174,4 +174,5 @@ def _median(rounds: Sequence[Sequence[Step]], stage: int) -> StageTimes:
         int(middle("kv_in_bytes")),
         int(middle("kv_cold_bytes")),
         int(middle("kv_sunk_bytes")),
+        int(middle("adapter_bytes")),
     )

@@ -60,6 +60,7 @@ class AnswerOptions:
     top_p: Annotated[float | None, typer.Option()] = None
     top_k: Annotated[int | None, typer.Option()] = None
     seed: Annotated[int | None, typer.Option()] = None
+    adapter: Annotated[str | None, typer.Option(help="An adapter's name, see `info`.")] = None
     stop: Annotated[list[str] | None, typer.Option(help="Ends the answer. Repeatable.")] = None
     priority: Annotated[Priority | None, typer.Option()] = None
     timeout: Annotated[
@@ -143,4 +144,6 @@ def _show(values: dict[str, Any], *, as_json: bool) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             value = ", ".join(f"{count} {state}" for state, count in value.items())
+        if isinstance(value, tuple):
+            value = ", ".join(f"{each['name']} (of {each['base']})" for each in value) or "none"
         typer.echo(f"{name.replace('_', ' '):18} {value}")

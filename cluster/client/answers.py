@@ -128,14 +128,24 @@ def _logprob(message: pb.TokenLogprob) -> TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """A LoRA adapter by its name, of the model that is called `base`; `digest` is of its files."""
+
+    name: str
+    base: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """`max_model_len` are tokens of prompt and answer together."""
+    """`max_model_len` are tokens of prompt and answer together; `adapters` are those that requests may name."""
 
     name: str
     digest: str
     max_model_len: int
     vocabulary_size: int
     has_chat_template: bool
+    adapters: tuple[AdapterInfo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +190,7 @@ def model_info(message: pb.ModelInfo) -> ModelInfo:
         message.max_model_len,
         message.vocabulary_size,
         message.has_chat_template,
+        tuple(AdapterInfo(each.name, each.base, each.digest) for each in message.adapters),
     )
 
 

@@ -19,6 +19,7 @@ from headrace.cluster.serving.generation import Generation
 from headrace.cluster.serving.pass_model import Pace, PassModel
 from headrace.cluster.serving.recent_work import RecentWork, Span
 from headrace.cluster.telemetry.events import EngineEvents
+from headrace.scheduler.adapters import AdapterStats
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
@@ -41,6 +42,12 @@ class EngineStats(Stats, Protocol):
 
     @property
     def tokens(self) -> int: ...
+
+    @property
+    def adapter_slots(self) -> AdapterStats: ...
+
+    @property
+    def adapter_wait_seconds(self) -> float: ...
 
     @property
     def num_recoveries(self) -> int: ...
@@ -137,6 +144,8 @@ class EngineState:
     kv: KVStats = field(default_factory=KVStats)
     pace: Pace = field(default_factory=Pace)
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    adapter_slots: AdapterStats = field(default_factory=AdapterStats)
+    adapter_wait_seconds: float = 0.0
     span: Span | None = None
 
 
@@ -317,6 +326,8 @@ class EngineLoop:
             kv=stats.kv,
             pace=self._model.pace,
             drafts=stats.drafts,
+            adapter_slots=stats.adapter_slots,
+            adapter_wait_seconds=stats.adapter_wait_seconds,
             span=self._recent.span,
         )
         fresh = []

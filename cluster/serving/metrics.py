@@ -11,9 +11,10 @@ from headrace.cluster.serving.loop import EngineState
 from headrace.cluster.serving.shadow.metrics import ShadowMetrics
 from headrace.cluster.serving.shadow.shadow import Shadow
 from headrace.cluster.telemetry import table
+from headrace.cluster.telemetry.adapter_metrics import Reading, adapter_readings
 from headrace.cluster.telemetry.engine_metrics import kv_pages
 from headrace.cluster.telemetry.events import EngineEvents
-from headrace.cluster.telemetry.table import MetricSpec
+from headrace.cluster.telemetry.table import Kind, MetricSpec
 from headrace.scheduler.speculation import DraftCounts
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -44,7 +45,7 @@ class Metrics:
 
     def watch(self, state: Callable[[], EngineState]) -> None:
         """Show what the engine is doing, too."""
-        self._registry.register(_Engine(state))
+        self._registry.register(_Engine(state, self._events))
 
     def watch_shadow(self, shadow: Shadow) -> None:
         """Show what the shadow found, too."""
@@ -81,8 +82,8 @@ class Metrics:
 
 
 class _Engine(Collector):
-    def __init__(self, state: Callable[[], EngineState]) -> None:
-        self._state = state
+    def __init__(self, state: Callable[[], EngineState], events: EngineEvents) -> None:
+        self._state, self._events = state, events
 
     def collect(self) -> Iterable[Metric]:
         state = self._state()
@@ -95,10 +96,22 @@ class _Engine(Collector):
             pages.add_metric([tier, name], count)
         yield pages
         yield from _drafts(state.drafts)
+        readings = adapter_readings(state.adapter_slots, state.adapter_wait_seconds, self._events)
+        yield from _families(readings)
 
 
 def _gauge(spec: MetricSpec, value: float) -> Metric:
     return GaugeMetricFamily(spec.name, spec.help, value=value)
+
+
+def _families(readings: Iterable[Reading]) -> Iterable[Metric]:
+    """One for each spec."""
+    found: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+    for spec, value, labels in readings:
+        make = GaugeMetricFamily if spec.kind is Kind.GAUGE else CounterMetricFamily
+        family = found.setdefault(spec.name, make(spec.name, spec.help, labels=spec.labels))
+        family.add_metric([labels[name] for name in spec.labels], value)
+    return found.values()
 
 
 def _drafts(counts: DraftCounts) -> Iterable[Metric]:

@@ -143,6 +143,11 @@ class Reader:
         """What a request may call the model: with an adapter, that has its name."""
         return [self._model.name, *self._engine.adapters]
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Digests by name of those that a request may name."""
+        return self._engine.adapters.digests()
+
     def _parse(self, shape: type[B], given: dict[str, Any]) -> B:
         name = given.get("model")
         if name is not None and name not in self.names:

@@ -9,6 +9,7 @@ from headrace.cluster.job_report import Work
 from headrace.cluster.recovered import Recovery
 from headrace.cluster.recovery import StageStanding
 from headrace.cluster.serving.loop import EngineState
+from headrace.cluster.telemetry.adapter_metrics import SLOT_STATES
 from headrace.scheduler.kv_stats import PageCounts
 from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import PAGE_TOKENS, StageTimes
@@ -40,6 +41,7 @@ def ring_state(
         "object": "ring",
         "sequences": _sequences(plan, state),
         "kv": _kv(plan, state),
+        "adapters": _adapters(plan, state),
         "plan": _planned(plan),
         "passes": None if work is None else _passes(work),
         "seconds_since_pass": None if state.span is None else max(0.0, now - state.span.ended),
@@ -106,6 +108,14 @@ def _kv(plan: Plan, state: EngineState) -> dict[str, Any]:
 def _pages(counts: PageCounts) -> dict[str, int]:
     names = ("total", "free", "used", "cached", "coming", "leaving")
     return {name: getattr(counts, name) for name in names}
+
+
+def _adapters(plan: Plan, state: EngineState) -> dict[str, Any]:
+    stats = state.adapter_slots
+    slots = {name: getattr(stats, name) for name in SLOT_STATES}
+    # Before the first request nothing has been counted.
+    free = plan.adapter_slots - sum(slots.values()) + stats.free
+    return {"slots": {**slots, "free": free}, "waiting": stats.waiting}
 
 
 def _planned(plan: Plan) -> dict[str, Any]:

@@ -5,8 +5,11 @@ from typing import Protocol, Self
 
 from headrace.cluster.recovery import StageState
 from headrace.cluster.telemetry import table
+from headrace.cluster.telemetry.adapter_metrics import adapter_readings
 from headrace.cluster.telemetry.events import EngineEvents
 from headrace.cluster.telemetry.ray_sink import Beat, RaySink
+from headrace.cluster.telemetry.table import Kind
+from headrace.scheduler.adapters import AdapterStats
 from headrace.scheduler.kv_stats import KVStats
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan import MoveKind, StageTimes
@@ -39,6 +42,12 @@ class Totals(Protocol):
 
     @property
     def drafts(self) -> DraftCounts: ...
+
+    @property
+    def adapter_slots(self) -> AdapterStats: ...
+
+    @property
+    def adapter_wait_seconds(self) -> float: ...
 
     @property
     def stages(self) -> Sequence[StageTimes]: ...
@@ -80,6 +89,7 @@ class EngineMetrics:
         self._show_tokens(stats)
         self._show_requests(self._engine.events)
         self._show_kv(stats.kv)
+        self._show_adapters(stats)
         self._show_recoveries(self._engine.events)
 
     def _show_passes(self, stats: Totals) -> None:
@@ -136,6 +146,13 @@ class EngineMetrics:
         sink.total(table.KV_EVICTIONS, kv.evicted_from_device, tier="device")
         sink.total(table.KV_EVICTIONS, kv.evicted_from_host, tier="host")
         sink.total(table.KV_SPOILED, kv.spoiled)
+
+    def _show_adapters(self, stats: Totals) -> None:
+        events = self._engine.events
+        for reading in adapter_readings(stats.adapter_slots, stats.adapter_wait_seconds, events):
+            is_gauge = reading.spec.kind is Kind.GAUGE
+            show = self._sink.gauge if is_gauge else self._sink.total
+            show(reading.spec, reading.value, **reading.labels)
 
     def _show_recoveries(self, events: EngineEvents) -> None:
         for stage, now in enumerate(self._engine.stage_states):

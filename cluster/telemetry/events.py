@@ -39,14 +39,15 @@ class Observed:
 @dataclass(slots=True)
 class _Times:
     arrived: float
+    adapter: str | None
     newest: float | None = None
 
 
 class EngineEvents:
     """Totals since the engine started, and the newest times. Any thread; nothing here waits or fails.
 
-    Counts are by priority (`admitted`), reason (`ended`), code (`turned_away`), stage (`recoveries`) and stage
-    and phase (`recovery_seconds`).
+    Counts are by priority (`admitted`), reason (`ended`), code (`turned_away`), stage (`recoveries`), stage
+    and phase (`recovery_seconds`), and name (those of adapters).
     """
 
     def __init__(self) -> None:
@@ -55,19 +56,32 @@ class EngineEvents:
         self._observed = Observed()
         self.prompt_tokens = 0
         self.admitted: Counter[str] = Counter()
+        self.adapter_sequences: Counter[str] = Counter()
+        self.adapter_prompt_tokens: Counter[str] = Counter()
+        self.adapter_output_tokens: Counter[str] = Counter()
         self.ended_by: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         self.recoveries: Counter[int] = Counter()
         self.recovery_seconds: dict[tuple[int, str], float] = {}
 
     def added(
-        self, request: int, prompt_tokens: int, priority: str, arrived: float | None = None
+        self,
+        request: int,
+        prompt_tokens: int,
+        priority: str,
+        arrived: float | None = None,
+        adapter: str | None = None,
     ) -> None:
-        """A sequence is taken in; it `arrived` then on time.monotonic, or now."""
+        """A sequence is taken in, which runs with an `adapter` if one is named; it `arrived` then on
+        time.monotonic, or now."""
         with self._lock:
             self.prompt_tokens += prompt_tokens
             self.admitted[priority] += 1
-            self._live[request] = _Times(time.monotonic() if arrived is None else arrived)
+            if adapter is not None:
+                self.adapter_sequences[adapter] += 1
+                self.adapter_prompt_tokens[adapter] += prompt_tokens
+            begun = time.monotonic() if arrived is None else arrived
+            self._live[request] = _Times(begun, adapter)
 
     def committed(self, counts: Mapping[int, int]) -> None:
         """A pass brought so many tokens for each of these requests."""
@@ -83,6 +97,8 @@ class EngineEvents:
                 else:
                     observed.inter_token.add((now - times.newest) / count)
                 times.newest = now
+                if times.adapter is not None:
+                    self.adapter_output_tokens[times.adapter] += count
 
     def ended(self, request: int, reason: str) -> None:
         """A sequence is over, whether or not it was known; given up is "abort"."""

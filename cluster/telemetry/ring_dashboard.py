@@ -113,7 +113,7 @@ TIERS = Row(
         ),
         Panel(
             "From host RAM", RATE, (Query(tier("host"), "{{ring}} {{content}}"),),
-            "Weights of the host tier and KV pages; what came from NVMe crosses the link beside it.",
+            "Weights of the host tier, KV pages and adapters; what came from NVMe crosses the link beside it.",
         ),
         Panel(
             "To host RAM", RATE, (Query(tier("host", "out"), "{{ring}} {{content}}"),),

@@ -1,4 +1,4 @@
-"""What clients get: latency, queue, refusals, KV pages, and how good answers are."""
+"""What clients get: latency, queue, refusals, KV pages, adapters, and how good answers are."""
 
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.panels import Dashboard, Panel, Query, Row
@@ -148,6 +148,54 @@ KV = Row(
     ),
 )  # fmt: skip
 
+ADAPTERS = Row(
+    "Adapters",
+    (
+        Panel(
+            "Tokens by adapter", "tokens/s",
+            (Query(rate(table.ADAPTER_TOKENS, "ring, adapter, kind"), "{{ring}} {{adapter}} {{kind}}"),),
+            "Those without one are the rest of all tokens.",
+        ),
+        Panel(
+            "Sequences by adapter", PER_SECOND,
+            (Query(rate(table.ADAPTER_SEQUENCES, "ring, adapter"), "{{ring}} {{adapter}}"),),
+        ),
+        Panel(
+            "Slots", COUNT, (Query(now(table.ADAPTER_SLOTS, "ring, state"), "{{ring}} {{state}}"),),
+            table.ADAPTER_SLOTS.help, stacked=True,
+        ),
+        Panel(
+            "Adapters that wait for a slot", COUNT,
+            (
+                Query(now(table.ADAPTERS_WAITING), "{{ring}} now"),
+                Query(rate(table.ADAPTER_WAIT_SECONDS), "{{ring}} on average"),
+            ),
+            "Above 0 for long: more --adapter-slots.",
+        ),
+        Panel(
+            "Adapters found on the device", SHARE,
+            (
+                Query(
+                    over(
+                        rate(table.ADAPTER_HITS),
+                        f"({rate(table.ADAPTER_HITS)} + {rate(table.ADAPTER_MISSES)})",
+                    ),
+                    "{{ring}}",
+                ),
+            ),
+            "Of the sequences that began with one; the others waited for a load.", most=1.0,
+        ),
+        Panel(
+            "Loads and evictions", PER_SECOND,
+            (
+                Query(rate(table.ADAPTER_LOADS, "ring, result"), "{{ring}} {{result}}"),
+                Query(rate(table.ADAPTER_EVICTIONS), "{{ring}} evicted"),
+            ),
+            "Their bytes are among those from host RAM in the dashboard of the ring.",
+        ),
+    ),
+)  # fmt: skip
+
 
 def _of_last(spec: MetricSpec, label: str) -> Query:
     return Query(spec.exposed[0], f"{{{{instance}}}} {{{{{label}}}}}" if label else "{{instance}}")
@@ -210,7 +258,7 @@ SHADOW = Row(
 SERVING = Dashboard(
     "headrace-serving",
     "Headrace: serving",
-    "Latency, queue, refusals, KV pages, and how far answers are from a reference.",
+    "Latency, queue, refusals, KV pages, adapters, and how far answers are from a reference.",
     TIME,
-    (SERVED, LATENCY, QUEUE, KV, SHADOW),
+    (SERVED, LATENCY, QUEUE, KV, ADAPTERS, SHADOW),
 )

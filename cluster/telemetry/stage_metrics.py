@@ -81,6 +81,7 @@ class StageMetrics:
                 times.kv_in_bytes + max(0, times.kv_cold_bytes - times.kv_sunk_bytes),
             ),
             ("host", "kv", "out", times.kv_out_bytes),
+            ("host", "adapters", "in", times.adapter_bytes),
         ):
             self._sink.total(
                 table.TIER_BYTES, nbytes, tier=tier, content=content, direction=direction

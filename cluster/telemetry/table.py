@@ -82,7 +82,7 @@ STAGE_PASS_SECONDS = MetricSpec(
 TIER_BYTES = MetricSpec(
     "headrace_tier_bytes", _COUNTER, "bytes",
     "What a stage moved between its device and a tier (nvme, host) for passes, by content (weights,"
-    " kv) and direction (in: to the device). KV pages that go from host RAM to NVMe are not in it.",
+    " kv, adapters) and direction (in: to the device). KV pages that go from host RAM to NVMe are not in it.",
     _STAGE, ("tier", "content", "direction"),
 )  # fmt: skip
 EXPERTS = MetricSpec(
@@ -233,6 +233,46 @@ KV_EVICTIONS = MetricSpec(
 KV_SPOILED = MetricSpec(
     "headrace_kv_spoiled", _COUNTER, "sequences",
     "Sequences that began again because one of their KV pages on NVMe was damaged.", _ENGINE,
+)  # fmt: skip
+ADAPTER_SLOTS = MetricSpec(
+    "headrace_adapter_slots", _GAUGE, "slots",
+    "Slots for adapters by state: free, used by sequences that run, coming (being loaded), or cached (an"
+    " adapter that nobody uses now).", _ENGINE, ("state",), also_server=True,
+)  # fmt: skip
+ADAPTERS_WAITING = MetricSpec(
+    "headrace_adapters_waiting", _GAUGE, "adapters",
+    "Adapters that sequences wait with, for a slot.", _ENGINE, also_server=True,
+)  # fmt: skip
+ADAPTER_WAIT_SECONDS = MetricSpec(
+    "headrace_adapter_wait_seconds", _COUNTER, "seconds",
+    "How long adapters waited for a slot, summed up.", _ENGINE, also_server=True,
+)  # fmt: skip
+ADAPTER_HITS = MetricSpec(
+    "headrace_adapter_hits", _COUNTER, "sequences",
+    "Times that a sequence began to run and its adapter was on the device.", _ENGINE, also_server=True,
+)  # fmt: skip
+ADAPTER_MISSES = MetricSpec(
+    "headrace_adapter_misses", _COUNTER, "sequences",
+    "Times that a sequence had to wait until its adapter was loaded.", _ENGINE, also_server=True,
+)  # fmt: skip
+ADAPTER_LOADS = MetricSpec(
+    "headrace_adapter_loads", _COUNTER, "loads",
+    "Loads of adapters into slots of all stages, by result: loaded, or failed on some stage.",
+    _ENGINE, ("result",), also_server=True,
+)  # fmt: skip
+ADAPTER_EVICTIONS = MetricSpec(
+    "headrace_adapter_evictions", _COUNTER, "adapters",
+    "Adapters that left a slot to make room for another one.", _ENGINE, also_server=True,
+)  # fmt: skip
+ADAPTER_SEQUENCES = MetricSpec(
+    "headrace_adapter_sequences", _COUNTER, "sequences",
+    "Sequences taken in that run with an adapter, by its name.", _ENGINE, ("adapter",),
+    also_server=True,
+)  # fmt: skip
+ADAPTER_TOKENS = MetricSpec(
+    "headrace_adapter_tokens", _COUNTER, "tokens",
+    "Tokens of sequences with an adapter, by its name and kind: prompt (taken in) or output (generated).",
+    _ENGINE, ("adapter", "kind"), also_server=True,
 )  # fmt: skip
 RECOVERIES = MetricSpec(
     "headrace_recoveries", _COUNTER, "recoveries", "Times that a stage's process was replaced after"

@@ -116,6 +116,11 @@ def ring_view(readings: Readings, name: str) -> RingView:
             if (count := ring.total(table.TURNED_AWAY, code=code))
         },
         pages=_pages(ring),
+        adapter_slots={
+            state: ring.total(table.ADAPTER_SLOTS, state=state)
+            for state in ring.values(table.ADAPTER_SLOTS, "state")
+        },
+        adapters_waiting=ring.total(table.ADAPTERS_WAITING),
         recoveries=ring.total(table.RECOVERIES),
         last=_recoveries(ring),
     )

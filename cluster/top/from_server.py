@@ -70,6 +70,8 @@ def ring_view(state: Mapping[str, Any]) -> RingView:
             tier: {name: count for name, count in state["kv"][tier].items() if name != "total"}
             for tier in ("device", "host", "nvme")
         },
+        adapter_slots=state["adapters"]["slots"],
+        adapters_waiting=state["adapters"]["waiting"],
         recoveries=state["recoveries"]["count"],
         last=_recovery(state["recoveries"]["last"]),
     )

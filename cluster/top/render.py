@@ -96,6 +96,8 @@ def _ring(ring: RingView, width: int) -> list[RenderableType]:
         Text(),
         _pages(ring, width),
     ]
+    if any(ring.adapter_slots.values()):
+        said.append(_adapters(ring))
     if ring.last is not None:
         said.append(_recovery(ring.recoveries, ring.last))
     return said
@@ -244,6 +246,15 @@ def _pages(ring: RingView, width: int) -> Table:
         table.add_row(f"{name}  {title:8}", Bar(parts, rest="·"), told)
         name = " " * len(name)
     return table
+
+
+def _adapters(ring: RingView) -> Text:
+    """What is in slots, and how many adapters wait for one."""
+    told = ", ".join(f"{n} {state}" for state in _STATES if (n := ring.adapter_slots.get(state)))
+    text = Text.assemble(("adapters  ", "bright_black"), f"slots: {told}")
+    if ring.adapters_waiting:
+        text.append(f", {ring.adapters_waiting} adapters wait for one", "bold yellow")
+    return text
 
 
 def _recovery(count: int, last: RecoveryView) -> Text:

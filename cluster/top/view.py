@@ -54,7 +54,8 @@ class RecoveryView:
 class RingView:
     """One ring. Rates are of the last seconds in which it had work; None where it had none, or too little to tell.
 
-    `since_pass` is how long ago the last pass returned, None where that is not known; `pages` are by tier and state.
+    `since_pass` is how long ago the last pass returned, None where that is not known; `pages` are by tier and state,
+    `adapter_slots` by state; `adapters_waiting` are those that no slot can be had for.
     While a stage is being replaced no pass is under way, and nothing goes anywhere.
     """
 
@@ -70,6 +71,8 @@ class RingView:
     since_pass: float | None = None
     rejected: Mapping[str, int] = field(default_factory=dict)
     pages: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    adapter_slots: Mapping[str, int] = field(default_factory=dict)
+    adapters_waiting: int = 0
     recoveries: int = 0
     last: RecoveryView | None = None
 

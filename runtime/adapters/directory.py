@@ -54,10 +54,12 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter on disk: what it changes, by the names of the model's modules in transformers."""
+    """An adapter on disk: what it changes, by the names of the model's modules in transformers, and what it calls the
+    model that it was made for."""
 
     adapter: Adapter
     modules: Mapping[str, Factors]
+    base: str = ""
 
     @property
     def weights(self) -> Path:
@@ -67,7 +69,8 @@ class AdapterFiles:
 def open_adapter(path: Path) -> AdapterFiles:
     """What is in the directory `path`. StoreError, with the reason, when that is no adapter that can be applied."""
     modules = read_modules(path)
-    return AdapterFiles(Adapter(digest_of(path), str(path.absolute())), modules)
+    base = str(_read_config(path).get("base_model_name_or_path") or "no name")
+    return AdapterFiles(Adapter(digest_of(path), str(path.absolute())), modules, base)
 
 
 def read_modules(path: Path) -> dict[str, Factors]:

@@ -42,12 +42,12 @@ class HostAdapters:
 
     def keep(self, digest: str, adapter: HostAdapter) -> None:
         """Keep what is not here, if it is not larger than all the room there is."""
-        size = _nbytes(adapter)
+        size = nbytes_of(adapter)
         if digest in self._kept or size > self._most:
             return
         while self._used + size > self._most:
             _, gone = self._kept.popitem(last=False)
-            self._used -= _nbytes(gone)
+            self._used -= nbytes_of(gone)
         self._kept[digest] = adapter
         self._used += size
 
@@ -56,5 +56,6 @@ class HostAdapters:
         yield from named("host_adapters", [m for factors in every for m in (factors.a, factors.b)])
 
 
-def _nbytes(adapter: HostAdapter) -> int:
+def nbytes_of(adapter: HostAdapter) -> int:
+    """Of all its matrices."""
     return sum(factors.nbytes for factors in adapter.values())

@@ -18,7 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from headrace.runtime.adapters.directory import AdapterFiles, Factors, open_adapter
-from headrace.runtime.adapters.host import HostAdapter, HostAdapters, HostFactors
+from headrace.runtime.adapters.host import (
+    HostAdapter,
+    HostAdapters,
+    HostFactors,
+    nbytes_of,
+)
 from headrace.runtime.adapters.loads import EndedLoads
 from headrace.runtime.adapters.matrices import StageMatrices
 from headrace.runtime.adapters.places import AdapterPlaces
@@ -49,6 +54,7 @@ class AdapterLoader:
         self._changed = threading.Condition()
         self._under_way = 0
         self._done: list[int] = []
+        self._nbytes = 0
         self._failed: list[tuple[int, str]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-adapters")
 
@@ -66,8 +72,8 @@ class AdapterLoader:
     def take(self) -> EndedLoads:
         """What has ended since it was last asked."""
         with self._changed:
-            ended = EndedLoads(tuple(self._done), tuple(self._failed))
-            self._done, self._failed = [], []
+            ended = EndedLoads(tuple(self._done), tuple(self._failed), self._nbytes)
+            self._done, self._failed, self._nbytes = [], [], 0
         return ended
 
     def wait(self, deadline: float) -> bool:
@@ -76,10 +82,12 @@ class AdapterLoader:
             return self._changed.wait_for(lambda: not self._under_way, deadline)
 
     def _run(self, load: AdapterLoad) -> None:
-        failure = None
+        failure, nbytes = None, 0
         try:
             with torch.inference_mode(), self._on_stream():
-                self._matrices.put(load.slot, self._obtain(load.adapter))
+                adapter = self._obtain(load.adapter)
+                self._matrices.put(load.slot, adapter)
+                nbytes = nbytes_of(adapter)
                 if self._stream is not None:
                     self._stream.synchronize()
         except HeadraceError as error:
@@ -89,6 +97,7 @@ class AdapterLoader:
             failure = f"the adapter {load.adapter.path} could not be loaded: {error}"
         with self._changed:
             self._under_way -= 1
+            self._nbytes += nbytes
             if failure is None:
                 self._done.append(load.number)
             else:
@@ -108,7 +117,8 @@ class AdapterLoader:
         files = open_adapter(Path(adapter.path))
         if files.adapter.digest != adapter.digest:
             raise StoreError(
-                f"the adapter {adapter.path} is not what it was when it was named: load it again"
+                f"the files of the adapter {adapter.path} have changed since it was named: unload it, and load it"
+                " again"
             )
         return files
 

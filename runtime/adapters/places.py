@@ -32,18 +32,19 @@ class AdapterPlaces:
         path, found = files.adapter.path, {}
         targets = self._find(f"{module}.weight" for module in files.modules)
         for module, factors in files.modules.items():
-            place = self._place(path, module, targets[f"{module}.weight"])
+            target = targets[f"{module}.weight"]
+            if target is None:
+                raise StoreError(
+                    _of_another(files, f"it changes {module}, which this one does not have")
+                )
+            place = self._place(path, module, target)
             if place is not None:
-                self._check(path, module, factors, self.linears[place], most_rank)
+                self._check(files, module, self.linears[place], most_rank)
                 found[place] = factors
         return found
 
-    def _place(self, adapter: str, module: str, target: Target | None) -> str | None:
+    def _place(self, adapter: str, module: str, target: Target) -> str | None:
         """The path of a linear layer of this stage; None for another stage's."""
-        if target is None:
-            raise StoreError(
-                f"the adapter {adapter} changes {module}, which the model does not have"
-            )
         place, _, attribute = target.name.rpartition(".")
         if target.expert is not None or attribute in EXPERT_MATRICES:
             raise StoreError(
@@ -63,17 +64,22 @@ class AdapterPlaces:
         )
 
     @staticmethod
-    def _check(
-        adapter: str, module: str, factors: Factors, linear: QuantLinear, most_rank: int
-    ) -> None:
+    def _check(files: AdapterFiles, module: str, linear: QuantLinear, most_rank: int) -> None:
+        factors = files.modules[module]
         made_for = factors.outputs, factors.inputs
         if made_for != (linear.out_features, linear.in_features):
-            raise StoreError(
-                f"the adapter {adapter} was made for another model: its {module} is"
-                f" {list(made_for)} and this model's [{linear.out_features}, {linear.in_features}]"
-            )
+            own = [linear.out_features, linear.in_features]
+            told = f"its {module} is {list(made_for)}, and this one's {own}"
+            raise StoreError(_of_another(files, told))
         if factors.rank > most_rank:
             raise StoreError(
-                f"the adapter {adapter} has rank {factors.rank} in {module}, and slots have room for"
+                f"the adapter {files.adapter.path} has rank {factors.rank} in {module}, and slots have room for"
                 f" {most_rank}: start with --adapter-rank {factors.rank}"
             )
+
+
+def _of_another(files: AdapterFiles, why: str) -> str:
+    return (
+        f"the adapter {files.adapter.path} was made for another model ({files.base}): {why}."
+        " Name one that was made for this model"
+    )

@@ -1,7 +1,7 @@
 """A micro-batch over pages that are not on the device: which are brought into a KV ring, and to where."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import NamedTuple, Self
 
@@ -57,7 +57,7 @@ class ColdBatch:
         slices = micro_batch.slices
         bases = [0, *accumulate(piece.num_pages for piece in slices)]
         moved = [
-            replace(piece, pages=tuple(range(base, base + piece.num_pages)), cold=())
+            piece._replace(pages=tuple(range(base, base + piece.num_pages)), cold=())
             for piece, base in zip(slices, bases, strict=False)
         ]
 

@@ -152,12 +152,17 @@ def alone(engine: Engine, prompt: list[int], params: SamplingParams, name: str |
         (["--adapter", "a=."], "it has no adapter_config.json"),
         (["--adapter-host-memory", "1MiB"], "of no use without adapters"),
         (["--default-adapter", "a"], "there is no --adapter a=DIR"),
+        (
+            ["--adapter", "a={adapter}", "--adapter-rank", "2"],
+            "--adapter-rank 2 is too little: the adapter a has rank 5; give 5 or more",
+        ),
     ],
 )
 def test_mistakes_are_told_at_once(
     stories: Path, tmp_path: Path, given: list[str], told: str
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
+    given = [each.format(adapter=stories_adapters(tmp_path)["adapter-1"]) for each in given]
     files = ["--input", "in.jsonl", "--output", "out.jsonl", "--device", "cpu"]
     with headrace(tmp_path, "generate", stories, *files, *given) as command:
         assert command.wait() == 1

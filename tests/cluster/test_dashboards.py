@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from adapters import stories_adapters
 from commands import STORIES, wait_for
 from prometheus import ABSENT, SHIPPED, Prometheus, free_port, installed, prometheus
 from served import Served, serving
@@ -103,15 +104,18 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """Two stages that stream from NVMe and host RAM, with KV pages in all tiers, after some requests."""
+    """Two stages that stream from NVMe and host RAM, with KV pages in all tiers and an adapter, after some requests."""
     folder, port = tmp_path_factory.mktemp("watched"), free_port()
+    adapters = stories_adapters(folder, 1)
     options = engine_options(
         stories,
         {
             "stages": 2,
             "device": "cpu",
-            "device_memory": "6MiB",
-            "host_memory": "36MiB",
+            "device_memory": "8MiB",
+            "host_memory": "38MiB",
+            "adapters": adapters,
+            "adapter_host_memory": "2MiB",
             "kv_host_memory": "2MiB",
             "kv_directory": str(folder / "kv"),
             "kv_disk": "64MiB",
@@ -136,7 +140,7 @@ def watched(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         wait_for(
             lambda: (
                 made.ask("max(ray_headrace_recoveries_total)") == {(): 1.0}
-                and made.ask("ray_headrace_time_to_first_token_seconds_count == 4") != {}
+                and made.ask("ray_headrace_time_to_first_token_seconds_count == 5") != {}
                 and made.one("ray_headrace_output_tokens_total") == engine.stats.output_tokens
                 and made.one("headrace_shadow_sequences_total") == 4
             ),
@@ -157,7 +161,8 @@ def _ask(server: Served) -> None:
     prompt = "One day, " * 30  # more than a page, which is found again
     always = {"temperature": 0, "logit_bias": {"5": 100}}  # easily guessed
     body = {"prompt": prompt, "max_tokens": 20, "ignore_eos": True, **always}
-    for given in ({}, {"deadline_ms": 100_000, "max_ttft_ms": 90_000}, {"n": 2}):
+    timed = {"deadline_ms": 100_000, "max_ttft_ms": 90_000}
+    for given in ({}, timed, {"n": 2}, {"adapter": "adapter-0", "max_tokens": 1}):
         assert server.ask("POST", "/v1/completions", {**body, **given})[0] == 200
     hasty = {**body, "deadline_ms": 1}
     assert server.ask("POST", "/v1/completions", hasty)[0] in (429, 504)
@@ -228,7 +233,7 @@ def _alerts(watched: Watched) -> list[dict[str, Any]]:
 @needs_prometheus
 def test_what_prometheus_has_is_what_the_engine_counted(watched: Watched) -> None:
     stats, one = watched.engine.stats, watched.prometheus.one
-    assert one("ray_headrace_output_tokens_total") == stats.output_tokens == 80
+    assert one("ray_headrace_output_tokens_total") == stats.output_tokens == 81
     assert one("ray_headrace_passes_total") == stats.passes
     assert one("ray_headrace_busy_seconds_total") == pytest.approx(stats.busy_seconds)
     assert one("ray_headrace_bound_seconds_total") == pytest.approx(stats.bound_seconds)
@@ -241,8 +246,8 @@ def test_what_prometheus_has_is_what_the_engine_counted(watched: Watched) -> Non
         weights = f'{{stage="{stage}",content="weights",tier="%s"}}'
         for tier, nbytes in (("nvme", times.nvme_bytes), ("host", times.host_bytes)):
             assert one(f"ray_headrace_tier_bytes_total{weights % tier}") == nbytes
-    assert one("ray_headrace_time_to_first_token_seconds_count") == 4
-    assert one('ray_headrace_ended_sequences_total{reason="length"}') == 4
+    assert one("ray_headrace_time_to_first_token_seconds_count") == 5
+    assert one('ray_headrace_ended_sequences_total{reason="length"}') == 5
     server = watched.server.metric
     assert server("headrace_output_tokens_total") == stats.output_tokens
     assert one('ray_headrace_recovery_seconds_total{phase="load",stage="1"}') == 0.4

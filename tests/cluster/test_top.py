@@ -107,6 +107,7 @@ RING = RingView(
     tokens_per_second=1234.5, pass_seconds=0.25, since_pass=0.1,
     rejected={"queue_full": 3, "deadline_passed": 1},
     pages={"device": {"used": 5, "cached": 2, "free": 9}, "host": {}, "nvme": {"cached": 70}},
+    adapter_slots={"used": 3, "cached": 1, "free": 0}, adapters_waiting=2,
     recoveries=1,
     last=RecoveryView((1,), {"breaking off": 0.5, "connecting": 0.25}, 12.0, 3, "it died. Ray says"),
 )  # fmt: skip
@@ -119,6 +120,7 @@ def test_a_terminal_shows_all_of_it(width: int) -> None:
     text = " ".join(line.strip() for line in lines)
     wanted = ["stage 1 starting", "81%", "1,234", "3 of 8", "weights 25%"]
     wanted += ["4242", "most queue_full", "5 used, 2 cached, 9 free", "70 cached", "bubble 25%"]
+    wanted += ["slots: 3 used, 1 cached, 2 adapters wait for one"]
     wanted += ["breaking off 0.5 s, connecting 0.2 s", "3 requests computed again", "it died"]
     if width >= 80:
         assert [each for each in wanted if each not in text] == []

@@ -1,7 +1,6 @@
 """Masks and biases on logits."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from headrace.runtime.sampler import sample
 from headrace.scheduler.plan import Sampling
 
 GREEDY = Sampling(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, None, 0, ())
-DRAWN = replace(GREEDY, temperature=1.0)
+DRAWN = GREEDY._replace(temperature=1.0)
 WORDS = 21  # no multiple of 8
 
 
@@ -35,7 +34,7 @@ def test_rows_without_constraints_are_left_alone(logits: Tensor) -> None:
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_a_mask_leaves_its_tokens_and_no_others(logits: Tensor, size: int) -> None:
     before, allowed = logits.clone(), [0, 7, *([16, 20] if size > 1 else [])]
-    how = replace(GREEDY, mask=mask_of(*allowed, size=size))
+    how = GREEDY._replace(mask=mask_of(*allowed, size=size))
     found = constrained(logits, [GREEDY, how, GREEDY, how, GREEDY])
     assert torch.equal(logits, before)
     for i in range(5):
@@ -49,8 +48,8 @@ def test_a_mask_leaves_its_tokens_and_no_others(logits: Tensor, size: int) -> No
 )
 def test_only_allowed_tokens_are_drawn(logits: Tensor, change: dict[str, float]) -> None:
     allowed = logits[0].argsort()[:4].tolist()  # the least likely ones
-    how = replace(DRAWN, mask=mask_of(*allowed), repetition_penalty=1.5, history=(2, 3, *allowed))
-    how = replace(how, **change)  # type: ignore[arg-type]
+    how = DRAWN._replace(mask=mask_of(*allowed), repetition_penalty=1.5, history=(2, 3, *allowed))
+    how = how._replace(**change)  # type: ignore[arg-type]
     rows = [(0, position, how) for position in range(200)]
     drawn = {one.token for one in sample(logits[:1].expand(200, -1).contiguous(), rows)}
     assert drawn <= {*allowed}
@@ -60,11 +59,11 @@ def test_only_allowed_tokens_are_drawn(logits: Tensor, change: dict[str, float])
 def test_a_bias_forces_and_forbids_and_logprobs_are_of_the_model(logits: Tensor) -> None:
     plain = [one.token for one in sample(logits, [(0, 0, GREEDY)] * 5)]
     rows = [
-        (0, 0, replace(GREEDY, logprobs=2, logit_bias=((4, 100.0), (WORDS, 100.0)))),
-        (0, 0, replace(GREEDY, logit_bias=((plain[1], -100.0),))),
-        (0, 0, replace(DRAWN, logit_bias=((6, 100.0), (7, -100.0)))),
+        (0, 0, GREEDY._replace(logprobs=2, logit_bias=((4, 100.0), (WORDS, 100.0)))),
+        (0, 0, GREEDY._replace(logit_bias=((plain[1], -100.0),))),
+        (0, 0, DRAWN._replace(logit_bias=((6, 100.0), (7, -100.0)))),
         (0, 0, GREEDY),
-        (0, 0, replace(GREEDY, logit_bias=((9, 100.0),), mask=mask_of(3))),
+        (0, 0, GREEDY._replace(logit_bias=((9, 100.0),), mask=mask_of(3))),
     ]
     forced, forbidden, drawn, free, bound = sample(logits, rows)
     assert (forced.token, drawn.token, free.token, bound.token) == (4, 6, plain[3], 3)

@@ -47,7 +47,7 @@ class FakePipeline:
             return piece
         assert len(piece.tokens) == 1 and follows is not None
         self.followers += 1
-        return replace(piece, tokens=(self.drawn[follows][piece.request],))
+        return piece._replace(tokens=(self.drawn[follows][piece.request],))
 
     def check(self, a_pass: Pass) -> None:
         config, batches = self.config, a_pass.micro_batches

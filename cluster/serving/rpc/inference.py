@@ -98,6 +98,10 @@ class Inference(InferenceServicer):
                 max_model_len=model.max_context,
                 vocabulary_size=len(model.tokenizer),
                 has_chat_template=model.tokenizer.chat_template is not None,
+                adapters=[
+                    pb.AdapterInfo(name=name, base=model.name, digest=digest)
+                    for name, digest in self._reader.adapters.items()
+                ],
             )
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Any) -> pb.ServerInfo:

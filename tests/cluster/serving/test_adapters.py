@@ -1,19 +1,25 @@
 """Adapters of a server: named as models, listed, loaded and unloaded by operators."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from adapters import stories_adapters
+from adapters import save_adapter, stories_adapters
 from served import MODEL, Served, serving, stories_engine
+from typer.testing import CliRunner
 
+from headrace.cluster.cli.client import app
+from headrace.cluster.client.answers import AdapterInfo
+from headrace.cluster.client.client import Client
 from headrace.cluster.serving.keys import add_key
 from headrace.cluster.serving.rpc import inference_pb2 as pb
 from headrace.cluster.serving.rpc.inference_pb2_grpc import InferenceStub
+from headrace.runtime.adapters.directory import open_adapter
 
-PROMPT = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
+PROMPT: dict[str, Any] = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 8}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +91,17 @@ def test_grpc_has_a_field_for_it(server: Served) -> None:
             said(adapter="x")
 
 
+def test_clients_over_grpc_see_which_there_are(server: Served, named: dict[str, Path]) -> None:
+    digest = open_adapter(named["adapter-0"]).adapter.digest
+    with Client(str(server.grpc)) as client:
+        assert client.model_info().adapters == (AdapterInfo("adapter-0", MODEL, digest),)
+    shown = CliRunner().invoke(app, ["info", "--address", str(server.grpc)])
+    assert f"adapters           adapter-0 (of {MODEL})" in shown.output
+    asked = ["generate", PROMPT["prompt"], "--address", str(server.grpc), "--max-tokens", "8"]
+    said = CliRunner().invoke(app, [*asked, "--temperature", "0", "--adapter", "adapter-0"])
+    assert said.output == text(server, model="adapter-0") + "\n"
+
+
 def test_adapters_come_and_go_while_the_server_runs(
     server: Served, named: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -108,6 +125,56 @@ def test_adapters_come_and_go_while_the_server_runs(
     assert models(server) == [MODEL, "adapter-0"]
     assert complete(server, model="later")[0] == 404
     assert server.ask("POST", "/v1/unload_lora_adapter", gone)[0] == 404
+
+
+def test_what_is_said_of_adapters_that_cannot_be_had(
+    stories: Path, named: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of another model, with too large a rank, changed or gone since it was named; others' requests go on."""
+    room = {"adapter_slots": 1, "adapter_rank": 4, "adapter_host_memory": 0}
+    copy = shutil.copytree(named["adapter-0"], tmp_path / "copy")
+    with stories_engine(stories, **room) as engine, serving(engine) as server:
+
+        def refusal(path: Path) -> str:
+            status, body = load(server, "wrong", path)
+            assert (status, body["error"]["code"]) == (400, "adapter_not_loaded")
+            return str(body["error"]["message"])
+
+        assert "was made for another model" in refusal(save_adapter("llama", tmp_path / "a"))
+        assert "has rank 5 in model.layers.0" in refusal(named["adapter-1"])
+        status, body = complete(server, adapter="wrong")
+        assert (status, body["error"]["param"]) == (400, "adapter")
+        assert body["error"]["message"] == "there is no adapter 'wrong' here; none is loaded"
+        assert load(server, "named", copy)[0] == 200
+        (copy / "adapter_config.json").write_text((copy / "adapter_config.json").read_text() + " ")
+        status, body = complete(server, model="named")
+        assert (status, "have changed since it was named" in body["error"]["message"]) == (
+            400,
+            True,
+        )
+        shutil.rmtree(copy)
+        status, body = complete(server, model="named")
+        assert (status, "is no directory" in body["error"]["message"]) == (400, True)
+        assert text(server)
+        assert server.metric('headrace_adapter_loads_total{result="failed"}') == 2
+
+
+def test_metrics_and_the_ring_tell_of_adapters(server: Served) -> None:
+    def count(name: str) -> float:
+        return server.metric(f"headrace_adapter_{name}")
+
+    text(server, model="adapter-0")
+    before = {
+        name: count(name)
+        for name in ("hits_total", 'tokens_total{adapter="adapter-0",kind="output"}')
+    }
+    text(server, model="adapter-0")
+    assert [count(name) - past for name, past in before.items()] == [1, 8]
+    assert count('sequences_total{adapter="adapter-0"}') >= 2
+    assert count("misses_total") >= 1 and count('loads_total{result="loaded"}') >= 1
+    assert count('slots{state="cached"}') == 1
+    ring = server.ask("GET", "/ring")[1]["adapters"]
+    assert ring == {"slots": {"free": 0, "used": 0, "cached": 1, "coming": 0}, "waiting": 0}
 
 
 def test_only_operators_load_adapters(
