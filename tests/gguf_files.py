@@ -27,12 +27,18 @@ ARCHITECTURES = {"qwen3_moe": "qwen3moe", "gemma3_text": "gemma3"}
 
 
 def write(
-    model: Any, path: Path, kind: str, tokenizer: PreTrainedTokenizerFast | None = None
+    model: Any,
+    path: Path,
+    kind: str,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    split: int = 0,
 ) -> None:
-    """The model as a GGUF file whose matrices are of that kind. Its parameters become what the file holds."""
+    """The model as a GGUF file whose matrices are of that kind, or as parts of `split` tensors each. Its parameters
+    become what the file holds."""
     config = model.config
     arch = ARCHITECTURES.get(config.model_type, config.model_type)
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     for name, key in KEYS.items():
         value = getattr(config, name, None)
         if value is not None:

@@ -133,9 +133,36 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
     write(tiny("llama"), file, "Q4_0")
     data = file.read_bytes()
     (tmp_path / "other.gguf").write_bytes(data)
-    with pytest.raises(StoreError, match="has 2 GGUF files: name one"):
+    with pytest.raises(StoreError, match="has 2 models in GGUF files: name one"):
         convert(tmp_path, tmp_path / "store", format="keep")
     for size in (3, 1000, len(data) - 100):
         file.write_bytes(data[:size])
         with pytest.raises(StoreError, match="no whole GGUF file"):
             convert(file, tmp_path / "store", format="keep")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_in_parts(tied: bool, tmp_path: Path) -> None:
+    """Any of them names the model, and so does their directory; transformers looks at the first alone."""
+    model = tiny("llama", tie_word_embeddings=tied)
+    write(model, tmp_path / "model.gguf", "Q8_0", split=7)
+    parts = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(parts) == 3
+    with torch.inference_mode():
+        want = model(torch.tensor([TOKENS])).logits[0].float()
+    digests = set()
+    for i, given in enumerate((parts[1], tmp_path)):
+        dest = tmp_path / f"store-{i}"
+        digests.add(convert(given, dest, format="keep", allow_missing_tokenizer=True).digest)
+        assert_near(logits_of(dest), want)
+    assert len(digests) == 1
+    data = parts[2].read_bytes()
+    parts[2].unlink()
+    with pytest.raises(StoreError, match="model-00003-of-00003\\.gguf of them is not"):
+        convert(parts[0], tmp_path / "other", format="keep")
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(StoreError, match="not parts of one file"):
+        convert(parts[0], tmp_path / "other", format="keep")
+    parts[2].write_bytes(data[:300])
+    with pytest.raises(StoreError, match="no whole GGUF file"):
+        convert(parts[0], tmp_path / "other", format="keep")

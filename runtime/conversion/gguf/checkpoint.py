@@ -1,6 +1,7 @@
 """A GGUF file as a checkpoint: the weights that conversion reads, and the files that it writes beside them."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from headrace.runtime.block_file import Entry
 from headrace.runtime.conversion.checkpoint import companions_in, has_tokenizer_in
 from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, Affine, BlockType, unpack
+from headrace.runtime.conversion.gguf.files import parts_of
 from headrace.runtime.conversion.gguf.naming import (
     PLUS_ONE,
     as_trained,
@@ -43,28 +45,31 @@ DECODED = "F16"
 
 
 class GGUFCheckpoint:
-    """One file, with the interface of conversion.checkpoint.Checkpoint.
+    """One file, or all parts of one that was split, with the interface of conversion.checkpoint.Checkpoint.
 
     Tokenizer and chat template come from the file's metadata, unless there are tokenizer files beside it.
-    Raises StoreError when it is damaged, or of a kind that is not read here.
+    Raises StoreError when it is damaged, a part is missing, or it is of a kind that is not read here.
     """
 
     method = "gguf"
 
     def __init__(self, file: Path) -> None:
-        self.path = file
-        try:
-            self._reader = gguf.GGUFReader(file)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise StoreError(
-                f"{file} is no whole GGUF file ({error}): download it again"
-            ) from error
-        if "split.count" in self._reader.fields and _field(self._reader, "split.count") > 1:
-            raise StoreError(
-                f"{file} is one of {_field(self._reader, 'split.count')} parts: join them first, with"
-                " llama-gguf-split --merge"
-            )
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._files = parts_of(file)
+        self.path = self._files[0]
+        readers = [_read(part) for part in self._files]
+        self._reader = readers[0]  # which has all metadata
+        self._tensors = {
+            tensor.name: _Placed(part, tensor)
+            for part, reader in zip(self._files, readers, strict=True)
+            for tensor in reader.tensors
+        }
+        if "split.tensors.count" in self._reader.fields:
+            count = _field(self._reader, "split.tensors.count")
+            if count != len(self._tensors):
+                raise StoreError(
+                    f"{self.path} and its other parts have {len(self._tensors)} tensors of {count}: they are not parts"
+                    " of one file; download them again"
+                )
         config = self._read_config()
         skeleton = Skeleton(config, torch.bfloat16)
         self._names = names_of(config, skeleton.model)
@@ -94,12 +99,13 @@ class GGUFCheckpoint:
         self._complete(config)
         factors = self._tensors.get(ROPE_FACTORS)
         if factors is not None:
-            values = torch.from_numpy(factors.data.copy()).float()
+            values = torch.from_numpy(factors.tensor.data.copy()).float()
             config.rope_parameters = rope_scaling(values, config)
         return config
 
     def _complete(self, config: PretrainedConfig) -> None:
-        """What transformers does not read for every architecture."""
+        """What transformers does not read for every architecture, or sees of the first part alone."""
+        config.tie_word_embeddings = "output.weight" not in self._tensors
         arch = _field(self._reader, "general.architecture")
         for key, name in KEYS.items():
             if f"{arch}.{key}" in self._reader.fields and hasattr(config, name):
@@ -114,46 +120,48 @@ class GGUFCheckpoint:
     def _main_dtype(self) -> str:
         """That of most plain matrices, else bfloat16: quantized models were trained in that, or nearly."""
         sizes: dict[str, int] = {}
-        for tensor in self._tensors.values():
+        for tensor in (placed.tensor for placed in self._tensors.values()):
             dtype = PLAIN.get(tensor.tensor_type.name)
             if dtype is not None and len(tensor.shape) > 1 and tensor.name not in self._router:
                 sizes[dtype] = sizes.get(dtype, 0) + int(tensor.n_bytes)
         return max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
 
-    def _weights_of(self, name: str, tensor: gguf.ReaderTensor) -> Iterator[SourceWeight]:
+    def _weights_of(self, name: str, placed: "_Placed") -> Iterator[SourceWeight]:
+        tensor = placed.tensor
         named, shape = self._names.get(name), _shape_of(tensor)
         if named is None:
             raise StoreError(
-                f"{self.path} holds a tensor {name}, which {self._model_type} does not have here"
+                f"{placed.file} holds a tensor {name}, which {self._model_type} does not have here"
             )
         if not named.experts:
             if name.endswith("ffn_gate_inp_shexp.weight"):
                 shape = (1, *shape[-1:])
-            yield self._weight(name, named.name, tensor, shape, 0, int(tensor.n_bytes))
+            yield self._weight(name, named.name, placed, shape, 0, int(tensor.n_bytes))
             return
         each = int(tensor.n_bytes) // shape[0]
         for expert in range(shape[0]):
             one = named.name.format(expert)
-            yield self._weight(name, one, tensor, shape[1:], expert * each, each)
+            yield self._weight(name, one, placed, shape[1:], expert * each, each)
 
     def _weight(
         self,
         there: str,
         name: str,
-        tensor: gguf.ReaderTensor,
+        placed: "_Placed",
         shape: tuple[int, ...],
         offset: int,
         nbytes: int,
     ) -> SourceWeight:
+        file, tensor = placed.file, placed.tensor
         kind, first = tensor.tensor_type.name, int(tensor.data_offset) + offset
-        rows = _Rows(SourceTensor(self.path, "U8", (nbytes,), first, nbytes), shape)
+        rows = _Rows(SourceTensor(file, "U8", (nbytes,), first, nbytes), shape)
         heads = heads_of(there, self._config)
         if kind in PLAIN:
-            source = SourceTensor(self.path, PLAIN[kind], shape, first, nbytes)
+            source = SourceTensor(file, PLAIN[kind], shape, first, nbytes)
             return _plain(name, source, heads, minus_one=self._is_plus_one(there))
         if kind not in BLOCK_TYPES:
             raise StoreError(
-                f"{there} of {self.path} is {kind}, which is not read here: there are"
+                f"{there} of {file} is {kind}, which is not read here: there are"
                 f" {', '.join((*PLAIN, *BLOCK_TYPES))}. Make the file anew with one of them (llama-quantize), or"
                 " convert the original checkpoint"
             )
@@ -191,19 +199,37 @@ class GGUFCheckpoint:
 
     def fingerprint(self) -> str:
         """Tells this file from others without reading it whole: metadata and samples."""
-        size, start = self.path.stat().st_size, int(self._reader.data_offset)
-        hasher = xxhash.xxh3_128(f"{size}".encode())
-        with self.path.open("rb") as stream:
-            while start > 0 and (chunk := stream.read(min(start, 1 << 20))):
-                hasher.update(chunk)
-                start -= len(chunk)
-            for i in range(SAMPLES):
-                stream.seek(size * i // SAMPLES)
-                hasher.update(stream.read(SAMPLE_BYTES))
+        hasher = xxhash.xxh3_128()
+        for file in self._files:
+            size = file.stat().st_size
+            start = int(self._reader.data_offset) if file == self.path else 0
+            hasher.update(f"{size}".encode())
+            with file.open("rb") as stream:
+                while start > 0 and (chunk := stream.read(min(start, 1 << 20))):
+                    hasher.update(chunk)
+                    start -= len(chunk)
+                for i in range(SAMPLES):
+                    stream.seek(size * i // SAMPLES)
+                    hasher.update(stream.read(SAMPLE_BYTES))
         return hasher.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A tensor, and the part that holds it."""
+
+    file: Path
+    tensor: gguf.ReaderTensor
+
+
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _read(file: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(file)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise StoreError(f"{file} is no whole GGUF file ({error}): download it again") from error
 
 
 def _field(reader: gguf.GGUFReader, name: str) -> Any:
