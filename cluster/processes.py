@@ -11,7 +11,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 import ray
-from ray._private.state import actors
+from ray._private.state import actors, available_resources_per_node
 from ray.util.placement_group import (
     get_placement_group,
     placement_group,
@@ -170,6 +170,15 @@ class StageProcesses:
     def bundle_node(self, stage: int) -> str:
         """The id of the node where the stage's bundle is."""
         return str(placement_group_table(self._group)["bundles_to_node_id"][stage])
+
+    def spare_node(self, other_than: str) -> str | None:
+        """The id of another node that has room for one more stage; None where none has."""
+        for node, free in sorted(available_resources_per_node().items()):
+            if node != other_than and all(
+                free.get(name, 0.0) >= amount for name, amount in self._bundle.items()
+            ):
+                return str(node)
+        return None
 
     def await_places(self) -> None:
         """Return when every bundle is on a node that lives. NoPlaceError when one is on none for too long.

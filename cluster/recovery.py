@@ -7,11 +7,13 @@ edges form anew, in another epoch. Whatever dies meanwhile is found in the next 
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 import ray
 
@@ -34,6 +36,12 @@ LONGEST_PAUSE = 16.0
 
 OUTAGE_SECONDS = 600.0
 """How long it is tried at least: links and nodes that are back after some minutes are waited for."""
+
+FAILURES_HERE = 2
+"""How often a new process may fail to start or to load in one place before another node is tried."""
+
+FAILURES = 5
+"""How often it may fail for a reason that is not its death, as a file that cannot be read."""
 
 
 class StageState(Enum):
@@ -74,6 +82,7 @@ class RingRecovery:
         self._members, self._processes, self._pause = members, members.processes, pause
         self._states = [StageState.SERVING] * len(members.configs)
         self._since = [time.monotonic()] * len(members.configs)
+        self._failures: Counter[int] = Counter()
 
     def pids(self) -> list[int]:
         """Of the stages' processes, on the node where each is."""
@@ -105,6 +114,7 @@ class RingRecovery:
         """
         phases: dict[str, float] = {}
         replaced, last = set[int](), error
+        self._failures.clear()
         end, number = time.monotonic() + OUTAGE_SECONDS, 0
         while number < ROUNDS or time.monotonic() < end:
             number += 1
@@ -130,7 +140,7 @@ class RingRecovery:
             with phases.timed("starting"):
                 self._start(gone)
             with phases.timed("loading"):
-                self._of_each(gone, lambda stage: self._load(stage, step))
+                self._of_each(gone, lambda stage: self._try(stage, partial(self._load, step=step)))
                 for stage in gone:
                     self._enter(stage, StageState.RESTING)
         with phases.timed("connecting"):
@@ -194,8 +204,31 @@ class RingRecovery:
         for stage in gone:
             self._enter(stage, StageState.STARTING)
             self._members.leave_log(stage)
-            self._members.seat(stage, self._processes.start(stage), None)
-        self._of_each(gone, self._open)
+            node = self._other_place(stage)
+            self._members.seat(stage, self._processes.start(stage, node), node)
+        self._of_each(gone, lambda stage: self._try(stage, self._open))
+
+    def _other_place(self, stage: int) -> str | None:
+        """The id of a node that has room, where new processes have failed again and again in the stage's own place: its
+        GPU or its drive may be what is broken. None for that place."""
+        if not self._failures[stage] or self._failures[stage] % (2 * FAILURES_HERE) < FAILURES_HERE:
+            return None
+        node = self._processes.spare_node(self._processes.bundle_node(stage))
+        if node is not None:
+            log.warning(
+                "stage %d failed %d times: it starts on node %s", stage, self._failures[stage], node
+            )
+        return node
+
+    def _try(self, stage: int, work: Callable[[int], None]) -> None:
+        """StageLostError also for what only this place may lack; what is the matter everywhere comes out at last."""
+        try:
+            work(stage)
+        except HeadraceError as error:
+            self._failures[stage] += 1
+            if isinstance(error, StageLostError) or self._failures[stage] >= FAILURES:
+                raise
+            raise StageLostError(f"stage {stage}: {error}") from error
 
     def _open(self, stage: int) -> None:
         self._members.open(stage, self._processes.actors[stage], f"replacing stage {stage}")

@@ -1,7 +1,10 @@
 """Nodes that go with all that is on them: their stages start again elsewhere."""
 
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +79,50 @@ def test_a_node_dies_and_there_is_no_other(
         assert answers(engine, "b", disturb) == want
         assert engine.plan.placement.num_stages == len(engine.stage_pids()) == 2
         assert answers(engine, "c") == want
+
+
+@pytest.mark.parametrize("cluster", [2], indirect=True)
+def test_a_place_where_every_process_dies_is_left(cluster: Cluster, tmp_path: Path) -> None:
+    """As where a GPU is broken: the node lives and has room, and what starts there ends."""
+    store = wide_llama(tmp_path)
+    room: Any = {"num_pages": 24, "max_sequences": 6, "token_budget": 100}
+    plan = manual_plan(Store.open(store), stages=3, tier=Tier.DEVICE, **room)
+    with ray_engine(store, plan) as engine, deadly() as kill_new:
+        want = answers(engine, "a")
+        members: Any = engine._recovery._members  # type: ignore[union-attr]
+        places = members.processes
+        before = engine.stage_pids()
+        bad = places.node_of(2)
+
+        def disturb(passes: int) -> None:
+            if passes == 10:
+                kill_new(lambda: places.node_of(2) == bad and places.pid_of(2))
+
+        assert answers(engine, "b", disturb) == want
+        assert places.node_of(2) != bad and places.in_bundle(2) is False
+        assert engine.stage_pids()[:2] == before[:2]
+        assert engine.stats.recoveries[-1].rounds > 2
+
+
+@contextmanager
+def deadly() -> Iterator[Callable[[Callable[[], int]], None]]:
+    """Kills, until the end, whatever process the given function names."""
+    done = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def start(find: Callable[[], int]) -> None:
+        def run() -> None:
+            while not done.wait(0.2):
+                if pid := find():
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+
+    try:
+        yield start
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
