@@ -21,7 +21,8 @@ class EngineStats:
     `passes` are those that computed something, and `tokens` what they computed; `kv` says where pages are
     and what was found of them, `drafts` what was guessed and how much of it was right, `adapter_slots` what
     is in these and was brought there; `adapter_wait_seconds` sums up how long each one waited for a slot;
-    `recoveries` are the last ones of `num_recoveries`.
+    `recoveries` are the last ones of `num_recoveries`. After `moves` to another ring `stages` are those of
+    the last one.
     """
 
     num_stages: int
@@ -37,15 +38,17 @@ class EngineStats:
     adapter_wait_seconds: float = 0.0
     num_recoveries: int = 0
     recoveries: deque[Recovery] = field(default_factory=lambda: deque(maxlen=LAST_RECOVERIES))
+    moves: int = 0
     stages: list[StageTimes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.moved(self.num_stages)
+        self.stages = _nothing_done(self.num_stages)
 
     def moved(self, num_stages: int) -> None:
         """Other stages go on, so many; what each did begins anew."""
         self.num_stages = num_stages
-        self.stages = [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(num_stages)]
+        self.moves += 1
+        self.stages = _nothing_done(num_stages)
 
     def recovered(self, recovery: Recovery) -> None:
         self.num_recoveries += 1
@@ -63,3 +66,7 @@ class EngineStats:
         for result in results:
             stage = result.times.stage
             self.stages[stage] = self.stages[stage].plus(result.times)
+
+
+def _nothing_done(num_stages: int) -> list[StageTimes]:
+    return [StageTimes(i, 0.0, 0.0, 0.0, 0, 0) for i in range(num_stages)]

@@ -33,6 +33,9 @@ class Stats(Protocol):
     @property
     def stages(self) -> Sequence[StageTimes]: ...
 
+    @property
+    def moves(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class ComputeSplit:
@@ -68,7 +71,11 @@ class JobTrace(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the engine did over some time: passes, tokens, seconds, guesses and each stage's times."""
+    """What the engine did over some time: passes, tokens, seconds, guesses and each stage's times.
+
+    It may have had several rings, one after the other: after so many `moves` to another one, `stages` are those
+    of the last ring, and what they did since they are its stages.
+    """
 
     passes: int
     prompt_tokens: int
@@ -77,6 +84,7 @@ class Work:
     bound_seconds: float
     stages: tuple[StageTimes, ...]
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    moves: int = 0
 
     @classmethod
     def of(cls, stats: Stats) -> "Work":
@@ -88,18 +96,23 @@ class Work:
             stats.bound_seconds,
             tuple(stats.stages),
             stats.drafts,
+            stats.moves,
         )
 
     def since(self, start: "Work") -> "Work":
         """The work between two readings of the same engine."""
+        stages = self.stages
+        if self.moves == start.moves:  # else others had done what `start` says
+            stages = tuple(a.since(b) for a, b in zip(stages, start.stages, strict=True))
         return Work(
             self.passes - start.passes,
             self.prompt_tokens - start.prompt_tokens,
             self.output_tokens - start.output_tokens,
             self.busy_seconds - start.busy_seconds,
             self.bound_seconds - start.bound_seconds,
-            tuple(a.since(b) for a, b in zip(self.stages, start.stages, strict=True)),
+            stages,
             self.drafts.since(start.drafts),
+            self.moves - start.moves,
         )
 
     @property

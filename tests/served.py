@@ -183,6 +183,7 @@ class EchoEngine:
     prompt_tokens: int = 0
     busy_seconds: float = 0.0
     adapter_wait_seconds: float = 0.0
+    moves: int = 0
     num_recoveries: int = 0
     recoveries: list[Recovery] = field(default_factory=list)
     adapters: Adapters = field(default_factory=Adapters)

@@ -10,6 +10,7 @@ from functools import reduce
 import torch
 
 from headrace.cluster.engine import Engine
+from headrace.cluster.job_report import Work
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.plan import StageTimes
 from headrace.scheduler.request import SamplingParams
@@ -83,14 +84,18 @@ class Driver:
             self.step()
 
     def step(self) -> Step:
-        stats = self._engine.stats
-        tokens, before, drafts = stats.output_tokens, list(stats.stages), stats.drafts
+        """HeadraceError when another ring has taken the place of the one that was measured until now."""
+        before = Work.of(self._engine.stats)
         started = time.perf_counter()
         ended = len(self._engine.step())
         seconds = time.perf_counter() - started
-        stages = tuple(new.since(old) for new, old in zip(stats.stages, before, strict=True))
-        drafted = stats.drafts.since(drafts)
-        step = Step(seconds, stats.output_tokens - tokens, ended, stages, drafted)
+        work = Work.of(self._engine.stats).since(before)
+        if work.moves:
+            raise HeadraceError(
+                f"a node was lost, and the model planned anew for {len(work.stages)} stages: passes before"
+                " and after that cannot be measured together. Start again"
+            )
+        step = Step(seconds, work.output_tokens, ended, work.stages, work.drafts)
         self.steps.append(step)
         if self._meter is not None and len(self.steps) % 4 == 1:
             self._meter.sample()

@@ -35,8 +35,8 @@ class RecentWork:
     def note(self, now: float, work: Work) -> None:
         """A pass has returned, and these are the totals now."""
         readings = self._readings
-        if len(work.stages) != len(readings[-1][1].stages):
-            readings.clear()  # another ring, whose stages begin anew
+        if work.moves != readings[-1][1].moves:
+            readings.clear()  # stages' shares are of the time that they were there
             readings.append((now, work))
         while len(readings) > 1 and readings[1][0] <= now - _WINDOW:
             readings.popleft()
