@@ -2,8 +2,9 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from headrace.cluster.job_report import Work
 from headrace.cluster.recovered import Recovery
 from headrace.scheduler.adapters import AdapterStats
 from headrace.scheduler.kv_stats import KVStats
@@ -22,7 +23,7 @@ class EngineStats:
     and what was found of them, `drafts` what was guessed and how much of it was right, `adapter_slots` what
     is in these and was brought there; `adapter_wait_seconds` sums up how long each one waited for a slot;
     `recoveries` are the last ones of `num_recoveries`. After `moves` to another ring `stages` are those of
-    the last one.
+    the last one, which began with the totals of `ring_start`.
     """
 
     num_stages: int
@@ -40,15 +41,37 @@ class EngineStats:
     recoveries: deque[Recovery] = field(default_factory=lambda: deque(maxlen=LAST_RECOVERIES))
     moves: int = 0
     stages: list[StageTimes] = field(init=False)
+    # Totals when the ring began, and how long the stages of earlier ones were idle: one value, for others read both.
+    _before: tuple[Work, dict[int, float]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.stages = _nothing_done(self.num_stages)
+        self._before = Work.of(self), {}
+
+    @property
+    def ring_start(self) -> Work:
+        return self._before[0]
 
     def moved(self, num_stages: int) -> None:
         """Other stages go on, so many; what each did begins anew."""
-        self.num_stages = num_stages
+        stages, idle = _nothing_done(num_stages), dict(enumerate(self.idle_seconds()))
         self.moves += 1
-        self.stages = _nothing_done(num_stages)
+        start = replace(Work.of(self), stages=tuple(stages))
+        # First: who has the new stages has what was before them, too.
+        self._before = start, self._before[1] | idle
+        self.num_stages, self.stages = num_stages, stages
+
+    def idle_seconds(self) -> list[float]:
+        """How long each stage had no pass while the engine was busy, with those of earlier rings that had its
+        number. Any thread may ask."""
+        stages = self.stages
+        start, earlier = self._before
+        busy = self.busy_seconds - start.busy_seconds
+        # Passes overlap, and a reading falls between two.
+        return [
+            earlier.get(stage, 0.0) + max(0.0, busy - times.total)
+            for stage, times in enumerate(stages)
+        ]
 
     def recovered(self, recovery: Recovery) -> None:
         self.num_recoveries += 1

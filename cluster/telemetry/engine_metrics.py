@@ -52,6 +52,8 @@ class Totals(Protocol):
     @property
     def stages(self) -> Sequence[StageTimes]: ...
 
+    def idle_seconds(self) -> Sequence[float]: ...
+
 
 class WatchedEngine(Protocol):
     @property
@@ -93,13 +95,11 @@ class EngineMetrics:
         self._show_recoveries(self._engine.events)
 
     def _show_passes(self, stats: Totals) -> None:
-        total, busy = self._sink.total, stats.busy_seconds
-        total(table.BUSY_SECONDS, busy)
+        total = self._sink.total
+        total(table.BUSY_SECONDS, stats.busy_seconds)
         total(table.BOUND_SECONDS, stats.bound_seconds)
         total(table.PASSES, stats.passes)
-        for stage, times in enumerate(stats.stages):
-            # Passes overlap, and a reading falls between two: it goes on when it is more.
-            idle = max(0.0, busy - times.total)
+        for stage, idle in enumerate(stats.idle_seconds()):
             total(table.STAGE_SECONDS, idle, stage=str(stage), part="idle")
         for term, seconds in self._engine.plan.prediction.terms.items():
             self._sink.gauge(table.PLANNED_PASS_SECONDS, seconds, term=term)

@@ -53,3 +53,16 @@ def test_recent_work_is_of_one_ring() -> None:
     work = recent.span.work
     assert (work.passes, work.busy_seconds, work.moves) == (2, 4.0, 0)
     assert [times.total for times in work.stages] == [2.0, 2.0]
+
+
+def test_no_stage_was_idle_before_it_was_there() -> None:
+    stats = EngineStats(3)
+    a_pass(stats, 8.0)
+    assert stats.idle_seconds() == [4.0, 4.0, 4.0]
+    stats.moved(2)
+    assert stats.idle_seconds() == [4.0, 4.0]
+    a_pass(stats, 2.0)
+    assert stats.idle_seconds() == [5.0, 5.0]
+    stats.moved(3)
+    a_pass(stats, 2.0)
+    assert stats.idle_seconds() == [6.0, 6.0, 5.0]
