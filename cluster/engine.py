@@ -16,6 +16,7 @@ from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.outputs import Outputs
 from headrace.cluster.pass_bound import least_seconds
 from headrace.cluster.pipeline import Pending
+from headrace.cluster.recovered import Recovery
 from headrace.cluster.recovery import StageStanding, StageState
 from headrace.cluster.replacement import Replacement
 from headrace.cluster.ring import Rebuild, Ring
@@ -333,21 +334,19 @@ class Engine:
             raise StageError(
                 f"{error} No pass has returned since {MOST_FRUITLESS} recoveries: what runs now ends stages"
             )
+        started = time.monotonic()
         try:
             with self._tracer.span(Kind.RECOVERY, "as a whole"):
                 done = self._recovery.recover(error, self._scheduler.next_step, self._tracer)
         except NoPlaceError as no_place:
-            self._move(no_place)
+            self._move(no_place, waited=time.monotonic() - started)
             return
         self._abandon()
         self._commits.forget_moves()
         requests = self._scheduler.lose(self._scheduler.contexts()) if done.stages else 0
         if done.stages:
             self._scheduler.lose_adapters()
-        self.stats.recovered(done := replace(done, requests=requests))
-        log.warning("%s", done)
-        for stage in done.stages:
-            self.events.recovered(stage, done.phases)
+        self._recovered(replace(done, requests=requests))
         if self._logs is not None:
             try:
                 self._scheduler.retain({*self._logs.keys()})
@@ -355,26 +354,33 @@ class Engine:
                 self._recover(another)
         self.stats.look(self._scheduler)
 
+    def _recovered(self, done: Recovery) -> None:
+        self.stats.recovered(done)
+        self.events.recovered(done)
+        log.warning("%s", done)
+
     def _abandon(self) -> None:
         self._scheduler.abandon(a_pass for a_pass, _ in self._in_flight)
         self._in_flight.clear()
 
-    def _move(self, error: NoPlaceError) -> None:
-        """Go on with another ring, of fewer stages. HeadraceError when there is none."""
+    def _move(self, error: NoPlaceError, waited: float) -> None:
+        """Go on with another ring, of fewer stages, after so many seconds in which there was no place for all.
+        HeadraceError when there is none."""
         if self._rebuild is None:
             raise error
         log.warning("%s: the model is planned anew for what is left", error)
         started, before = time.monotonic(), self._scheduler
         self._abandon()
-        before.lose(before.contexts())
+        requests = before.lose(before.contexts())
         self._enter(self._rebuild())
         self.stats.moved(self.plan.placement.num_stages)
         for request, why in self._scheduler.take_over(before.live):
             request.finish_reason = FinishReason.ABORT
             self.events.ended(request.request_id, FinishReason.ABORT.value)
             self._completed.append(self._outputs.complete(request, "", str(why)))
-        stages, seconds = self.plan.placement.num_stages, time.monotonic() - started
-        log.warning("%d stages go on with all requests after %.1f s", stages, seconds)
+        phases = {"waiting for a place": waited, "planning anew": time.monotonic() - started}
+        stages = self.plan.placement.num_stages
+        self._recovered(Recovery(str(error), (), 1, phases, requests, replanned=stages))
 
     def _come_to_rest(self) -> None:
         """Return when no pass and no move of pages is under way."""

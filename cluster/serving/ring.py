@@ -68,6 +68,7 @@ def _recoveries(standing: Standing, *, operator: bool) -> dict[str, Any]:
     if last is None:
         return {"count": standing.num_recoveries, "last": None}
     told: dict[str, Any] = {
+        "kind": last.kind,
         "stages": list(last.stages),
         "seconds": last.seconds,
         "phases": dict(last.phases),

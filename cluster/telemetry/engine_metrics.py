@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol, Self
 
+from headrace.cluster.recovered import KINDS
 from headrace.cluster.recovery import StageState
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.adapter_metrics import adapter_readings
@@ -159,10 +160,13 @@ class EngineMetrics:
             for state in StageState:
                 labels = {"stage": str(stage), "state": state.value}
                 self._sink.gauge(table.STAGE_STATE, state is now, **labels)
+        for kind in KINDS:
+            self._sink.total(table.RECOVERIES, events.recoveries[kind], kind=kind)
         for stage in range(len(self._engine.stats.stages)):
-            self._sink.total(table.RECOVERIES, events.recoveries[stage], stage=str(stage))
-        for (stage, phase), seconds in dict(events.recovery_seconds).items():
-            self._sink.total(table.RECOVERY_SECONDS, seconds, stage=str(stage), phase=phase)
+            count = events.replaced_stages[stage]
+            self._sink.total(table.REPLACED_STAGES, count, stage=str(stage))
+        for phase, seconds in dict(events.recovery_seconds).items():
+            self._sink.total(table.RECOVERY_SECONDS, seconds, phase=phase)
 
     def close(self) -> None:
         """Safe to call twice."""

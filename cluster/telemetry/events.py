@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from headrace.cluster.recovered import Recovery
+
 KEPT = 100
 """Times of a kind that are kept between two readings, drawn evenly from all that there were: what
 histograms cost is bounded so, and their quantiles are the same."""
@@ -46,8 +48,8 @@ class _Times:
 class EngineEvents:
     """Totals since the engine started, and the newest times. Any thread; nothing here waits or fails.
 
-    Counts are by priority (`admitted`), reason (`ended`), code (`turned_away`), stage (`recoveries`), stage
-    and phase (`recovery_seconds`), and name (those of adapters).
+    Counts are by priority (`admitted`), reason (`ended`), code (`turned_away`), kind (`recoveries`),
+    stage (`replaced_stages`), phase (`recovery_seconds`), and name (those of adapters).
     """
 
     def __init__(self) -> None:
@@ -61,8 +63,9 @@ class EngineEvents:
         self.adapter_output_tokens: Counter[str] = Counter()
         self.ended_by: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        self.recoveries: Counter[int] = Counter()
-        self.recovery_seconds: dict[tuple[int, str], float] = {}
+        self.recoveries: Counter[str] = Counter()
+        self.replaced_stages: Counter[int] = Counter()
+        self.recovery_seconds: dict[str, float] = {}
 
     def added(
         self,
@@ -115,13 +118,13 @@ class EngineEvents:
         with self._lock:
             self.refused[code] += 1
 
-    def recovered(self, stage: int, phases: Mapping[str, float]) -> None:
-        """A stage that had failed is there again; what each phase of that took, in seconds."""
+    def recovered(self, recovery: Recovery) -> None:
+        """The ring goes on, or another one."""
         with self._lock:
-            self.recoveries[stage] += 1
-            for phase, seconds in phases.items():
-                known = self.recovery_seconds.get((stage, phase), 0.0)
-                self.recovery_seconds[stage, phase] = known + seconds
+            self.recoveries[recovery.kind] += 1
+            self.replaced_stages.update(recovery.stages)
+            for phase, seconds in recovery.phases.items():
+                self.recovery_seconds[phase] = self.recovery_seconds.get(phase, 0.0) + seconds
 
     def take(self) -> Observed:
         """The times since this was called before."""

@@ -182,7 +182,11 @@ DRIVES = Row(
             "Life of the drive that is used", SHARE, now(table.KV_DRIVE_WEAR, "ring, stage"),
             "Where smartctl or nvme-cli may ask the drive.",
         ),
-        by_stage("Recoveries", COUNT, now(table.RECOVERIES, "ring, stage")),
+        Panel(
+            "Recoveries", COUNT, (Query(now(table.RECOVERIES, "ring, kind"), "{{ring}} {{kind}}"),),
+            "Stages were replaced, edges alone formed anew, or the model was planned anew for other stages.",
+        ),
+        by_stage("Stages replaced", COUNT, now(table.REPLACED_STAGES, "ring, stage")),
         Panel(
             "Stages that do not serve", COUNT,
             (
@@ -199,7 +203,7 @@ DRIVES = Row(
         ),
         Panel(
             "Seconds of recoveries, by phase", SECONDS,
-            (Query(now(table.RECOVERY_SECONDS, "ring, stage, phase"), "{{ring}} stage {{stage}} {{phase}}"),),
+            (Query(now(table.RECOVERY_SECONDS, "ring, phase"), "{{ring}} {{phase}}"),),
         ),
     ),
 )  # fmt: skip

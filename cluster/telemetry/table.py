@@ -275,12 +275,18 @@ ADAPTER_TOKENS = MetricSpec(
     _ENGINE, ("adapter", "kind"), also_server=True,
 )  # fmt: skip
 RECOVERIES = MetricSpec(
-    "headrace_recoveries", _COUNTER, "recoveries", "Times that a stage's process was replaced after"
+    "headrace_recoveries", _COUNTER, "recoveries",
+    "Times that a ring went on after a failure, by kind: replaced (stages have new processes), reconnected (edges"
+    " alone are new), or replanned (another ring, of other stages).",
+    _ENGINE, ("kind",),
+)  # fmt: skip
+REPLACED_STAGES = MetricSpec(
+    "headrace_replaced_stages", _COUNTER, "stages", "Times that a stage's process was replaced after"
     " it had failed.", _ENGINE, ("stage",),
 )  # fmt: skip
 RECOVERY_SECONDS = MetricSpec(
-    "headrace_recovery_seconds", _COUNTER, "seconds", "How long recoveries of a stage took, by phase.",
-    _ENGINE, ("stage", "phase"),
+    "headrace_recovery_seconds", _COUNTER, "seconds", "How long recoveries took, by phase.",
+    _ENGINE, ("phase",),
 )  # fmt: skip
 STAGE_STATE = MetricSpec(
     "headrace_stage_state", _GAUGE, "1",

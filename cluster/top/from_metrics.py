@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
 
+from headrace.cluster.recovered import KINDS
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.table import MetricSpec
 from headrace.cluster.top.counters import Readings, Sample, parse
@@ -18,7 +19,9 @@ _TIERS = {
     "KV NVMe": ("nvme", "kv"),
     "KV host": ("host", "kv"),
 }
-_PHASES = ("breaking off", "starting", "loading", "connecting")
+_PHASES = (
+    "breaking off", "starting", "loading", "connecting", "waiting for a place", "planning anew",
+)  # fmt: skip
 
 
 class MetricsSource:
@@ -99,7 +102,7 @@ def ring_view(readings: Readings, name: str) -> RingView:
     """What metrics say of the ring of that name."""
     ring = _Ring(readings, name)
     busy, passes = ring.rate(table.BUSY_SECONDS), ring.rate(table.PASSES)
-    stages = sorted(int(stage) for stage in ring.values(table.RECOVERIES, "stage"))
+    stages = sorted(int(stage) for stage in ring.values(table.STAGE_STATE, "stage"))
     return RingView(
         name=name,
         stages=tuple(_stage(ring, str(stage), busy) for stage in stages),
@@ -184,15 +187,16 @@ def _place(phase: str) -> int:
 
 def _recoveries(ring: _Ring) -> RecoveryView | None:
     """All of them together: metrics do not tell one from the other."""
+    kinds = tuple(kind for kind in KINDS if ring.total(table.RECOVERIES, kind=kind))
+    if not kinds:
+        return None
     stages = [
         int(stage)
-        for stage in ring.values(table.RECOVERIES, "stage")
-        if ring.total(table.RECOVERIES, stage=stage)
+        for stage in ring.values(table.REPLACED_STAGES, "stage")
+        if ring.total(table.REPLACED_STAGES, stage=stage)
     ]
-    if not stages:
-        return None
     phases = {
         phase: ring.seconds(table.RECOVERY_SECONDS, phase=phase)
         for phase in sorted(ring.values(table.RECOVERY_SECONDS, "phase"), key=_place)
     }
-    return RecoveryView(tuple(sorted(stages)), phases)
+    return RecoveryView(tuple(sorted(stages)), phases, kinds=kinds)

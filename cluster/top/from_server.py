@@ -99,4 +99,5 @@ def _recovery(last: Mapping[str, Any] | None) -> RecoveryView | None:
         last["seconds_ago"],
         last["requests"],
         last.get("cause", ""),
+        (last["kind"],),
     )

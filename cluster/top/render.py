@@ -259,13 +259,15 @@ def _adapters(ring: RingView) -> Text:
 
 def _recovery(count: int, last: RecoveryView) -> Text:
     """All that is known of the last one, or of all."""
-    stages = ", ".join(map(str, last.stages)) or "none"
+    what = ", ".join(last.kinds)
+    if last.stages:
+        what += f", stage {', '.join(map(str, last.stages))}"
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in last.phases.items())
     text = Text.assemble(("recoveries ", "bright_black"), (str(count), "bold"))
     if last.seconds_ago is None:
-        text.append(f"  of stage {stages}, {last.seconds:.1f} s in all: {phases}")
+        text.append(f"  {what}, {last.seconds:.1f} s in all: {phases}")
         return text
-    text.append(f"  the last {duration(last.seconds_ago)} ago, of stage {stages}")
+    text.append(f"  the last {duration(last.seconds_ago)} ago: {what}")
     text.append(f", took {last.seconds:.1f} s: {phases}")
     if last.requests is not None:
         text.append(f"; {last.requests} requests computed again")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from headrace.cluster.recovered import REPLACED
+
 PARTS = ("compute", "weights", "kv", "link", "idle")
 """Where a stage's time goes: computing, waits for weights, KV pages and other stages, and no pass."""
 
@@ -37,13 +39,15 @@ class StageView:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryView:
-    """The last recovery, or all of them where no single one is known (`seconds_ago` is None then)."""
+    """The last recovery, or all of them where no single one is known (`seconds_ago` is None then). Without `stages`
+    none was replaced: `kinds` say what was done."""
 
     stages: tuple[int, ...]
     phases: Mapping[str, float]
     seconds_ago: float | None = None
     requests: int | None = None
     cause: str = ""
+    kinds: tuple[str, ...] = (REPLACED,)
 
     @property
     def seconds(self) -> float:

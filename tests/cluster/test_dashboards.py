@@ -22,6 +22,7 @@ from headrace.cluster.engine import Engine
 from headrace.cluster.keyword_options import engine_options
 from headrace.cluster.launch import running_engine
 from headrace.cluster.processes import ray_cluster
+from headrace.cluster.recovered import Recovery
 from headrace.cluster.serving.shadow.options import ShadowOptions
 from headrace.cluster.telemetry import table
 from headrace.cluster.telemetry.dashboards import DASHBOARDS, GRAFANA, text_of
@@ -136,7 +137,7 @@ def watched(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         made = stack.enter_context(prometheus(folder, targets))
         wait_for(lambda: _first_labels(made) != {}, 60.0, lambda: str(made.get("targets")))
         _ask(server)
-        engine.events.recovered(1, {"detect": 0.1, "load": 0.4})
+        engine.events.recovered(Recovery("", (1,), 1, {"detect": 0.1, "load": 0.4}))
         wait_for(
             lambda: (
                 made.ask("max(ray_headrace_recoveries_total)") == {(): 1.0}
@@ -221,13 +222,13 @@ def test_rules_work_and_the_alert_of_a_recovery_fires(watched: Watched) -> None:
     for rule in RULES:
         if "record" in rule:
             assert watched.prometheus.ask(rule["record"]), rule["record"]
-    firing = {(a["labels"]["alertname"], a["labels"]["stage"]) for a in _alerts(watched)}
-    assert firing == {("HeadraceRecovered", "1")}
+    firing = {(a["labels"]["alertname"], a["labels"]["kind"]) for a in _alerts(watched)}
+    assert firing == {("HeadraceRecovered", "replaced")}
 
 
 def _alerts(watched: Watched) -> list[dict[str, Any]]:
     alerts = watched.prometheus.get("alerts")["alerts"]
-    return [alert for alert in alerts if alert["state"] == "firing" and "stage" in alert["labels"]]
+    return [alert for alert in alerts if alert["state"] == "firing" and "kind" in alert["labels"]]
 
 
 @needs_prometheus
@@ -250,7 +251,7 @@ def test_what_prometheus_has_is_what_the_engine_counted(watched: Watched) -> Non
     assert one('ray_headrace_ended_sequences_total{reason="length"}') == 5
     server = watched.server.metric
     assert server("headrace_output_tokens_total") == stats.output_tokens
-    assert one('ray_headrace_recovery_seconds_total{phase="load",stage="1"}') == 0.4
+    assert one('ray_headrace_recovery_seconds_total{phase="load"}') == 0.4
     assert sum(watched.prometheus.ask("ray_headrace_turned_away_total").values()) == 1
     assert watched.labels["ring"].startswith("stories.nf4-")
 

@@ -11,6 +11,7 @@ import ray
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.launch import running_engine
 from headrace.cluster.processes import ray_cluster
+from headrace.cluster.recovered import Recovery
 from headrace.cluster.telemetry.events import KEPT, EngineEvents
 from headrace.cluster.telemetry.ray_sink import Beat
 from headrace.scheduler.errors import HeadraceError
@@ -53,12 +54,16 @@ def test_of_many_times_some_are_kept_evenly() -> None:
     assert 15 * KEPT < kept[KEPT // 2] < 35 * KEPT
 
 
-def test_recoveries_add_up_by_stage_and_phase() -> None:
+def test_each_recovery_counts_once() -> None:
     events = EngineEvents()
-    events.recovered(1, {"detect": 0.5, "load": 2.0})
-    events.recovered(1, {"load": 1.0})
-    assert events.recoveries == {1: 2}
-    assert events.recovery_seconds == {(1, "detect"): 0.5, (1, "load"): 3.0}
+    events.recovered(Recovery("both died", (0, 1), 1, {"starting": 0.5, "loading": 2.0}))
+    events.recovered(Recovery("a link was cut", (), 1, {"connecting": 1.0}))
+    moved = Recovery("a node is gone", (), 1, {"waiting for a place": 60.0}, replanned=2)
+    events.recovered(moved)
+    assert events.recoveries == {"replaced": 1, "reconnected": 1, "replanned": 1}
+    assert events.replaced_stages == {0: 1, 1: 1}
+    assert sum(events.recovery_seconds.values()) == 63.5
+    assert "planned anew for 2 stages" in str(moved)
 
 
 def test_a_failure_ends_metrics_with_a_warning_and_nothing_else(

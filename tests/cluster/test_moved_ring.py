@@ -1,11 +1,25 @@
 """What is told of an engine after another ring, planned anew, has taken the place of its first one."""
 
-import pytest
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
 
+import pytest
+from rings import local_ring, manual_plan
+
+from headrace.cluster.engine import Engine
 from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.job_report import Work
+from headrace.cluster.recovery import StageState
+from headrace.cluster.ring import Ring
 from headrace.cluster.serving.recent_work import RecentWork
+from headrace.cluster.tokenizer import load_tokenizer, stop_ids
+from headrace.runtime.store import Store
+from headrace.scheduler.errors import NoPlaceError, StageLostError
+from headrace.scheduler.placement import Tier
 from headrace.scheduler.plan import Pass, PassResult, StageTimes
+from headrace.scheduler.request import SamplingParams
 
 
 def a_pass(stats: EngineStats, seconds: float) -> None:
@@ -66,3 +80,58 @@ def test_no_stage_was_idle_before_it_was_there() -> None:
     stats.moved(3)
     a_pass(stats, 2.0)
     assert stats.idle_seconds() == [6.0, 6.0, 5.0]
+
+
+class NoPlace:
+    """Finds a stage dead as soon as the engine looks, and no place for another one."""
+
+    states: ClassVar[list[StageState]] = []
+
+    def check(self) -> None:
+        raise StageLostError("stage 1 died.", (1,))
+
+    def recover(self, error: StageLostError, *_: object) -> None:
+        raise NoPlaceError(str(error))
+
+
+@pytest.fixture
+def moving(stories: Path) -> Iterator[Engine]:
+    """Two stages in this process until it is tended, then one."""
+    room: Any = {"num_pages": 24, "max_sequences": 6, "token_budget": 100}
+    store, tokenizer = Store.open(stories), load_tokenizer(stories)
+    with ExitStack() as opened:
+
+        def ring(stages: int, recovery: Any) -> Ring:
+            plan = manual_plan(store, stages=stages, tier=Tier.DEVICE, **room)
+            pipeline = opened.enter_context(local_ring(stories, plan))
+            return Ring(plan, pipeline, recovery=recovery, traces=pipeline)
+
+        yield opened.enter_context(
+            Engine(
+                ring(2, NoPlace()),
+                tokenizer,
+                stop_ids=stop_ids(store, tokenizer),
+                digest="",
+                dtype="float32",
+                rebuild=lambda: ring(1, None),
+            )
+        )
+
+
+def test_planning_anew_counts_as_one_recovery(moving: Engine) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    moving.add([1, 2, 3], params, seed=0)
+    while moving.stats.output_tokens < 4:
+        moving.step()
+    moving._come_to_rest()
+    moving.tend()
+    [done] = moving.stats.recoveries
+    assert (done.replanned, done.stages, done.requests) == (1, (), 1)
+    assert {*done.phases} == {"waiting for a place", "planning anew"}
+    assert moving.events.recoveries == {"replanned": 1} and not moving.events.replaced_stages
+    assert sum(moving.events.recovery_seconds.values()) == pytest.approx(done.seconds)
+    assert moving.stats.moves == 1 and len(moving.stats.stages) == 1
+    completions = []
+    while moving.has_work:
+        completions += moving.step()
+    assert [len(completion.token_ids) for completion in completions] == [8]

@@ -79,6 +79,8 @@ def test_a_node_dies_and_there_is_no_other(
         assert answers(engine, "b", disturb) == want
         assert engine.plan.placement.num_stages == len(engine.stage_pids()) == 2
         assert answers(engine, "c") == want
+        assert [done.replanned for done in engine.stats.recoveries] == [2]
+        assert engine.events.recoveries == {"replanned": 1} and not engine.events.replaced_stages
 
 
 @pytest.mark.parametrize("cluster", [2], indirect=True)

@@ -219,9 +219,11 @@ class Node:
         counter("bound_seconds", 0.04 * self.passes)
         counter("passes", self.passes)
         counter("output_tokens", 3 * self.passes)
+        for kind in ("replaced", "reconnected", "replanned"):
+            counter("recoveries", int(kind == "reconnected"), f',kind="{kind}"')
+        counter("recovery_seconds", 0.5, ',phase="connecting"')
         for stage in "01":
             of = f',stage="{stage}"'
-            counter("recoveries", 0, of)
             counter("tier_bytes", 1e6 * self.passes, f'{of},tier="nvme",content="weights"')
             for part, seconds in (("compute", 0.05), ("weights", 0.03), ("idle", 0.02)):
                 counter("stage_seconds", seconds * self.passes, f'{of},part="{part}"')
@@ -274,6 +276,8 @@ def test_rings_are_known_from_what_nodes_show(node: tuple[Node, str]) -> None:
     assert json.loads(json.dumps(as_json([ring], "here")))["rings"][0]["bubble"] == pytest.approx(
         0.2
     )
+    assert ring.recoveries == 1
+    assert ring.last == RecoveryView((), {"connecting": 0.5}, kinds=("reconnected",))
     assert not list(parse(shown.text(), "ray_other_"))
 
 
