@@ -36,6 +36,10 @@ class Stats(Protocol):
     @property
     def moves(self) -> int: ...
 
+    @property
+    def ring_start(self) -> "Work":
+        """The totals when the ring began that runs now."""
+
 
 @dataclass(frozen=True, slots=True)
 class ComputeSplit:
@@ -131,11 +135,20 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class RingWork:
+    """What one ring did, and in how many seconds of wall-clock time."""
+
+    work: Work
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class JobReport:
     """Rows of the whole job, and the work of this run of it.
 
     `resumed` of the finished rows were finished by earlier runs. `running` rows are being
     generated; after a stop they count as not finished. `seconds` is this run's wall-clock time.
+    `last_ring` is the part of the ring that runs now, where it took another one's place.
     """
 
     output: Path
@@ -148,6 +161,12 @@ class JobReport:
     stopping: bool
     seconds: float
     work: Work
+    last_ring: RingWork | None = None
+
+    @property
+    def ring(self) -> RingWork:
+        """The part of the ring that runs now."""
+        return self.last_ring or RingWork(self.work, self.seconds)
 
     @property
     def finished(self) -> int:

@@ -11,7 +11,7 @@ from headrace.cluster.completion import Completion
 from headrace.cluster.encoding.encoder import Encoder
 from headrace.cluster.engine_rows import BatchEngine, EngineRows
 from headrace.cluster.job_files import JobAdapters, JobFiles
-from headrace.cluster.job_report import JobReport, Work
+from headrace.cluster.job_report import JobReport, RingWork, Work
 from headrace.cluster.journal import Journal
 from headrace.cluster.row_loop import RowLoop
 from headrace.cluster.rows import Draft, Row, Tokenizer, decode, is_batch, prepare
@@ -98,11 +98,18 @@ class Job:
             return report()
 
     def _reporter(self, journal: Journal, total: int) -> Callable[[], JobReport]:
-        began, before = self._clock(), Work.of(self._engine.stats)
+        stats = self._engine.stats
+        began, before = self._clock(), Work.of(stats)
+        ring_began, ring_before = began, before
         resumed = journal.num_answered + journal.num_quarantined
         logger.info("%s: %d of %d rows are finished already", journal.output, resumed, total)
 
         def report() -> JobReport:
+            nonlocal ring_began, ring_before
+            now, work = self._clock(), Work.of(stats)
+            if work.moves != ring_before.moves:
+                ring_began, ring_before = now, stats.ring_start
+            is_another = work.moves != before.moves
             return JobReport(
                 output=journal.output,
                 quarantine=journal.quarantine,
@@ -112,8 +119,11 @@ class Job:
                 resumed=resumed,
                 running=self._runner.num_started,
                 stopping=self._loop.is_stopping,
-                seconds=self._clock() - began,
-                work=Work.of(self._engine.stats).since(before),
+                seconds=now - began,
+                work=work.since(before),
+                last_ring=(
+                    RingWork(work.since(ring_before), now - ring_began) if is_another else None
+                ),
             )
 
         return report

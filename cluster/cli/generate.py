@@ -18,7 +18,7 @@ from rich.text import Text
 from headrace.cluster.cli.stage_table import GB, stage_table
 from headrace.cluster.cli.terms import TERMS
 from headrace.cluster.explain.report import ReportWriter
-from headrace.cluster.job_report import ComputeSplit, JobReport, JobTrace, Work
+from headrace.cluster.job_report import ComputeSplit, JobReport, JobTrace, RingWork, Work
 from headrace.cluster.jobs import Job
 from headrace.scheduler.errors import HeadraceError, JobError
 from headrace.scheduler.placement import Plan
@@ -77,7 +77,7 @@ class Meter:
 
 def run_job(
     job: Job,
-    setting: Setting,
+    setting: Callable[[], Setting],
     console: Console,
     *,
     resume_command: str,
@@ -87,7 +87,7 @@ def run_job(
 ) -> int:
     """Run a job with a progress display and signal handling; returns the exit code.
 
-    The trace is closed when the job ends, and `kv` asked what became of KV pages; `notes` is what is kept
+    The trace is closed when the job ends, the `setting` asked for that the last ring had, and `kv` asked what became of KV pages; `notes` is what is kept
     for `headrace explain`. 0 every row is answered, 3 some are quarantined, 130 the job was stopped before its end.
     HeadraceErrors pass through; a stage's one says how to go on, too.
     """
@@ -101,7 +101,7 @@ def run_job(
         raise type(error)(f"{error}\n{hint}") from error
     if notes is not None:
         notes.finish(report)
-    console.print(final_table(report, setting, _close(trace) if trace else (), kv()))
+    console.print(final_table(report, setting(), _close(trace) if trace else (), kv()))
     if trace and trace.written:
         told = f"The trace is in {trace.file}: open it at ui.perfetto.dev"
         console.print(Text(told), soft_wrap=True)
@@ -173,10 +173,10 @@ def final_table(
     if work.drafts.drafts:
         summary.add_row("drafts", drafted(work.drafts))
     if setting.streams:
-        summary.add_row("streamed", _streamed(work, rates))
+        summary.add_row("streamed", _streamed(report.ring))
     if not work.passes:
         return Group(summary)
-    told = Text(f"{_fitted(setting)} {_bound(report, setting)}")
+    told = Text(f"{_moved(report)}{_fitted(setting)} {_bound(report, setting)}")
     stages = stage_table(report, splits, expert_bytes=setting.plan.expert_slot_bytes)
     return Group(summary, stages, *(() if kv is None else (kv,)), told)
 
@@ -189,7 +189,18 @@ def drafted(counts: DraftCounts) -> str:
     )
 
 
-def _streamed(work: Work, rates: Rates) -> str:
+def _moved(report: JobReport) -> str:
+    """Which part of the run the stages' figures are of, where it is not all of it."""
+    if report.last_ring is None:
+        return ""
+    return (
+        f"Stages were lost, and the model was planned anew for {len(report.work.stages)}: what stages did and"
+        f" streamed is of the last {duration(report.last_ring.seconds)}, and the plan is theirs. "
+    )
+
+
+def _streamed(ring: RingWork) -> str:
+    work, rates = ring.work, _rates(ring.work, ring.seconds, None)
     text = f"{format_size(work.nvme_bytes)} from NVMe, {rates.nvme_gb_per_second:.2f} GB/s"
     if rates.pcie_gb_per_second > rates.nvme_gb_per_second:
         text += f"; {format_size(work.pcie_bytes)} over PCIe, {rates.pcie_gb_per_second:.2f} GB/s"

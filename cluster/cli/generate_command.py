@@ -69,16 +69,15 @@ def generate_rows(
         JobFiles(input, output, opened.digest, params, adapters) as files,
         running_engine(options) as engine,
     ):
-        assert engine.inputs is not None
         others = kv_alternatives(options, opened)
         code = run_job(
             Job(engine, engine.tokenizer, files, model_name=store.name),
-            Setting(engine.plan, opened.nbytes, options.device_memory),
+            lambda: Setting(engine.plan, opened.nbytes, options.device_memory),
             Console(),
             resume_command=_command(),
             trace=engine.trace,
             kv=lambda: end_of_pages(engine, keep=run.kv_keep),
-            notes=ReportWriter(output, store.name, engine.inputs, others, engine.stats),
+            notes=ReportWriter(output, store.name, engine, others),
         )
     raise typer.Exit(code)
 

@@ -17,7 +17,7 @@ STAGES_ABREAST = 4
 def stage_table(
     report: JobReport, splits: Sequence[ComputeSplit | None] = (), *, expert_bytes: int = 0
 ) -> Group:
-    """Seconds and shares of the run, and bytes moved; `splits` are those of all stages, or none.
+    """Seconds and shares of the time of the ring that ran last, and bytes moved; `splits` are those of all stages, or none.
 
     `expert_bytes` are those of one expert, where layers are split.
     """
@@ -43,7 +43,7 @@ def _table(
         table.add_column(str(stage), justify="right")
     times = [report.work.stages[stage] for stage in stages]
     for name, seconds in _times(report):
-        table.add_row(name, *(_time(seconds(one), report.seconds) for one in times))
+        table.add_row(name, *(_time(seconds(one), report.ring.seconds) for one in times))
         if name == "computing" and any(splits):
             _add_split(table, report, [splits[stage] for stage in stages], times)
     _add_experts(table, report, times, expert_bytes)
@@ -56,13 +56,13 @@ def _table(
 
 
 def _times(report: JobReport) -> Iterator[tuple[str, Callable[[StageTimes], float]]]:
-    """Parts that add up to the run; between passes the stage is idle."""
+    """Parts that add up to that time; between passes the stage is idle."""
     yield "computing", computing
     yield "wait for weights", lambda one: one.weights_wait
     yield "wait for link", lambda one: one.link_wait
     if any(one.kv_wait for one in report.work.stages):
         yield "wait for KV", lambda one: one.kv_wait
-    yield "between passes", lambda one: max(report.seconds - one.total, 0.0)
+    yield "between passes", lambda one: max(report.ring.seconds - one.total, 0.0)
 
 
 def computing(times: StageTimes) -> float:
@@ -87,7 +87,7 @@ def _add_split(
         del parts["CUDA graphs"]
     for name, part in parts.items():
         cells = (
-            "-" if split is None else _time(part(split, one), report.seconds)
+            "-" if split is None else _time(part(split, one), report.ring.seconds)
             for split, one in zip(splits, times, strict=True)
         )
         table.add_row(f"  {name}", *cells)
@@ -122,7 +122,9 @@ def _add_bytes(
     if not any(moved(one) for one in report.work.stages):
         return
     table.add_row(name, *(format_size(moved(one)) for one in times))
-    rates = (moved(one) / GB / report.seconds if report.seconds > 0 else 0.0 for one in times)
+    rates = (
+        moved(one) / GB / report.ring.seconds if report.ring.seconds > 0 else 0.0 for one in times
+    )
     table.add_row("  GB/s", *(f"{rate:.2f}" for rate in rates))
 
 

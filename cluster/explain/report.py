@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -43,7 +44,7 @@ class DecodePasses:
 @dataclass(frozen=True, slots=True)
 class RunReport:
     """`alternatives` are the model's sizes with other KV formats. Seconds are of this run, not of earlier
-    runs of the same job; `decode` is None while no pass had decodes only."""
+    runs of the same job, and with all counts but what is finished of the ring that ran last; `decode` is None while no pass had decodes only."""
 
     version: int
     model: str
@@ -88,9 +89,13 @@ class _Meter:
     computed: int = 0
     drawn: int = 0
     busy: float = 0.0
+    moves: int = 0
     found: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=MOST_PASSES))
 
     def note(self, stats: EngineStats) -> None:
+        if stats.moves != self.moves:
+            self.moves = stats.moves
+            self.found.clear()  # of another plan
         computed, drawn = stats.tokens - self.computed, stats.output_tokens - self.drawn
         if computed == drawn > 0:
             self.found.append((stats.busy_seconds - self.busy, drawn))
@@ -111,6 +116,16 @@ class _Meter:
         )
 
 
+class ReportedEngine(Protocol):
+    """`inputs` are what the plan of the ring that runs now was made from."""
+
+    @property
+    def inputs(self) -> PlanInputs | None: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+
 class ReportWriter:
     """Writes the report beside the output now and then and at the end, whole or not at all.
 
@@ -121,19 +136,18 @@ class ReportWriter:
         self,
         output: Path,
         model: str,
-        inputs: PlanInputs,
+        engine: ReportedEngine,
         alternatives: dict[str, ModelShape],
-        stats: EngineStats,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.file = output.with_name(output.name + SUFFIX)
-        self._model, self._inputs, self._alternatives = model, inputs, alternatives
-        self._stats, self._clock, self._meter = stats, clock, _Meter()
+        self._model, self._engine, self._alternatives = model, engine, alternatives
+        self._clock, self._meter = clock, _Meter()
         self._due = clock() + WRITE_SECONDS
 
     def note(self, report: JobReport) -> None:
         """After each pass."""
-        self._meter.note(self._stats)
+        self._meter.note(self._engine.stats)
         if self._clock() >= self._due:
             self._write(report)
             self._due = self._clock() + WRITE_SECONDS
@@ -142,15 +156,17 @@ class ReportWriter:
         self._write(report)
 
     def _write(self, report: JobReport) -> None:
-        work, rows = report.work, max(1, report.answered - report.resumed)
-        context = round((work.prompt_tokens + work.output_tokens / 2) / rows)
+        inputs, rows = self._engine.inputs, max(1, report.answered - report.resumed)
+        assert inputs is not None, "nothing was planned"
+        context = round((report.work.prompt_tokens + report.work.output_tokens / 2) / rows)
+        work = report.ring.work
         made = RunReport(
             VERSION,
             self._model,
             report.complete,
-            self._inputs,
+            inputs,
             self._alternatives,
-            report.seconds,
+            report.ring.seconds,
             work.passes,
             work.prompt_tokens,
             work.output_tokens,

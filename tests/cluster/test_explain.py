@@ -1,7 +1,7 @@
 """`headrace explain`: what a run left, and what each change would buy."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -11,7 +11,7 @@ from headrace.cluster.cli.main import main
 from headrace.cluster.engine_stats import EngineStats
 from headrace.cluster.explain.explanation import explain
 from headrace.cluster.explain.report import DecodePasses, ReportWriter, RunReport, read_report
-from headrace.cluster.job_report import JobReport, Work
+from headrace.cluster.job_report import JobReport, RingWork, Work
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
 from headrace.scheduler.links import Links
@@ -111,6 +111,12 @@ def test_each_drive_is_advised_alone() -> None:
     assert gains["a second drive as fast on every node"] > one > 1.02
 
 
+@dataclass
+class Planned:
+    inputs: PlanInputs
+    stats: EngineStats
+
+
 def test_a_job_leaves_what_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stats, output, now = EngineStats(1), tmp_path / "out.jsonl", [0.0]
 
@@ -118,7 +124,8 @@ def test_a_job_leaves_what_is_explained(tmp_path: Path, capsys: pytest.CaptureFi
         work = Work.of(stats)
         return JobReport(output, output, 4, 2, 0, 0, 2, False, now[0], work)
 
-    writer = ReportWriter(output, "m", inputs(), {"int4": INT4}, stats, clock=lambda: now[0])
+    engine = Planned(inputs(), stats)
+    writer = ReportWriter(output, "m", engine, {"int4": INT4}, clock=lambda: now[0])
     for tokens, drawn, seconds in (
         (80, 4, 9.0),
         (4, 4, 2.0),
@@ -144,6 +151,37 @@ def test_a_job_leaves_what_is_explained(tmp_path: Path, capsys: pytest.CaptureFi
     assert "reading from NVMe" in text and "What would change that" in text
     main_with(["explain", str(output), "--json"])
     assert json.loads(capsys.readouterr().out)["gains"]
+
+
+def test_a_report_is_of_the_ring_that_ran_last(tmp_path: Path) -> None:
+    engine, output, now = Planned(inputs(2), EngineStats(2)), tmp_path / "out.jsonl", [0.0]
+    stats = engine.stats
+    writer = ReportWriter(output, "m", engine, {}, clock=lambda: now[0])
+    start = Work.of(stats)
+
+    def run(passes: int, seconds: float) -> None:
+        for _ in range(passes):
+            stats.passes += 1
+            stats.tokens += 4
+            stats.output_tokens += 4
+            stats.busy_seconds += seconds
+            writer.note(job())
+
+    def job() -> JobReport:
+        work = Work.of(stats)
+        last = RingWork(work.since(stats.ring_start), 7.0) if stats.moves else None
+        return JobReport(output, output, 4, 2, 0, 0, 2, False, 60.0, work.since(start), last)
+
+    run(5, 9.0)
+    stats.moved(1)
+    engine.inputs = inputs(1)
+    run(3, 2.0)
+    writer.finish(job())
+    found = read_report(output)
+    assert found.inputs == inputs(1) and len(found.stages) == 1
+    assert (found.passes, found.output_tokens, found.busy_seconds) == (3, 12, 6.0)
+    assert found.seconds == 7.0
+    assert found.decode is not None and (found.decode.passes, found.decode.seconds) == (3, 2.0)
 
 
 def main_with(arguments: list[str]) -> None:

@@ -29,7 +29,7 @@ from headrace.cluster.cli.generate import (
 from headrace.cluster.cli.stage_table import stage_table
 from headrace.cluster.completion import Completion
 from headrace.cluster.job_files import JobFiles
-from headrace.cluster.job_report import ComputeSplit, JobReport, Work
+from headrace.cluster.job_report import ComputeSplit, JobReport, RingWork, Work
 from headrace.cluster.jobs import Job
 from headrace.cluster.seeds import derive_seed
 from headrace.scheduler.errors import JobError, RequestError, StageError
@@ -96,6 +96,7 @@ class LetterTokenizer:
 @dataclass
 class FakeStats:
     passes: int = 0
+    moves: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     busy_seconds: float = 0.0
@@ -561,6 +562,14 @@ def test_many_stages_stay_within_eighty_columns() -> None:
     assert "stage 8" in cells_of(text)
 
 
+def test_the_table_says_that_the_ring_changed() -> None:
+    last = Work(10, 0, 40, 4.0, 3.0, (StageTimes(0, 4.0, 1.0, 0.0, 8 * 10**9, 0),), moves=0)
+    text = table_of(make_report(work=replace(last, moves=1), last_ring=RingWork(last, 5.0)), ())
+    assert "planned anew for 1: what stages did and streamed is of the last 5s" in text
+    assert "between passes 1.0s 20%" in text and "1.60 GB/s" in text
+    assert "planned anew" not in table_of(make_report(), ())
+
+
 def table_of(report: JobReport, splits: Sequence[ComputeSplit | None]) -> str:
     console = Console(file=StringIO(), width=80)
     console.print(final_table(report, SETTING, splits))
@@ -576,7 +585,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, source: Path) -> None:
     screen = StringIO()
     console = Console(file=screen, force_terminal=True, width=150)
     job = make_job(FakeEngine(pass_seconds=0.02), source, tmp_path / "out.jsonl")
-    assert run_job(job, SETTING, console, resume_command="again") == 3
+    assert run_job(job, lambda: SETTING, console, resume_command="again") == 3
     assert "/40 rows" in screen.getvalue()
     assert "12 rows could not run" in screen.getvalue()
 
@@ -588,7 +597,7 @@ def test_durations() -> None:
 def main() -> int:
     folder = Path(sys.argv[1])
     job = make_job(FakeEngine(pass_seconds=0.002), folder / "in.jsonl", folder / "out.jsonl")
-    return run_job(job, SETTING, Console(), resume_command="run it again")
+    return run_job(job, lambda: SETTING, Console(), resume_command="run it again")
 
 
 if __name__ == "__main__":
