@@ -10,7 +10,9 @@ from rings import local_ring, manual_plan
 
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_stats import EngineStats
-from headrace.cluster.job_report import Work
+from headrace.cluster.job_files import JobFiles
+from headrace.cluster.job_report import JobReport, Work
+from headrace.cluster.jobs import Job
 from headrace.cluster.recovery import StageState
 from headrace.cluster.ring import Ring
 from headrace.cluster.serving.recent_work import RecentWork
@@ -135,3 +137,23 @@ def test_planning_anew_counts_as_one_recovery(moving: Engine) -> None:
     while moving.has_work:
         completions += moving.step()
     assert [len(completion.token_ids) for completion in completions] == [8]
+
+
+def test_a_job_goes_on_over_another_ring(moving: Engine, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "Once", "max_tokens": 12}\n' * 3)
+    reports: list[JobReport] = []
+
+    def note(report: JobReport) -> None:
+        reports.append(report)
+        if report.work.passes == 4 and not moving.stats.moves:
+            moving._come_to_rest()
+            moving.tend()
+
+    with JobFiles(source, output, "", SamplingParams(temperature=0.0)) as files:
+        done = Job(moving, moving.tokenizer, files, model_name="m").run(note)
+    assert done.answered == 3 and done.work.moves == 1
+    assert done.last_ring is not None and reports[0].last_ring is None
+    last = done.last_ring.work
+    assert 0 < last.passes < done.work.passes and 0 < done.last_ring.seconds < done.seconds
+    assert last.stages == done.work.stages == tuple(moving.stats.stages)
