@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from deployment import DEPLOY, ROOT, UNITS, Unit, instructions
+import yaml
+from deployment import DEPLOY, ROOT, UNITS, Unit, instructions, shipped_variables
 
 DOCKERFILES = [DEPLOY / "docker" / "Dockerfile.cpu", DEPLOY / "docker" / "Dockerfile.cuda"]
 
@@ -45,6 +46,25 @@ def test_systemd_takes_a_unit(unit: Unit, tmp_path: Path) -> None:
     copy.write_text(text.replace(program, sys.executable))
     told = subprocess.run([analyze, "verify", copy], check=False, capture_output=True, text=True)
     assert told.returncode == 0 and copy.name not in told.stderr, told.stderr
+
+
+def test_prometheus_is_told_of_the_units_nodes() -> None:
+    shipped = DEPLOY / "systemd" / "prometheus-nodes.yml"
+    variables, rays = shipped_variables(), [unit for unit in UNITS if "-ray-" in unit.file.name]
+    commands = [unit.command(variables, Path()) for unit in rays]
+    [port] = {
+        word.partition("=")[2]
+        for words in commands
+        for word in words
+        if word.startswith("--metrics-export-port=")
+    }
+    [group] = yaml.safe_load(shipped.read_text())
+    assert group["targets"] == [f"{variables['NODE_IP']}:{port}"]
+    installed = "/etc/prometheus/headrace-nodes.yml"
+    configuration = yaml.safe_load((ROOT / "cluster/prometheus/prometheus.yml").read_text())
+    [ray] = [job for job in configuration["scrape_configs"] if job["job_name"] == "ray"]
+    assert installed in ray["file_sd_configs"][0]["files"]
+    assert f"systemd/{shipped.name} {installed}" in (DEPLOY / "README.md").read_text()
 
 
 @pytest.mark.slow
