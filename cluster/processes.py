@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Self
@@ -32,6 +33,8 @@ START_SECONDS = 180.0
 """How long stage processes may take to start; loading weights has its own, longer deadline."""
 
 _GROUPS = "headrace"
+
+_named: Counter[str] = Counter()  # how many actors were given each name
 
 PLACE_SECONDS = 60.0
 """How long a cluster may take to have another place for stages whose node is gone."""
@@ -131,9 +134,10 @@ class StageProcesses:
         self._bundle: dict[str, float] = {"CPU": 1.0}
         if device == "cuda":
             self._bundle["GPU"] = 1.0
-        self._stages, self._model, self.pulses = stages, model, pulses
+        self._stages, self.pulses = stages, pulses
         # What metrics of these processes are told apart by; "" where nobody would see them.
         self.ring = ring or (f"{model}-{uuid4().hex[:6]}" if has_agent() else "")
+        self._label = self.ring or f"{model}-{uuid4().hex[:6]}"
         self._check_resources()
         self._group = placement_group([self._bundle] * stages, strategy="PACK", name=_group_name())
         self._nodes: dict[int, str] = {}  # of stages that are not in their bundles
@@ -213,13 +217,13 @@ class StageProcesses:
         )
         if node is not None:
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-        # Numbered as in every message, and of the ring that metrics name.
-        name = f"stage {stage} of {self._stages}, {self.ring or self._model}"
+        name = f"stage {stage} of {self._stages}, {self._label}"  # numbered as in every message
         remote, pulse = (
             ray.remote(concurrency_groups=CONCURRENCY)(StageActor),
             self.pulses.expect(stage),
         )
         actor = remote.options(
+            name=_unused(f"headrace {self._label} stage {stage} of {self._stages}"),
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0),
             max_restarts=0,
@@ -265,6 +269,13 @@ def num_places(device: str) -> int:
     wanted = ("CPU", "GPU") if device == "cuda" else ("CPU",)
     living = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(min(int(resources.get(name, 0)) for name in wanted) for resources in living)
+
+
+def _unused(name: str) -> str:
+    """An actor's name that none of this process's has had. Ray wants them unique, and one that was killed has its
+    for a while longer."""
+    _named[name] += 1
+    return name if _named[name] == 1 else f"{name}, process {_named[name]}"
 
 
 def _group_name() -> str:
