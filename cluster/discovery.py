@@ -16,7 +16,8 @@ grew from 243 to 451 MB."""
 
 @dataclass(frozen=True, slots=True)
 class Discovery:
-    """Speeds, and memory in bytes; `process` is what the process takes itself."""
+    """Speeds, and memory in bytes; `process` is what the process takes itself. Processes of one `node` share its
+    memory and its drive, and need no network."""
 
     node: str
     device_free: int

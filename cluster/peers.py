@@ -39,7 +39,7 @@ class Peers:
         self.actors: list[Any] = [
             peer.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-                name=f"store of {node['NodeManagerHostname']}, {path.name}",
+                name=f"store of {node['NodeManagerHostname']} ({node['NodeID'][:12]}), {path.name}",
                 namespace=f"headrace-peers-{os.getpid()}-{id(self)}",
             ).remote(str(path), digest)
             for node in ray.nodes()

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -63,6 +63,9 @@ PASSES = "passes"
 
 CONTROL = "control"
 """The group of calls that break passes off: they come in while anything else is under way."""
+
+NODE_DIGITS = 12
+"""Of a Ray node's id, which is random: enough to tell the nodes of a cluster apart."""
 
 CONCURRENCY = {PASSES: 2, CONTROL: 1}
 
@@ -140,7 +143,12 @@ class StageActor:
         return receive(decode(payload, Hydration), digest, ray_peers(peers))
 
     def discover(self, device: str, store: str) -> bytes:
-        return encode(self._thread.do(discover, device, store))
+        """A Discovery. Its node is one of the Ray cluster: machines may have the same name."""
+        import ray
+
+        found = self._thread.do(discover, device, store)
+        node = ray.get_runtime_context().get_node_id()
+        return encode(replace(found, node=f"{found.node} ({node[:NODE_DIGITS]})"))
 
     def measure_link(self, payload: bytes, end: int, device: str) -> bytes:
         """The Hop between this process and another one, which is told the same Connection at the same time and

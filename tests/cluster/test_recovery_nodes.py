@@ -62,6 +62,7 @@ def test_a_node_dies(cluster: Cluster, tmp_path: Path) -> None:
         assert victim.node_id not in {members.processes.node_of(stage) for stage in range(3)}
 
 
+@pytest.mark.timeout(300)  # two rings start, and measure the network between their nodes
 @pytest.mark.parametrize("cluster", [1], indirect=True)
 def test_a_node_dies_and_there_is_no_other(
     cluster: Cluster, stories: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +70,8 @@ def test_a_node_dies_and_there_is_no_other(
     monkeypatch.setattr(processes, "PLACE_SECONDS", 5.0)
     options = EngineOptions(stories, stages=3, device="cpu", device_memory=64 << 20, context=512)
     with running_engine(options) as engine:
+        assert engine.inputs is not None
+        assert len({*engine.inputs.nodes}) == 3  # which all have this machine's name
         want = answers(engine, "a")
 
         def disturb(passes: int) -> None:
