@@ -62,7 +62,7 @@ def test_a_node_dies(cluster: Cluster, tmp_path: Path) -> None:
         assert victim.node_id not in {members.processes.node_of(stage) for stage in range(3)}
 
 
-@pytest.mark.timeout(300)  # two rings start, and measure the network between their nodes
+@pytest.mark.timeout(300)  # two rings start, and Ray misses a node only after some time
 @pytest.mark.parametrize("cluster", [1], indirect=True)
 def test_a_node_dies_and_there_is_no_other(
     cluster: Cluster, stories: Path, monkeypatch: pytest.MonkeyPatch
