@@ -8,6 +8,7 @@ from typing import Any
 from headrace.cluster import answers
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import TextDeltas
+from headrace.cluster.logprobs import LogprobLists
 from headrace.cluster.rows import Kind, Tokenizer
 from headrace.cluster.serving.generation import Generation, Progress
 from headrace.cluster.serving.reader import Model, Work
@@ -84,7 +85,10 @@ class Answer:
             for index, order in enumerate(work.orders)
         ]
         self._done: dict[int, Completion] = {}
-        self._offsets = [0] * len(work.orders)  # of the next token in each choice's text
+        self._logprobs = [
+            None if order.params.logprobs is None else LogprobLists(model.tokenizer, order.params)
+            for order in work.orders
+        ]
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The answer, when all of its sequences have ended."""
@@ -108,7 +112,9 @@ class Answer:
         # As it would have been streamed, to the letter.
         kind, tokenizer = self._work.kind, self._tokenizer
         choices = [
-            answers.choice(kind, i, self._done[i], tokenizer, choice.said)
+            answers.choice(
+                kind, i, self._done[i], tokenizer, self._work.orders[i].params, choice.said
+            )
             for i, choice in enumerate(self._choices)
         ]
         return {**self._envelope, "choices": choices, "usage": self.usage()}
@@ -135,7 +141,8 @@ class Answer:
         return chunk
 
     def _listed(self, piece: Piece) -> dict[str, Any]:
-        reason, logprobs = self.finish_reason(piece), self._logprobs(piece)
+        reason, lists = self.finish_reason(piece), self._logprobs[piece.index]
+        logprobs = None if lists is None else lists.listed(self._work.kind, piece.samples)
         if self._work.kind is Kind.CHAT:
             delta = _fields(piece.said, len(self._choices[piece.index].said.calls))
             return _delta(piece.index, delta, logprobs, reason)
@@ -145,16 +152,6 @@ class Answer:
             "logprobs": logprobs,
             "finish_reason": reason,
         }
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self._work.orders[piece.index].params.logprobs is None:
-            return None
-        if self._work.kind is Kind.CHAT:
-            return answers.chat_logprobs(piece.samples, self._tokenizer)
-        start = self._offsets[piece.index]
-        listed = answers.completion_logprobs(piece.samples, self._tokenizer, start)
-        self._offsets[piece.index] += sum(map(len, listed["tokens"]))
-        return listed
 
     def finish_reason(self, piece: Piece) -> str | None:
         """None while its sequence goes on."""

@@ -319,7 +319,7 @@ def test_batch_answers(tokenizer: Any) -> None:
     assert body["object"] == "text_completion"
     assert body["choices"][0]["text"] == "t"
     assert body["choices"][0]["logprobs"] == {
-        "tokens": ["a", "b"],
+        "tokens": ["a", " b"],
         "token_logprobs": [-0.5, -0.25],
         "top_logprobs": [{"a": -0.5, "b": -1.0}, {}],
         "text_offset": [0, 1],
