@@ -172,6 +172,32 @@ def test_logprobs_of_chats(client: openai.OpenAI) -> None:
     assert [entry for part in streamed if part for entry in part.content] == entries
 
 
+def test_parameters_without_effect(client: openai.OpenAI) -> None:
+    given: Any = {
+        "user": "me",
+        "extra_body": {
+            "safety_identifier": "me",
+            "metadata": {"app": "x"},
+            "store": False,
+            "prompt_cache_key": "x",
+            "prompt_cache_retention": "24h",
+            "service_tier": "priority",
+        },
+    }
+    how = {"max_tokens": 4, "temperature": 0}
+    more = {
+        "modalities": ["text"],
+        "prediction": {"type": "content", "content": "Once"},
+        "functions": None,
+        "audio": None,
+    }
+    plain, with_all = chat(client, **how), {**given["extra_body"], **more}
+    assert chat(client, **how, user="me", extra_body=with_all).choices == plain.choices
+    plain = complete(client, **how, n=2)
+    answer = complete(client, **how, **given, n=2, best_of=2, suffix="", echo=False)
+    assert answer.choices == plain.choices
+
+
 def test_our_own_parameters(client: openai.OpenAI, served: Served) -> None:
     greedy = complete(client, max_tokens=8, temperature=0)
     top = complete(client, max_tokens=8, extra_body={"top_k": 1, "keep_context": True})
@@ -189,6 +215,11 @@ def test_our_own_parameters(client: openai.OpenAI, served: Served) -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "invalid_value"),
         ({"extra_body": {"temprature": 1}}, "temprature", "unknown_parameter"),
+        ({"store": True}, "store", "invalid_value"),
+        ({"modalities": ["text", "audio"]}, "modalities", "invalid_value"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "invalid_value"),
+        ({"verbosity": "low"}, "verbosity", "unknown_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unknown_parameter"),
         ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
         ({"response_format": {"type": "text", "x": 1}}, "response_format", "unknown_parameter"),
         ({"temperature": -1}, "temperature", "invalid_value"),
@@ -236,6 +267,8 @@ def test_other_models_and_echo(client: openai.OpenAI) -> None:
     assert isinstance(error, openai.NotFoundError)
     assert (error.code, error.param) == ("model_not_found", "model")
     assert refused(complete, client, echo=True).param == "echo"
+    assert refused(complete, client, suffix="end").param == "suffix"
+    assert "best_of" in refused(complete, client, best_of=3, n=2).message
     assert complete(client, echo=False, user="me", max_tokens=1).choices
 
 

@@ -40,6 +40,7 @@ def test_classes_come_to_the_engine(engine: EchoEngine) -> None:
             ({"service_tier": "flex"}, BATCH),
             ({"service_tier": "flex", "priority": "batch"}, BATCH),
             ({"service_tier": "default"}, INTERACTIVE),
+            ({"service_tier": "priority"}, INTERACTIVE),
         ):
             assert ask(served, **given)[0] == 200
             assert engine.classes[-1] == (expected, 1)
@@ -54,9 +55,10 @@ def test_classes_come_to_the_engine(engine: EchoEngine) -> None:
     ("given", "why"),
     [
         ({"priority": "urgent"}, "priority"),
-        ({"service_tier": "priority"}, "service_tier"),
+        ({"service_tier": "soon"}, "service_tier"),
         ({"service_tier": "flex", "priority": "interactive"}, "give one of them"),
         ({"service_tier": "default", "priority": "batch"}, "give one of them"),
+        ({"service_tier": "priority", "priority": "batch"}, "give one of them"),
         ({"max_ttft_ms": 0}, "max_ttft_ms"),
         ({"deadline_ms": 10**12}, "deadline_ms"),
     ],
