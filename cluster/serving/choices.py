@@ -94,9 +94,10 @@ class Answer:
         """The answer, when all of its sequences have ended."""
         async for _ in self.pieces(generation):
             pass
-        return await asyncio.to_thread(
-            self._assemble
-        )  # with logprobs of many tokens, that takes long
+        # Lines of batches are the same whenever they run.
+        usage = self.usage() if generation.of_batch else self._detailed_usage()
+        # With logprobs of many tokens, that takes long.
+        return await asyncio.to_thread(self._assemble, usage)
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in the pieces that a stream sends."""
@@ -106,9 +107,9 @@ class Answer:
         async for piece in self.pieces(generation):
             yield self._chunk([self._listed(piece)])
         if self._work.include_usage:
-            yield {**self._chunk([]), "usage": self.usage()}
+            yield {**self._chunk([]), "usage": self._detailed_usage()}
 
-    def _assemble(self) -> dict[str, Any]:
+    def _assemble(self, usage: dict[str, Any]) -> dict[str, Any]:
         # As it would have been streamed, to the letter.
         kind, tokenizer = self._work.kind, self._tokenizer
         choices = [
@@ -117,7 +118,7 @@ class Answer:
             )
             for i, choice in enumerate(self._choices)
         ]
-        return {**self._envelope, "choices": choices, "usage": self.usage()}
+        return {**self._envelope, "choices": choices, "usage": usage}
 
     async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
         """What comes of all choices, as it comes."""
@@ -163,6 +164,11 @@ class Answer:
         """When all has been read."""
         done = [self._done[index] for index in range(len(self._choices))]
         return answers.usage_of(done[:: self._work.n], done)
+
+    def _detailed_usage(self) -> dict[str, Any]:
+        prompts = range(0, len(self._choices), self._work.n)
+        found = sum(self._done[index].num_cached for index in prompts)
+        return {**self.usage(), "prompt_tokens_details": {"cached_tokens": found}}
 
 
 def _fields(said: Said, num_calls: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A stranger's client, unchanged, against the bundled model."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def test_a_completion_is_what_a_batch_job_answers(stories: Path, client: openai.
         "prompt_tokens": len(tokens),
         "completion_tokens": 12,
         "total_tokens": len(tokens) + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -145,6 +147,19 @@ def test_seeds_decide_and_nothing_else_does(client: openai.OpenAI) -> None:
     assert text(seed=7) == text(seed=7)
     assert len({text(seed=seed) for seed in range(4)}) > 1
     assert len({text() for _ in range(4)}) > 1
+
+
+@pytest.mark.parametrize("of_chat", [False, True])
+def test_tokens_that_were_found_are_counted(client: openai.OpenAI, of_chat: bool) -> None:
+    text = f"The dog {'sat' if of_chat else 'ran'}. " * 60
+    given = {"messages": [{"role": "user", "content": text}]} if of_chat else {"prompt": text}
+    ask = partial(chat if of_chat else complete, client, **given, max_tokens=2)
+    first, again = ask().usage, ask(n=2).usage
+    *_, last = ask(stream=True, stream_options={"include_usage": True})
+    assert first.prompt_tokens_details.cached_tokens == 0
+    full = (first.prompt_tokens - 1) // 64 * 64
+    assert full and again.prompt_tokens_details.cached_tokens == full
+    assert last.usage.prompt_tokens_details.cached_tokens == full
 
 
 def test_logprobs_of_completions(client: openai.OpenAI) -> None:
