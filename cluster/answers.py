@@ -6,14 +6,13 @@ an uninterrupted one would have written; `created` is the job's, not the row's.
 
 import json
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from headrace.cluster.completion import Completion
+from headrace.cluster.logprobs import LogprobLists
 from headrace.cluster.rows import Kind, Row, Tokenizer
 from headrace.cluster.tools.calls import Said
-from headrace.scheduler.plan import Sample
-from headrace.scheduler.request import FinishReason
+from headrace.scheduler.request import FinishReason, SamplingParams
 
 
 def answer(
@@ -23,7 +22,7 @@ def answer(
     choices = []
     for i, done in enumerate(completions):
         said = row.tools.read(done.text, f"{row.key:016x} {i}") if row.tools else None
-        choices.append(choice(row.kind, i, done, tokenizer, said))
+        choices.append(choice(row.kind, i, done, tokenizer, row.params, said))
     usage = usage_of(completions[:1], completions)
     if row.kind is Kind.NATIVE:
         if len(choices) > 1:
@@ -82,9 +81,14 @@ def usage_of(prompts: Sequence[Completion], completions: Sequence[Completion]) -
 
 
 def choice(
-    kind: Kind, index: int, done: Completion, tokenizer: Tokenizer, said: Said | None = None
+    kind: Kind,
+    index: int,
+    done: Completion,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    said: Said | None = None,
 ) -> dict[str, Any]:
-    """One sample as `choices` lists it; what was `said` where it may have calls in it."""
+    """One sample, drawn by `params`, as `choices` lists it; what was `said` where it may have calls in it."""
     made: dict[str, Any] = {"index": index}
     text = done.text if said is None else said.content
     calls = [call.listed() for call in said.calls] if said else []
@@ -102,8 +106,7 @@ def choice(
     if kind is not Kind.NATIVE:
         made["logprobs"] = None
     if done.logprobs is not None:
-        listed = completion_logprobs if kind is Kind.COMPLETION else chat_logprobs
-        made["logprobs"] = listed(done.logprobs, tokenizer)
+        made["logprobs"] = LogprobLists(tokenizer, params).listed(kind, done.logprobs)
     made["finish_reason"] = finish_reason(done, bool(calls))
     return made
 
@@ -112,37 +115,3 @@ def finish_reason(done: Completion, has_calls: bool) -> str:
     if has_calls and done.finish_reason == FinishReason.STOP.value:
         return "tool_calls"
     return done.finish_reason
-
-
-def chat_logprobs(samples: Sequence[Sample], tokenizer: Tokenizer) -> dict[str, Any]:
-    """As OpenAI's chat API lists them."""
-
-    def entry(token: int, logprob: float | None) -> dict[str, Any]:
-        text = tokenizer.decode([token])
-        data = list(text.encode("utf-8", "replace"))
-        return {"token": text, "logprob": logprob, "bytes": data}
-
-    return {
-        "content": [
-            {
-                **entry(sample.token, sample.logprob),
-                "top_logprobs": [entry(token, logprob) for token, logprob in sample.top],
-            }
-            for sample in samples
-        ]
-    }
-
-
-def completion_logprobs(
-    samples: Sequence[Sample], tokenizer: Tokenizer, start: int = 0
-) -> dict[str, Any]:
-    """As OpenAI's completions list them; `start` is the offset of the first token in the text."""
-    tokens = [tokenizer.decode([sample.token]) for sample in samples]
-    offsets = list(accumulate(map(len, tokens[:-1]), initial=start)) if tokens else []
-    top = [{tokenizer.decode([t]): value for t, value in sample.top} for sample in samples]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [sample.logprob for sample in samples],
-        "top_logprobs": top,
-        "text_offset": offsets,
-    }

@@ -9,7 +9,8 @@ from headrace.scheduler.plan import Sample
 class Completion:
     """One finished sequence.
 
-    `token_ids` are the generated tokens without the prompt's `num_prompt` ones. `text` is their
+    `token_ids` are the generated tokens without the prompt's `num_prompt` ones, of which `num_cached` were found in
+    caches. `text` is their
     decoded form, cut at a stop string. `finish_reason` is "stop", "length" or "abort". `logprobs`
     has one Sample per generated token when the request asked for them and is None otherwise. `error` says
     why a request that was well-formed could not go on; its reason is "abort".
@@ -22,3 +23,4 @@ class Completion:
     logprobs: list[Sample] | None
     num_prompt: int
     error: str | None = None
+    num_cached: int = 0

@@ -82,6 +82,7 @@ class Outputs:
             logprobs=self._logprobs.get(request.request_id),
             num_prompt=request.num_prompt,
             error=error,
+            num_cached=request.num_cached or 0,
         )
         self.forget(request.request_id)
         return completion

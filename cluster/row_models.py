@@ -1,7 +1,8 @@
 """What a row of a batch job may hold, and what is wrong with one that holds something else.
 
 The names are OpenAI's, plus vLLM's extras and `keep_context`. An unknown name is an error, so that a misspelled
-parameter is never silently ignored.
+parameter is never silently ignored. Those of OpenAI's that would change nothing here are taken, with the values
+that would not, since clients send them unasked.
 """
 
 from typing import Annotated, Any, Literal
@@ -118,20 +119,50 @@ class NativeRow(OwnParameters, WithTools):
         return self
 
 
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority"]
+
+
 class Body(OwnParameters):
-    """`user` is understood and has no effect; `model` has none where one model answers all, unless it names an
-    adapter."""
+    """`model` has no effect where one model answers all, unless it names an adapter. What comes after it has none:
+    nothing is stored here, and prefixes are found without a key."""
 
     model: str | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: Literal[False] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: ServiceTier | None = None
 
 
 class Conversation(Body, WithTools):
+    """Answers are text, and a `prediction` of one would only make it come sooner."""
+
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
+    prediction: dict[str, Any] | None = None
 
 
-class CompletionBody(Body):
+class Continuation(Body):
+    """All of what is drawn is answered, and nothing else."""
+
+    best_of: int | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def all_answered(self) -> "Continuation":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(
+                f"best_of must be n, {self.n or 1}: all answers that are drawn are given"
+            )
+        return self
+
+
+class CompletionBody(Continuation):
     prompt: Prompt
     stream: Literal[False] | None = None
 
@@ -153,13 +184,24 @@ COLUMNS = frozenset(NativeRow.model_fields) | frozenset(Envelope.model_fields)
 """Names of Parquet columns that mean something."""
 
 
+_INSTEAD = {
+    "functions": 'give "tools"',
+    "function_call": 'give "tool_choice"',
+    "audio": "answers are text",
+    "verbosity": "ask for it in a message",
+    "web_search_options": "nothing is searched for here",
+}
+"""What to do about parameters of OpenAI's that would change an answer, and that there are none of here."""
+
+
 def reasons(error: ValidationError) -> str:
     """What is wrong with a row, in one line that names each field."""
     found = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
         name = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            found.append(f"unknown parameter {name!r}")
+            told = _INSTEAD.get(name)
+            found.append(f"unknown parameter {name!r}" + (f": {told}" if told else ""))
         else:
             found.append(f"{name}: {problem['msg']}" if name else problem["msg"])
     return "; ".join(found)

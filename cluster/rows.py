@@ -25,6 +25,7 @@ from headrace.cluster.row_models import (
     PARAMETERS,
     ChatBody,
     CompletionBody,
+    Conversation,
     Envelope,
     NativeRow,
     Parameters,
@@ -206,11 +207,25 @@ def _token_ids(
     if not isinstance(row, CompletionBody) and row.messages is not None:
         messages = [message.for_template() for message in row.messages]
         told = None if tools is None else tools.told
-        return chat_tokens(encoder, messages, row.chat_template_kwargs, told, context=max_context)
+        options = row.chat_template_kwargs
+        if isinstance(row, ChatBody):
+            options = template_options(row, encoder.tokenizer)
+        return chat_tokens(encoder, messages, options, told, context=max_context)
     assert not isinstance(row, ChatBody) and row.prompt is not None
     if not isinstance(row.prompt, str):
         return row.prompt
     return prompt_tokens(encoder, row.prompt, context=max_context)
+
+
+def template_options(body: Conversation, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The variables of the model's template. RequestError for a `reasoning_effort` that it does not look at."""
+    effort, options = body.reasoning_effort, body.chat_template_kwargs
+    if effort is None:
+        return options
+    if "reasoning_effort" not in str(tokenizer.chat_template):
+        told = "the model's chat template knows no reasoning_effort: leave it out"
+        raise RequestError(told, "reasoning_effort")
+    return {"reasoning_effort": effort, **(options or {})}
 
 
 def sampling_params(row: Parameters, defaults: SamplingParams) -> SamplingParams:

@@ -247,6 +247,8 @@ class Holdings:
         """Note what became of the search, now that the request can begin."""
         self._hits = self._hits.plus(prefix.hits)
         self._misses += (len(request.tokens) - 1) // PAGE_TOKENS - prefix.hits.total
+        if request.num_cached is None:  # else it may find what it has computed itself
+            request.num_cached = min(prefix.hits.total * PAGE_TOKENS, request.num_prompt)
 
 
 def _counts(pool: PagePool) -> PageCounts:

@@ -117,6 +117,7 @@ class Request:
 
     The pages hold the keys and values of the first `num_scheduled` tokens, once `passes` have run:
     the steps of those in flight that compute some of them. They draw `num_drawing` more tokens.
+    Of its prompt `num_cached` tokens were found when it began for the first time; None: it has not.
     `tail` is the slot of the newest page while the request runs. Behind `num_scheduled` the pass in flight
     computes `num_drafts` guesses: those that prove right are scheduled by then.
     Whatever lies beyond `num_scheduled` is pending, so prefill, decode, a decode whose token is still
@@ -157,6 +158,7 @@ class Request:
     rank: int = field(init=False)
     num_charged: int = field(init=False, default=0)
     num_prompt: int = field(init=False)
+    num_cached: int | None = field(init=False, default=None)
     num_scheduled: int = field(init=False, default=0)
     num_drawing: int = field(init=False, default=0)
     num_drafts: int = field(init=False, default=0)

@@ -164,7 +164,7 @@ class RunOptions:
         typer.Option(
             "--graphs/--no-graphs",
             help="Launch decodes as CUDA graphs. "
-            "\\[default: on CUDA, if they take little memory and most layers have no experts]",
+            "\\[default: on CUDA, where they take at most 1/64 of the device memory]",
         ),
     ] = None
 

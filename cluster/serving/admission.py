@@ -11,6 +11,7 @@ from headrace.cluster.serving.generation import Generation, Order
 from headrace.cluster.serving.pass_model import Pace
 from headrace.cluster.serving.terms import Terms
 from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.request import SamplingParams
 
 MISSED = 0.005
 """Share of the requests let in that may come later than they were promised."""
@@ -87,6 +88,7 @@ class Admission:
         self._open: dict[Generation, _Open] = {}
         self._first, self._done = Margin(), Margin()
         self._used = 1.0  # of what answers may have, the part that they take
+        self._shares: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # when, and such a part
 
     def promise(self, orders: Sequence[Order], terms: Terms, pace: Pace, now: float) -> Promise:
         """What can be promised. ApiError 429 when that is later than the terms allow."""
@@ -95,6 +97,8 @@ class Admission:
         if not self._open:
             # Nothing is known of now, and nothing would be if nobody were let in.
             _check("first token", pace.shortest, terms.first_within)
+            least = pace.shortest * self._least_passes(orders, now)
+            _check("last token", least, terms.done_within)
         *before, asked = [self._ahead(order, terms) for order in orders]
         there = [each for one in self._open.values() for each in one.sequences if each.output > 0]
         forecast = Line(self._limits, pace).forecast([*there, *before], asked)
@@ -136,12 +140,28 @@ class Admission:
 
     def came_last(self, generation: Generation, now: float) -> None:
         """It has ended, or the time for that is over."""
-        made = self._open[generation].promise
+        one = self._open[generation]
+        for ahead, drawn, limit in zip(one.sequences, one.drawn, one.limits, strict=True):
+            if not ahead.output:
+                self._shares.append((now, drawn / limit))
+        made = one.promise
         if made.forecast is not None:
             self._done.note(made.forecast.done, now - made.at, made.pace, now)
 
     def leave(self, generation: Generation) -> None:
         del self._open[generation]
+
+    def _least_passes(self, orders: Sequence[Order], now: float) -> int:
+        """In which the longest can end. What may end by itself is taken to be as long, of what it may have, as
+        the shortest answer of late; when there was none, it is let in to show it."""
+        while self._shares and now - self._shares[0][0] > _OLD:
+            self._shares.popleft()
+        share = min((share for _, share in self._shares), default=0.0)
+        tokens = max(
+            self._limit(order) * (1.0 if _runs_to_limit(order.params) else share)
+            for order in orders
+        )
+        return max(1, math.ceil(tokens / (1 + self._limits.drafts.most)))
 
     def _limit(self, order: Order) -> int:
         return min(order.params.max_tokens, self._limits.max_context - len(order.token_ids))
@@ -150,6 +170,11 @@ class Admission:
         output = self._limit(order) * (1.0 if order.params.ignore_eos else self._used)
         prompt = len(order.token_ids)
         return Ahead(terms.priority, order.tenant, terms.weight, prompt, max(1.0, output))
+
+
+def _runs_to_limit(params: SamplingParams) -> bool:
+    stops = params.stop or params.stop_token_ids or params.structured_outputs
+    return params.ignore_eos and not stops
 
 
 def _check(what: str, promised: float, within: float | None) -> None:

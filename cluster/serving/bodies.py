@@ -4,7 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from headrace.cluster.row_models import Body, Conversation, Message, TokenId
+from headrace.cluster.row_models import (
+    Continuation,
+    Conversation,
+    Message,
+    ServiceTier,
+    TokenId,
+)
 from headrace.cluster.serving.terms import MAX_MS, Terms
 from headrace.cluster.tools.models import Tools
 from headrace.scheduler.request import Priority
@@ -28,6 +34,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 Milliseconds = Annotated[int, Field(ge=1, le=MAX_MS)]
@@ -37,7 +44,7 @@ class Urgency(BaseModel):
     """In which class a request goes, and by when it wants its first token and all of its answer."""
 
     priority: Priority | None = None
-    service_tier: Literal["auto", "default", "flex"] | None = None
+    service_tier: ServiceTier | None = None
     max_ttft_ms: Milliseconds | None = None
     deadline_ms: Milliseconds | None = None
 
@@ -45,8 +52,10 @@ class Urgency(BaseModel):
     def one_priority(self) -> "Urgency":
         if self.service_tier == "flex" and self.priority is Priority.INTERACTIVE:
             raise ValueError('service_tier "flex" is priority "batch": give one of them')
-        if self.service_tier == "default" and self.priority is Priority.BATCH:
-            raise ValueError('service_tier "default" is priority "interactive": give one of them')
+        is_batch = self.priority is Priority.BATCH
+        if self.service_tier in ("default", "scale", "priority") and is_batch:
+            tier = self.service_tier
+            raise ValueError(f'service_tier "{tier}" is priority "interactive": give one of them')
         return self
 
     @property
@@ -56,9 +65,8 @@ class Urgency(BaseModel):
         return Terms(self.priority or tier, 1, *seconds)
 
 
-class CompletionRequest(Body, Urgency):
+class CompletionRequest(Continuation, Urgency):
     prompt: Prompts
-    echo: Literal[False] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

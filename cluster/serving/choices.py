@@ -8,6 +8,7 @@ from typing import Any
 from headrace.cluster import answers
 from headrace.cluster.completion import Completion
 from headrace.cluster.detokenize import TextDeltas
+from headrace.cluster.logprobs import LogprobLists
 from headrace.cluster.rows import Kind, Tokenizer
 from headrace.cluster.serving.generation import Generation, Progress
 from headrace.cluster.serving.reader import Model, Work
@@ -84,15 +85,19 @@ class Answer:
             for index, order in enumerate(work.orders)
         ]
         self._done: dict[int, Completion] = {}
-        self._offsets = [0] * len(work.orders)  # of the next token in each choice's text
+        self._logprobs = [
+            None if order.params.logprobs is None else LogprobLists(model.tokenizer, order.params)
+            for order in work.orders
+        ]
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The answer, when all of its sequences have ended."""
         async for _ in self.pieces(generation):
             pass
-        return await asyncio.to_thread(
-            self._assemble
-        )  # with logprobs of many tokens, that takes long
+        # Lines of batches are the same whenever they run.
+        usage = self.usage() if generation.of_batch else self._detailed_usage()
+        # With logprobs of many tokens, that takes long.
+        return await asyncio.to_thread(self._assemble, usage)
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in the pieces that a stream sends."""
@@ -102,16 +107,18 @@ class Answer:
         async for piece in self.pieces(generation):
             yield self._chunk([self._listed(piece)])
         if self._work.include_usage:
-            yield {**self._chunk([]), "usage": self.usage()}
+            yield {**self._chunk([]), "usage": self._detailed_usage()}
 
-    def _assemble(self) -> dict[str, Any]:
+    def _assemble(self, usage: dict[str, Any]) -> dict[str, Any]:
         # As it would have been streamed, to the letter.
         kind, tokenizer = self._work.kind, self._tokenizer
         choices = [
-            answers.choice(kind, i, self._done[i], tokenizer, choice.said)
+            answers.choice(
+                kind, i, self._done[i], tokenizer, self._work.orders[i].params, choice.said
+            )
             for i, choice in enumerate(self._choices)
         ]
-        return {**self._envelope, "choices": choices, "usage": self.usage()}
+        return {**self._envelope, "choices": choices, "usage": usage}
 
     async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
         """What comes of all choices, as it comes."""
@@ -135,7 +142,8 @@ class Answer:
         return chunk
 
     def _listed(self, piece: Piece) -> dict[str, Any]:
-        reason, logprobs = self.finish_reason(piece), self._logprobs(piece)
+        reason, lists = self.finish_reason(piece), self._logprobs[piece.index]
+        logprobs = None if lists is None else lists.listed(self._work.kind, piece.samples)
         if self._work.kind is Kind.CHAT:
             delta = _fields(piece.said, len(self._choices[piece.index].said.calls))
             return _delta(piece.index, delta, logprobs, reason)
@@ -145,16 +153,6 @@ class Answer:
             "logprobs": logprobs,
             "finish_reason": reason,
         }
-
-    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
-        if self._work.orders[piece.index].params.logprobs is None:
-            return None
-        if self._work.kind is Kind.CHAT:
-            return answers.chat_logprobs(piece.samples, self._tokenizer)
-        start = self._offsets[piece.index]
-        listed = answers.completion_logprobs(piece.samples, self._tokenizer, start)
-        self._offsets[piece.index] += sum(map(len, listed["tokens"]))
-        return listed
 
     def finish_reason(self, piece: Piece) -> str | None:
         """None while its sequence goes on."""
@@ -166,6 +164,11 @@ class Answer:
         """When all has been read."""
         done = [self._done[index] for index in range(len(self._choices))]
         return answers.usage_of(done[:: self._work.n], done)
+
+    def _detailed_usage(self) -> dict[str, Any]:
+        prompts = range(0, len(self._choices), self._work.n)
+        found = sum(self._done[index].num_cached for index in prompts)
+        return {**self.usage(), "prompt_tokens_details": {"cached_tokens": found}}
 
 
 def _fields(said: Said, num_calls: int) -> dict[str, Any]:

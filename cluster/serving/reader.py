@@ -17,6 +17,7 @@ from headrace.cluster.rows import (
     load_object,
     prompt_tokens,
     sampling_params,
+    template_options,
 )
 from headrace.cluster.seeds import derive_seed
 from headrace.cluster.serving.bodies import (
@@ -109,7 +110,8 @@ class Reader:
         tools = tool_use(body, self._model.tokenizer)
         told = None if tools is None else tools.told
         context = self._model.max_context
-        prompt = self._conversation(body, told, tenant, context)
+        options = template_options(body, self._model.tokenizer)
+        prompt = self._conversation(body, options, told, tenant, context)
         room = max(1, context - len(prompt))
         params = sampling_params(body, SamplingParams(max_tokens=room))
         if tools is None:
@@ -123,7 +125,7 @@ class Reader:
             told = for_template(body.tools or ())
             if told:
                 chat_template_with(self._model.tokenizer, told)
-            tokens = self._conversation(body, told, tenant)
+            tokens = self._conversation(body, body.chat_template_kwargs, told, tenant)
         else:
             assert body.prompt is not None
             tokens = prompt_tokens(self._encoder, body.prompt, tenant=tenant)
@@ -170,11 +172,11 @@ class Reader:
     def _conversation(
         self,
         body: ChatRequest | TokenizeRequest,
+        options: dict[str, Any] | None,
         tools: Sequence[dict[str, Any]] | None,
         tenant: str,
         context: int | None = None,
     ) -> list[int]:
-        options = body.chat_template_kwargs
         if taken := sorted(self._reserved & (options or {}).keys()):
             raise RequestError(
                 f"chat_template_kwargs may not set {', '.join(taken)}: it is for variables of the"

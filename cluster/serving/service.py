@@ -74,7 +74,8 @@ class Service:
         files: FileRoutes | NoFiles = NoFiles()
         self.batches: Batches | None = None
         if store is not None:
-            lane = BatchLane(self.engine, self.model, engine.max_sequences)
+            weights = {key.name: key.weight for key in rules.keys or ()}
+            lane = BatchLane(self.engine, self.model, engine.max_sequences, weights)
             self.batches = Batches(store, lane, self.reader, self.model, options.max_body)
             files = FileRoutes(store, self.batches, options.max_body)
         self.app = create_app(front, files, self.gate, self.metrics)

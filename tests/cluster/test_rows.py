@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_what_an_answer_is_bound_to(tokenizer: Any) -> None:
         )
     with pytest.raises(RequestError, match="between -100 and 100"):
         read(tokenizer, {"prompt": "a", "logit_bias": {"3": 1000}})
+
+
+def test_an_effort_is_for_templates_that_know_it(tokenizer: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "high"}
+    row = batch("/v1/chat/completions", body)
+    with pytest.raises(RequestError, match="knows no reasoning_effort"):
+        read(tokenizer, row)
+    knows = copy(tokenizer)
+    knows.chat_template = TEMPLATE + "{% if reasoning_effort == 'high' %}loud{% endif %}"
+    plain = batch("/v1/chat/completions", {**body, "reasoning_effort": None})
+    assert read(knows, row).token_ids == [*read(knows, plain).token_ids, 7]
 
 
 WITH_TOOLS = (
@@ -193,7 +205,7 @@ MESSAGE = {"role": "user", "content": "a"}
         ({"body": {}}, "custom_id must be a string, not None"),
         ({"custom_id": "x", "method": "POST", "url": "/v1/completions"}, "body: Field required"),
         (batch("/v1/embeddings", {}), "url: "),
-        (batch("/v1/completions", {"prompt": "a", "best_of": 2}), "unknown parameter 'best_of'"),
+        (batch("/v1/completions", {"prompt": "a", "best_of": 2}), "best_of must be n, 1"),
         (batch("/v1/completions", {"prompt": "a", "stream": True}), "stream: "),
         (batch("/v1/chat/completions", {"messages": [MESSAGE], "tools": []}), "tools: "),
     ],
@@ -319,7 +331,7 @@ def test_batch_answers(tokenizer: Any) -> None:
     assert body["object"] == "text_completion"
     assert body["choices"][0]["text"] == "t"
     assert body["choices"][0]["logprobs"] == {
-        "tokens": ["a", "b"],
+        "tokens": ["a", " b"],
         "token_logprobs": [-0.5, -0.25],
         "top_logprobs": [{"a": -0.5, "b": -1.0}, {}],
         "text_offset": [0, 1],

@@ -402,7 +402,7 @@ def test_a_victims_pages_go_out_and_who_needs_one_waits_for_it() -> None:
 
 
 def test_a_victim_comes_back_with_its_pages() -> None:
-    scheduler, _, _ = two_rivals(host_pages=6)
+    scheduler, _, young = two_rivals(host_pages=6)
     seen = []
     while 0 in scheduler._roster.live:
         a_pass = must(scheduler.schedule())
@@ -415,6 +415,7 @@ def test_a_victim_comes_back_with_its_pages() -> None:
     stats = scheduler.kv_stats()
     assert seen.count(OUT) == 3 and seen.count(IN) == stats.hits.host > 0
     assert stats.hits.total == 3
+    assert young.num_cached == 0  # of its own prompt, nothing was there when it came
 
 
 def test_without_slots_a_victims_pages_are_taken_at_once() -> None:

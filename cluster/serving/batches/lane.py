@@ -4,7 +4,7 @@ their sequences are in it, and as what."""
 import asyncio
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,10 +46,13 @@ class Ticket:
 
 class BatchLane:
     """Runs on the event loop. At most `window` sequences are in the engine at once, in the class that gives
-    way, and none is added while any other waits there."""
+    way, and none is added while any other waits there. `weights` are those of keys by their names; who has
+    no key, or none any more, has a weight of 1."""
 
-    def __init__(self, engine: AsyncEngine, model: Model, window: int) -> None:
-        self._engine, self._model, self._window = engine, model, window
+    def __init__(
+        self, engine: AsyncEngine, model: Model, window: int, weights: Mapping[str, int]
+    ) -> None:
+        self._engine, self._model, self._window, self._weights = engine, model, window, weights
         self._waiting: deque[Ticket] = deque()
         self._in_engine = 0
         self._burst, self._added = max(8, window // 4), 0
@@ -99,7 +102,7 @@ class BatchLane:
 
     async def _generate(self, ticket: Ticket) -> None:
         answer = Answer(ticket.work, self._model, ticket.created)
-        terms = Terms(Priority.BATCH)
+        terms = Terms(Priority.BATCH, self._weights.get(ticket.work.orders[0].tenant, 1))
         with self._engine.running(ticket.work.orders, terms, of_batch=True) as generation:
             body = await answer.whole(generation)
         ticket.done(ticket, body)

@@ -13,7 +13,7 @@ from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Generation, Order
 from headrace.cluster.serving.pass_model import PassModel
 from headrace.cluster.serving.terms import Terms
-from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.config import DraftLimits, SchedulerConfig
 from headrace.scheduler.plan import Pass, Sample, Slice
 from headrace.scheduler.request import Priority, Request, SamplingParams
 from headrace.scheduler.scheduler import Scheduler
@@ -271,3 +271,29 @@ def test_what_is_learned_from_a_bad_time_is_forgotten() -> None:
     server.refused.clear()
     server.run(arrivals, 300.0)
     assert not server.refused
+
+
+def test_who_is_alone_is_told_that_an_answer_takes_longer() -> None:
+    server = Simulated(LIMITS, random.Random(6))
+    tokens = list(range(20))
+
+    def ask(num: int, seconds: float, **how: bool) -> bool:
+        order = Order(tokens, SamplingParams(max_tokens=num, **how), 0)
+        return server.ask(order, Terms(done_within=seconds)) is not None
+
+    server.run([(0.0, Order(tokens, SamplingParams(max_tokens=4), 0), Terms())], 10.0)
+    assert not ask(100, 1.9, ignore_eos=True)  # of 20 ms each at least
+    assert server.refused[-1].code == "deadline_unreachable"
+    assert not ask(100, 1.9)  # the last answer was as long as it might be
+    server.now += 100.0  # which was long ago, and this one may end by itself
+    assert not ask(100, 1.9, ignore_eos=True)
+    assert not ask(100, 0.01)
+    assert ask(100, 1.9)
+
+
+def test_guesses_may_bring_an_answer_in_fewer_passes() -> None:
+    server = Simulated(replace(LIMITS, drafts=DraftLimits(most=3)), random.Random(7))
+    server.model.observe(1, 0.02)
+    order = Order([1], SamplingParams(max_tokens=100, ignore_eos=True), 0)
+    assert server.ask(order, Terms(done_within=0.4)) is None
+    assert server.ask(order, Terms(done_within=0.6)) is not None

@@ -43,7 +43,7 @@ class Place:
     def __init__(self, store: FileStore, engine: EchoEngine, window: int) -> None:
         model = Model(MODEL, engine.tokenizer, engine.model_digest, engine.max_context)
         self.store, self.engine = store, AsyncEngine(engine, Metrics(engine.events), max_waiting=8)
-        self.lane = BatchLane(self.engine, model, window)
+        self.lane = BatchLane(self.engine, model, window, {})
         reader = Reader(model, engine, 8)
         self.reader = reader
         self.batches = Batches(store, self.lane, reader, model, 1 << 20, tick=0.05)

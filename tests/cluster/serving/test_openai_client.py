@@ -1,6 +1,7 @@
 """A stranger's client, unchanged, against the bundled model."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def test_a_completion_is_what_a_batch_job_answers(stories: Path, client: openai.
         "prompt_tokens": len(tokens),
         "completion_tokens": 12,
         "total_tokens": len(tokens) + 12,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -147,6 +149,19 @@ def test_seeds_decide_and_nothing_else_does(client: openai.OpenAI) -> None:
     assert len({text() for _ in range(4)}) > 1
 
 
+@pytest.mark.parametrize("of_chat", [False, True])
+def test_tokens_that_were_found_are_counted(client: openai.OpenAI, of_chat: bool) -> None:
+    text = f"The dog {'sat' if of_chat else 'ran'}. " * 60
+    given = {"messages": [{"role": "user", "content": text}]} if of_chat else {"prompt": text}
+    ask = partial(chat if of_chat else complete, client, **given, max_tokens=2)
+    first, again = ask().usage, ask(n=2).usage
+    *_, last = ask(stream=True, stream_options={"include_usage": True})
+    assert first.prompt_tokens_details.cached_tokens == 0
+    full = (first.prompt_tokens - 1) // 64 * 64
+    assert full and again.prompt_tokens_details.cached_tokens == full
+    assert last.usage.prompt_tokens_details.cached_tokens == full
+
+
 def test_logprobs_of_completions(client: openai.OpenAI) -> None:
     given = {"max_tokens": 5, "temperature": 0, "logprobs": 2}
     listed = complete(client, **given).choices[0]
@@ -172,6 +187,32 @@ def test_logprobs_of_chats(client: openai.OpenAI) -> None:
     assert [entry for part in streamed if part for entry in part.content] == entries
 
 
+def test_parameters_without_effect(client: openai.OpenAI) -> None:
+    given: Any = {
+        "user": "me",
+        "extra_body": {
+            "safety_identifier": "me",
+            "metadata": {"app": "x"},
+            "store": False,
+            "prompt_cache_key": "x",
+            "prompt_cache_retention": "24h",
+            "service_tier": "priority",
+        },
+    }
+    how = {"max_tokens": 4, "temperature": 0}
+    more = {
+        "modalities": ["text"],
+        "prediction": {"type": "content", "content": "Once"},
+        "functions": None,
+        "audio": None,
+    }
+    plain, with_all = chat(client, **how), {**given["extra_body"], **more}
+    assert chat(client, **how, user="me", extra_body=with_all).choices == plain.choices
+    plain = complete(client, **how, n=2)
+    answer = complete(client, **how, **given, n=2, best_of=2, suffix="", echo=False)
+    assert answer.choices == plain.choices
+
+
 def test_our_own_parameters(client: openai.OpenAI, served: Served) -> None:
     greedy = complete(client, max_tokens=8, temperature=0)
     top = complete(client, max_tokens=8, extra_body={"top_k": 1, "keep_context": True})
@@ -189,6 +230,11 @@ def test_our_own_parameters(client: openai.OpenAI, served: Served) -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
         ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias", "invalid_value"),
         ({"extra_body": {"temprature": 1}}, "temprature", "unknown_parameter"),
+        ({"store": True}, "store", "invalid_value"),
+        ({"modalities": ["text", "audio"]}, "modalities", "invalid_value"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "invalid_value"),
+        ({"verbosity": "low"}, "verbosity", "unknown_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unknown_parameter"),
         ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
         ({"response_format": {"type": "text", "x": 1}}, "response_format", "unknown_parameter"),
         ({"temperature": -1}, "temperature", "invalid_value"),
@@ -236,6 +282,8 @@ def test_other_models_and_echo(client: openai.OpenAI) -> None:
     assert isinstance(error, openai.NotFoundError)
     assert (error.code, error.param) == ("model_not_found", "model")
     assert refused(complete, client, echo=True).param == "echo"
+    assert refused(complete, client, suffix="end").param == "suffix"
+    assert "best_of" in refused(complete, client, best_of=3, n=2).message
     assert complete(client, echo=False, user="me", max_tokens=1).choices
 
 

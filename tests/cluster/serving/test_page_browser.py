@@ -15,10 +15,7 @@ from served import MODEL, Served, serving, stories_engine
 from headrace.cluster.serving.keys import add_key
 from headrace.scheduler.placement import Tier
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 
 READY = "!document.querySelector('#send').disabled"
 IDLE = "document.querySelector('#stop').disabled"
@@ -47,6 +44,23 @@ def used_pages(served: Served) -> float:
     return served.metric('headrace_kv_pages{tier="device",state="used"}')
 
 
+def test_one_answer(stories: Path, tmp_path: Path) -> None:
+    with stories_engine(stories) as engine, serving(engine) as served:
+
+        async def visit(page: Tab) -> None:
+            await page.wait(READY)
+            await page.click("#max_tokens")
+            await page.type("5")
+            await send(page, "Once upon a time")
+            await page.wait("document.querySelectorAll('article').length === 2")
+            await page.wait(IDLE)
+            assert await page.text(ANSWER)
+            assert "5 tokens · " in await page.text("article:last-child .times")
+
+        browse(tmp_path, served.url, visit)
+
+
+@pytest.mark.slow
 def test_a_chat_and_the_ring(stories: Path, tmp_path: Path) -> None:
     ring = {"stages": 2, "cyclic": True, "num_pages": 16, "tier": [Tier.NVME, Tier.DEVICE] * 6}
     with engine_of(stories, ring) as engine, serving(engine) as served:
@@ -95,6 +109,7 @@ def test_a_chat_and_the_ring(stories: Path, tmp_path: Path) -> None:
         browse(tmp_path, served.url, visit)
 
 
+@pytest.mark.slow
 def test_keys_and_errors(stories: Path, tmp_path: Path) -> None:
     secret = add_key(tmp_path / "keys", "ann", None)
     with stories_engine(stories) as engine, serving(engine, api_keys=tmp_path / "keys") as served:

@@ -20,9 +20,8 @@ from headrace.cluster.top.nodes import nodes_here
 from headrace.cluster.top.watch import look_once
 from headrace.cluster.trace_summary import summarize
 
-pytestmark = pytest.mark.slow
-
 RING = ("--stages", 2, "--device", "cpu", "--device-memory", "8MiB", "--context", 512)
+ALONE = ("--stages", 1, "--device-memory", "64MiB")
 LONG = {"ignore_eos": True}
 
 
@@ -66,6 +65,19 @@ class Reading(threading.Thread):
             self.error = error
 
 
+def test_a_server_from_its_start_to_its_end(stories: Path, tmp_path: Path) -> None:
+    with serve(tmp_path, stories, *ALONE) as (command, client):
+        talk = client.chat.completions.create(
+            model="stories.nf4", messages=[{"role": "user", "content": "Hello"}], max_tokens=8
+        )
+        assert talk.choices[0].message.content
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait() == 0
+        wait_for(lambda: not command.processes(), 60.0, lambda: str(command.processes()))
+        assert "Traceback" not in command.stderr
+
+
+@pytest.mark.slow
 def test_a_signal_lets_streams_finish(stories: Path, tmp_path: Path) -> None:
     with serve(tmp_path, stories) as (command, client):
         talk = client.chat.completions.create(
@@ -85,6 +97,7 @@ def test_a_signal_lets_streams_finish(stories: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_whoever_watches_sees_a_stage_replaced(stories: Path, tmp_path: Path) -> None:
     """In `top`, by the server and by what nodes show, and in a trace that was begun before."""
     file, rings = tmp_path / "t.json", ("--metrics-port", free_port())
@@ -127,6 +140,7 @@ def test_whoever_watches_sees_a_stage_replaced(stories: Path, tmp_path: Path) ->
     assert "stage 1, whose place another one took" in note
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_server_when_the_grace_is_over(stories: Path, tmp_path: Path) -> None:
     with serve(tmp_path, stories, "--grace", 0.5) as (command, client):
         reading = Reading(client, max_tokens=500)
@@ -139,6 +153,7 @@ def test_ctrl_c_ends_a_server_when_the_grace_is_over(stories: Path, tmp_path: Pa
         assert "Traceback" not in command.stderr
 
 
+@pytest.mark.slow
 def test_a_stream_stays_open_while_a_stage_is_replaced(stories: Path, tmp_path: Path) -> None:
     with serve(tmp_path, stories) as (command, client):
         reading = Reading(client, max_tokens=500)
@@ -151,6 +166,7 @@ def test_a_stream_stays_open_while_a_stage_is_replaced(stories: Path, tmp_path: 
         assert "Traceback" not in command.stderr
 
 
+@pytest.mark.slow
 def test_a_shadow_ends_with_its_server_however_that_ends(stories: Path, tmp_path: Path) -> None:
     shadow = ("--shadow", STORIES, "--shadow-sample", "100%", "--shadow-memory", "256MiB")
     for how in ("killed", "told"):
@@ -175,6 +191,7 @@ def test_a_shadow_ends_with_its_server_however_that_ends(stories: Path, tmp_path
                 assert "Traceback" not in command.stderr
 
 
+@pytest.mark.slow
 def test_grpc_beside_http(stories: Path, tmp_path: Path) -> None:
     with serve(tmp_path, stories, "--grpc-port", 0) as (command, client):
         said = command.stdout.strip()

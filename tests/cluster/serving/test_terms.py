@@ -40,6 +40,7 @@ def test_classes_come_to_the_engine(engine: EchoEngine) -> None:
             ({"service_tier": "flex"}, BATCH),
             ({"service_tier": "flex", "priority": "batch"}, BATCH),
             ({"service_tier": "default"}, INTERACTIVE),
+            ({"service_tier": "priority"}, INTERACTIVE),
         ):
             assert ask(served, **given)[0] == 200
             assert engine.classes[-1] == (expected, 1)
@@ -54,9 +55,10 @@ def test_classes_come_to_the_engine(engine: EchoEngine) -> None:
     ("given", "why"),
     [
         ({"priority": "urgent"}, "priority"),
-        ({"service_tier": "priority"}, "service_tier"),
+        ({"service_tier": "soon"}, "service_tier"),
         ({"service_tier": "flex", "priority": "interactive"}, "give one of them"),
         ({"service_tier": "default", "priority": "batch"}, "give one of them"),
+        ({"service_tier": "priority", "priority": "batch"}, "give one of them"),
         ({"max_ttft_ms": 0}, "max_ttft_ms"),
         ({"deadline_ms": 10**12}, "deadline_ms"),
     ],
@@ -171,3 +173,21 @@ def test_weights_of_keys(engine: EchoEngine, tmp_path: Path) -> None:
         file.write_text(lines[0] + wrong)
         with pytest.raises(HeadraceError, match=r"not NAME:SHA256\[:\[REQUESTS\]"):
             load_keys(file)
+
+
+def test_lines_of_batches_have_the_weight_of_their_key(engine: EchoEngine, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    secrets = {weight: add_key(file, f"of-{weight}", None, weight) for weight in (1, 5)}
+    body = {"prompt": [5, 6, 7], "max_tokens": 3}
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}
+    with serving(engine, api_keys=file, files=tmp_path / "files") as served:
+        for weight, secret in secrets.items():
+            with openai.OpenAI(base_url=f"{served.url}/v1", api_key=secret) as client:
+                given = ("in.jsonl", json.dumps(line).encode())
+                client.batches.create(
+                    input_file_id=client.files.create(file=given, purpose="batch").id,
+                    endpoint="/v1/completions",
+                    completion_window="24h",
+                )
+            wait_for(lambda: engine.classes, 10.0, lambda: "not begun")
+            assert engine.classes.pop() == (BATCH, weight)
