@@ -22,7 +22,7 @@ class Decode:
     """A steady decode: `sequences` over all passes, `rows` tokens in each micro-batch of a pass.
 
     `guests` of the sequences have their full pages in host RAM, or `sunk_pages` of them all on NVMe, and
-    `cold_batches` of the micro-batches.
+    `cold_batches` of the micro-batches. `prompt_tokens` over all passes are computed beside.
     """
 
     sequences: int
@@ -32,6 +32,7 @@ class Decode:
     guests: int = 0
     cold_batches: int = 0
     sunk_pages: int = 0
+    prompt_tokens: int = 0
 
     @classmethod
     def of(cls, layout: Layout, cache: Cache, context: int) -> "Decode":
@@ -47,11 +48,24 @@ class Decode:
 
     @property
     def rows(self) -> float:
+        tokens = self.sequences + self.prompt_tokens
+        return tokens / self.passes_in_flight / self.micro_batches
+
+    @property
+    def decode_rows(self) -> float:
+        """Those of them that each read all keys and values of a sequence."""
         return self.sequences / self.passes_in_flight / self.micro_batches
 
 
 def layer_flops(shape: ModelShape, layer: int, rows: float) -> float:
     return 2.0 * shape.layer_active_parameters[layer] * rows
+
+
+def prompt_attention_flops(shape: ModelShape, decode: Decode) -> float:
+    """Of one micro-batch's prompts in one layer: on average a token looks at half a context, and its queries
+    are multiplied with as many keys, and as many values are summed."""
+    width = max(shape.hidden_size, shape.attention_size)
+    return 2.0 * width * decode.context * (decode.rows - decode.decode_rows)
 
 
 def layer_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
@@ -70,7 +84,7 @@ def weight_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
 
 
 def kv_traffic(shape: ModelShape, layer: int, decode: Decode) -> float:
-    return decode.rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
+    return decode.decode_rows * decode.context / PAGE_TOKENS * shape.layer_kv_bytes[layer]
 
 
 def layer_seconds(shape: ModelShape, layer: int, decode: Decode, profile: DeviceProfile) -> float:
@@ -80,7 +94,8 @@ def layer_seconds(shape: ModelShape, layer: int, decode: Decode, profile: Device
     multiplying take turns, and decoding 4-bit weights keeps the processor from it, so that their times
     add up.
     """
-    flops = layer_flops(shape, layer, decode.rows) / (profile.tflops * TERA)
+    flops = layer_flops(shape, layer, decode.rows) + prompt_attention_flops(shape, decode)
+    flops /= profile.tflops * TERA
     weights = weight_traffic(shape, layer, decode) / (profile.hbm_gbps * GIGA)
     rest = kv_traffic(shape, layer, decode) + dequantized(shape, layer, decode, profile)
     multiplying = flops + weights if shape.needs_scratch else max(flops, weights)

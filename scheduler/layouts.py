@@ -16,7 +16,8 @@ from headrace.scheduler.placement import (
 )
 
 TOKEN_BUDGET = {"cuda": 8192, "cpu": 512}
-"""Tokens a pass: enough to keep the matmuls of a pass busy while weights stream."""
+"""Tokens a pass: enough to keep the matmuls of a pass busy while weights stream. Where it leaves streaming
+longer than computing, it is raised afterwards (headrace.scheduler.prompt_room)."""
 
 GRAPH_ROWS = 512
 """Micro-batches of more decodes keep a GPU busy for longer than launching their kernels takes."""

@@ -217,7 +217,8 @@ class Prediction:
     "pcie" for `cold_pages` that are brought to every stage, and `sunk_seconds` to "nvme" for those
     `sunk_pages` of them that have no room in host RAM, of `sunk_bytes` over all stages.
     `expected_seconds` is what the simulation of the plan takes where the formula says what it takes
-    at least; 0 where none was made.
+    at least; 0 where none was made. `prompt_seconds` is the same for passes that prompts fill, of which
+    they have `prompt_tokens` over all passes in flight; 0 where nothing streams.
     """
 
     sequences: int
@@ -233,6 +234,8 @@ class Prediction:
     sunk_seconds: float = 0.0
     sunk_bytes: float = 0.0
     expected_seconds: float = 0.0
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
 
     @property
     def share(self) -> float:

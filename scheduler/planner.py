@@ -5,7 +5,8 @@ pages, then to resident layers, then to experts of split ones; host RAM goes to 
 pages if it is given to them, else to pinned layers and experts. Layers are split where they are streamed and their experts can be read alone. How far pages
 go before layers is searched, and how many sequences beyond those that the device holds have theirs in
 host RAM and brought for each token: a few page counts for each of a few layouts are filled and predicted by
-the formula, and the best of each layout is simulated. What goes in is described in
+the formula, and the best of each layout is simulated. The token budget of the best is raised as far as streaming hides
+what is computed. What goes in is described in
 headrace.scheduler.inputs.
 """
 
@@ -30,9 +31,10 @@ from headrace.scheduler.inputs import (
 )
 from headrace.scheduler.kv_room import check_room, kv_costs, nvme_pages
 from headrace.scheduler.links import Links
-from headrace.scheduler.placement import Plan, StageMemory, Tier, is_even
+from headrace.scheduler.placement import Plan, Prediction, StageMemory, Tier, is_even
 from headrace.scheduler.plan import PAGE_TOKENS
 from headrace.scheduler.problem import Problem
+from headrace.scheduler.prompt_room import full_pass, widened
 from headrace.scheduler.refusal import refusal
 from headrace.scheduler.search import WORTH_IT, Candidate
 from headrace.scheduler.sizes import format_size
@@ -81,6 +83,7 @@ def make_plan(
         raise DoesNotFitError(
             refusal(shape, problem.profiles[0].kind, budgets, problem.context, problem.choices)
         )
+    best = widened(problem, best, partial(_simulated_seconds, problem))
     check_room(shape, best.layout, budgets, best.filling.host_pages)
     return _plan(problem, best)
 
@@ -194,12 +197,22 @@ def _drafts(problem: Problem, candidate: Candidate) -> DraftLimits:
     )
 
 
+def _expected(problem: Problem, candidate: Candidate) -> Prediction:
+    """The candidate's prediction with what simulations of it take."""
+    decode = Decode.of(candidate.layout, candidate.cache, problem.context)
+    expected = _simulated_seconds(problem, candidate, decode)
+    prediction = replace(candidate.prediction, expected_seconds=expected)
+    if not any(candidate.filling.ring_slots):
+        return prediction
+    full = full_pass(problem, candidate)
+    seconds = _simulated_seconds(problem, candidate, full)
+    return replace(prediction, prompt_tokens=full.prompt_tokens, prompt_seconds=seconds)
+
+
 def _plan(problem: Problem, candidate: Candidate) -> Plan:
     layout, filling, pools = candidate.layout, candidate.filling, candidate.filling.pools
     shape, cache = problem.shape, candidate.cache
     held = shape.held_bytes(split=layout.split)
-    decode = Decode.of(layout, cache, problem.context)
-    expected = _simulated_seconds(problem, candidate, decode)
     sequences = -(-candidate.prediction.sequences // layout.passes_in_flight)
     nvme, host = (
         tuple(
@@ -231,7 +244,7 @@ def _plan(problem: Problem, candidate: Candidate) -> Plan:
         memory=filling.memory,
         nvme_bytes_a_pass=nvme,
         host_bytes_a_pass=host,
-        prediction=replace(candidate.prediction, expected_seconds=expected),
+        prediction=_expected(problem, candidate),
         expert_slot_bytes=pools.slot_bytes if pools else 0,
         expert_slots=pools.device if pools else (),
         host_experts=pools.host if pools else (),

@@ -42,7 +42,7 @@ def search_pages(problem: Problem, layout: Layout) -> Candidate:
     most = min(problem.most_sequences(layout), problem.wanted(layout))
     least = min(most, problem.min_sequences)
     steps = sorted({max(least, 1, most * i // PAGE_STEPS) for i in range(1, PAGE_STEPS + 1)})
-    tried = (_candidate(problem, layout, problem.cache(sequences)) for sequences in steps)
+    tried = (with_cache(problem, layout, problem.cache(sequences)) for sequences in steps)
     found = [candidate for candidate in tried if candidate is not None]
     assert found, "the least memory was checked to fit"
     found += _with_guests(problem, layout)
@@ -67,7 +67,7 @@ def as_stored(problem: Problem, candidate: Candidate) -> Candidate | None:
     most = FUSED_ROWS * layout.micro_batches * layout.passes_in_flight
     if candidate.cache.guests or not problem.min_sequences <= most < candidate.cache.in_all:
         return None
-    return _candidate(problem, layout, problem.cache(most))
+    return with_cache(problem, layout, problem.cache(most))
 
 
 def _with_guests(problem: Problem, layout: Layout) -> list[Candidate]:
@@ -90,7 +90,7 @@ def _with_guests(problem: Problem, layout: Layout) -> list[Candidate]:
         for share in DEVICE_SHARES:
             if beside // share > 0:
                 cache = replace(room, sequences=beside // share)
-                found.append(_candidate(problem, layout, cache))
+                found.append(with_cache(problem, layout, cache))
     whole = [candidate for candidate in found if candidate is not None]
     return sorted(whole, key=lambda candidate: candidate.cache.in_all)
 
@@ -108,8 +108,8 @@ def _guests_asked_for(problem: Problem, layout: Layout, most: int) -> int:
     return low
 
 
-def _candidate(problem: Problem, layout: Layout, cache: Cache) -> Candidate | None:
-    """None where that does not fit."""
+def with_cache(problem: Problem, layout: Layout, cache: Cache) -> Candidate | None:
+    """The layout with room for just these sequences; None where that does not fit."""
     filling = fill(problem.shape, layout, problem.budgets, cache)
     if filling is None:
         return None

@@ -194,8 +194,14 @@ def simulate(
             loader = loaders[visit.stage]
             loaded = {i: loader.take() for i in visit.layers if i in loads}
             now = idle[visit.stage]
+            compute = [timing.compute[i] for i in visit.layers]
             for batch in range(micro_batches):
                 now = max(now, ready[batch])
+                if 0 < batch < warm:  # the first has waited for all that was loaded
+                    for seconds in compute:
+                        now += seconds
+                    ready[batch] = now
+                    continue
                 for layer in visit.layers:
                     now = max(now, loaded.get(layer, 0.0))
                     if batch >= warm:

@@ -139,6 +139,13 @@ def _summary(plan: Plan) -> Table:
         "",
         f"{prediction.sequences} sequences every {_seconds(expected)}, {prediction.share:.0%} of the bound",
     )
+    if prediction.prompt_seconds:
+        rate = prediction.prompt_tokens / prediction.prompt_seconds
+        passes = _seconds(prediction.prompt_seconds)
+        table.add_row(
+            "",
+            f"prompts {rate:.0f} tokens/s: {prediction.prompt_tokens} beside them every {passes}",
+        )
     table.add_row("bound by", TERMS[prediction.bound_by])
     for name, seconds in sorted(prediction.terms.items(), key=lambda item: -item[1]):
         if seconds:
