@@ -137,4 +137,5 @@ def _rounded(completion: Completion) -> Completion:
         sample._replace(logprob=None, top=tuple((token, 0.0) for token, _ in sample.top))
         for sample in completion.logprobs or ()
     ]
-    return replace(completion, logprobs=noted)
+    # What is found in caches depends on who was there first.
+    return replace(completion, logprobs=noted, num_cached=0)
