@@ -281,6 +281,7 @@ def main() -> int:
     parser.add_argument("store", type=Path)
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device-memory", type=parse_size)
     parser.add_argument("--host-memory", type=parse_size)
     parser.add_argument("--sequences", type=int, default=32)
@@ -297,6 +298,7 @@ def main() -> int:
         store=given.store,
         stages=given.stages,
         device=given.device,
+        dtype=given.dtype,
         device_memory=given.device_memory,
         host_memory=given.host_memory,
         context=given.prompt + given.new,

@@ -186,10 +186,7 @@ def simulate(
         stage_before = placement.first_stage
         for number, visit in enumerate(placement.visits):
             if visit.stage != stage_before:
-                latency, transfer = timing.hop_to(number)
-                for batch, time in enumerate(ready):
-                    sent[stage_before] = max(time, sent[stage_before]) + transfer
-                    ready[batch] = sent[stage_before] + latency if transfer else time + latency
+                sent[stage_before] = _send(ready, sent[stage_before], *timing.hop_to(number))
             stage_before = visit.stage
             loader = loaders[visit.stage]
             loaded = {i: loader.take() for i in visit.layers if i in loads}
@@ -215,3 +212,12 @@ def simulate(
             loader.release(len(loaded), now)
         ends.append(max(ready) + (timing.hop_to(0)[0] if placement.num_stages > 1 else 0.0))
     return (ends[-1] - ends[-1 - 2 * passes_in_flight]) / 2
+
+
+def _send(ready: list[float], sent: float, latency: float, transfer: float) -> float:
+    """Puts when micro-batches have come in the place of when they were `ready`. Their link was busy until `sent`; until
+    when it is then."""
+    for batch, time in enumerate(ready):
+        sent = max(time, sent) + transfer
+        ready[batch] = sent + latency if transfer else time + latency
+    return sent

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from large_shapes import LLAMA_70B
+
 from headrace.scheduler.config import DraftLimits
 from headrace.scheduler.inputs import (
     Budget,
@@ -16,22 +18,6 @@ from headrace.scheduler.planner import make_plan
 
 GB = 10**9
 GPU = DeviceProfile("cuda", 7.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)
-LLAMA_70B = ModelShape(
-    layer_bytes=(480_000_000 // 4096 * 4096,) * 80,
-    kv_format="bf16",
-    layer_kv_bytes=(64 * 8 * 128 * 4,) * 80,
-    layer_parameters=(855_638_016,) * 80,
-    layer_active_parameters=(855_638_016,) * 80,
-    largest_matrix=8192 * 28672,
-    embed_bytes=2_101_346_304,
-    head_bytes=2_101_346_304,
-    hidden_size=8192,
-    vocab_size=128256,
-    intermediate_size=28672,
-    max_context=131072,
-    compute_bytes=2,
-    needs_scratch=True,
-)
 EXPERTS = Experts(count=128, per_token=8, dense_bytes=40 << 20, expert_bytes=10 << 20)
 """8 of 128 for each token: 30 tokens reach 0.85 of them."""
 MIXTURE = replace(
