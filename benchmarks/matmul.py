@@ -181,7 +181,9 @@ def split(config: Config, shape: tuple[int, int]) -> Iterator[Config]:
 def compile_one(job: tuple[Problem, Config]) -> None:
     """Fill Triton's cache, for one part of K and for several."""
     problem, config = job
-    product = Product(problem.kind, problem.group, (problem.columns,), problem.depth)
+    zeros, scales = problem.has_zeros, problem.scales
+    columns, depth = (problem.columns,), problem.depth
+    product = Product(problem.kind, problem.group, columns, depth, False, zeros, scales)
     jobs = [(product, problem.rows, replace(config, splits=splits)) for splits in (1, 2)]
     compile_ahead(CUDA, jobs, torch.bfloat16, 1)
 

@@ -3,13 +3,14 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from headrace.runtime.binding import Binding, ExpertStack, PackedLinear
 from headrace.runtime.linear import QuantLinear
 from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import Product
-from headrace.runtime.matmul.few_rows import packing_of
+from headrace.runtime.matmul.few_rows import packing_of, scales_of
 
 MOST = 3
 """Linears of a launch. More get a second one, so that their results need not be kept for long."""
@@ -74,9 +75,9 @@ def grouped(
     return tuple(made)
 
 
-def _kind(spec: WeightSpec) -> tuple[str, int, bool]:
+def _kind(spec: WeightSpec) -> tuple[str, int, bool, torch.dtype]:
     """What weights of one launch have in common."""
-    return spec.format, spec.blocksize, "zero" in spec.parts
+    return spec.format, spec.blocksize, "zero" in spec.parts, scales_of(spec)
 
 
 def _is_fused(spec: WeightSpec) -> bool:
@@ -116,5 +117,5 @@ def _together(binding: Binding) -> Iterator[tuple[WeightSpec, ...]]:
 def _product(specs: Sequence[WeightSpec], linear: QuantLinear | None) -> Product:
     columns = tuple(spec.shape[-2] for spec in specs)
     biased = linear is not None and linear.bias is not None
-    kind, group, zeros = _kind(specs[0])
-    return Product(kind, group, columns, specs[0].shape[-1], biased, zeros)
+    kind, group, zeros, scales = _kind(specs[0])
+    return Product(kind, group, columns, specs[0].shape[-1], biased, zeros, scales)

@@ -34,19 +34,20 @@ class Config:
 @dataclass(frozen=True, slots=True)
 class Packing:
     """How 4-bit weights lie that one launch multiplies by: of `kind` "nf4", "fp4" or "int4", `group` codes a
-    scale, and for int4 whether scales have zero points of their own."""
+    scale, for int4 whether scales have zero points of their own, and the scales' type."""
 
     kind: str
     group: int
     zeros: bool = False
+    scales: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A 4-bit weight [N, K]: uint8 [N * K / 2], float32 scales [N * K / group], and zero points.
+    """A 4-bit weight [N, K]: uint8 [N * K / 2], scales [N * K / group] of a float type, and zero points.
 
-    `kind` is "nf4", "fp4" or "int4"; the latter's `zeros` are whole numbers, one a scale, or None
-    where all are 8.
+    `kind` is "nf4", "fp4" or "int4"; the latter's `zeros` are uint8, one a scale, or None where all
+    are 8. bitsandbytes' kernels want float32 scales.
     """
 
     kind: str
@@ -61,7 +62,7 @@ class Codes:
 class Product:
     """What is multiplied in one launch: weights [N, K] of one format, an N each, and biases.
 
-    `zeros`: codes of kind "int4" have zero points of their own.
+    `zeros`: codes of kind "int4" have zero points of their own. `scales`: their type.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Product:
     depth: int
     biased: bool = False
     zeros: bool = False
+    scales: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class Problem:
     """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
 
     `kind` is "nf4", "fp4" or "int4"; the latter is measured with zero points where the kernel takes
-    them, and takes no longer without.
+    them and with bfloat16 scales, and takes no longer without or with float16.
     """
 
     kind: str
@@ -90,6 +92,10 @@ class Problem:
     @property
     def has_zeros(self) -> bool:
         return self.kind == "int4" and self.group >= LEAST_GROUP[True]
+
+    @property
+    def scales(self) -> torch.dtype:
+        return torch.bfloat16 if self.kind == "int4" else torch.float32
 
 
 _TILES = {

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import LEAST_GROUP, TABLES, Codes, Config, Packing
 from headrace.runtime.matmul.tuning import choices
@@ -30,7 +31,14 @@ def packing_of(spec: WeightSpec) -> Packing | None:
         return Packing(spec.format, spec.blocksize)
     zeros = "zero" in spec.parts
     taken = "offset" not in spec.parts and spec.blocksize >= LEAST_GROUP[zeros]
-    return Packing("int4", spec.blocksize, zeros) if spec.format == "int4" and taken else None
+    if spec.format != "int4" or not taken:
+        return None
+    return Packing("int4", spec.blocksize, zeros, scales_of(spec))
+
+
+def scales_of(spec: WeightSpec) -> torch.dtype:
+    """As kernels are given them: scales of 4-bit floats, which may be quantized themselves, in float32."""
+    return TORCH_DTYPES[spec.parts["scale"].dtype] if spec.format == "int4" else torch.float32
 
 
 def multiply(

@@ -183,7 +183,7 @@ def _matmul_kernel(
         scale = _widen(tl.load(scales_at + group).to(DTYPE), GROUPS, BLOCK_N, WORDS)
         minus = scale
         if ZEROS:
-            minus = (-MAGIC - tl.load(zeros_at + group)).to(DTYPE)
+            minus = (-MAGIC - tl.load(zeros_at + group).to(tl.float32)).to(DTYPE)
             minus = _widen(minus, GROUPS, BLOCK_N, WORDS)
         left = _decoded(
             words, scale, minus, table_at, ASM, CONSTRAINTS, AFFINE, ZEROS, MAGIC, BLOCK_N, WORDS
@@ -277,9 +277,10 @@ def compile_ahead(
     run = partial(_matmul_kernel.warmup, grid=(1,))
     with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for product, rows, config in jobs:
-            zeros = parts if product.zeros else None
+            scales = torch.empty(1, dtype=product.scales, device=device)
+            zeros = packed if product.zeros else None
             weights = [
-                Codes(product.kind, packed, parts, product.group, (width, product.depth), zeros)
+                Codes(product.kind, packed, scales, product.group, (width, product.depth), zeros)
                 for width in product.widths
             ]
             whole = config.splits == 1

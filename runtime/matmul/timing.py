@@ -47,10 +47,10 @@ def sample(device: torch.device, problem: Problem) -> tuple[Tensor, Codes]:
     codes = Codes(
         problem.kind,
         ints(columns * depth // 2, 256, torch.uint8),
-        scales + 0.1,
+        (scales + 0.1).to(problem.scales),
         problem.group,
         (columns, depth),
-        ints(groups, 16, torch.uint8).float() if problem.has_zeros else None,
+        ints(groups, 16, torch.uint8) if problem.has_zeros else None,
     )
     x = torch.randn(problem.rows, depth, generator=generator, device=device)
     return x.to(getattr(torch, problem.dtype)), codes

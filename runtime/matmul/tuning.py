@@ -188,7 +188,11 @@ def _measured(
     started, known = time.perf_counter(), choices(device)
     tried = {problem: known.candidates(problem) for problem in problems}
     jobs = [
-        (Product(p.kind, p.group, (p.columns,), p.depth, zeros=p.has_zeros), p.rows, config)
+        (
+            Product(p.kind, p.group, (p.columns,), p.depth, False, p.has_zeros, p.scales),
+            p.rows,
+            config,
+        )
         for p in problems
         for config in tried[p]
     ]

@@ -85,9 +85,8 @@ class Int4Weight(GroupedWeight):
     def codes(self) -> Codes:
         columns, depth = self.shape
         parts = self._parts
-        zeros = parts["zero"].float().view(-1) if "zero" in parts else None
-        scales = parts["scale"].float().view(-1)
-        packed = parts["data"].view(-1)
+        zeros = parts["zero"].view(-1) if "zero" in parts else None
+        packed, scales = parts["data"].view(-1), parts["scale"].view(-1)
         return Codes("int4", packed, scales, self._group, (columns, depth), zeros)
 
 

@@ -38,12 +38,14 @@ def make(kind: str, columns: int, depth: int, group: int, device: str) -> Codes:
     generator = torch.Generator().manual_seed(columns + depth)
     packed = torch.randint(256, (columns * depth // 2,), dtype=torch.uint8, generator=generator)
     scales = torch.rand(columns * depth // group, generator=generator) + 0.1
-    zeros = torch.randint(17, scales.shape, generator=generator).float()
+    zeros = torch.randint(17, scales.shape, generator=generator, dtype=torch.uint8)
     name, _, with_zeros = kind.partition(" ")
+    # As stores have them: BF16 of our own rounding, F16 of most GPTQ checkpoints.
+    kept = {"int4": F16, "int4 with zeros": BF16}.get(kind, torch.float32)
     return Codes(
         name,
         packed.to(device),
-        scales.to(device),
+        scales.to(device, kept),
         group,
         (columns, depth),
         zeros.to(device) if with_zeros else None,
