@@ -74,8 +74,12 @@ def reference(x: Tensor, codes: Codes) -> Tensor:
     for start in range(0, columns, 1024):
         part = packed[start : start + 1024]
         code = torch.stack((part >> 4, part & 15), dim=-1).view(len(part), depth).int()
-        wide = scales[start : start + 1024].repeat_interleave(codes.group, dim=1)
-        out[:, start : start + 1024] = x.float() @ (table[code] * wide).T
+        wide = scales[start : start + 1024].float().repeat_interleave(codes.group, dim=1)
+        values = table[code]
+        if codes.zeros is not None:
+            zeros = codes.zeros.view(columns, -1)[start : start + 1024]
+            values += 8 - zeros.float().repeat_interleave(codes.group, dim=1)
+        out[:, start : start + 1024] = x.float() @ (values * wide).T
     return out
 
 

@@ -61,27 +61,37 @@ Logits = Callable[[list[int]], Iterator[Tensor]]
 class Ours:
     """Every layer of a store, bound for good; a window is one slice of one micro-batch."""
 
-    def __init__(self, path: Path, kv_format: str = "auto") -> None:
+    def __init__(
+        self,
+        path: Path,
+        kv_format: str = "auto",
+        *,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+        fp8_products: bool = True,
+    ) -> None:
         store = Store.open(path)
+        self._device = device
         self._layers = range(len(store.layers))
         self._model = StageModel(
             store,
             self._layers,
-            device=CPU,
-            dtype=torch.float32,
+            device=device,
+            dtype=dtype,
             with_embedding=True,
             with_head=True,
+            fp8_products=fp8_products,
         )
         for layer in self._layers:
             data = torch.frombuffer(store.read_block(store.layers[layer]), dtype=torch.uint8)
-            self._model.bind(layer, data)
+            self._model.bind(layer, data.to(device))
         shapes = dict(enumerate(store.layer_shapes))
-        fmt = resolve_kv_format(kv_format, "float32")
-        self._kv = KVStore(shapes, WINDOW // PAGE_TOKENS, torch.float32, CPU, fmt, num_tails=1)
+        fmt = resolve_kv_format(kv_format, str(dtype).removeprefix("torch."))
+        self._kv = KVStore(shapes, WINDOW // PAGE_TOKENS, dtype, device, fmt, num_tails=1)
 
     def __call__(self, tokens: list[int]) -> Iterator[Tensor]:
         piece = Slice(0, 0, tuple(tokens), tuple(range(WINDOW // PAGE_TOKENS)), None)
-        prepared = self._model.prepare(Batch.build(MicroBatch((piece,)), CPU))
+        prepared = self._model.prepare(Batch.build(MicroBatch((piece,)), self._device))
         x = prepared.x
         for layer in self._layers:
             x = self._model.run_layer(layer, x, prepared, self._kv)

@@ -21,6 +21,8 @@ class EngineOptions:
     `kv_hot_window` tokens may lie there, too (None: they do not); with `kv_write_through` every full page is
     written there, so that what a stage that dies had of it is read and not computed again; at most `kv_daily_writes` bytes a day are written by each stage;
     `graphs` launches decodes as CUDA graphs, None wherever they can be had for little memory;
+    `fp8_products` multiplies weights in fp8 without dequantizing them, by rows in fp8, where the checkpoint was made for
+    that and the GPU does it;
     `ngram_speculation` is how many guessed tokens a decode carries at most, 0 none, None a few where they
     cost nothing;
     `stage_layers` are how many layers each stage has, None as many as is fastest;
@@ -68,6 +70,7 @@ class EngineOptions:
     context: int | None = None
     storage: str = "auto"
     graphs: bool | None = None
+    fp8_products: bool = True
     ngram_speculation: int | None = 0
     network_gbps: float | None = None
     network_latency: float = 3e-4

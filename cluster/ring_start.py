@@ -176,6 +176,7 @@ class RingStarter:
                 cold=cold_model(options.store, options.cold),
                 adapter_host_memory=adapter_host_bytes(options),
                 from_peers=options.from_peers,
+                fp8_products=options.fp8_products,
             )
             for i, discovery in enumerate(found)
         ]

@@ -43,7 +43,8 @@ class WeightSpec:
         weight = data * scale + offset.
     format "fp8": parts {"data": F8_E4M3 [rows, columns], "scale": F32 [matrices x blocks of rows,
         blocks of columns]}, weight = data * scale; blocks are of `block_rows` rows of a matrix and
-        `blocksize` columns, the last ones may be smaller.
+        `blocksize` columns, the last ones may be smaller. `fp8_rows`: it was made to be multiplied by
+        rows that are rounded to fp8, too.
     format "mxfp4": parts {"data": U8 packed as in int4, of e2m1 codes; "scale": U8 [rows, columns / 32]
         (E8M0)}, weight = e2m1[data] * 2 ** (scale - 127).
     rows are those of all matrices of a stack, one after another; `blocksize` divides columns but in fp8.
@@ -59,6 +60,7 @@ class WeightSpec:
     nested_offset: float = 0.0
     block_rows: int = 0
     turned: bool = False
+    fp8_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)

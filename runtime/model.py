@@ -1,7 +1,7 @@
 """One stage's share of the model: transformers' own layers, run one at a time on packed rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -78,7 +78,8 @@ class StageModel:
 
     Layer weights live in buffers that others own, and `bind` points a layer at one.
     With `with_embedding` the embedding table is held in host memory; with `with_head` the final norm
-    and the head are held on the device; `read` gets their bytes, by default from the store.
+    and the head are held on the device; `read` gets their bytes, by default from the store. Without
+    `fp8_products` weights in fp8 are dequantized also where the device multiplies them as they are.
     Methods run on the current stream.
     """
 
@@ -93,6 +94,7 @@ class StageModel:
         with_head: bool,
         read: ReadBlock | None = None,
         tracer: Tracer = NULL_TRACER,
+        fp8_products: bool = True,
     ) -> None:
         self.device = device
         self.tracer = tracer
@@ -103,7 +105,7 @@ class StageModel:
         self._modules = self._skeleton.layers
         shared = self._skeleton.shared_inputs()
         _move_buffers(self._skeleton.model, device)
-        weights = _weights(store, layers)
+        weights = _weights(store, layers, fp8_products)
         self._find_names = partial(
             map_names,
             self._skeleton.model,
@@ -330,11 +332,15 @@ def _skeleton(store: Source, dtype: torch.dtype) -> Skeleton:
     return skeleton
 
 
-def _weights(store: Source, layers: Iterable[int]) -> dict[BlockKey, Mapping[str, WeightSpec]]:
-    weights: dict[BlockKey, Mapping[str, WeightSpec]] = {
-        layer: store.layers[layer].weights for layer in layers
-    }
-    return weights | {"embed": store.embed.weights, "head": store.head.weights}
+def _weights(
+    store: Source, layers: Iterable[int], fp8_products: bool
+) -> dict[BlockKey, Mapping[str, WeightSpec]]:
+    blocks: dict[BlockKey, Block] = {layer: store.layers[layer] for layer in layers}
+    blocks |= {"embed": store.embed, "head": store.head}
+    return {
+        key: {name: replace(spec, fp8_rows=spec.fp8_rows and fp8_products) for name, spec in block.weights.items()}
+        for key, block in blocks.items()
+    }  # fmt: skip
 
 
 def _read(store: Source, block: Block, device: torch.device) -> Tensor:

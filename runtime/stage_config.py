@@ -36,7 +36,8 @@ class StageConfig:
     for another stage or for the device, in seconds. `threads` compute on a CPU. With `trace` the
     stage keeps a Trace of its newest passes. `kv_log` is for KV pages on NVMe, if there are to be any.
     What the directory `store` lacks comes from `cold`, or `from_peers`, before the stage is built.
-    `adapter_host_memory` bytes keep adapters that are not on the device.
+    `adapter_host_memory` bytes keep adapters that are not on the device. Without `fp8_products` weights in
+    fp8 are dequantized for every product.
     """
 
     store: str
@@ -53,6 +54,7 @@ class StageConfig:
     cold: ColdModel | None = None
     from_peers: bool = False
     adapter_host_memory: int = 0
+    fp8_products: bool = True
 
     @property
     def hydration(self) -> Hydration | None:

@@ -179,6 +179,7 @@ class StageStart:
             with_head=stage == placement.last_stage,
             read=read,
             tracer=self._tracer,
+            fp8_products=self._config.fp8_products,
         )
 
     def _tunes_beside(self) -> bool:

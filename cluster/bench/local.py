@@ -88,6 +88,7 @@ def local_engine(
         threads=torch.get_num_threads(),
         kv_log=log_config(options),
         adapter_host_memory=adapter_host_bytes(options),
+        fp8_products=options.fp8_products,
     )
     tokenizer = load_tokenizer(store.path)
     with ExitStack() as opened:

@@ -167,6 +167,14 @@ class RunOptions:
             "\\[default: on CUDA, where they take at most 1/64 of the device memory]",
         ),
     ] = None
+    fp8_products: Annotated[
+        bool,
+        typer.Option(
+            "--fp8-products/--no-fp8-products",
+            help="Multiply FP8 weights by rows rounded to FP8, where the checkpoint's activations are quantized "
+            "and the GPU does it; else dequantize them.",
+        ),
+    ] = True
 
     network_gbps: Annotated[
         float | None,

@@ -260,6 +260,7 @@ def weight_spec(
         nested_offset=state.get("nested_offset", 0.0),
         block_rows=state.get("block_rows", 0),
         turned=state.get("turned", False),
+        fp8_rows=state.get("fp8_rows", False),
     )
 
 

@@ -51,7 +51,7 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
             weights.append(_bytes(stem, tensors))
         elif kind == "weight" and tensor.dtype.startswith("F8_"):
             scale = needed(tensors, f"{name}_scale", "8-bit")
-            weights.append(fp8.weight(name, tensor, scale, _block(settings)))
+            weights.append(fp8.weight(name, tensor, scale, _block(settings), _fp8_rows(settings)))
         else:
             continue
         used |= {name, *(f"{stem}.weight_{part}" for part in PARTS)}
@@ -87,6 +87,12 @@ def _block(settings: Mapping[str, Any]) -> list[int] | None:
     """The size of blocks that share a scale, where a group of the configuration has any."""
     sizes = [(group.get("weights") or {}).get("block_structure") for group in _groups(settings)]
     return next((list(size) for size in sizes if size), None)
+
+
+def _fp8_rows(settings: Mapping[str, Any]) -> bool:
+    """Whether activations are quantized to 8-bit floats."""
+    rows = [group.get("input_activations") or {} for group in _groups(settings)]
+    return any(row.get("type") == "float" and row.get("num_bits") == 8 for row in rows)
 
 
 def _packed(stem: str, tensors: Tensors) -> SourceWeight:

@@ -3,7 +3,8 @@
     X.weight            F8_E4M3 [rows, columns], or X, a stack [experts, rows, columns]
     X.weight_scale_inv  what each block, row or the whole is multiplied with; also named weight_scale
 
-Scales of activations serve those who multiply in 8 bits, too; here only weights are in 8 bits.
+With an activation_scheme rows are to be multiplied in 8 bits, too, which GPUs that can do. Static scales of
+rows are left out: each gets its own when it is multiplied.
 (transformers/integrations/finegrained_fp8.py.)
 """
 
@@ -28,6 +29,7 @@ ACTIVATIONS = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_
 def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
     weights, used = [], set()
     block = settings.get("weight_block_size")
+    fp8_rows = bool(settings.get("activation_scheme"))
     for name, tensor in tensors.items():
         if tensor.dtype not in ("F8_E4M3", "F8_E5M2"):
             continue
@@ -37,7 +39,7 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
                 f"{name} is {tensor.dtype} without {name}{SCALES[0]} or {name}{SCALES[1]}, so that its "
                 f"scale is not known; {UNREADABLE}"
             )
-        weights.append(weight(name, tensor, tensors[found[0]], block))
+        weights.append(weight(name, tensor, tensors[found[0]], block, fp8_rows))
         used |= {name, found[0]}
     return Imported(weights, frozenset(used | activation_scales(tensors)))
 
@@ -47,7 +49,7 @@ def activation_scales(tensors: Tensors) -> set[str]:
     found = {name for name in tensors if name.rpartition(".")[2].endswith(ACTIVATIONS)}
     if found:
         log.warning(
-            "left out %d scales of activations, such as %s: activations are not quantized here",
+            "left out %d scales of activations, such as %s: rows get scales of their own here",
             len(found),
             min(found),
         )
@@ -55,9 +57,10 @@ def activation_scales(tensors: Tensors) -> set[str]:
 
 
 def weight(
-    name: str, data: SourceTensor, scale: SourceTensor, block: tuple[int, int] | list[int] | None
-) -> SourceWeight:
-    """A weight stored as fp8. `block` is the size of blocks, if there are any.
+    name: str, data: SourceTensor, scale: SourceTensor, block: tuple[int, int] | list[int] | None,
+    fp8_rows: bool,
+) -> SourceWeight:  # fmt: skip
+    """A weight stored as fp8. `block` is the size of blocks, if there are any; `fp8_rows` as in WeightSpec.
 
     Raises StoreError for types and shapes that are not read.
     """
@@ -77,7 +80,7 @@ def weight(
         # One scale of a whole stack serves every matrix of it.
         yield "scale", whole.repeat(prod(shape) // len(whole)).view(shape)
 
-    state = {"block_rows": height, "blocksize": width}
+    state = {"block_rows": height, "blocksize": width, "fp8_rows": fp8_rows}
     return repacked(name, "fp8", data.shape, data, {"scale": ("F32", shape)}, pieces, state)
 
 
