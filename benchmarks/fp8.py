@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,10 @@ def write_fp8(source: Path, dest: Path, kind: str) -> None:
 
 
 def distributions(ours: Ours, tokens: list[int]) -> Iterator[Tensor]:
-    for start in range(0, len(tokens) - 1, WINDOW):
-        for rows in ours(tokens[start : start + WINDOW]):
-            yield rows.float().log_softmax(-1)
+    with closing(ours):
+        for start in range(0, len(tokens) - 1, WINDOW):
+            for rows in ours(tokens[start : start + WINDOW]):
+                yield rows.float().log_softmax(-1)
 
 
 @torch.inference_mode()

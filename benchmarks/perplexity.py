@@ -98,6 +98,9 @@ class Ours:
         for rows in x.split(LOGIT_ROWS):
             yield self._model.logits(rows)
 
+    def close(self) -> None:
+        self._model.close()
+
     def keys_and_values(self) -> Iterator[tuple[str, Tensor]]:
         """Those of the last window, layer by layer. Pages have to be of the compute type."""
         for layer in self._layers:

@@ -50,7 +50,9 @@ def scales_of(shape: Sequence[int], block: tuple[int, int]) -> Scales | None:
         return None
     if width >= columns and (height == 1 or height >= rows):
         return Scales.ROWS
-    return Scales.BLOCKS if block == (BLOCK, BLOCK) and columns % BLOCK == 0 else None
+    # With a single row or column of blocks it isn't told which way their scales lie.
+    several = rows > BLOCK and columns > BLOCK and columns % BLOCK == 0
+    return Scales.BLOCKS if block == (BLOCK, BLOCK) and several else None
 
 
 def rounded(x: Tensor, scales: Scales) -> Rows:
@@ -92,10 +94,11 @@ def multiplied_by(device: torch.device) -> frozenset[Scales]:
 
 
 def _works(device: torch.device, scales: Scales) -> bool:
-    weight = torch.ones(BLOCK, BLOCK, dtype=torch.bfloat16, device=device)
-    scale = torch.ones((1, 1) if scales is Scales.BLOCKS else (BLOCK,), device=device)
+    size = 2 * BLOCK
+    weight = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    scale = torch.ones((2, 2) if scales is Scales.BLOCKS else (size,), device=device)
     try:
         out = multiply(rounded(weight[:1], scales), weight.to(FP8), scale, scales)
     except (RuntimeError, ValueError, NotImplementedError):
         return False
-    return bool((out == BLOCK).all())
+    return bool((out == size).all())

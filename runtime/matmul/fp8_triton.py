@@ -1,4 +1,4 @@
-"""Rows to FP8 with scales, as one kernel; see fp8. Runs on CPUs with TRITON_INTERPRET=1."""
+"""Rows to FP8 with scales, and FP8 weights to values, as one kernel each. Both run on CPUs with TRITON_INTERPRET=1."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -14,6 +14,12 @@ _LEAST = tl.constexpr(1e-12)
 """Magnitude that is told from zero."""
 
 _A_WARP = 2048
+
+_UP = tl.constexpr(2.0**120)
+"""What e4m3's bits as the upper ones of a float32 are too small by: exponents count from 7, not from 127."""
+
+_ELEMENTS = 2048
+"""Of a program that makes values."""
 
 
 @triton.jit(do_not_specialize=["scale_of_group"])
@@ -51,3 +57,32 @@ def round_rows(x: Tensor, padded: int, group: int) -> tuple[Tensor, Tensor]:
         num_warps=min(16, max(1, block // _A_WARP)),
     )  # fmt: skip
     return out, scales
+
+
+@triton.jit(do_not_specialize=["first", "height", "width"])
+def _values_kernel(
+    codes, scales, out, columns, first, height, width, scales_a_row, BLOCK: tl.constexpr
+):  # fmt: skip
+    """BLOCK columns of a row. By bits, since GPUs before sm_89 have no instruction for it."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < columns
+    code = tl.load(codes + row * columns + at, mask=mask, other=0).to(tl.int32)
+    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+    value = bits.to(tl.float32, bitcast=True) * _UP
+    value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+    scale = tl.load(scales + (first + row) // height * scales_a_row + at // width, mask=mask)
+    tl.store(out + row * columns + at, (value * scale).to(out.dtype.element_ty), mask=mask)
+
+
+def values(
+    data: Tensor, scale: Tensor, block: tuple[int, int], first: int, out: Tensor
+) -> Tensor:  # fmt: skip
+    """`data` float8_e4m3 [rows, columns], rows `first` and on of a matrix, times the `scale` (float32, of the
+    whole matrix) of each `block` of rows and columns, into `out`. Computed in float32 and rounded once."""
+    assert data.is_contiguous() and out.is_contiguous() and scale.stride(-1) == 1
+    rows, columns = data.shape
+    _values_kernel[(rows, triton.cdiv(columns, _ELEMENTS))](
+        data.view(torch.uint8), scale, out, columns, first, *block, scale.stride(0), BLOCK=_ELEMENTS
+    )
+    return out

@@ -19,6 +19,11 @@ def fp8_values(
 ) -> None:
     """`data` float8 [rows, columns], rows `first` and on of a matrix, times their blocks' `scale`
     (float32, of the whole matrix, one for `block` rows and columns), into `out`. Rounded once."""
+    if data.is_cuda:
+        from headrace.runtime.matmul import fp8_triton
+
+        fp8_triton.values(data, scale, block, first, out)
+        return
     rows, columns = data.shape
     height, width = block
     for run in row_runs(rows, columns, data.device):

@@ -25,7 +25,7 @@ def by_definition(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return (groups / scale[..., None]).view(x.shape).to(FP8), scale
 
 
-def values(rounded: Tensor, scale: Tensor) -> Tensor:
+def unrounded(rounded: Tensor, scale: Tensor) -> Tensor:
     wide = scale.double().repeat_interleave(rounded.shape[1] // scale.shape[1], 1)
     return rounded.double() * wide
 
@@ -33,7 +33,7 @@ def values(rounded: Tensor, scale: Tensor) -> Tensor:
 @pytest.mark.skipif(INTERPRETED, reason="this is that run")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "rounded_rows")
+    run_interpreted(__file__, "rounded_rows or values_of")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,6 +54,26 @@ def test_rounded_rows(device: str, columns: int, group: int) -> None:
     expected, scale = by_definition(x.reshape(5, columns), group)
     torch.testing.assert_close(scales[:5], scale, rtol=1e-6, atol=0)
     assert torch.equal(found[:5].float(), expected.float())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block", [(1, 2500), (40, 2500), (16, 7)])
+def test_values_of_every_code(device: str, block: tuple[int, int]) -> None:
+    """Subnormal ones and NaN, too, whole and from within a block."""
+    from headrace.runtime.matmul.fp8_triton import values
+
+    torch.manual_seed(0)
+    codes = torch.randint(256, (40, 2500), dtype=torch.uint8)
+    codes[:, :256] = torch.arange(256, dtype=torch.uint8)
+    data, (height, width) = codes.view(FP8), block
+    scale = torch.rand(-(-40 // height), -(-2500 // width)) + 0.1
+    wide = scale.repeat_interleave(height, 0)[:40].repeat_interleave(width, 1)[:, :2500]
+    short = torch.float16 if device == "cpu" else torch.bfloat16  # which the interpreter cuts off
+    for first, dtype in ((0, torch.float32), (9, torch.float32), (9, short)):
+        expected = (data.float() * wide)[first:].to(dtype)
+        out = torch.empty(expected.shape, dtype=dtype, device=device)
+        values(data[first:].to(device), scale.to(device), block, first, out)
+        torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def weight(rows: int, columns: int, height: int, width: int, device: str) -> tuple[Fp8Weight, Tensor]:  # fmt: skip
@@ -93,7 +113,7 @@ def test_products(rows: int, shape: tuple[int, int], block: tuple[int, int]) -> 
     x = torch.randn(2, rows, shape[1], device="cuda", dtype=torch.bfloat16)
     bias = torch.randn(shape[0], device="cuda", dtype=torch.bfloat16)
     group = BLOCK if scales is Scales.BLOCKS else shape[1]
-    expected = values(*by_definition(x.view(-1, shape[1]), group)) @ dense.T
+    expected = unrounded(*by_definition(x.view(-1, shape[1]), group)) @ dense.T
     expected = expected.view(2, rows, -1)
     out = stored.linear(x, bias)
     assert out.dtype == torch.bfloat16 and out.shape == expected.shape
@@ -119,6 +139,7 @@ def test_sizes() -> None:
     assert scales_of((768, 500), (1, 500)) is None
     assert scales_of((100, 512), (1, 512)) is None
     assert scales_of((768, 192), (128, 128)) is None
+    assert scales_of((128, 512), (128, 128)) is None
 
 
 def test_not_on_a_cpu() -> None:
