@@ -22,6 +22,9 @@ BLOCK = 128
 MULTIPLE = 16
 """Of which N and K have to be multiples, and of blocks' products the number of rows."""
 
+BLOCKS_MULTIPLE = 4
+"""Of which cuBLAS wants the blocks of a row to be a multiple."""
+
 MOST_COLUMNS = 1 << 16
 """Of a row that one program rounds."""
 
@@ -50,9 +53,9 @@ def scales_of(shape: Sequence[int], block: tuple[int, int]) -> Scales | None:
         return None
     if width >= columns and (height == 1 or height >= rows):
         return Scales.ROWS
-    # With a single row or column of blocks it isn't told which way their scales lie.
-    several = rows > BLOCK and columns > BLOCK and columns % BLOCK == 0
-    return Scales.BLOCKS if block == (BLOCK, BLOCK) and several else None
+    # With a single row of blocks it isn't told which way their scales lie.
+    taken = rows > BLOCK and columns % (BLOCKS_MULTIPLE * BLOCK) == 0
+    return Scales.BLOCKS if block == (BLOCK, BLOCK) and taken else None
 
 
 def rounded(x: Tensor, scales: Scales) -> Rows:
@@ -94,9 +97,10 @@ def multiplied_by(device: torch.device) -> frozenset[Scales]:
 
 
 def _works(device: torch.device, scales: Scales) -> bool:
-    size = 2 * BLOCK
+    blocks = BLOCKS_MULTIPLE
+    size = blocks * BLOCK
     weight = torch.ones(size, size, dtype=torch.bfloat16, device=device)
-    scale = torch.ones((2, 2) if scales is Scales.BLOCKS else (size,), device=device)
+    scale = torch.ones((blocks, blocks) if scales is Scales.BLOCKS else (size,), device=device)
     try:
         out = multiply(rounded(weight[:1], scales), weight.to(FP8), scale, scales)
     except (RuntimeError, ValueError, NotImplementedError):

@@ -140,6 +140,7 @@ def test_sizes() -> None:
     assert scales_of((100, 512), (1, 512)) is None
     assert scales_of((768, 192), (128, 128)) is None
     assert scales_of((128, 512), (128, 128)) is None
+    assert scales_of((768, 640), (128, 128)) is None
 
 
 def test_not_on_a_cpu() -> None:
