@@ -94,7 +94,7 @@ class EngineStats:
         for batch in a_pass.micro_batches:
             ends = [piece.end for piece in batch.slices]
             self.contexts += sum(ends)
-            self.longest = max(self.longest, *ends)
+            self.longest = max([self.longest, *ends])
             self.slice_pages += sum(piece.num_pages for piece in batch.slices)
         for result in results:
             stage = result.times.stage

@@ -76,9 +76,8 @@ class Compared:
             return Calibrated(inputs)
         if waited >= MUCH:
             factor = _solve(lambda by: self.seconds(_slower(inputs, by)), 1.0, measured)
-            return _slower(
-                inputs, factor
-            ), f"drives and links {factor:.2f} times slower than probed"
+            told = f"drives and links {factor:.2f} times slower than probed"
+            return Calibrated(_slower(inputs, factor), told)
         told = ""
         times = self._computing(inputs)
         if times > 1.0:

@@ -106,7 +106,7 @@ def test_where_nobody_waited_drives_are_not_the_advice() -> None:
     one = replace(inputs(), choices=Choices(micro_batches=1))
     found = explain(report(one, 3.0, 0.02))
     assert "each layer's computing" in found.blamed
-    gains = {gain.what: gain.factor for gain in found.gains}
+    gains = {gain.what: gain.at_most for gain in found.gains}
     assert "a second drive as fast" not in gains
     assert gains["one more stage like the last, on a node of its own"] > 1.3
 
@@ -134,29 +134,30 @@ def test_room_for_more_buys_nothing_where_nobody_waited() -> None:
 
 
 def test_gains_are_those_of_the_jobs_real_lengths() -> None:
-    """Passes that have all the sequences they may gain nothing from pages; from more of them they do."""
+    """Where passes have all the sequences that they may, room for more pages brings none of them in."""
     one = replace(inputs(), choices=Choices(max_sequences=16))
     planned = one.plan()
     made = shape_of_load(one, sequences=16, context=60, pages=1.0, longest=100)
     found = explain(made)
     assert found.sequences == 16 and planned.max_sequences == 16
-    [more] = [gain for gain in found.gains if "--max-sequences" in gain.what]
-    assert more.sequences == planned.num_pages // 2 > 16  # those of a long one: most begin together
-    assert more.factor > 1.1
-    assert all(gain.sequences == 16 for gain in found.gains if gain is not more)
+    gains = {gain.what: gain for gain in found.gains}
+    [what] = [what for what in gains if "(--max-sequences" in what]
+    # Of so many requests few are at their longest together.
+    assert gains.pop(what).sequences == planned.num_pages > 16
+    gains.pop("no --max-sequences", None)
+    stages = "one more stage like the last, on a node of its own"
+    assert all(gain.sequences == 16 for name, gain in gains.items() if name != stages)
 
 
 def test_pages_that_bound_a_run_are_what_more_memory_is_counted_in() -> None:
-    one = replace(inputs(), choices=Choices(max_sequences=256))
+    one = replace(inputs(), budgets=(Budget(30 * GB, 0),), choices=Choices(max_sequences=256))
     planned = one.plan()
-    ran = planned.num_pages // 4
-    assert ran < 256
+    ran = planned.num_pages // 6
+    assert 16 < ran < 200
     found = explain(shape_of_load(one, sequences=ran, context=100, pages=2.0, longest=128))
-    assert (
-        found.load.room(planned) == ran
-    )  # of pages with 2 for each there were more, but they did not come
+    assert found.load.room(planned) == ran  # not as many as pages of 2 each would hold
     more = [gain.sequences for gain in found.gains if "device memory (" in gain.what]
-    assert more and max(more) > 1.5 * ran
+    assert more and max(more) > 1.2 * ran
 
 
 def test_more_at_once_than_there_are_requests_is_no_gain() -> None:
@@ -181,7 +182,7 @@ def test_what_fewer_sequences_took_tells_what_more_will_take() -> None:
     assert "arithmetic" in by_sequence.blamed and "arithmetic" not in by_layer.blamed
 
     def more(found: Explanation) -> float:
-        return next((gain.factor for gain in found.gains if "--max-seq" in gain.what), 1.0)
+        return next((gain.at_most for gain in found.gains if "--max-seq" in gain.what), 1.0)
 
     assert more(by_layer) > 2 > more(by_sequence)
 
