@@ -23,12 +23,17 @@ class EngineStats:
     and what was found of them, `drafts` what was guessed and how much of it was right, `adapter_slots` what
     is in these and was brought there; `adapter_wait_seconds` sums up how long each one waited for a slot;
     `recoveries` are the last ones of `num_recoveries`. After `moves` to another ring `stages` are those of
-    the last one, which began with the totals of `ring_start`.
+    the last one, which began with the totals of `ring_start`. `contexts` sums up how many tokens each slice
+    of a pass had behind it and computed, `slice_pages` the KV pages that hold them; `longest` is the most that
+    one had.
     """
 
     num_stages: int
     passes: int = 0
     tokens: int = 0
+    contexts: int = 0
+    slice_pages: int = 0
+    longest: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     busy_seconds: float = 0.0
@@ -86,6 +91,11 @@ class EngineStats:
     def add(self, a_pass: Pass, results: Sequence[PassResult]) -> None:
         self.passes += bool(a_pass.micro_batches)
         self.tokens += a_pass.num_tokens
+        for batch in a_pass.micro_batches:
+            ends = [piece.end for piece in batch.slices]
+            self.contexts += sum(ends)
+            self.longest = max([self.longest, *ends])
+            self.slice_pages += sum(piece.num_pages for piece in batch.slices)
         for result in results:
             stage = result.times.stage
             self.stages[stage] = self.stages[stage].plus(result.times)

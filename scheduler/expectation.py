@@ -6,6 +6,8 @@ from headrace.scheduler.decode import Decode
 from headrace.scheduler.experts import ExpertPools, loads_ahead
 from headrace.scheduler.inputs import DeviceProfile, ModelShape
 from headrace.scheduler.links import Links
+from headrace.scheduler.memory import guest_pages
+from headrace.scheduler.pages import pages_for
 from headrace.scheduler.placement import Placement, Plan
 from headrace.scheduler.simulate import simulate
 from headrace.scheduler.timing import timing
@@ -44,14 +46,16 @@ def plan_seconds(
     sequences: int,
     context: int,
 ) -> float:
-    """The same for a plan in which `sequences` of `context` tokens run, all with their pages on the device
-    unless they are as many as were planned."""
+    """The same for a plan in which `sequences` of `context` tokens run. Where the plan has guests, those are
+    guests that the device has no pages for."""
     prediction, passes = plan.prediction, plan.passes_in_flight
-    as_planned = sequences == prediction.sequences
-    guests = prediction.guests if as_planned else 0
-    cold = plan.cold_micro_batches if as_planned else 0
+    guests = cold = sunk = 0
+    if prediction.guests:
+        own = plan.num_pages - guest_pages(prediction.guests)
+        guests = max(0, sequences - own // pages_for(context))
+        cold = plan.cold_micro_batches if guests else 0
+        sunk = round(prediction.sunk_pages * guests / prediction.guests)
     batches = min(plan.micro_batches, -(-(sequences - guests) // passes)) + cold
-    sunk = prediction.sunk_pages if as_planned else 0
     decode = Decode(sequences, context, batches, passes, guests, cold, sunk)
     pools = None
     if plan.expert_slots:

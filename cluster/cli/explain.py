@@ -9,7 +9,7 @@ from rich.text import Text
 
 from headrace.cluster.cli.plan import describe
 from headrace.cluster.cli.terms import TERMS
-from headrace.cluster.explain.explanation import MUCH, NEAR, Explanation
+from headrace.cluster.explain.explanation import MUCH, NEAR, Explanation, Gain
 
 
 def render(found: Explanation) -> RenderableType:
@@ -26,6 +26,13 @@ def _facts(found: Explanation) -> Table:
         table.add_row("measured", "no pass had decodes only, so that there is nothing to compare")
     else:
         rate = found.sequences / found.measured
+        load = found.load
+        waited = "while others waited" if load.waited else "none waited"
+        table.add_row(
+            "sequences",
+            f"{load.sequences} at once of {load.context} tokens on average, {waited};"
+            f" {load.requests:,} requests in all",
+        )
         table.add_row(
             "measured",
             Text(f"{rate:,.1f} tokens/s: {found.sequences} every {_time(found.measured)}", "bold"),
@@ -56,12 +63,18 @@ def _gains(found: Explanation) -> RenderableType:
     table = Table(title="What would change that", title_justify="left")
     table.add_column("change")
     table.add_column("gain", justify="right", no_wrap=True)
+    table.add_column("at once", justify="right", no_wrap=True)
     table.add_column("tokens/s", justify="right", no_wrap=True)
     table.add_column("then bound by")
     for gain in found.gains:
         rate = f"{gain.tokens_per_second:,.1f}"
-        table.add_row(gain.what, f"{gain.factor:.2f}x", rate, TERMS[gain.bound_by])
+        table.add_row(gain.what, _factor(gain), f"{gain.sequences:,}", rate, TERMS[gain.bound_by])
     return table
+
+
+def _factor(gain: Gain) -> str:
+    least, most = f"{gain.factor:.2f}", f"{gain.at_most:.2f}"
+    return f"{least}x" if least == most else f"{least} to {most}x"
 
 
 def _time(seconds: float) -> str:
@@ -73,7 +86,7 @@ def explain_json(found: Explanation) -> dict[str, Any]:
     return {
         "model": found.report.model,
         "finished": found.report.finished,
-        "sequences": found.sequences,
+        "load": asdict(found.load),
         "measured_seconds": found.measured,
         "expected_seconds": found.expected,
         "measured_by_expected": found.ratio if found.measured else None,

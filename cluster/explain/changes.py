@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from headrace.cluster.explain.load import Load
 from headrace.scheduler.inputs import DEFAULT_CONTEXT, DeviceProfile, ModelShape
 from headrace.scheduler.links import Hop, Links
 from headrace.scheduler.placement import Plan
@@ -14,14 +15,16 @@ ROUND = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """`what` would be done, and what it would be planned from."""
+    """`what` would be done, and what it would be planned from; sequences would have `length` times as many
+    tokens."""
 
     what: str
     inputs: PlanInputs
+    length: float = 1.0
 
 
 def changes(
-    inputs: PlanInputs, plan: Plan, alternatives: Mapping[str, ModelShape]
+    inputs: PlanInputs, plan: Plan, alternatives: Mapping[str, ModelShape], load: Load
 ) -> Iterator[Change]:
     """Those that can matter to a plan; what they bring is not known yet."""
     yield from _memory(inputs, plan)
@@ -31,7 +34,7 @@ def changes(
             yield Change(f"--kv-format {fmt}", replace(inputs, shape=shape))
     yield from _speeds(inputs)
     yield from _stages(inputs)
-    yield from _work(inputs)
+    yield from _work(inputs, plan, load)
 
 
 def _memory(inputs: PlanInputs, plan: Plan) -> Iterator[Change]:
@@ -122,11 +125,18 @@ def _stages(inputs: PlanInputs) -> Iterator[Change]:
     yield Change("one more stage like the last, on a node of its own", more)
 
 
-def _work(inputs: PlanInputs) -> Iterator[Change]:
+def _work(inputs: PlanInputs, plan: Plan, load: Load) -> Iterator[Change]:
     choices = inputs.choices
+    together = min(load.room(plan, by_number=False), load.requests)
+    a_pass = -(-together // plan.passes_in_flight)
+    if load.waited and a_pass > plan.max_sequences:  # the plan has pages for fewer, but longer ones
+        more = replace(choices, max_sequences=a_pass)
+        yield Change(
+            f"more sequences at once (--max-sequences {a_pass})", replace(inputs, choices=more)
+        )
     if choices.max_sequences is not None:
         free = replace(choices, max_sequences=None, token_budget=None)
-        yield Change("more sequences at once (no --max-sequences)", replace(inputs, choices=free))
+        yield Change("no --max-sequences", replace(inputs, choices=free))
     elif choices.token_budget is not None:
         free = replace(choices, token_budget=None)
         yield Change("no --token-budget", replace(inputs, choices=free))
@@ -138,9 +148,10 @@ def _work(inputs: PlanInputs) -> Iterator[Change]:
         yield Change(
             f"no --resident-layers {choices.resident_layers}", replace(inputs, choices=free)
         )
-    context = min(inputs.workload.context or DEFAULT_CONTEXT, inputs.shape.max_context)
-    if context > 128:
-        workload = replace(inputs.workload, context=context // 2)
-        yield Change(
-            f"sequences half as long (--context {context // 2})", replace(inputs, workload=workload)
-        )
+    half = min(inputs.workload.context or DEFAULT_CONTEXT, inputs.shape.max_context) // 2
+    if half > 64:
+        shorter = replace(inputs, workload=replace(inputs.workload, context=half))
+        if load.longest <= half:
+            yield Change(f"--context {half}, which no sequence exceeded", shorter)
+        else:
+            yield Change(f"sequences half as long (--context {half})", shorter, 0.5)

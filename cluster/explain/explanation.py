@@ -2,53 +2,63 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
-from headrace.cluster.explain.changes import changes
+from headrace.cluster.explain.calibration import MUCH, Calibrated, Compared, rows
+from headrace.cluster.explain.changes import Change, changes
+from headrace.cluster.explain.load import FEWER, Load
 from headrace.cluster.explain.report import RunReport
 from headrace.scheduler.errors import DoesNotFitError
 from headrace.scheduler.expectation import plan_seconds
-from headrace.scheduler.inputs import DEFAULT_CONTEXT
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.plan_inputs import PlanInputs
 
+__all__ = ["MUCH", "NEAR", "Explanation", "Gain", "explain"]
+
 LEAST_GAIN = 1.02
-MUCH = 0.25
-"""A share of the time that stages waited for weights, from which on what a pass took longer than expected is
-put down to loads."""
 
 NEAR = 1.15
 """A run that took no more than so many times what was expected was bound as planned."""
 
-FEWER = 0.95
-BISECTIONS = 30
+MANY = 1000
+"""So many times what runs at once is a job without an end."""
+
 GIGA = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """`factor` times the tokens a second; `tokens_per_second` by the plan, as far as it was right so far."""
+    """`factor` times the job's tokens a second if what passes took longer than expected grows with their
+    sequences, `at_most` if it does not; `tokens_per_second` of the former while `sequences` run at once."""
 
     what: str
     factor: float
+    at_most: float
     tokens_per_second: float
+    sequences: int
     bound_by: str
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`measured` and `expected` are seconds in which each of `sequences` advances by one token, None where
+    """`measured` and `expected` are seconds in which each of the `sequences` advances by one token, None where
     no pass had decodes only. `waits` are shares of the stages' time: for weights, for each other, for
-    KV pages. `blamed` is what the difference was put down to before changes were planned."""
+    KV pages. `load` says which sequences those were, and how many more there were. `blamed` is what the
+    difference was put down to before changes were planned."""
 
     plan: Plan
     report: RunReport
-    sequences: int
+    load: Load
     measured: float | None
     expected: float
     waits: dict[str, float]
     streamed_gbps: float
     blamed: str
     gains: tuple[Gain, ...]
+
+    @property
+    def sequences(self) -> int:
+        return self.load.sequences
 
     @property
     def ratio(self) -> float:
@@ -60,46 +70,21 @@ def explain(report: RunReport) -> Explanation:
     """Plans again, as the run did and with each change. DoesNotFitError for a report of other software."""
     inputs = report.inputs
     plan = inputs.plan()
-    found = _Compared.of(report, plan)
+    found = Compared.of(report, plan)
     waits = _waits(report)
-    calibrated, blamed = _calibrated(found, inputs, waits["weights"])
+    calibrated = found.calibrated(inputs, waits["weights"])
     moved = sum(times.nvme_bytes + times.host_bytes for times in report.stages)
     return Explanation(
         plan=plan,
         report=report,
-        sequences=found.sequences,
+        load=found.load,
         measured=found.measured,
         expected=found.seconds(inputs),
         waits=waits,
         streamed_gbps=moved / GIGA / (report.busy_seconds or 1.0),
-        blamed=blamed,
+        blamed=calibrated.told,
         gains=tuple(_gains(report, found, calibrated)),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """What ran: a plan, with so many sequences at a context, and what a round of them took."""
-
-    plan: Plan
-    sequences: int
-    context: int
-    measured: float | None
-
-    @classmethod
-    def of(cls, report: RunReport, plan: Plan) -> "_Compared":
-        prediction, decode = plan.prediction, report.decode
-        given = report.inputs.workload.context or DEFAULT_CONTEXT
-        if decode is None:
-            return cls(plan, prediction.sequences, given, None)
-        sequences = min(decode.sequences * plan.passes_in_flight, prediction.sequences)
-        return cls(plan, sequences, decode.context, decode.seconds * plan.passes_in_flight)
-
-    def seconds(self, inputs: PlanInputs) -> float:
-        """A round of what ran, by the model."""
-        return plan_seconds(
-            self.plan, inputs.shape, inputs.profiles, inputs.links, self.sequences, self.context
-        )
 
 
 def _waits(report: RunReport) -> dict[str, float]:
@@ -111,77 +96,58 @@ def _waits(report: RunReport) -> dict[str, float]:
     }
 
 
-def _calibrated(found: _Compared, inputs: PlanInputs, waited: float) -> tuple[PlanInputs, str]:
-    """The inputs with which the model says what was measured.
-
-    Stages that wait for weights for much of the time tell that drives and links were slower than when
-    they were probed, others that computing was, or all that is around it.
-    """
-    measured = found.measured
-    expected = found.seconds(inputs)
-    if measured is None or measured <= expected:
-        return inputs, ""
-    if waited >= MUCH:
-        factor = _solve(lambda by: found.seconds(_slower(inputs, by)), 1.0, measured, expected)
-        return _slower(inputs, factor), f"drives and links {factor:.2f} times slower than probed"
-    factor = _solve(lambda by: found.seconds(_busier(inputs, by)), 0.0, measured, expected)
-    return _busier(inputs, factor), f"{factor * 1e3:.2f} ms more for each layer's computing"
-
-
-def _solve(
-    seconds: Callable[[float], float], low: float, measured: float, expected: float
-) -> float:
-    """Where `seconds`, which grow, reach `measured`."""
-    high = low + max(measured, measured / expected)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if seconds(middle) < measured:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _slower(inputs: PlanInputs, factor: float) -> PlanInputs:
-    profiles = tuple(
-        replace(p, nvme_gbps=p.nvme_gbps / factor, host_gbps=p.host_gbps / factor)
-        for p in inputs.profiles
-    )
-    return replace(inputs, profiles=profiles)
-
-
-def _busier(inputs: PlanInputs, seconds: float) -> PlanInputs:
-    profiles = tuple(replace(p, layer_seconds=p.layer_seconds + seconds) for p in inputs.profiles)
-    return replace(inputs, profiles=profiles)
-
-
-def _gains(report: RunReport, found: _Compared, inputs: PlanInputs) -> list[Gain]:
-    """By the calibrated `inputs`, against the plan that ran with all the sequences that it has room for."""
-    plan = found.plan
-    whole = replace(
-        found,
-        sequences=plan.prediction.sequences,
-        context=min(inputs.workload.context or DEFAULT_CONTEXT, inputs.shape.max_context),
-    )
-    planned = whole.sequences / whole.seconds(inputs)
-    ran = found.sequences / (found.measured or found.seconds(inputs))
+def _gains(report: RunReport, found: Compared, calibrated: Calibrated) -> list[Gain]:
+    """Against the run itself, with all the requests that it had."""
+    plan, load, inputs = found.plan, found.load, calibrated.inputs
+    expected = partial(_expected, found, calibrated)
+    ran = load.rate(load.sequences, lambda n: expected(plan, inputs, load.context, n))
     gains = []
-    if found.sequences < FEWER * whole.sequences and planned > LEAST_GAIN * ran:
-        what = f"keep {whole.sequences} sequences running, for which there is room"
-        gains.append(Gain(what, planned / ran, planned, plan.prediction.bound_by))
-    again = inputs.plan().prediction
-    if again.expected_rate > LEAST_GAIN * planned:
-        factor = again.expected_rate / planned
-        what = "the same machines, planned for what was measured"
-        gains.append(Gain(what, factor, ran * factor, again.bound_by))
-    base = max(planned, again.expected_rate)  # changes are more than what planning again brings
-    for change in changes(inputs, plan, report.alternatives):
+    room = load.room(plan)
+    if load.sequences < FEWER * room and not load.waited:
+        change = Change(f"more requests: there is room for {room} at once", inputs)
+        more = replace(load, requests=MANY * room, waited=True)
+        gains.append(_gain(change, more, load.sequences / found.seconds(inputs), expected))
+    again = _gain(
+        Change("the same machines, planned for what was measured", inputs), load, ran, expected
+    )
+    gains.append(again)
+    base = ran * max(1.0, again.factor)  # changes are more than what planning again brings
+    for change in changes(inputs, plan, report.alternatives, load):
         try:
-            other = change.inputs.plan().prediction
+            gains.append(_gain(change, load.resized(change.length), base, expected))
         except DoesNotFitError:
             continue
-        factor = other.expected_rate / base
-        if factor > LEAST_GAIN:
-            rate = ran * other.expected_rate / planned
-            gains.append(Gain(change.what, factor, rate, other.bound_by))
-    return sorted(gains, key=lambda gain: -gain.factor)
+    worth = [one for one in gains if one.at_most > LEAST_GAIN]
+    return sorted(worth, key=lambda one: (-one.factor, -one.at_most))
+
+
+def _gain(change: Change, load: Load, base: float, expected: Callable[..., float]) -> Gain:
+    """Over `base` tokens a second of the whole job. DoesNotFitError when there is no such plan."""
+    plan = change.inputs.plan()
+    sequences = load.at_once(plan)
+
+    def seconds(number: int, *, grows: bool = True) -> float:
+        return expected(plan, change.inputs, load.context, number, grows=grows)
+
+    factor = load.rate(sequences, seconds) / base
+    at_most = load.rate(sequences, partial(seconds, grows=False)) / base
+    rate, bound_by = sequences / seconds(sequences), plan.prediction.bound_by
+    return Gain(change.what, factor, at_most, rate, sequences, bound_by)
+
+
+def _expected(
+    found: Compared,
+    calibrated: Calibrated,
+    plan: Plan,
+    inputs: PlanInputs,
+    context: int,
+    sequences: int,
+    *,
+    grows: bool = True,
+) -> float:
+    """Seconds of a round of `sequences` in another plan; what could not be explained `grows` where
+    micro-batches have more sequences than those that were measured."""
+    if grows:
+        times = rows(plan, sequences) / rows(found.plan, found.load.sequences)
+        inputs = calibrated.growing(inputs, max(1.0, times))
+    return plan_seconds(plan, inputs.shape, inputs.profiles, inputs.links, sequences, context)
