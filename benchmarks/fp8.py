@@ -2,12 +2,11 @@
 
     python benchmarks/fp8.py products [--rows 1,16,128,2048,8192]
     python benchmarks/fp8.py quality [--model CHECKPOINT] [--tokens 20000]
-    python benchmarks/fp8.py speed FOLDER [--layers 32] [--batch 128] [--prompt 240] [--new 32]
 
 `products` prints microseconds, the caches flushed before each call. `quality` makes FP8 checkpoints of
 a model, with scales of rows and of 128 x 128 blocks, and compares next-token distributions on held-out
 text with those of the same weights in float32: mean Kullback-Leibler divergence (nats) and share of equal
-likeliest tokens. `speed` makes random weights of the 8B shape in FOLDER and runs them resident through Ray.
+likeliest tokens.
 """
 
 import argparse
@@ -15,13 +14,10 @@ import itertools
 import json
 import logging
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +29,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from headrace import LLM, SamplingParams
-from headrace.cluster.bench.random_store import write_checkpoint
-from headrace.cluster.bench.shapes import config_of
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.matmul.fp8 import BLOCK, FP8, multiply, rounded, scales_of
 from headrace.runtime.matmul.timing import Timer
@@ -147,74 +140,19 @@ def quality(model: Path, count: int) -> Table:
     return table
 
 
-def timed(work: Callable[[], object], repeats: int = 3) -> float:
-    """Median seconds."""
-    work()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
-def speed(folder: Path, layers: int, batch: int, prompt: int, new: int) -> Table:
-    config = config_of("8b", layers)
-    plain = folder / f"8b-{layers}"
-    write_checkpoint(plain, config)
-    table = Table("weights", "rows in", "prefill, s", "tokens/s", "decode pass, ms", "tokens/s")
-    for kind, fp8 in (("bf16", False), *((kind, fp8) for kind in KINDS for fp8 in (False, True))):
-        store = folder / f"{kind}.store"
-        if not store.exists():
-            if kind == "bf16":
-                convert(plain, store, format="keep")
-            else:
-                write_fp8(plain, folder / kind, kind)
-                convert(folder / kind, store, format="keep")
-                shutil.rmtree(folder / kind)
-        torch.cuda.empty_cache()  # stages are other processes
-        options: dict[str, Any] = {"context": prompt + new, "max_sequences": batch}
-        with LLM(store, device="cuda", fp8_products=fp8, **options) as llm:
-            turn = iter(range(1 << 30))
-
-            def run(tokens: int, llm: LLM = llm, turn: Iterator[int] = turn) -> None:
-                # Other prompts each time: nothing is found among the pages of earlier ones.
-                start = next(turn) * batch
-                prompts = [
-                    [(start + i) * 7919 % 100_000 + j for j in range(prompt)] for i in range(batch)
-                ]
-                params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-                llm.generate(prompts, params)
-
-            first, whole = timed(lambda: run(1)), timed(lambda: run(new))
-        each = (whole - first) / (new - 1)
-        table.add_row(
-            kind, "fp8" if fp8 else "bf16", f"{first:.3f}", f"{batch * prompt / first:,.0f}",
-            f"{each * 1e3:.2f}", f"{batch / each:,.0f}",
-        )  # fmt: skip
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=["products", "quality", "speed"])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path(tempfile.gettempdir()))
+    parser.add_argument("what", choices=["products", "quality"])
     parser.add_argument("--rows", default="1,16,128,2048,8192")
     parser.add_argument("--model", type=Path, default=EXAMPLES / "stories-9m")
     parser.add_argument("--tokens", type=int, default=20000)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--prompt", type=int, default=240)
-    parser.add_argument("--new", type=int, default=32)
     given = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     print(f"{torch.cuda.get_device_name(CUDA)}, torch {torch.__version__}")
     if given.what == "products":
         table = products([int(rows) for rows in given.rows.split(",")])
-    elif given.what == "quality":
-        table = quality(given.model, given.tokens)
     else:
-        table = speed(given.folder, given.layers, given.batch, given.prompt, given.new)
+        table = quality(given.model, given.tokens)
     Console().print(table)
 
 
