@@ -285,7 +285,8 @@ class Scheduler:
         step = self._steps.popleft()
         assert step == a_pass.step, f"pass {a_pass.step} returned before pass {step}"
         update = Update([], [])
-        for piece in pieces:
+        # Of one that was cut the last part, which ends where all of it does.
+        for piece in {piece.request: piece for piece in pieces}.values():
             request = self._roster.in_flight[piece.request]
             if piece.request in spoiled:
                 self.holdings.spoil(request)
