@@ -1,5 +1,6 @@
 """Prompts in parts, in several micro-batches of a pass: answers are those of prompts that are whole."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def serve(store: Path, ring: dict[str, Any], kv_format: str) -> tuple[dict[int, 
     scheduler = Watched(limits_of(plan))
     with local_ring(store, plan) as pipeline:
         return run_all(plan, pipeline, requests, scheduler), scheduler.cut
+
+
+def test_prompts_are_cut_for_convoys_that_load_whole_layers(store: Path) -> None:
+    plan = manual_plan(Store.open(store), stages=2, cyclic=True)
+    assert limits_of(plan).least_part == 64
+    for other in ({"expert_slots": (8, 8)}, {"passes_in_flight": 2}):
+        assert limits_of(replace(plan, **other)).least_part == 0
+    assert limits_of(manual_plan(Store.open(store), micro_batches=4)).least_part == 0
 
 
 @pytest.mark.parametrize("kv_format", ["fp32", "int8"])
