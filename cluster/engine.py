@@ -23,6 +23,7 @@ from headrace.cluster.ring import Rebuild, Ring
 from headrace.cluster.ring_trace import RingTrace, RingTracing, TracedPipeline
 from headrace.cluster.telemetry.events import EngineEvents
 from headrace.runtime.trace import Kind
+from headrace.scheduler.batch_window import Gathered
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds, Taken
 from headrace.scheduler.drafter import Guesses
@@ -192,6 +193,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_work or bool(self._completed)
+
+    @property
+    def gathered(self) -> Gathered | None:
+        """What waits for its first pass while there is nothing else to do; None while there is."""
+        return None if self._completed else self._scheduler.gathered
 
     @property
     def num_waiting(self) -> int:

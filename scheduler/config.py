@@ -51,6 +51,7 @@ _OPTIONAL = (
     "hot_window",
     "write_through",
     "adapter_slots",
+    "least_part",
 )
 
 
@@ -60,7 +61,8 @@ class SchedulerConfig:
 
     `num_pages` KV pages; `max_context` tokens a request, prompt and output together; at most
     `token_budget` tokens and `max_sequences` slices a pass, in at most `micro_batches`
-    micro-batches of at most `micro_batch_tokens` tokens each. The engine keeps up to
+    micro-batches of at most `micro_batch_tokens` tokens each. Prompts with more than their share of the pass's tokens are
+    cut in parts of at least `least_part` tokens for several of these; with 0 they are not. The engine keeps up to
     `passes_in_flight` passes under way, over which requests are spread evenly, and `ahead` (0 or 1)
     more, made before the tokens that they continue are known. No more than `num_tails` requests run
     at once; 0 bounds them by their pages alone.
@@ -99,6 +101,7 @@ class SchedulerConfig:
     costs: KVCosts = field(default_factory=KVCosts)
     drafts: DraftLimits = field(default_factory=DraftLimits)
     adapter_slots: int = 0
+    least_part: int = 0
     identity: str = ""
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ from headrace.scheduler.policy import pack
 class Draft:
     """The slices chosen so far and the room that is left for the next one.
 
-    A slice is not split once chosen, so each is kept small enough for the emptiest micro-batch;
-    whatever is let in can therefore be packed, and the whole budget can be used. Slices with cold
+    Each slice is kept small enough for the emptiest micro-batch; whatever is let in can therefore be
+    packed whole, and the whole budget can be used. Slices with cold
     pages have micro-batches of their own, and stay in those that they were let into.
     """
 
@@ -60,7 +60,8 @@ class Draft:
         if not self._warm:
             return cold
         config = self._config
-        return pack(self._warm, config.micro_batches, config.micro_batch_tokens) + cold
+        tokens, least = config.micro_batch_tokens, config.least_part
+        return pack(self._warm, config.micro_batches, tokens, least) + cold
 
 
 class ColdBatches:

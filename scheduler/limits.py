@@ -39,8 +39,17 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
         )
 
 
+LEAST_PART = PAGE_TOKENS
+"""Tokens of a prompt that are worth a place in another micro-batch."""
+
+
 def limits_of(plan: Plan, identity: str = "", *, write_through: bool = False) -> SchedulerConfig:
-    """What the scheduler is told of a plan; `identity` is of what its keys and values depend on."""
+    """What the scheduler is told of a plan; `identity` is of what its keys and values depend on.
+
+    Prompts are cut where several stages have one pass under way: each waits for the micro-batch that takes longest. Not
+    where experts are loaded as tokens reach them: each part would reach nearly all, once more.
+    """
+    is_convoy = plan.placement.num_stages > 1 and plan.passes_in_flight == 1
     return SchedulerConfig(
         num_pages=plan.num_pages,
         num_tails=plan.num_tails,
@@ -61,5 +70,6 @@ def limits_of(plan: Plan, identity: str = "", *, write_through: bool = False) ->
         hot_window=plan.hot_window,
         write_through=write_through,
         adapter_slots=plan.adapter_slots,
+        least_part=LEAST_PART if is_convoy and not any(plan.expert_slots) else 0,
         identity=identity,
     )

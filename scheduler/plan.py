@@ -8,6 +8,7 @@ What there is many of in a pass is a named tuple, which crosses as an array: wit
 made and read in less time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -46,7 +47,8 @@ class Sampling(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Consecutive tokens of one request: positions [start, start + len(tokens)).
+    """Consecutive tokens of one request: positions [start, start + len(tokens)). In a pass a request has one, or parts of
+    one that follow each other, in micro-batches that do.
 
     Page i holds positions [64 i, 64 i + 64). The first len(cold) pages, which are full, lie in the
     slots `cold`, the others in the device pages `pages`; together they cover at least the slice's end,
@@ -67,6 +69,17 @@ class Slice(NamedTuple):
     cold: tuple[int, ...] = ()
     num_drafts: int = 0
     adapter: int | None = None
+
+    def part(self, begin: int, end: int) -> "Slice":
+        """Its tokens [begin, end). It has no cold pages and no drafts; what is drawn is drawn behind its last token."""
+        assert not self.cold and not self.num_drafts
+        pages = -(-(self.start + end) // PAGE_TOKENS)
+        return self._replace(
+            start=self.start + begin,
+            tokens=self.tokens[begin:end],
+            pages=self.pages[:pages],
+            sampling=self.sampling if end == len(self.tokens) else None,
+        )
 
     @property
     def num_pages(self) -> int:
@@ -94,6 +107,12 @@ class Slice(NamedTuple):
     def follows(self) -> bool:
         """Whether its token is not known yet."""
         return self.tokens[-1] == FOLLOWS
+
+
+def joined(parts: Sequence[Slice]) -> Slice:
+    """Consecutive parts of one slice as one."""
+    first, last = parts[0], parts[-1]
+    return last._replace(start=first.start, tokens=tuple(t for part in parts for t in part.tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ have precedence over higher ones.
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 
 from headrace.scheduler.config import KVCosts
-from headrace.scheduler.plan import Adapter, MicroBatch, Slice
+from headrace.scheduler.plan import Adapter, MicroBatch, Slice, joined
 from headrace.scheduler.request import Request
 from headrace.scheduler.shares import Shares, line_of
 
@@ -124,7 +125,7 @@ def attention_work(piece: Slice) -> int:
 
 
 def pack(
-    slices: Sequence[Slice], micro_batches: int, micro_batch_tokens: int
+    slices: Sequence[Slice], micro_batches: int, micro_batch_tokens: int, least_part: int = 0
 ) -> tuple[MicroBatch, ...]:
     """Share `slices` among micro-batches of like token counts and like attention work.
 
@@ -133,10 +134,56 @@ def pack(
     larger of its share of all tokens and its share of all attention work. The slices must fit when
     each in turn goes to the emptiest micro-batch (Draft sees to that): where balancing overflows a
     micro-batch, this is the packing that is used.
+
+    With a `least_part`, prompts that have more than their share of the tokens are cut in parts of at least
+    so many, unless these would not fit, each in a micro-batch behind that of the part before: a stage runs these
+    in order, so that a part finds the keys of those before it.
     """
+    parts = cut(slices, micro_batches, least_part) if least_part else slices
+    if len(parts) > len(slices):
+        bins = _balanced(parts, micro_batches, micro_batch_tokens)
+        batches = () if bins is None else _in_order(parts, bins)
+        if batches and all(batch.num_tokens <= micro_batch_tokens for batch in batches):
+            return batches
+    bins = _balanced(slices, micro_batches, micro_batch_tokens)
+    if bins is None:
+        in_turn, count = range(len(slices)), min(micro_batches, len(slices))
+        bins = _fill(slices, in_turn, count, micro_batch_tokens, lambda tokens, _: tokens)
+    assert bins is not None, "slices that Draft let in do not fit"
+    return tuple(MicroBatch(tuple(slices[i] for i in sorted(members))) for members in bins)
+
+
+def cut(slices: Sequence[Slice], count: int, least: int) -> list[Slice]:
+    """Those of more tokens than one of `count` even shares in parts alike of at least `least` tokens, and no more parts than shares."""
+    share = max(1, -(-sum(len(piece.tokens) for piece in slices) // count))
+    parts = []
+    for piece in slices:
+        size = len(piece.tokens)
+        number = min(-(-size // share), size // least, count)
+        ends = [size * i // number for i in range(1, number)] if number > 1 else []
+        parts += [piece.part(a, b) for a, b in pairwise([0, *ends, size])]
+    return parts
+
+
+def _in_order(parts: Sequence[Slice], bins: Sequence[Sequence[int]]) -> tuple[MicroBatch, ...]:
+    """Parts of a request, as `parts` has them in their order, change places among the bins that have some of it: earlier
+    ones go first, and those that meet in a bin are one again."""
+    homes: dict[int, list[int]] = {}
+    for number, members in enumerate(bins):
+        for i in members:
+            homes.setdefault(parts[i].request, []).append(number)
+    filled: list[dict[int, list[Slice]]] = [{} for _ in bins]
+    turns = {request: iter(numbers) for request, numbers in homes.items()}
+    for piece in parts:
+        filled[next(turns[piece.request])].setdefault(piece.request, []).append(piece)
+    return tuple(MicroBatch(tuple(map(joined, some.values()))) for some in filled)
+
+
+def _balanced(
+    slices: Sequence[Slice], micro_batches: int, micro_batch_tokens: int
+) -> list[list[int]] | None:
+    """Which of the slices are in which micro-batch; None where they do not fit so."""
     count = min(micro_batches, len(slices))
-    if count == 1:
-        return (MicroBatch(tuple(slices)),)
     all_tokens = sum(len(piece.tokens) for piece in slices)
     all_work = sum(map(attention_work, slices))
 
@@ -147,12 +194,7 @@ def pack(
         range(len(slices)),
         key=lambda i: -share(len(slices[i].tokens), attention_work(slices[i])),
     )
-    bins = _fill(slices, largest_first, count, micro_batch_tokens, share)
-    if bins is None:
-        in_turn = range(len(slices))
-        bins = _fill(slices, in_turn, count, micro_batch_tokens, lambda tokens, _: tokens)
-    assert bins is not None, "slices that Draft let in do not fit"
-    return tuple(MicroBatch(tuple(slices[i] for i in sorted(members))) for members in bins)
+    return _fill(slices, largest_first, count, micro_batch_tokens, share)
 
 
 def by_adapter(batch: MicroBatch) -> MicroBatch:

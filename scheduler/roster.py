@@ -4,6 +4,7 @@ from collections.abc import Container
 from heapq import heappop, heappush
 
 from headrace.scheduler.adapters import SlotQueue
+from headrace.scheduler.batch_window import Gathered
 from headrace.scheduler.plan import Adapter
 from headrace.scheduler.request import Priority, Request
 from headrace.scheduler.shares import Line, Shares, line_of
@@ -28,6 +29,14 @@ class Roster:
     @property
     def num_waiting(self) -> int:
         return len(self.live) - len(self.running)
+
+    @property
+    def gathered(self) -> Gathered | None:
+        """Those that live, while nobody has begun: one that had to give way is not held back again."""
+        live = self.live.values()
+        if not live or any(request.num_cached is not None for request in live):
+            return None
+        return Gathered(len(live), sum(request.num_pending for request in live))
 
     @property
     def has_batch(self) -> bool:

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from headrace.scheduler.adapters import AdapterStats
+from headrace.scheduler.batch_window import Gathered
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.contexts import ContextIds
 from headrace.scheduler.draft import Draft
@@ -66,6 +67,11 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a request is live or a pass is still to be returned to `update`."""
         return bool(self._roster.live or self._steps)
+
+    @property
+    def gathered(self) -> Gathered | None:
+        """What waits for its first pass while there is nothing else to do; None while there is."""
+        return None if self._steps else self._roster.gathered
 
     @property
     def num_waiting(self) -> int:
@@ -279,7 +285,8 @@ class Scheduler:
         step = self._steps.popleft()
         assert step == a_pass.step, f"pass {a_pass.step} returned before pass {step}"
         update = Update([], [])
-        for piece in pieces:
+        # Of one that was cut the last part, which ends where all of it does.
+        for piece in {piece.request: piece for piece in pieces}.values():
             request = self._roster.in_flight[piece.request]
             if piece.request in spoiled:
                 self.holdings.spoil(request)

@@ -23,6 +23,7 @@ from headrace.cluster.ring_trace import RingTrace, RingTracing
 from headrace.cluster.serving.server import Listener, Server, ServerOptions
 from headrace.cluster.telemetry.events import EngineEvents
 from headrace.scheduler.adapters import AdapterStats
+from headrace.scheduler.batch_window import Gathered
 from headrace.scheduler.config import SchedulerConfig
 from headrace.scheduler.errors import ContextLengthError, HeadraceError
 from headrace.scheduler.kv_stats import KVStats, PageCounts
@@ -235,6 +236,13 @@ class EchoEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    @property
+    def gathered(self) -> Gathered | None:
+        echoes = self._live.values()
+        if not echoes or any(echo.said for echo in echoes):
+            return None
+        return Gathered(len(echoes), sum(len(echo.tokens) for echo in echoes))
 
     @property
     def num_running(self) -> int:

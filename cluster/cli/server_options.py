@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headrace.cluster.cli.sizes import parse_duration, parse_size
+from headrace.scheduler.batch_window import LONGEST
 
 if TYPE_CHECKING:
     from headrace.cluster.serving.server import ServerOptions
@@ -56,6 +57,15 @@ class ServerFlags:
         typer.Option(
             min=0.001,
             help="Seconds to the first token: interactive requests that would wait longer get a 429.",
+        ),
+    ] = None
+    batch_window: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=LONGEST,
+            help="Seconds for which an idle ring holds its first pass for others to join; 0: not at all."
+            " \\[default: 5 % of what the pass takes, 0.1 at most]",
         ),
     ] = None
     max_body: Annotated[str, typer.Option(help="The largest request.")] = "4MiB"

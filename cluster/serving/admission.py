@@ -28,6 +28,9 @@ machine with other work has bad moments that have not been seen yet."""
 _MOST = 1.0
 _MOST_RETRY = 3600
 
+_HELD = 0.5
+"""Of the time that is to spare, what a pass may be held for. The rest is for what no forecast knows."""
+
 
 class Margin:
     """What is added to a forecast so that all but MISSED come in time.
@@ -61,11 +64,13 @@ def _scale(seconds: float, pace: Pace) -> float:
 
 @dataclass(slots=True)
 class Promise:
-    """What was forecast of a request when it was let in, `at` the clock's time."""
+    """What was forecast of a request when it was let in, `at` the clock's time. It is kept if a pass that could take it in
+    begins by `begin_by`."""
 
     at: float = 0.0
     pace: Pace = field(default_factory=Pace)
     forecast: Forecast | None = None
+    begin_by: float = math.inf
 
 
 @dataclass(slots=True)
@@ -90,8 +95,18 @@ class Admission:
         self._used = 1.0  # of what answers may have, the part that they take
         self._shares: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # when, and such a part
 
-    def promise(self, orders: Sequence[Order], terms: Terms, pace: Pace, now: float) -> Promise:
-        """What can be promised. ApiError 429 when that is later than the terms allow."""
+    def promise(
+        self,
+        orders: Sequence[Order],
+        terms: Terms,
+        pace: Pace,
+        now: float,
+        held: float | None = None,
+    ) -> Promise:
+        """What can be promised. ApiError 429 when that is later than the terms allow.
+
+        While nothing runs, the first pass is `held` for so many seconds at most, and for no more than a part of those that
+        the terms leave to spare."""
         if not terms.has_deadline:
             return Promise(now)
         if not self._open:
@@ -101,13 +116,15 @@ class Admission:
             _check("last token", least, terms.done_within)
         *before, asked = [self._ahead(order, terms) for order in orders]
         there = [each for one in self._open.values() for each in one.sequences if each.output > 0]
-        forecast = Line(self._limits, pace).forecast([*there, *before], asked)
+        is_idle = held is not None or not there
+        forecast = Line(self._limits, pace).forecast([*there, *before], asked, is_idle=is_idle)
+        first = self._first.promise(forecast.first, pace, now)
+        done = self._done.promise(forecast.done, pace, now)
         if self._open:
-            first = self._first.promise(forecast.first, pace, now)
-            done = self._done.promise(forecast.done, pace, now)
             _check("first token", first, terms.first_within)
             _check("last token", done, terms.done_within)
-        return Promise(now, pace, forecast)
+        spare = _HELD * terms.spare(first, done) if pace.recent else 0.0
+        return Promise(now, pace, forecast.after(min(held or 0.0, spare)), now + spare)
 
     def enter(self, generation: Generation, promise: Promise) -> None:
         orders = generation.orders

@@ -12,10 +12,12 @@ from headrace.cluster.completion import Completion
 from headrace.cluster.serving.admission import Admission
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Generation, Order
-from headrace.cluster.serving.loop import EngineLoop, EngineState, News, ServedEngine
+from headrace.cluster.serving.loop import EngineLoop, EngineState, News
 from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.ring import Standing
+from headrace.cluster.serving.served_engine import ServedEngine
 from headrace.cluster.serving.terms import Terms
+from headrace.scheduler.batch_window import BatchWindow
 from headrace.scheduler.errors import HeadraceError, RequestError
 from headrace.scheduler.placement import Plan
 from headrace.scheduler.request import Priority
@@ -47,7 +49,8 @@ class AsyncEngine:
 
     At most `max_waiting` sequences of each tenant and priority wait for their first token, so that nobody's
     can keep others' out; that is also the most that one request may ask for. How many go on at once is up to the scheduler. An interactive request that does not say by
-    when it wants its first token is held to `max_ttft` seconds, if they are given. `on_end` is told of
+    when it wants its first token is held to `max_ttft` seconds, if they are given. When nothing runs, the first pass is held
+    for as long as the `window` says; without one for no time. `on_end` is told of
     each sequence that ends by itself while somebody waits for it; it must not wait or fail.
     """
 
@@ -59,11 +62,13 @@ class AsyncEngine:
         clock: Callable[[], float] = monotonic,
         *,
         max_ttft: float | None = None,
+        window: BatchWindow | None = None,
         rates: Rates | None = None,
         on_end: Callable[[Order, Completion], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._loop = EngineLoop(engine, self._post_news, self._post_failure, clock)
+        self._window = window or BatchWindow(0.0)
+        self._loop = EngineLoop(engine, self._post_news, self._post_failure, clock, self._window)
         self._admission, self._max_ttft = Admission(engine.limits), max_ttft
         self._meter, self._max_waiting, self._clock = meter, max_waiting, clock
         self._rates, self._on_end = rates or Rates(), on_end
@@ -166,13 +171,14 @@ class AsyncEngine:
         try:
             queue = orders[0].tenant, terms.priority
             self._admit(0 if of_batch else len(orders), queue)
-            promise = self._admission.promise(orders, terms, self.state.pace, now)
+            held = self._held(orders, now)
+            promise = self._admission.promise(orders, terms, self.state.pace, now, held)
             if not of_batch:
                 self._rates.take_prompt(orders[0].tenant, _prompt_tokens(orders))
         except ApiError as error:
             self._meter.turned_away(error.code or "")
             raise
-        generation = Generation(orders, terms, of_batch=of_batch)
+        generation = Generation(orders, terms, of_batch=of_batch, begin_by=promise.begin_by)
         self._admission.enter(generation, promise)
         self._open[generation] = [now] * len(orders)
         self._waiting[queue] += 0 if of_batch else len(orders)
@@ -189,6 +195,16 @@ class AsyncEngine:
             self._admission.leave(generation)
             self._waiting[queue] -= 0 if of_batch else generation.num_waiting
             self._loop.abort(generation)
+
+    def _held(self, orders: Sequence[Order], now: float) -> float | None:
+        """Seconds for which the first pass may be held from `now` on; None: passes are under way."""
+        state = self.state
+        if state.held_until is not None:
+            return max(0.0, state.held_until - now)
+        if self._open:
+            return None
+        tokens = min(_prompt_tokens(orders), self._engine.limits.token_budget)
+        return self._window.length(state.pace.seconds(tokens))
 
     def _set_timers(self, generation: Generation) -> list[asyncio.TimerHandle]:
         assert self._events is not None

@@ -33,6 +33,10 @@ class Forecast:
     first: float
     done: float
 
+    def after(self, seconds: float) -> "Forecast":
+        """When all begins so much later."""
+        return Forecast(self.first + seconds, self.done + seconds)
+
 
 class Line:
     """Plays passes forward as the scheduler makes them, to the end of one sequence.
@@ -56,11 +60,12 @@ class Line:
         self._weights: dict[str, int] = {}
         self._busy: dict[str, int] = defaultdict(int)
 
-    def forecast(self, sequences: Iterable[Ahead], asked: Ahead) -> Forecast:
-        """Of `asked`, the last of its owner's, behind `sequences`, in the order in which they came."""
-        is_idle = True
+    def forecast(
+        self, sequences: Iterable[Ahead], asked: Ahead, *, is_idle: bool = False
+    ) -> Forecast:
+        """Of `asked`, the last of its owner's, behind `sequences`, in the order in which they came. If `is_idle`,
+        none of these has begun, and a pass begins now."""
         for each in sequences:
-            is_idle = False
             if each.priority is Priority.BATCH and asked.priority is Priority.INTERACTIVE:
                 self._others += each.has_begun
             elif each.has_begun:

@@ -1,6 +1,7 @@
 """The sequences of one HTTP request while they are generated."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,13 +45,19 @@ class Generation:
 
     Both sides are on the event loop. Whoever feeds never waits for the reader: what is kept is at most
     every sequence's `max_tokens`. One `of_batch` is fed when a sequence has ended, and with its
-    completion alone.
+    completion alone. From `begin_by` on, on the engine loop's clock, it waits for no others to share its first pass.
     """
 
     def __init__(
-        self, orders: Sequence[Order], terms: Terms | None = None, *, of_batch: bool = False
+        self,
+        orders: Sequence[Order],
+        terms: Terms | None = None,
+        *,
+        of_batch: bool = False,
+        begin_by: float = math.inf,
     ) -> None:
         self.orders, self.terms, self.of_batch = list(orders), terms or Terms(), of_batch
+        self.begin_by = begin_by
         self._sequences = [_Sequence() for _ in orders]
         self._error: Exception | None = None
         self._news = asyncio.Event()

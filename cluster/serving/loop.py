@@ -2,30 +2,25 @@
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from headrace.cluster.adapters import Adapters
 from headrace.cluster.completion import Completion
-from headrace.cluster.job_report import Stats, Work
-from headrace.cluster.recovered import Recovery
-from headrace.cluster.recovery import StageStanding
-from headrace.cluster.ring_trace import RingTrace
+from headrace.cluster.job_report import Work
 from headrace.cluster.serving.generation import Generation
 from headrace.cluster.serving.pass_model import Pace, PassModel
 from headrace.cluster.serving.recent_work import RecentWork, Span
-from headrace.cluster.telemetry.events import EngineEvents
+from headrace.cluster.serving.served_engine import ServedEngine
 from headrace.scheduler.adapters import AdapterStats
-from headrace.scheduler.config import SchedulerConfig
+from headrace.scheduler.batch_window import BatchWindow
 from headrace.scheduler.errors import HeadraceError, RequestError, StageError
 from headrace.scheduler.kv_stats import KVStats
-from headrace.scheduler.placement import Plan
-from headrace.scheduler.plan import Adapter, Sample
-from headrace.scheduler.request import Priority, SamplingParams
+from headrace.scheduler.plan import Sample
 from headrace.scheduler.speculation import DraftCounts
 
 log = logging.getLogger(__name__)
@@ -36,106 +31,11 @@ TEND_SECONDS = 1.0
 """How often an engine without work is asked to look after its stages."""
 
 
-class EngineStats(Stats, Protocol):
-    @property
-    def kv(self) -> KVStats: ...
-
-    @property
-    def tokens(self) -> int: ...
-
-    @property
-    def adapter_slots(self) -> AdapterStats: ...
-
-    @property
-    def adapter_wait_seconds(self) -> float: ...
-
-    @property
-    def num_recoveries(self) -> int: ...
-
-    @property
-    def recoveries(self) -> Sequence[Recovery]: ...
-
-
-class ServedEngine(Protocol):
-    """The part of the engine that serving uses. Any thread may call `check` and use the tokenizer."""
-
-    @property
-    def tokenizer(self) -> Any: ...
-
-    @property
-    def model_digest(self) -> str: ...
-
-    @property
-    def adapters(self) -> Adapters: ...
-
-    @property
-    def max_context(self) -> int: ...
-
-    @property
-    def max_sequences(self) -> int: ...
-
-    @property
-    def limits(self) -> SchedulerConfig: ...
-
-    @property
-    def plan(self) -> Plan: ...
-
-    @property
-    def has_work(self) -> bool: ...
-
-    @property
-    def num_waiting(self) -> int: ...
-
-    @property
-    def num_running(self) -> int: ...
-
-    @property
-    def batch_counts(self) -> tuple[int, int]: ...
-
-    @property
-    def stats(self) -> EngineStats: ...
-
-    @property
-    def events(self) -> EngineEvents: ...
-
-    def check(self, token_ids: list[int], params: SamplingParams) -> None: ...
-
-    def add(
-        self,
-        token_ids: list[int],
-        params: SamplingParams,
-        seed: int,
-        *,
-        tenant: str = "",
-        keep: bool = False,
-        priority: Priority = Priority.INTERACTIVE,
-        weight: int = 1,
-        adapter: str | None = None,
-        on_token: Callable[[Sample], None] | None = None,
-        arrived: float | None = None,
-    ) -> int: ...
-
-    def add_adapter(self, name: str, adapter: Adapter) -> None: ...
-
-    def remove_adapter(self, name: str) -> None: ...
-
-    def step(self) -> list[Completion]: ...
-
-    def abort(self, request_id: int) -> None: ...
-
-    def tend(self) -> None: ...
-
-    def roster(self) -> list[StageStanding]: ...
-
-    def begin_trace(self, passes: int) -> None: ...
-
-    def end_trace(self) -> Callable[[], RingTrace]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class EngineState:
     """What the engine was doing between two passes, and how long these take. Of the sequences,
-    `batch_running` and `batch_waiting` are of batch requests."""
+    `batch_running` and `batch_waiting` are of batch requests. While it holds the first pass back, that begins
+    at `held_until` on its clock; `windows` passes began after such a wait, in which `joined` sequences came."""
 
     running: int = 0
     waiting: int = 0
@@ -147,6 +47,9 @@ class EngineState:
     adapter_slots: AdapterStats = field(default_factory=AdapterStats)
     adapter_wait_seconds: float = 0.0
     span: Span | None = None
+    held_until: float | None = None
+    windows: int = 0
+    joined: int = 0
 
 
 @dataclass(slots=True)
@@ -161,7 +64,7 @@ class News:
 
 
 class EngineLoop:
-    """Steps an engine while it has work and sleeps while it has none.
+    """Steps an engine while it has work and sleeps while it has none, or while the `window` is open before its first pass.
 
     `deliver` and `fail` are called by its thread and must not wait: once a pass with all that it
     brought, and once at most with the error that ended the loop.
@@ -173,8 +76,11 @@ class EngineLoop:
         deliver: Callable[[list[News]], None],
         fail: Callable[[HeadraceError], None],
         clock: Callable[[], float] = monotonic,
+        window: BatchWindow | None = None,
     ) -> None:
+        """Without a `window` no pass is held back."""
         self._engine, self._deliver, self._fail, self._clock = engine, deliver, fail, clock
+        self._window = window or BatchWindow(0.0)
         self._model, self._since, self._counted = PassModel(), 0.0, (0, 0)
         self._recent = RecentWork(Work.of(engine.stats))
         self._wake = threading.Condition()
@@ -254,22 +160,39 @@ class EngineLoop:
 
     def _obey(self) -> bool:
         """Carry out what was asked for, waiting for it if there is nothing else to do. False at the
-        end."""
+        end; True when a pass begins or is under way."""
         while True:
+            pause = self._pause()
             with self._wake:
-                if not (self._commands or self._is_closing or self._engine.has_work):
-                    self._wake.wait(TEND_SECONDS)
+                if pause and not (self._commands or self._is_closing):
+                    self._wake.wait(pause)
                     self._since = self._clock()
                 if self._is_closing:
                     return False
                 commands, self._commands = self._commands, []
             for command in commands:
                 command()
+            is_due = not self._pause()
+            if is_due:
+                self._window.begin()
             self._hand_out()
-            if self._engine.has_work:
+            if is_due:
                 return True
-            if not commands:
+            if not (commands or self._engine.has_work):
                 self._engine.tend()
+
+    def _pause(self) -> float:
+        """Seconds for which there is nothing to do unless something is asked for."""
+        engine, window = self._engine, self._window
+        if not engine.has_work:
+            window.close()
+            return TEND_SECONDS
+        if (gathered := engine.gathered) is None:
+            return 0.0
+        tokens = min(gathered.tokens, engine.limits.token_budget)
+        begin_by = min((each.begin_by for each in self._ids), default=inf)
+        expected = self._model.pace.seconds(tokens)
+        return window.left(self._clock(), gathered, engine.limits, expected, begin_by)
 
     def _measure(self) -> None:
         """Learn from a pass that has returned, if one has, how long passes take."""
@@ -329,6 +252,9 @@ class EngineLoop:
             adapter_slots=stats.adapter_slots,
             adapter_wait_seconds=stats.adapter_wait_seconds,
             span=self._recent.span,
+            held_until=self._window.until,
+            windows=self._window.passes,
+            joined=self._window.joined,
         )
         fresh = []
         for request_id, news in list(self._news.items()):

@@ -90,6 +90,8 @@ class _Engine(Collector):
         yield _gauge(table.RUNNING, state.running)
         yield _gauge(table.WAITING, state.waiting)
         yield _gauge(table.RECENT_PASS_SECONDS, state.pace.recent)
+        yield _count(table.WINDOWS, state.windows)
+        yield _count(table.JOINED, state.joined)
         spec = table.KV_PAGES
         pages = GaugeMetricFamily(spec.name, spec.help, labels=spec.labels)
         for tier, name, count in kv_pages(state.kv):
@@ -102,6 +104,10 @@ class _Engine(Collector):
 
 def _gauge(spec: MetricSpec, value: float) -> Metric:
     return GaugeMetricFamily(spec.name, spec.help, value=value)
+
+
+def _count(spec: MetricSpec, value: float) -> Metric:
+    return CounterMetricFamily(spec.name, spec.help, value=value)
 
 
 def _families(readings: Iterable[Reading]) -> Iterable[Metric]:
@@ -121,4 +127,4 @@ def _drafts(counts: DraftCounts) -> Iterable[Metric]:
         (table.DRAFT_TOKENS, counts.drafts),
         (table.ACCEPTED_DRAFT_TOKENS, counts.accepted),
     ):
-        yield CounterMetricFamily(spec.name, spec.help, value=value)
+        yield _count(spec, value)

@@ -16,6 +16,7 @@ from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.serving.keys import load_keys
 from headrace.cluster.serving.server import ServerOptions
 from headrace.cluster.serving.service import Service
+from headrace.scheduler.batch_window import LONGEST
 
 ONGOING = 1 << 16
 """Requests that Ray Serve lets into a replica: more than admission leaves there. Those beyond would wait with
@@ -44,6 +45,7 @@ class AppArgs(BaseModel):
     insecure: bool = False
     max_waiting: Annotated[int, Field(ge=1)] = 256
     max_ttft: Annotated[float, Field(gt=0)] | None = None
+    batch_window: Annotated[float, Field(ge=0, le=LONGEST)] | None = None
     max_body: str = "4MiB"
     grace: Annotated[float, Field(ge=0)] = 30.0
 
@@ -60,6 +62,7 @@ class AppArgs(BaseModel):
             insecure=self.insecure,
             max_waiting=self.max_waiting,
             max_ttft=self.max_ttft,
+            batch_window=self.batch_window,
             max_body=parse_size(self.max_body),
             grace=self.grace,
         )

@@ -29,7 +29,7 @@ from headrace.cluster.serving.bodies import (
 )
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Order
-from headrace.cluster.serving.loop import ServedEngine
+from headrace.cluster.serving.served_engine import ServedEngine
 from headrace.cluster.serving.terms import Terms
 from headrace.cluster.tools.models import MAX_TOOLS
 from headrace.cluster.tools.use import ToolUse, chat_template_with, for_template, tool_use

@@ -19,7 +19,7 @@ from headrace.cluster.serving.batches.file_store import FileLimits, FileStore
 from headrace.cluster.serving.connections import Acceptor, Connections, check_room
 from headrace.cluster.serving.guard import LOCAL, Rules
 from headrace.cluster.serving.keys import ApiKeys, load_keys
-from headrace.cluster.serving.loop import ServedEngine
+from headrace.cluster.serving.served_engine import ServedEngine
 from headrace.cluster.serving.service import Service
 from headrace.cluster.serving.shadow.messages import Setup
 from headrace.cluster.serving.shadow.options import ShadowOptions
@@ -39,7 +39,8 @@ class ServerOptions:
     """What a user chooses of a server. `port` 0 takes a free one, as `grpc_port` does, which is
     None for no gRPC; `max_body` is in bytes, `max_connections`
     are of each port, `grace` is in seconds: how long requests that run may go on once the server is told to stop. `max_ttft`, in seconds,
-    is what interactive requests that do not say wait for their first token at most; None: for ever. `files` is the
+    is what interactive requests that do not say wait for their first token at most; None: for ever. `batch_window`, in
+    seconds, is how long an idle ring holds its first pass for others to join; 0: not at all, None: by what passes take. `files` is the
     directory of what clients upload and batches write, None for none; its `limits` say how much that may be. `shadow`: what
     answers are compared with, None for nothing."""
 
@@ -53,6 +54,7 @@ class ServerOptions:
     insecure: bool = False
     max_waiting: int = 256
     max_ttft: float | None = None
+    batch_window: float | None = None
     max_body: int = 4 << 20
     max_connections: int = 1000
     grace: float = 30.0

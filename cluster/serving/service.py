@@ -11,14 +11,15 @@ from headrace.cluster.serving.batches.lane import BatchLane
 from headrace.cluster.serving.batches.manager import Batches
 from headrace.cluster.serving.batches.routes import FileRoutes, NoFiles
 from headrace.cluster.serving.guard import Gate, Rules
-from headrace.cluster.serving.loop import ServedEngine
 from headrace.cluster.serving.metrics import Metrics
 from headrace.cluster.serving.rates import Rates
 from headrace.cluster.serving.reader import Model, Reader
 from headrace.cluster.serving.reading_room import ReadingRoom
+from headrace.cluster.serving.served_engine import ServedEngine
 from headrace.cluster.serving.shadow.messages import Setup
 from headrace.cluster.serving.shadow.shadow import Shadow
 from headrace.cluster.serving.shadow.ties import tie_of
+from headrace.scheduler.batch_window import BatchWindow
 
 if TYPE_CHECKING:
     from headrace.cluster.serving.server import ServerOptions
@@ -56,6 +57,7 @@ class Service:
             self.metrics,
             options.max_waiting,
             max_ttft=options.max_ttft,
+            window=BatchWindow(options.batch_window),
             rates=rates,
             on_end=None if self.shadow is None else self.shadow.offer,
         )

@@ -1,5 +1,6 @@
 """What a request asks for beside tokens: its class, its share, and by when."""
 
+import math
 from dataclasses import dataclass, replace
 
 from headrace.cluster.serving.errors import ApiError
@@ -61,6 +62,12 @@ class Terms:
         return replace(
             self, first_within=left(self.first_within), done_within=left(self.done_within)
         )
+
+    def spare(self, first: float, done: float) -> float:
+        """Seconds that are to spare if the first token comes after `first` and the last after `done`; none is negative."""
+        pairs = ((self.first_within, first), (self.done_within, done))
+        left = [within - seconds for within, seconds in pairs if within is not None]
+        return max(0.0, min(left, default=math.inf))
 
     def by_default(self, first_within: float | None) -> "Terms":
         """An interactive request that asks for no time to its first token is held to the server's."""

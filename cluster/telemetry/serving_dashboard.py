@@ -99,6 +99,14 @@ QUEUE = Row(
             "Requests by path", PER_SECOND,
             (Query(_of_server(table.REQUESTS, "path"), "{{path}}"),), "From `headrace serve`.",
         ),
+        Panel(
+            "Passes held for others to join", PER_SECOND,
+            (
+                Query(_of_server(table.WINDOWS, "instance"), "{{instance}} held"),
+                Query(_of_server(table.JOINED, "instance"), "{{instance}} joined"),
+            ),
+            "Many held and few joined: a smaller --batch-window. From `headrace serve`.",
+        ),
     ),
 )  # fmt: skip
 

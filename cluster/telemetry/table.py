@@ -308,6 +308,14 @@ FORECAST_RATIO = MetricSpec(
 RECENT_PASS_SECONDS = MetricSpec(
     "headrace_pass_seconds", _GAUGE, "seconds", "What recent passes took.", _SERVER
 )
+WINDOWS = MetricSpec(
+    "headrace_batch_windows", _COUNTER, "passes",
+    "Passes that an idle ring held back for a moment, so that others could join.", _SERVER,
+)  # fmt: skip
+JOINED = MetricSpec(
+    "headrace_batch_window_joined", _COUNTER, "sequences",
+    "Sequences that came while such a pass was held, and share it.", _SERVER,
+)  # fmt: skip
 
 # Servers with --shadow.
 SHADOW_SEQUENCES = MetricSpec(

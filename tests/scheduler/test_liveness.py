@@ -55,11 +55,13 @@ class FakePipeline:
         flying = [p for a, _ in self.in_flight for b in a.micro_batches for p in b.slices]
         oldest = self.in_flight[0][0] if config.ahead and self.in_flight else None
         before = {p.request for b in oldest.micro_batches for p in b.slices} if oldest else set()
-        requests = [piece.request for piece in pieces]
-        again = set(requests) & {piece.request for piece in flying}
-        assert len(requests) == len(set(requests)), "a request twice in a pass"
+        requests = requests_of(a_pass)
+        again = requests & {piece.request for piece in flying}
+        check_parts(a_pass, config)
         assert again <= before, "a request twice in flight"
-        twice = Counter(piece.request for piece in pieces + flying)
+        twice = Counter(requests)
+        for flies, _ in self.in_flight:
+            twice.update(requests_of(flies))
         assert max(twice.values()) <= 1 + config.ahead
         assert a_pass.follows in (None, oldest.step if oldest else None)
         held = {(page, piece.request) for piece in pieces + flying for page in piece.pages}
@@ -68,7 +70,7 @@ class FakePipeline:
         assert len(tails) == len({tail for tail, _ in tails}), "a tail shared by two requests"
         assert all(tail < (config.num_tails or config.num_pages) for tail, _ in tails)
         assert 0 < a_pass.num_tokens <= config.token_budget
-        assert len(pieces) <= config.max_sequences
+        assert len(requests) <= config.max_sequences
         assert len(batches) == min(len(pieces), config.micro_batches)
         assert all(0 < batch.num_tokens <= config.micro_batch_tokens for batch in batches)
 
@@ -93,6 +95,22 @@ class FakePipeline:
         else:
             tail.update(enumerate(known[piece.start :], piece.start))
         return draw(piece, [token for _, token in known])
+
+
+def requests_of(a_pass: Pass) -> set[int]:
+    return {piece.request for batch in a_pass.micro_batches for piece in batch.slices}
+
+
+def check_parts(a_pass: Pass, config: SchedulerConfig) -> None:
+    """Of a request there is one slice, or parts that follow one another in micro-batches that do."""
+    ends = dict[int, int]()
+    for batch in a_pass.micro_batches:
+        requests = [piece.request for piece in batch.slices]
+        assert len(requests) == len(set(requests)), "a request twice in a micro-batch"
+        for piece in batch.slices:
+            assert config.least_part or piece.request not in ends
+            assert piece.start == ends.get(piece.request, piece.start), "parts out of order"
+            ends[piece.request] = piece.end
 
 
 def alone(request: Request, max_context: int) -> tuple[list[int], FinishReason]:
@@ -121,6 +139,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         ahead=draw(st.integers(0, 1)),
         num_tails=draw(st.sampled_from([0, 4, 2, 1])),
         drafts=draw(st.sampled_from([DraftLimits(), *SPECULATING])),
+        least_part=draw(st.sampled_from([0, 64, 10, 1])),
     )
 
 

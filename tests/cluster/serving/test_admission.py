@@ -1,5 +1,6 @@
 """Forecasts, against the real scheduler on a clock that is moved by hand."""
 
+import math
 import random
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from headrace.cluster.completion import Completion
-from headrace.cluster.serving.admission import Admission
+from headrace.cluster.serving.admission import Admission, Promise
 from headrace.cluster.serving.errors import ApiError
 from headrace.cluster.serving.generation import Generation, Order
 from headrace.cluster.serving.pass_model import PassModel
@@ -297,3 +298,45 @@ def test_guesses_may_bring_an_answer_in_fewer_passes() -> None:
     order = Order([1], SamplingParams(max_tokens=100, ignore_eos=True), 0)
     assert server.ask(order, Terms(done_within=0.4)) is None
     assert server.ask(order, Terms(done_within=0.6)) is not None
+
+
+def test_a_pass_that_is_held_for_others_is_in_the_forecast_as_far_as_there_is_time() -> None:
+    server = Simulated(LIMITS, random.Random(8))
+    server.model.observe(16, 0.1)
+    orders = [an_order(server.rng)]
+
+    def promise(within: float, held: float | None) -> Promise:
+        return server.admission.promise(
+            orders, Terms(first_within=within), server.model.pace, 5.0, held
+        )
+
+    at_once = promise(10.0, 0.0)
+    held = promise(10.0, 0.3)
+    assert at_once.forecast and held.forecast
+    assert held.forecast.first == pytest.approx(at_once.forecast.first + 0.3)
+    assert held.forecast.done == pytest.approx(at_once.forecast.done + 0.3)
+    assert 5.3 < held.begin_by < 10.0  # half of what is to spare
+    # Where there is no time for it, it is let in all the same, and the pass is not held.
+    tight = promise(0.2, 0.3)
+    assert tight.forecast == at_once.forecast
+    assert tight.begin_by == 5.0
+    assert math.isinf(server.admission.promise(orders, Terms(), server.model.pace, 5.0).begin_by)
+
+
+def test_those_for_whom_a_pass_is_held_have_no_pass_before_them() -> None:
+    server = Simulated(LIMITS, random.Random(9))
+    server.model.observe(16, 0.1)
+    first, order = an_order(server.rng), an_order(server.rng)
+    assert server.ask(first, Terms()) is not None
+    terms, pace = Terms(first_within=10.0), server.model.pace
+    running = server.admission.promise([order], terms, pace, 0.0).forecast
+    held = server.admission.promise([order], terms, pace, 0.0, 0.02).forecast
+    assert running and held
+    assert held.first < running.first - 0.1
+
+
+def test_while_nothing_is_known_of_passes_none_is_held_that_has_a_deadline() -> None:
+    server = Simulated(LIMITS, random.Random(10))
+    order = an_order(server.rng)
+    made = server.admission.promise([order], Terms(first_within=9.0), server.model.pace, 5.0, 8.0)
+    assert made.begin_by == 5.0
