@@ -122,9 +122,9 @@ def test_the_kernel_is_given_the_same_values(kind: str) -> None:
     codes = weight.rows(8, 40).codes()
     packed = codes.packed.view(32, 48).int()
     numbers = torch.stack((packed // 16, packed % 16), -1).view(32, 96 // GROUP, GROUP)
-    zeros = 8 if codes.zeros is None else codes.zeros.view(32, -1, 1)
-    values = (numbers - zeros) * codes.scales.view(32, -1, 1)
-    assert codes.scales.dtype == torch.float32 and codes.shape == (32, 96)
+    zeros = 8 if codes.zeros is None else codes.zeros.int().view(32, -1, 1)
+    values = (numbers - zeros) * codes.scales.float().view(32, -1, 1)
+    assert codes.scales.dtype == torch.float16 and codes.shape == (32, 96)
     expected = by_hand(kind, (48, 96), parts)[8:40]
     torch.testing.assert_close(values.view(32, 96).double(), expected, rtol=0, atol=1e-6)
 
