@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from attention_cases import CASES, LONG, SMALL, Case, make
-from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted, slow
+from interpreter import DEVICES, slow
 
 from headrace.runtime.attention.tiles import (
     DeviceLimits,
@@ -37,13 +37,6 @@ def check(
     out = launch.attend(real.q, real.kv, real.batch, real.rule, splits, tile)
     bound = {torch.float32: 5e-6, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.cpu().double(), real.expected, atol=bound, rtol=bound)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_in_the_interpreter(slow: bool) -> None:
-    run_interpreted(__file__, "cpu", slow=slow)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from foreign import Quantizer, compressed_tensors, compressed_tensors_settings, fp8, write
-from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
+from interpreter import DEVICES
 from stored import packed_block
 from torch import Tensor
 
@@ -28,12 +28,6 @@ def by_definition(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 def unrounded(rounded: Tensor, scale: Tensor) -> Tensor:
     wide = scale.double().repeat_interleave(rounded.shape[1] // scale.shape[1], 1)
     return rounded.double() * wide
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "rounded_rows or values_of")
 
 
 @pytest.mark.parametrize("device", DEVICES)

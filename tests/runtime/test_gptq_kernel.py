@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
+from interpreter import DEVICES
 
 from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.calibration.gptq import Factor, gptq
@@ -15,12 +15,6 @@ GRIDS = {
     "int8": row_grid,
     "nf4": lambda w: table_grid(w, NF4.to(w.device), 64),
 }
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "test_kernel")
 
 
 @pytest.mark.parametrize("kind", GRIDS)

@@ -1,12 +1,10 @@
 """The few-row 4-bit matmul: on a GPU as it is, elsewhere in Triton's interpreter, against float64."""
 
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from interpreter import run_interpreted, slow
+from interpreter import HAS_TRITON, INTERPRETED, interpreted, slow
 from torch import Tensor
 
 from headrace.runtime.bnb import functional
@@ -24,8 +22,6 @@ from headrace.runtime.matmul.configs import (
 from headrace.runtime.matmul.decode_4bit import decoding, table
 from headrace.runtime.matmul.tuning import choices, load, problems, tune
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 BF16, F16 = torch.bfloat16, torch.float16
 FORMATS = ["nf4", "fp4", "int4", "int4 with zeros"]
 HOPPER = {"processors": 132, "shared": 232448}
@@ -108,13 +104,6 @@ def check_together(
         assert (out.double() - expected).norm() < bound * expected.norm()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_in_the_interpreter(long: bool) -> None:
-    run_interpreted(__file__, "interpreted", slow=long)
-
-
 INTERPRETED_SHAPES = [
     # Columns past the end.
     ((96, 512, 64, 5, Config(64, 32, 2, 4, 2)), ("nf4", "int4 with zeros")),
@@ -130,7 +119,7 @@ INTERPRETED_SHAPES = [
 """With the formats that are not left to the slow tests: each of them, by more than one shape."""
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 @pytest.mark.parametrize(
     ("kind", "columns", "depth", "group", "rows", "config"),
     [
@@ -145,7 +134,7 @@ def test_interpreted(
     check(kind, columns, depth, group, rows, config, F16, "cpu", 1e-3)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 @pytest.mark.parametrize("kind", ["nf4", "int4 with zeros"])
 @pytest.mark.parametrize(
     ("widths", "rows", "splits", "biased"),
@@ -158,7 +147,7 @@ def test_interpreted_together(
     check_together(kind, widths, 512, rows, config, F16, "cpu", 1e-3, biased=biased)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 def test_interpreted_bfloat16() -> None:
     # The interpreter truncates to bfloat16 where a GPU rounds.
     check("nf4", 64, 512, 64, 3, Config(64, 32, 2, 4, 2), BF16, "cpu", 2e-2, biased=False)

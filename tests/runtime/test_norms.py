@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import SUPPORTED, tiny_config, tiny_model
-from interpreter import HAS_TRITON, INTERPRETED, run_interpreted
+from interpreter import interpreted
 from torch import nn
 from whole import WholeModel
 
@@ -133,13 +133,7 @@ def test_a_model_with_fused_norms(name: str, tmp_path: Path) -> None:
         assert torch.allclose(norm(x), original(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "interpreted")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 @pytest.mark.parametrize("size", [24, 128, 1536])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

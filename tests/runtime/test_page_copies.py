@@ -3,16 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted
+from interpreter import DEVICES
 
 from headrace.runtime.kv.page_copies import PageIds, copy_by_kernel, copy_pages
 
 FROM, TO = [8, 0, 3, 4], [1, 6, 0, 2]
-
-
-@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="runs the tests below")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "kernel")
 
 
 def pages(count: int, words: int) -> torch.Tensor:

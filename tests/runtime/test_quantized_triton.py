@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_cases import CASES, LONG, SMALL, Case
-from interpreter import DEVICES, HAS_TRITON, INTERPRETED, run_interpreted, slow
+from interpreter import DEVICES, slow
 from quantized_cases import expected, keep_past, make_quantized, quantized_layer, stored
 
 from headrace.runtime.attention.tiles import Tile
@@ -57,13 +57,6 @@ def assert_stored(ours: torch.Tensor, theirs: torch.Tensor, fmt: KVFormat, devic
     step = 8 / (2**fmt.bits - 1)  # of normal numbers, whose range in a head is below 8
     torch.testing.assert_close(ours, theirs, atol=step * 1.3, rtol=0)
     assert ((ours - theirs).abs() > 0.2 * step).sum() <= 2e-3 * ours.numel()
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_in_the_interpreter(slow: bool) -> None:
-    run_interpreted(__file__, "cpu", slow=slow)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,7 +7,6 @@ a process of its own.
 import importlib
 import importlib.util
 import inspect
-import os
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import SUPPORTED, tiny_config, tiny_model
-from interpreter import run_interpreted, slow
+from interpreter import interpreted, slow
 from torch import Tensor, nn
 
 from headrace.runtime import plugs
@@ -24,8 +23,6 @@ from headrace.runtime.conversion import layer_facts
 from headrace.runtime.rotary import Form, FusedRotary, Pairs, Rotary, find_form, rotate_on_cuda
 from headrace.runtime.skeleton import Skeleton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEFT_ALONE = {"deepseek_v2"}
 """It multiplies complex numbers, in a function of another name."""
@@ -241,14 +238,7 @@ def test_layers_without_weights_still_run(name: str) -> None:
     assert not rotate.forms
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-@pytest.mark.parametrize("long", [False, slow(True)])
-def test_in_the_interpreter(long: bool) -> None:
-    run_interpreted(__file__, "interpreted", slow=long)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 @pytest.mark.parametrize(("name", "layouts", "dim", "width"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, *map(slow, DTYPES[1:])])
 def test_interpreted(
@@ -257,13 +247,13 @@ def test_interpreted(
     check(function_of(name), make(dim, width, 3, (5, 2), dtype))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 @pytest.mark.parametrize("heads", [(1, 1), (32, 8), (9, 3), (40, 1)])
 def test_interpreted_heads(heads: tuple[int, int]) -> None:
     check(function_of("llama"), make(64, 64, 2, heads, torch.float32))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3", "glm4_moe"])
 @torch.inference_mode()
 def test_interpreted_model(name: str) -> None:

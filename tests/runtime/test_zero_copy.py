@@ -2,16 +2,10 @@
 
 import pytest
 import torch
-from interpreter import HAS_TRITON, INTERPRETED, run_interpreted
+from interpreter import interpreted
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that run")
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_in_the_interpreter() -> None:
-    run_interpreted(__file__, "interpreted")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_interpreted_gather(dtype: torch.dtype) -> None:
     from headrace.runtime.zero_copy import gather
@@ -22,7 +16,7 @@ def test_interpreted_gather(dtype: torch.dtype) -> None:
     assert torch.equal(out, table[tokens].to(dtype))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="in a subprocess")
+@interpreted
 def test_interpreted_store() -> None:
     from headrace.runtime.zero_copy import store
 
