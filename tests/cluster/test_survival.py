@@ -141,7 +141,7 @@ class JobCase:
 def test_a_job_that_is_killed_and_stopped_goes_on(
     stories: Path, tmp_path: Path, more: bool
 ) -> None:
-    case = JobCase(tmp_path, stories, rows=60, max_tokens=16)
+    case = JobCase(tmp_path, stories, rows=100, max_tokens=16)
     chance = random.Random(1)
     if more:
         case.kill_driver(0, chance.uniform(0.0, 3.0))

@@ -77,7 +77,8 @@ def completion(served: Served, **given: Any) -> tuple[int, Any, dict[str, str]]:
     return served.ask("POST", COMPLETIONS, body)
 
 
-def test_server_sent_events(echoes: Served) -> None:
+def test_server_sent_events(echoes: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(echoes.engine, "pace", 0.01)  # else what comes at once is sent at once
     events = Stream(echoes).events()
     assert all(event.startswith("data: ") for event in events)
     assert events[-1] == "data: [DONE]"
