@@ -103,9 +103,10 @@ def digest_of(path: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
-    if not path.is_dir():
-        raise StoreError(f"the adapter {path} is no directory: name one that PEFT has saved")
     try:
+        # Which raises OSError for names that are too long.
+        if not path.is_dir():
+            raise StoreError(f"the adapter {path} is no directory: name one that PEFT has saved")
         config = json.loads(file.read_text())
     except FileNotFoundError:
         raise StoreError(f"{path} is no adapter: it has no {CONFIG}, which PEFT saves") from None

@@ -274,6 +274,8 @@ def test_what_is_not_plain_lora_is_refused_by_name(
 def test_directories_that_are_no_adapters(llama: Case, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is no directory"):
         open_adapter(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="File name too long"):
+        open_adapter(Path("0" * 4096))
     with pytest.raises(StoreError, match=r"has no adapter_config\.json"):
         open_adapter(tmp_path)
     copy = shutil.copytree(llama.paths[0], tmp_path / "a")
