@@ -25,6 +25,9 @@ MULTIPLE = 16
 BLOCKS_MULTIPLE = 4
 """Of which cuBLAS wants the blocks of a row to be a multiple."""
 
+LEAST_CAPABILITY = (8, 9)
+"""Of GPUs whose tensor cores multiply FP8; Triton makes no FP8 on others."""
+
 MOST_COLUMNS = 1 << 16
 """Of a row that one program rounds."""
 
@@ -91,7 +94,7 @@ def multiply(rows: Rows, weight: Tensor, scale: Tensor, scales: Scales) -> Tenso
 @cache
 def multiplied_by(device: torch.device) -> frozenset[Scales]:
     """What the device and the installed PyTorch multiply in FP8: found by trying, none of it on CPUs."""
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return frozenset()
     return frozenset(scales for scales in Scales if _works(device, scales))
 
