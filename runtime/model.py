@@ -96,9 +96,7 @@ class StageModel:
         tracer: Tracer = NULL_TRACER,
         fp8_products: bool = True,
     ) -> None:
-        self.device = device
-        self.tracer = tracer
-        self.dtype = dtype
+        self.device, self.dtype, self.tracer = device, dtype, tracer
         self._skeleton = _skeleton(store, dtype)
         self.config = self._skeleton.config
         self.hidden_size: int = self.config.hidden_size
