@@ -79,7 +79,7 @@ class Problem:
     """Products that take the same time: weights [N, K] of one format, by rows of at most `rows`.
 
     `kind` is "nf4", "fp4" or "int4"; the latter is measured with zero points where the kernel takes
-    them and with bfloat16 scales, and takes no longer without or with float16.
+    them and with float16 scales, as stores have them, and takes no longer without or with bfloat16.
     """
 
     kind: str
@@ -95,7 +95,7 @@ class Problem:
 
     @property
     def scales(self) -> torch.dtype:
-        return torch.bfloat16 if self.kind == "int4" else torch.float32
+        return torch.float16 if self.kind == "int4" else torch.float32
 
 
 _TILES = {

@@ -36,7 +36,7 @@ def make(kind: str, columns: int, depth: int, group: int, device: str) -> Codes:
     scales = torch.rand(columns * depth // group, generator=generator) + 0.1
     zeros = torch.randint(17, scales.shape, generator=generator, dtype=torch.uint8)
     name, _, with_zeros = kind.partition(" ")
-    # As stores have them: BF16 of our own rounding, F16 of most GPTQ checkpoints.
+    # Stores have F16; the kernel takes other types, too.
     kept = {"int4": F16, "int4 with zeros": BF16}.get(kind, torch.float32)
     return Codes(
         name,
