@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+from large_shapes import LLAMA_70B
 
 from headrace.scheduler.decode import Decode
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
@@ -13,22 +14,7 @@ from headrace.scheduler.timing import TURNAROUND, timing, turnaround
 GB = 10**9
 GPU = DeviceProfile("cuda", 7.0, 24.0, 100.0, 1000.0, 2e-4, 10.0)
 
-SHAPE = ModelShape(  # 70B in nf4
-    layer_bytes=(481_300_480,) * 80,
-    kv_format="bf16",
-    layer_kv_bytes=(262_144,) * 80,
-    layer_parameters=(855_638_016,) * 80,
-    layer_active_parameters=(855_638_016,) * 80,
-    largest_matrix=8192 * 28672,
-    embed_bytes=2_101_346_304,
-    head_bytes=2_101_346_304,
-    hidden_size=8192,
-    vocab_size=128256,
-    intermediate_size=28672,
-    max_context=131072,
-    compute_bytes=2,
-    needs_scratch=True,
-)
+SHAPE = replace(LLAMA_70B, layer_bytes=(481_300_480,) * 80)  # as converted to NF4
 
 
 def cyclic(layers: int, stages: int, tier: Tier = Tier.NVME, layers_a_visit: int = 1) -> Placement:
