@@ -2,11 +2,13 @@
 
     python benchmarks/fp8.py products [--rows 1,16,128,2048,8192]
     python benchmarks/fp8.py quality [--model CHECKPOINT] [--tokens 20000]
+    python benchmarks/fp8.py ring FOLDER [--shape 8b] [--layers 32] [--batch 128]
 
 `products` prints microseconds, the caches flushed before each call. `quality` makes FP8 checkpoints of
 a model, with scales of rows and of 128 x 128 blocks, and compares next-token distributions on held-out
 text with those of the same weights in float32: mean Kullback-Leibler divergence (nats) and share of equal
-likeliest tokens.
+likeliest tokens. `ring` runs a model's shape with random weights in FP8, all on the device of one stage, and prints
+seconds of a pass in which all sequences decode, and of all prompts; FOLDER keeps the checkpoints and stores.
 """
 
 import argparse
@@ -29,6 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from headrace.cluster.bench.random_store import write_checkpoint
+from headrace.cluster.bench.run import Work, run_work
+from headrace.cluster.bench.shapes import SHAPES, config_of
+from headrace.cluster.engine_options import EngineOptions
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.matmul.fp8 import BLOCK, FP8, multiply, rounded, scales_of
 from headrace.runtime.matmul.timing import Timer
@@ -140,9 +146,35 @@ def quality(model: Path, count: int) -> Table:
     return table
 
 
+def ring(folder: Path, shape: str, layers: int | None, batch: int) -> Iterator[tuple[str, ...]]:
+    """What each way takes: scales, rows in, graphs, decode and its share of the bound, prompts."""
+    source = folder / shape
+    write_checkpoint(source, config_of(shape, layers))
+    work = Work(batch, prompt=240, new=32, tier="device")
+    for kind in KINDS:
+        checkpoint, path = folder / f"{shape}-{kind}", folder / f"{shape}-{kind}.store"
+        if not checkpoint.exists():
+            write_fp8(source, checkpoint, kind)
+        store = convert(checkpoint, path, format="keep")
+        for fp8, graphs in ((True, True), (True, False), (False, True)):
+            found = run_work(EngineOptions(path, fp8_products=fp8, graphs=graphs), work, store)
+            decode, prompts = found.decode, found.prefill
+            rate = f"{prompts.tokens_per_second:,.0f}"
+            taken = (
+                f"{decode.seconds * 1e3:.2f}",
+                f"{decode.share or 0:.2f}",
+                f"{prompts.seconds:.3f}",
+            )
+            yield kind, "fp8" if fp8 else "bf16", "yes" if graphs else "no", *taken, rate
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", choices=["products", "quality"])
+    parser.add_argument("what", choices=["products", "quality", "ring"])
+    parser.add_argument("folder", type=Path, nargs="?", help="of checkpoints and stores, for ring")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rows", default="1,16,128,2048,8192")
     parser.add_argument("--model", type=Path, default=EXAMPLES / "stories-9m")
     parser.add_argument("--tokens", type=int, default=20000)
@@ -151,6 +183,15 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name(CUDA)}, torch {torch.__version__}")
     if given.what == "products":
         table = products([int(rows) for rows in given.rows.split(",")])
+    elif given.what == "ring":
+        if given.folder is None:
+            parser.error("ring wants a FOLDER")
+        table = Table(
+            "scales of", "rows in", "graphs", "ms a pass", "share", "prompts, s", "tokens/s"
+        )
+        for row in ring(given.folder, given.shape, given.layers, given.batch):
+            print(*row, flush=True)
+            table.add_row(*row)
     else:
         table = quality(given.model, given.tokens)
     Console().print(table)

@@ -48,6 +48,15 @@ def _order_kernel(
 
 
 @triton.jit
+def _group(step, GROUP: tl.constexpr, WORDS: tl.constexpr):
+    """The first group of a row's words from WORDS * step on."""
+    if 8 * WORDS >= GROUP:
+        return step * (8 * WORDS // GROUP)
+    else:
+        return step // (GROUP // (8 * WORDS))
+
+
+@triton.jit
 def _widen(scale, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr):
     """[BLOCK_N, GROUPS] -> [BLOCK_N, WORDS], each repeated."""
     wide = tl.broadcast_to(scale[:, :, None], (BLOCK_N, GROUPS, WORDS // GROUPS))
@@ -174,17 +183,20 @@ def _matmul_kernel(
     of_row = row[:, None] * scales_a_row + tl.arange(0, GROUPS)[None, :]
     x_at = x + m[:, None] * (8 * depth) + tl.arange(0, 8 * WORDS)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(part * steps // splits, (part + 1) * steps // splits):
+    step = part * steps // splits
+    if ZEROS:
+        zero = tl.load(zeros_at + of_row + _group(step, GROUP, WORDS))
+    for step in range(step, (part + 1) * steps // splits):
         words = tl.load(words_at + step * WORDS)
-        if 8 * WORDS >= GROUP:
-            group = of_row + step * GROUPS
-        else:
-            group = of_row + step // (GROUP // (8 * WORDS))
-        scale = _widen(tl.load(scales_at + group).to(DTYPE), GROUPS, BLOCK_N, WORDS)
+        scale = tl.load(scales_at + of_row + _group(step, GROUP, WORDS))
+        scale = _widen(scale.to(DTYPE), GROUPS, BLOCK_N, WORDS)
         minus = scale
         if ZEROS:
-            minus = (-MAGIC - tl.load(zeros_at + group).to(tl.float32)).to(DTYPE)
-            minus = _widen(minus, GROUPS, BLOCK_N, WORDS)
+            minus = _widen((-MAGIC - zero.to(tl.float32)).to(DTYPE), GROUPS, BLOCK_N, WORDS)
+            # A thread has under four bytes of them, which cannot be copied asynchronously: they
+            # are read a step ahead, or each step would wait for memory.
+            after = _group(tl.minimum(step + 1, steps - 1), GROUP, WORDS)
+            zero = tl.load(zeros_at + of_row + after)
         left = _decoded(
             words, scale, minus, table_at, ASM, CONSTRAINTS, AFFINE, ZEROS, MAGIC, BLOCK_N, WORDS
         )  # fmt: skip
