@@ -11,14 +11,21 @@ from headrace.scheduler.errors import HeadraceError
 log = logging.getLogger(__name__)
 
 
-def memory_cgroup(own: str, root: Path) -> tuple[Path, str]:
-    """The memory cgroup that /proc/self/cgroup (`own`) names, and the file that holds its limit."""
+def memory_cgroups(own: str, root: Path) -> tuple[Path, Path, str]:
+    """The memory cgroup that /proc/self/cgroup (`own`) names, the one nearest above it that gives its children
+    a limit (v2 has those that hold processes give none), and the file that says theirs."""
     places = [line.split(":", 2)[1:] for line in own.splitlines()]
     for controllers, path in places:
         if "memory" in controllers.split(","):
-            return root / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
+            home = root / "memory" / path.lstrip("/")
+            return home, home, "memory.limit_in_bytes"
     unified = next(path for controllers, path in places if not controllers)
-    return root / unified.lstrip("/"), "memory.max"
+    home = root / unified.lstrip("/")
+    for parent in (home, *home.parents):
+        given = parent / "cgroup.subtree_control"
+        if parent == root or (given.exists() and "memory" in given.read_text().split()):
+            break
+    return home, parent, "memory.max"
 
 
 @contextmanager
@@ -29,14 +36,15 @@ def host_memory_cap(
 ) -> Iterator[None]:
     """Hold this process and all that it starts to `nbytes` of host memory, page cache included.
 
-    By a cgroup inside this process's own, which only root may make. Raises HeadraceError.
+    By a cgroup inside this process's own or above it, which only root may make. Raises HeadraceError.
     """
     if nbytes is None:
         yield
         return
-    parent, limit = memory_cgroup(own.read_text(), root)
+    home, parent, limit = memory_cgroups(own.read_text(), root)
     group = parent / f"headrace-bench-{os.getpid()}"
     try:
+        home.stat()  # to which this process goes back
         group.mkdir()
         (group / limit).write_text(str(nbytes))
         (group / "cgroup.procs").write_text(str(os.getpid()))
@@ -47,7 +55,7 @@ def host_memory_cap(
     try:
         yield
     finally:
-        (parent / "cgroup.procs").write_text(str(os.getpid()))
+        (home / "cgroup.procs").write_text(str(os.getpid()))
         try:
             group.rmdir()
         except OSError as error:

@@ -183,18 +183,22 @@ def _matmul_kernel(
     of_row = row[:, None] * scales_a_row + tl.arange(0, GROUPS)[None, :]
     x_at = x + m[:, None] * (8 * depth) + tl.arange(0, 8 * WORDS)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    step = part * steps // splits
-    if ZEROS:
-        zero = tl.load(zeros_at + of_row + _group(step, GROUP, WORDS))
-    for step in range(step, (part + 1) * steps // splits):
+    # A thread has under four bytes of zero points, which cannot be copied asynchronously: read a step
+    # ahead nothing waits for them. Where a step has one group, that would cost a better layout.
+    AHEAD: tl.constexpr = ZEROS and GROUPS > 1
+    start = part * steps // splits
+    if AHEAD:
+        zero = tl.load(zeros_at + of_row + _group(start, GROUP, WORDS))
+    for step in range(start, (part + 1) * steps // splits):
         words = tl.load(words_at + step * WORDS)
         scale = tl.load(scales_at + of_row + _group(step, GROUP, WORDS))
         scale = _widen(scale.to(DTYPE), GROUPS, BLOCK_N, WORDS)
         minus = scale
         if ZEROS:
+            if not AHEAD:
+                zero = tl.load(zeros_at + of_row + _group(step, GROUP, WORDS))
             minus = _widen((-MAGIC - zero.to(tl.float32)).to(DTYPE), GROUPS, BLOCK_N, WORDS)
-            # A thread has under four bytes of them, which cannot be copied asynchronously: they
-            # are read a step ahead, or each step would wait for memory.
+        if AHEAD:
             after = _group(tl.minimum(step + 1, steps - 1), GROUP, WORDS)
             zero = tl.load(zeros_at + of_row + after)
         left = _decoded(

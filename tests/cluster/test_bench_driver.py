@@ -43,27 +43,27 @@ def test_a_run_without_steady_passes_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "group", "limit"),
+    ("own", "home", "above", "limit"),
     [
-        ("4:cpu:/\n3:memory:/a/b\n0::/\n", "memory/a/b", "memory.limit_in_bytes"),
-        ("0::/user.slice\n", "user.slice", "memory.max"),
-        ("0::/\n", "", "memory.max"),
+        ("4:cpu:/\n3:memory:/a/b\n0::/\n", "memory/a/b", "memory/a/b", "memory.limit_in_bytes"),
+        ("0::/user.slice/a.scope\n", "user.slice/a.scope", "user.slice", "memory.max"),
+        ("0::/\n", "", "", "memory.max"),
     ],
 )
-def test_host_memory_is_capped_inside_the_cgroup_that_the_process_is_in(
-    tmp_path: Path, own: str, group: str, limit: str
+def test_host_memory_is_capped_by_a_cgroup_that_may(
+    tmp_path: Path, own: str, home: str, above: str, limit: str
 ) -> None:
-    described = tmp_path / "own"
+    described, root = tmp_path / "own", tmp_path / "root"
     described.write_text(own)
-    parent = tmp_path / "root" / group
-    parent.mkdir(parents=True)
-    with host_memory_cap(5 << 30, tmp_path / "root", described):
-        (made,) = parent.glob("headrace-bench-*")
+    (root / home).mkdir(parents=True)
+    (root / above / "cgroup.subtree_control").write_text("cpu memory\n")
+    with host_memory_cap(5 << 30, root, described):
+        (made,) = (root / above).glob("headrace-bench-*")
         assert (made / limit).read_text() == str(5 << 30)
         assert (made / "cgroup.procs").read_text() == str(os.getpid())
         for file in made.iterdir():  # the kernel's files go with their directory
             file.unlink()
-    assert (parent / "cgroup.procs").read_text() == str(os.getpid())
+    assert (root / home / "cgroup.procs").read_text() == str(os.getpid())
     assert not made.exists()
 
 
