@@ -233,7 +233,7 @@ def run_work(given: EngineOptions, work: Work, store: Store) -> Result:
         if options.ngram_speculation:
             engine.draft_with(BlindDrafter)
         batch, driver = batch_of(engine.plan, work), Driver(engine, meter)
-        _generate(driver, min(WARMUP_SEQUENCES, batch), work.prompt, WARMUP_TOKENS, store)
+        _generate(driver, min(WARMUP_SEQUENCES, batch), work.prompt, WARMUP_TOKENS, store, seed=1)
         driver.steps.clear()
         _generate(driver, batch, work.prompt, work.new, store)
         meter.sample()
@@ -264,8 +264,11 @@ def _open_engine(work: Work, options: EngineOptions) -> AbstractContextManager[E
     return local_engine(options) if work.local else running_engine(options)
 
 
-def _generate(driver: Driver, count: int, prompt: int, new: int, store: Store) -> None:
-    driver.add(random_prompts(count, prompt, store.config["vocab_size"], seed=count), new)
+def _generate(
+    driver: Driver, count: int, prompt: int, new: int, store: Store, *, seed: int = 0
+) -> None:
+    """Sequences of another seed share no prefix with these, whose pages would be found."""
+    driver.add(random_prompts(count, prompt, store.config["vocab_size"], seed=seed), new)
     driver.run()
 
 
