@@ -4,51 +4,33 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from headrace.runtime.drawn_tokens import DrawnTokens, Tokens, sampled_rows
-from headrace.runtime.kv.cold_batch import ColdBatch
+from headrace.runtime.drawn_tokens import DrawnTokens
 from headrace.runtime.kv.handover import Contexts
 from headrace.runtime.kv.moves import PageLog
 from headrace.runtime.kv.ring import NOTHING_BROUGHT
-from headrace.runtime.kv.store import LayerPages
 from headrace.runtime.kv.window import PageWindow
 from headrace.runtime.link import Receiver, ReceiveRing, Sender, wait_event
 from headrace.runtime.memory.held import Holding, Owner
 from headrace.runtime.ready import Ready, ReadyBatch
 from headrace.runtime.recorder import Recorder, make_recorder
-from headrace.runtime.sampler import Drawn, draw
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.stage_links import StageLinks
 from headrace.runtime.stage_moves import StageMoves
 from headrace.runtime.stage_start import StageParts, StageStart, make_graphs
 from headrace.runtime.streaming.streamer import StreamCounters
-from headrace.runtime.trace import KEPT_PASSES, NULL_TRACER, Kind, SwitchTracer, Trace
+from headrace.runtime.trace import KEPT_PASSES, NULL_TRACER, SwitchTracer, Trace
 from headrace.runtime.verification import verified
-from headrace.scheduler.errors import StageError, StageLostError, StoreError
+from headrace.runtime.visits import Travel, Visits
+from headrace.scheduler.errors import StageError, StoreError
 from headrace.scheduler.plan import Adapter, MicroBatch, Pass, PassResult, StageTimes
 
 if TYPE_CHECKING:
-    from headrace.runtime.graphs import Lane
-    from headrace.runtime.model import Prepared
     from headrace.runtime.recording import Capture
-
-
-@dataclass(slots=True)
-class _Travel:
-    """One micro-batch on its way through this stage's part of a pass."""
-
-    micro_batch: MicroBatch
-    before: Tokens
-    prepared: "Prepared"
-    lane: "Lane | None"
-    cold: ColdBatch | None = None
-    x: torch.Tensor | None = None
-    drawn: list[Drawn] = field(default_factory=list)
 
 
 class Stage:
@@ -69,11 +51,8 @@ class Stage:
     ) -> None:
         self.config = config
         self.device = torch.device(config.device)
-        self._plan, self._placement = config.plan, config.plan.placement
-        self._visits = self._placement.visits_of(config.stage)
+        self._plan = config.plan
         self._drawn = DrawnTokens(config.plan.passes_in_flight)
-        ends = self._placement.first_stage, self._placement.last_stage
-        self._reads_tokens = config.stage in ends
         self._closed, self._broken = threading.Event(), threading.Event()
         # The default stream would serialize compute with copies.
         self._compute = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -92,6 +71,9 @@ class Stage:
             self._adapters = parts.adapters
             self._beside = StageMoves(config.stage, parts.moves, parts.adapters)
             self._graphs = make_graphs(config, parts, capture or self._capture(parts))
+            self._visits = Visits(
+                config, parts, self._graphs, self._links, self.tracer, self._broken
+            )
             self._opened = opened.pop_all()
 
     def _capture(self, parts: StageParts) -> "Capture | None":
@@ -244,90 +226,11 @@ class Stage:
         if not ready.batches:
             waited = self._beside.wait(f"pass {ready.step}", self.config.deadline)
             return self._result(ready.step, (), time.perf_counter() - started, waited)
-        drawn = self._drawn.before(ready.step, ready.follows) if self._reads_tokens else {}
-        travels = [self._begin(i, batch, drawn) for i, batch in enumerate(ready.batches)]
-        self._weights.begin_pass(len(travels))
-        self._begin_ring(travels)
-        for position, visit in enumerate(self._visits):
-            self._visit(position, visit, travels)
+        reads_tokens = self._visits.reads_tokens
+        drawn = self._drawn.before(ready.step, ready.follows) if reads_tokens else {}
+        travels = self._visits.run(ready, drawn)
         self._finish()
         return self._result(ready.step, travels, time.perf_counter() - started)
-
-    def _begin_ring(self, travels: Sequence[_Travel]) -> None:
-        """Have cold pages brought in the order in which layers will need them."""
-        cold = [travel.cold for travel in travels if travel.cold is not None]
-        if cold:
-            assert self._ring is not None, "the plan has no ring for pages in host RAM"
-            visits = (self._placement.visits[visit] for visit in self._visits)
-            self._ring.begin_pass(
-                (layer, batch) for visit in visits for batch in cold for layer in visit.layers
-            )
-
-    def _begin(self, index: int, ready: ReadyBatch, drawn: Tokens) -> _Travel:
-        if self._reads_tokens:
-            ready.complete(drawn)
-        if not ready.for_lane:
-            prepared = self._model.prepare(ready.batch.to(self.device))
-            return _Travel(ready.micro_batch, drawn, prepared, None, ready.cold)
-        assert self._graphs is not None
-        lane = self._graphs.lane(index, ready)
-        if lane is None:
-            return self._begin(index, ReadyBatch.build(ready.micro_batch, self.device), drawn)
-        return _Travel(ready.micro_batch, drawn, lane.prepared, lane)
-
-    def _visit(self, position: int, visit: int, travels: Sequence[_Travel]) -> None:
-        if self._broken.is_set():
-            raise StageLostError(f"stage {self.config.stage}: the pass was broken off")
-        with (
-            self.tracer.span(Kind.VISIT, number=visit),
-            self._weights.hold(position) as layers,
-        ):
-            for travel in travels:
-                x = self._arrive(visit, travel)
-                if travel.lane is None:
-                    x = self._model.run_layers(layers, x, travel.prepared, self._pages_of(travel))
-                else:
-                    x = travel.lane.run(layers, x)
-                self._depart(visit, travel, x)
-
-    def _pages_of(self, travel: _Travel) -> LayerPages:
-        if travel.cold is None:
-            return self._kv
-        assert self._ring is not None
-        return self._ring.pages(travel.cold)
-
-    def _arrive(self, visit: int, travel: _Travel) -> torch.Tensor:
-        """Hidden states [tokens, hidden] before the visit: embedded, still here, or received."""
-        if visit == 0:
-            return travel.prepared.x
-        source = self._placement.visits[visit - 1].stage
-        if source == self.config.stage:
-            assert travel.x is not None
-            return travel.x
-        return self._links.recv(source, travel.micro_batch.num_tokens)
-
-    def _depart(self, visit: int, travel: _Travel, x: torch.Tensor) -> None:
-        travel.x = None
-        if visit == len(self._placement.visits) - 1:
-            with self.tracer.span(Kind.SAMPLE):
-                travel.drawn = self._draw(travel, x)
-            return
-        target = self._placement.visits[visit + 1].stage
-        if target == self.config.stage:
-            travel.x = x
-        else:
-            # A lane writes its hidden states where they were.
-            self._links.send(target, x if travel.lane is None else x.clone())
-
-    def _draw(self, travel: _Travel, x: torch.Tensor) -> list[Drawn]:
-        rows = sampled_rows(travel.micro_batch, travel.before)
-        drawn, plan = [], self._plan
-        for start in range(0, len(rows), plan.logit_rows):
-            chosen = travel.prepared.batch.sample_rows[start : start + plan.logit_rows]
-            logits = self._model.logits(x.index_select(0, chosen))
-            some = rows[start : start + plan.logit_rows]
-            drawn.append(draw(logits, some, plan.sample_rows))
-        return drawn
 
     def _finish(self) -> None:
         if self.device.type == "cuda":
@@ -336,7 +239,7 @@ class Stage:
             wait_event(event, self.config.deadline, f"stage {self.config.stage}'s part of a pass")
 
     def _result(
-        self, step: int, travels: Sequence[_Travel], seconds: float, kv_wait: float = 0.0
+        self, step: int, travels: Sequence[Travel], seconds: float, kv_wait: float = 0.0
     ) -> PassResult:
         counters = self._weights.take_counters()
         self._check_streamed(step, counters.layers, computed=bool(travels))
