@@ -17,6 +17,7 @@ from headrace.cluster.discovery import discover
 from headrace.cluster.stage_thread import StageThread
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.cold.source import Hydration
+from headrace.runtime.cuda_context import begin_context
 from headrace.runtime.pulse import PulseTarget, begin_pulse
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
@@ -139,12 +140,15 @@ class StageActor:
     @_for_good()
     def open(self, device: str) -> None:
         """Import what runs, without models' code, and open the device: seconds that stages share."""
+        on_cuda = device.startswith("cuda")
+        if on_cuda:
+            begin_context()
         import torch
 
         import headrace.runtime.stage  # noqa: F401
 
-        if device.startswith("cuda"):
-            self._thread.do(torch.cuda.mem_get_info, device)  # makes the context
+        if on_cuda:
+            self._thread.do(torch.cuda.mem_get_info, device)  # waits for the context, or makes it
 
     def hydrate(self, payload: bytes) -> int:
         """Fetch what a Hydration says and this node lacks. Returns how many bytes came."""
