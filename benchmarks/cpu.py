@@ -70,7 +70,7 @@ class Decoder:
 def make_stage(store: Store, sequences: int, max_sequences: int, pages: int, threads: int) -> Stage:
     options = EngineOptions(store.path, device="cpu", dtype="bfloat16", max_sequences=sequences)
     found = discover("cpu", str(store.path.resolve()))
-    plan = plan_run(options, "cpu", [found], model_shape(store, torch.bfloat16))
+    plan = plan_run(options, "cpu", [found], model_shape(store, "bfloat16"))
     assert not any(plan.nvme_bytes_a_pass), "the model does not fit this machine's memory"
     return Stage(
         StageConfig(

@@ -9,7 +9,6 @@ device memory and 706 TFLOP/s where it gives none), and what was measured is cop
 import statistics
 from dataclasses import dataclass, replace
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -73,7 +72,7 @@ ROWS = (
 
 
 def shape_of(row: Row) -> ModelShape:
-    return model_shape(hollow_store(config_of(row.shape, row.layers), row.fmt), torch.bfloat16)
+    return model_shape(hollow_store(config_of(row.shape, row.layers), row.fmt), "bfloat16")
 
 
 def expected(row: Row, shape: ModelShape) -> tuple[float, str]:

@@ -48,9 +48,10 @@ def running_engine(options: EngineOptions, watch: Watch | None = None) -> Iterat
         beside = stack.enter_context(_beside())
         resolving = beside.submit(resolve, options, store)
         measuring = beside.submit(lambda: shape_in(store, resolving.result()[1], options.kv_format))
-        loading = beside.submit(load_tokenizer, store.path)
         stack.enter_context(ray_cluster(options.stages, options.address, options.metrics_port))
         times.ended("Ray")
+        # Not before: it imports transformers, with a core that Ray's own processes start on.
+        loading = beside.submit(load_tokenizer, store.path)
         model = RunModel(store, cold, *resolving.result(), measuring)
         starter = stack.enter_context(RingStarter(options, model, ahead, times, watch))
         ring = starter.start(options.stages)

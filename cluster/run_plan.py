@@ -12,6 +12,7 @@ from headrace.cluster.adapters import adapter_host_bytes, adapter_room, check_ad
 from headrace.cluster.discovery import Discovery, discover
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.kv_options import check_kv_options
+from headrace.runtime.shape import model_shape
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.inputs import Budget, Choices, ModelShape, Workload
@@ -36,13 +37,15 @@ def resolve_device(device: str, address: str | None = None) -> str:
 
     With the `address` of a cluster, CUDA only has to be there.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise HeadraceError(f"--device must be auto, cpu or cuda, not {device!r}")
+    if device == "cpu" or (device == "cuda" and address is not None):
+        return device
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise HeadraceError(f"--device must be auto, cpu or cuda, not {device!r}")
-    if device == "cuda" and address is None and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise HeadraceError(
             "--device cuda: PyTorch sees no CUDA device on this machine. Check nvidia-smi and that "
             f"this PyTorch ({torch.__version__}) was built for CUDA, or use --device cpu"
@@ -156,23 +159,18 @@ def local_plan(options: EngineOptions, store: Store) -> Plan:
     check_adapter_options(options)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device, store)
-    # First: what it imports is counted by what follows.
     shape = shape_in(store, dtype, options.kv_format)
     found = discover(stage_device(device), str(store.path.resolve()))
     return plan_run(options, device, [found] * options.stages, shape)
 
 
 def shape_in(store: Store, dtype: str, kv_format: str) -> ModelShape:
-    """The model's sizes when it computes in the type of that name. Takes seconds, to import.
+    """The model's sizes when it computes in the type of that name.
 
     HeadraceError for a KV format that there is not, or not for this model.
     """
     fmt = resolve_kv_format(kv_format, dtype)
-    import torch
-
-    from headrace.runtime.shape import model_shape
-
-    return model_shape(store, getattr(torch, dtype), fmt)
+    return model_shape(store, dtype, fmt)
 
 
 def kv_alternatives(options: EngineOptions, store: Store) -> dict[str, ModelShape]:

@@ -1,6 +1,5 @@
 """The Ray shell around a Stage: messages in, messages out, no logic."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -12,9 +11,11 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from headrace.cluster.discovery import discover
+from headrace.cluster.stage_process import for_good, return_large_blocks, wait_asleep
 from headrace.cluster.stage_thread import StageThread
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.cold.source import Hydration
+from headrace.runtime.cuda_context import begin_context
 from headrace.runtime.pulse import PulseTarget, begin_pulse
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
@@ -30,33 +31,6 @@ if TYPE_CHECKING:
     from headrace.runtime.stage import Stage
 
 T = TypeVar("T")
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
-_MMAP_BYTES = 1 << 20
-
-
-def _return_large_blocks() -> None:
-    """Have malloc give blocks of a MiB and more back to the system when they are freed.
-
-    By default glibc raises that limit to 32 MiB as it sees such blocks freed, and activations of
-    every size then leave holes in the heap: up to 0.26 GB beside a budget of 0.6 GB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
-
-
-def _wait_asleep() -> None:
-    """Have threads that compute on a CPU sleep soon when they wait for each other. To be called before torch
-    is imported.
-
-    By default they spin for milliseconds: where a machine has other work, such as this run's own driver,
-    on the very core that the other thread needs. docs/benchmarks.md has what that costs ("A server under
-    load").
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
 
 PASSES = "passes"
 """The group of calls that are passes: one runs, and one is made ready. Others come in between."""
@@ -104,8 +78,8 @@ class StageActor:
         logging.basicConfig(level=os.environ.get("HEADRACE_LOG", "WARNING"))
         # Ctrl-C on a terminal reaches every process of the job; the driver decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _return_large_blocks()
-        _wait_asleep()
+        return_large_blocks()
+        wait_asleep()
         self._name, self._ring = name, ring
         self._metrics: StageMetrics | None = None
         self._thread = StageThread()
@@ -120,14 +94,18 @@ class StageActor:
     def __repr__(self) -> str:  # what the Ray dashboard shows
         return self._name
 
+    @for_good()
     def open(self, device: str) -> None:
         """Import what runs, without models' code, and open the device: seconds that stages share."""
+        on_cuda = device.startswith("cuda")
+        if on_cuda:
+            begin_context()
         import torch
 
         import headrace.runtime.stage  # noqa: F401
 
-        if device.startswith("cuda"):
-            self._thread.do(torch.cuda.mem_get_info, device)  # makes the context
+        if on_cuda:
+            self._thread.do(torch.cuda.mem_get_info, device)  # waits for the context, or makes it
 
     def hydrate(self, payload: bytes) -> int:
         """Fetch what a Hydration says and this node lacks. Returns how many bytes came."""
@@ -162,6 +140,7 @@ class StageActor:
         work = partial(measure_link, end, connection.rendezvous, where, interface)
         return encode(self._thread.do(work))
 
+    @for_good()
     def load(
         self, payload: bytes, joins_at: int | None = None, keys: dict[str, bytes] | None = None
     ) -> str:

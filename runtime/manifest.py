@@ -1,8 +1,10 @@
-"""What the manifest of a store (store.py) says: blocks, the weights in them, and layers' shapes."""
+"""What the manifest of a store (store.py) says: blocks, the weights in them, layers' shapes, and the model's settings."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from headrace.scheduler.kv_format import KVFormat
 
 MANIFEST = "headrace.json"
 VERSION = 1
@@ -92,6 +94,26 @@ class LayerShape:
     active_parameters: int
     largest_matrix: int
     latent: bool = False
+
+    def page_bytes(self, fmt: KVFormat) -> int:
+        """Bytes of one page of the layer, and of one tail in the compute type's format."""
+        return fmt.page_bytes(self.kv_heads, self.k_dim, self.v_dim, latent=self.latent)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What the planner needs to know of the whole model. It is in the manifest because only transformers can
+    tell it from a config.json, which takes seconds to import.
+
+    `max_context` is in tokens, `intermediate_size` in columns of all the experts' that one token visits together.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    intermediate_size: int
+    attention_heads: int
+    experts_per_token: int
+    max_context: int
 
 
 def block_to_json(block: Block, header_hash: str) -> dict[str, Any]:

@@ -112,7 +112,9 @@ class StageModel:
         self.adapted = RunningRows()
         blocks = [store.layers[layer] for layer in layers]
         self.interruptions = Interruptions()
-        self._scratch = Scratch(scratch_elements(blocks, dtype), dtype, device, tracer)
+        self._scratch = Scratch(
+            scratch_elements(blocks, str(dtype).removeprefix("torch.")), dtype, device, tracer
+        )
         # In float32 on CPUs every bit stays transformers' own.
         exact = device.type == "cpu" and dtype == torch.float32
         norms = None if exact else FusedNorms(dtype)

@@ -27,7 +27,14 @@ import xxhash
 
 from headrace.runtime.cold.ranges import ranges
 from headrace.runtime.cold.source import PEERS, read_origin
-from headrace.runtime.manifest import MANIFEST, VERSION, Block, LayerShape, block_from_json
+from headrace.runtime.manifest import (
+    MANIFEST,
+    VERSION,
+    Block,
+    LayerShape,
+    ModelSettings,
+    block_from_json,
+)
 from headrace.scheduler.errors import StoreError
 
 JOURNAL = "headrace-convert.jsonl"
@@ -43,7 +50,8 @@ class Store:
     table in `embed` (`head` then holds what comes before it, the final norm). `format` is what the
     store was converted to, `dtype` (safetensors' name) the type of what is not quantized, `source`
     the fingerprint of the checkpoint it was made from, `origin` the cold tier it was pulled from: None
-    for a store that was made here, which is whole.
+    for a store that was made here, which is whole. `settings` are None in stores that were made before
+    manifests had them.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], manifest: dict[str, Any]) -> None:
@@ -53,6 +61,8 @@ class Store:
         self.embed, self.head = blocks[0], blocks[-1]
         self.layers = blocks[1:-1]
         self.layer_shapes = tuple(LayerShape(**shape) for shape in manifest["layer_shapes"])
+        settings = manifest.get("settings")
+        self.settings = None if settings is None else ModelSettings(**settings)
         self.format: str = manifest["format"]
         self.dtype: str = manifest["dtype"]
         self.tied: bool = manifest["tied"]

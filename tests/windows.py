@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from headrace.runtime.kv.store import page_nbytes
 from headrace.runtime.kv.window import Blocks, NamelessFile, PageWindow
 from headrace.runtime.store import Store
 from headrace.scheduler.kv_format import FORMATS
@@ -27,7 +26,7 @@ def windows_of(
         windows = []
         for stage in range(plan.placement.num_stages if plan.window_pages else 0):
             layers = plan.placement.layers_of(stage)
-            sizes = {i: page_nbytes(store.layer_shapes[i], fmt) for i in layers}
+            sizes = {i: store.layer_shapes[i].page_bytes(fmt) for i in layers}
             nbytes = plan.window_pages * window_slot_bytes(sizes.values())
             blocks: Blocks = NamelessFile(folder, nbytes)
             blocks = wrap(blocks) if wrap else blocks

@@ -31,7 +31,7 @@ def hollow_store(config: Mapping[str, Any], fmt: str) -> Store:
             "options": Options(fmt).as_json(),
         }
         store = Store(source, plan.config, manifest)
-        store.layer_shapes = plan.layer_shapes
+        store.layer_shapes, store.settings = plan.layer_shapes, plan.settings
         return store
 
 

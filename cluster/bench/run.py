@@ -193,7 +193,7 @@ def _tier(given: EngineOptions, tier: str, store: Store) -> dict[str, Any]:
 
 def _host_bytes(store: Store) -> int:
     """What holds all layers in host memory, whole or split."""
-    shape = model_shape(store, torch.float32)
+    shape = model_shape(store, "float32")
     experts = num_experts(shape, range(shape.num_layers)) * shape.expert_bytes
     return max(sum(shape.layer_bytes), sum(shape.held_bytes(split=True)) + experts)
 

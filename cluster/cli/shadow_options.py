@@ -9,7 +9,6 @@ import typer
 from headrace.cluster.cli.options import Device
 from headrace.cluster.cli.sizes import parse_duration, parse_size
 from headrace.cluster.engine_options import EngineOptions
-from headrace.cluster.run_plan import resolve
 from headrace.cluster.serving.shadow.options import ShadowOptions, parse_share
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
@@ -67,6 +66,8 @@ class ShadowFlags:
                     " with a reference: give --shadow REFERENCE with them"
                 )
             return None
+        from headrace.cluster.run_plan import resolve
+
         device, dtype = resolve(engine, store)
         given = {
             "sample": None if self.shadow_sample is None else parse_share(self.shadow_sample),

@@ -84,7 +84,7 @@ class _Run:
         self.device = torch.device(resolve_device(options.device))
         self.dtype_name = resolve_dtype(options.dtype, self.device.type, models[0])
         self._dtype: torch.dtype = getattr(torch, self.dtype_name)
-        self._shapes = [model_shape(model, self._dtype) for model in models]
+        self._shapes = [model_shape(model, self.dtype_name) for model in models]
         for model, shape in zip(models, self._shapes, strict=True):
             refuse_other_model(models[0], self._shapes[0], model, shape)
             corpus.require_same(model)

@@ -61,7 +61,7 @@ class Room:
             return cls(None, free // _SHARE)
         work, gram = rounding_bytes(plan, method)
         work += beside
-        shape = model_shape(model, dtype)
+        shape = model_shape(model, str(dtype).removeprefix("torch."))
         least = sweep_bytes(shape, context, FEWEST_TOKENS, has_head=has_head)
         needed = work + gram + least
         if needed > device_memory:

@@ -14,7 +14,8 @@ from headrace.runtime.conversion.described import WeightPlan, described, main_fo
 from headrace.runtime.conversion.quantize import QUANTIZED, TORCH_DTYPES, parts_of
 from headrace.runtime.conversion.readers import READERS
 from headrace.runtime.conversion.source import AnyCheckpoint, SourceWeight
-from headrace.runtime.manifest import LayerShape
+from headrace.runtime.manifest import LayerShape, ModelSettings
+from headrace.runtime.settings import model_settings
 from headrace.runtime.skeleton import BlockKey, Role, Skeleton, parse_config
 from headrace.scheduler.errors import StoreError
 
@@ -95,6 +96,7 @@ class ConversionPlan:
     tied: bool
     config: dict[str, Any]
     layer_shapes: tuple[LayerShape, ...]
+    settings: ModelSettings
     blocks: tuple[BlockPlan, ...]
 
     @property
@@ -123,6 +125,7 @@ def plan_conversion(
         tied=skeleton.tied,
         config=described(checkpoint, skeleton, roles, plans, dtype),
         layer_shapes=skeleton.layer_shapes(),
+        settings=model_settings(config),
         blocks=tuple(_block(key, roles, plans) for key in keys),
     )
 

@@ -200,6 +200,7 @@ class StoreWriter:
             "dtype": plan.dtype,
             "tied": plan.tied,
             "layer_shapes": [asdict(shape) for shape in plan.layer_shapes],
+            "settings": asdict(plan.settings),
             "blocks": [
                 {k: v for k, v in entry.items() if k != REQUANTIZED} for entry in self._entries()
             ],

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from headrace.runtime.kv.store import page_nbytes
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.kv_format import FORMATS
@@ -41,7 +40,7 @@ class PageIdentity:
             dtype=config.dtype,
             device=config.device.partition(":")[0],
             layers=layers,
-            page_bytes=tuple(page_nbytes(store.layer_shapes[layer], fmt) for layer in layers),
+            page_bytes=tuple(store.layer_shapes[layer].page_bytes(fmt) for layer in layers),
         )
 
     def differences(self, other: "PageIdentity") -> list[str]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.runtime.kv.store import page_nbytes
 from headrace.runtime.kv.window import NamelessFile, PageWindow
 from headrace.runtime.stage_config import StageConfig
 from headrace.runtime.store import Store
@@ -24,7 +23,7 @@ def stage_page_bytes(config: StageConfig) -> dict[int, int]:
     """Bytes of a page of each of the stage's layers."""
     store, fmt = Store.open(Path(config.store)), FORMATS[config.plan.kv_format]
     layers = config.plan.placement.layers_of(config.stage)
-    return {layer: page_nbytes(store.layer_shapes[layer], fmt) for layer in layers}
+    return {layer: store.layer_shapes[layer].page_bytes(fmt) for layer in layers}
 
 
 def window_bytes(config: StageConfig) -> int:

@@ -148,7 +148,7 @@ class KVStore:
         self._layers: dict[int, LayerKV | QuantizedKV] = {}
         self._rotations = {dim: Rotation.of(dim, dtype, device) for dim in _rotated(shapes, fmt)}
         for layer, shape in shapes.items():
-            size = num_pages, page_nbytes(shape, fmt)
+            size = num_pages, shape.page_bytes(fmt)
             self._pages[layer] = torch.zeros(size, dtype=torch.uint8, device=device)
             if fmt.is_quantized:
                 tail = num_tails, shape.kv_heads, PAGE_TOKENS
@@ -230,11 +230,6 @@ _DTYPES = {name: getattr(torch, dtype) for dtype, name in PLAIN.items()}
 def plain_format(dtype: torch.dtype) -> KVFormat:
     """Pages of the numbers of that type."""
     return FORMATS[PLAIN[str(dtype).removeprefix("torch.")]]
-
-
-def page_nbytes(shape: LayerShape, fmt: KVFormat) -> int:
-    """Bytes of one page of one layer, and of one tail in the compute type's format."""
-    return fmt.page_bytes(shape.kv_heads, shape.k_dim, shape.v_dim, latent=shape.latent)
 
 
 def _rotated(shapes: Mapping[int, LayerShape], fmt: KVFormat) -> set[int]:

@@ -37,6 +37,7 @@ class CheckpointModel:
         self.format = plan.format
         self.tied = plan.tied
         self.layer_shapes: Sequence[LayerShape] = plan.layer_shapes
+        self.settings = plan.settings
         self._plans = {block.name: block for block in plan.blocks}
         self.blocks = tuple(_block(path, block) for block in plan.blocks)
         self.embed, self.head = self.blocks[0], self.blocks[-1]

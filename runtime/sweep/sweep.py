@@ -67,7 +67,7 @@ class Sweep:
     ) -> None:
         self.model = model
         self.device, self.dtype, self.context = device, dtype, context
-        shape = model_shape(model, dtype)
+        shape = model_shape(model, str(dtype).removeprefix("torch."))
         most = MOST_TOKENS[device.type] if micro_batch_tokens is None else micro_batch_tokens
         budget = device_budget(device, device_memory)
         self.micro_batch_tokens = fitting_tokens([shape], context, budget, most, has_head=with_head)

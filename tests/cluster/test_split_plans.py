@@ -44,7 +44,7 @@ class Made:
         self.greedy = {i: greedy(model, p, NEW_TOKENS) for i, p in enumerate(self.prompts)}
 
     def plan(self, stages: int, host: int, wishes: dict[str, Any]) -> Plan:
-        shape = model_shape(Store.open(self.path), torch.float32)
+        shape = model_shape(Store.open(self.path), "float32")
         budgets = [Budget(100 << 20, host)] * stages
         workload = Workload(128, len(LENGTHS), min_sequences=len(LENGTHS))
         plan = make_plan(shape, [CPU] * stages, budgets, workload, Choices(**wishes))

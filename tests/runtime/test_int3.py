@@ -108,6 +108,6 @@ def test_a_tied_table_is_looked_up_and_multiplied_by_as_it_is_stored(fmt, tmp_pa
     # transformers has no such tables, and must not try.
     assert store.config["quantization_config"]["quant_method"] == "headrace"
     # In host memory it is dequantized, on the device the head is packed.
-    shape = model_shape(store, torch.bfloat16)
+    shape = model_shape(store, "bfloat16")
     assert shape.embed_bytes == 2 * 4096 * 256 and shape.tied_bytes == 0
     assert shape.head_bytes < 0.6 * shape.embed_bytes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV, page_nbytes, plain_format
+from headrace.runtime.kv.store import KVStore, LayerKV, QuantizedKV, plain_format
 from headrace.runtime.manifest import LayerShape
 from headrace.scheduler.kv_format import FORMATS
 
@@ -34,9 +34,9 @@ def test_sizes_are_those_of_the_plan(dtype: torch.dtype) -> None:
     fmt = plain_format(dtype)
     with KVStore(SHAPES, 5, dtype, CPU) as store:
         for layer, shape in SHAPES.items():
-            assert store.page_bytes(layer) == page_nbytes(shape, fmt)
-        assert page_nbytes(SHAPES[3], fmt) == 64 * 2 * (16 + 8) * dtype.itemsize
-        assert store.nbytes == 5 * sum(page_nbytes(s, fmt) for s in SHAPES.values())
+            assert store.page_bytes(layer) == shape.page_bytes(fmt)
+        assert SHAPES[3].page_bytes(fmt) == 64 * 2 * (16 + 8) * dtype.itemsize
+        assert store.nbytes == 5 * sum(s.page_bytes(fmt) for s in SHAPES.values())
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -44,9 +44,9 @@ def test_sizes_of_quantized_pages_and_tails_are_those_of_the_plan(name: str) -> 
     fmt, own = FORMATS[name], plain_format(torch.float32)
     with KVStore(SHAPES, 5, torch.float32, CPU, fmt, num_tails=3) as store:
         for layer, shape in SHAPES.items():
-            assert store.page_bytes(layer) == page_nbytes(shape, fmt)
-        pages = 5 * sum(page_nbytes(shape, fmt) for shape in SHAPES.values())
-        assert store.nbytes == pages + 3 * sum(page_nbytes(s, own) for s in SHAPES.values())
+            assert store.page_bytes(layer) == shape.page_bytes(fmt)
+        pages = 5 * sum(shape.page_bytes(fmt) for shape in SHAPES.values())
+        assert store.nbytes == pages + 3 * sum(s.page_bytes(own) for s in SHAPES.values())
 
 
 def test_a_page_of_a_layer_is_one_extent() -> None:

@@ -17,7 +17,6 @@ from headrace.cluster.bench.random_store import write_store
 from headrace.cluster.bench.shapes import config_of
 from headrace.runtime.conversion import selfcheck
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.kv.store import page_nbytes
 from headrace.runtime.latents import find_latents, keeps_latents
 from headrace.runtime.matmul.packed_cpu import PackedLayout, has_kernel
 from headrace.runtime.plugs import attention_modules
@@ -252,18 +251,18 @@ def test_expansions_may_be_quantized(tmp_path: Path, fmt: str) -> None:
 def test_pages_of_deepseek_v3_take_72_kib_a_layer() -> None:
     config = parse_config(config_of("deepseek-v3", layers=4), "test")
     shape = Skeleton(config, torch.bfloat16).layer_shapes()[3]
-    assert page_nbytes(shape, FORMATS["bf16"]) == 64 * 576 * 2 == 72 << 10
-    assert page_nbytes(shape, FORMATS["int8"]) == 64 * (576 + 4)
-    assert page_nbytes(shape, FORMATS["int4"]) == 64 * (288 + 8)
+    assert shape.page_bytes(FORMATS["bf16"]) == 64 * 576 * 2 == 72 << 10
+    assert shape.page_bytes(FORMATS["int8"]) == 64 * (576 + 4)
+    assert shape.page_bytes(FORMATS["int4"]) == 64 * (288 + 8)
     expanded = Skeleton(config, torch.bfloat16, expand=True).layer_shapes()[3]
-    assert page_nbytes(expanded, FORMATS["bf16"]) == 64 * 128 * (192 + 128) * 2
+    assert expanded.page_bytes(FORMATS["bf16"]) == 64 * 128 * (192 + 128) * 2
 
 
 def test_the_planner_counts_latents(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", small_config("deepseek-v3"), "nf4")
     config = small_config("deepseek-v3")
     numbers = config["kv_lora_rank"] + config["qk_rope_head_dim"]
-    shape = model_shape(store, torch.bfloat16)
+    shape = model_shape(store, "bfloat16")
     assert set(shape.layer_kv_bytes) == {64 * numbers * 2}
     heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
     assert shape.attention_size == heads * (numbers + rank)

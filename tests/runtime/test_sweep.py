@@ -102,7 +102,7 @@ def test_states_that_are_too_many_lie_in_a_file(tmp_path: Path) -> None:
 def test_memory_that_does_not_suffice_is_refused_with_what_would(tmp_path: Path) -> None:
     tokens = torch.randint(4, 256, (2, 100))
     model = open_model(tiny_store("llama", tmp_path))
-    needed = sweep_bytes(model_shape(model, torch.float32), 100, 64)
+    needed = sweep_bytes(model_shape(model, "float32"), 100, 64)
     assert swept(model.path, tokens, device_memory=needed).isfinite().all()
     with pytest.raises(DoesNotFitError, match=rf"\({needed} bytes\)"):
         swept(model.path, tokens, device_memory=needed - 1)

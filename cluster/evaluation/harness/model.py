@@ -56,13 +56,12 @@ class HeadraceLM(TemplateLM):  # type: ignore[misc]
         self._path = Path(store)
         self._model = open_model(self._path)
         self._device = torch.device(resolve_device(device or "auto"))
-        self._dtype: torch.dtype = getattr(
-            torch, resolve_dtype(dtype, self._device.type, self._model)
-        )
+        dtype_name = resolve_dtype(dtype, self._device.type, self._model)
+        self._dtype: torch.dtype = getattr(torch, dtype_name)
         self._memory = device_memory
         self.tokenizer = tokenizer_of(self._model)
         self._prefix = special_prefix(self.tokenizer)
-        reach = model_shape(self._model, self._dtype).max_context
+        reach = model_shape(self._model, dtype_name).max_context
         self.max_length = min(reach, MOST_LENGTH) if max_length is None else int(max_length)
         self._engine = {
             "device": self._device.type,

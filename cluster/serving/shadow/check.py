@@ -29,7 +29,7 @@ def check_shadow(options: ShadowOptions) -> Setup:
     dtype_name = compute_type(options.dtype, options.device)
     dtype: torch.dtype = getattr(torch, dtype_name)
     reference, store = open_model(options.reference), open_model(options.store)
-    shapes = [model_shape(model, dtype) for model in (reference, store)]
+    shapes = [model_shape(model, dtype_name) for model in (reference, store)]
     refuse_other_model(store, shapes[1], reference, shapes[0])
     _refuse_other_tokenizer(store, reference)
     contexts = [shape.max_context for shape in shapes]
