@@ -15,7 +15,6 @@ from headrace.cluster.stage_process import for_good, return_large_blocks, wait_a
 from headrace.cluster.stage_thread import StageThread
 from headrace.cluster.wire import decode, encode
 from headrace.runtime.cold.source import Hydration
-from headrace.runtime.cuda_context import begin_context
 from headrace.runtime.pulse import PulseTarget, begin_pulse
 from headrace.runtime.rendezvous import Rendezvous
 from headrace.runtime.stage_config import StageConfig
@@ -97,15 +96,12 @@ class StageActor:
     @for_good()
     def open(self, device: str) -> None:
         """Import what runs, without models' code, and open the device: seconds that stages share."""
-        on_cuda = device.startswith("cuda")
-        if on_cuda:
-            begin_context()
         import torch
 
         import headrace.runtime.stage  # noqa: F401
 
-        if on_cuda:
-            self._thread.do(torch.cuda.mem_get_info, device)  # waits for the context, or makes it
+        if device.startswith("cuda"):
+            self._thread.do(torch.cuda.mem_get_info, device)  # makes the context
 
     def hydrate(self, payload: bytes) -> int:
         """Fetch what a Hydration says and this node lacks. Returns how many bytes came."""
