@@ -2,14 +2,12 @@
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from architectures import greedy, tiny_model
 from commands import STORIES
 
@@ -28,20 +26,13 @@ ONCE = "Once upon a time, there was a"
 RINGS = list(itertools.product(("cyclic", "contiguous"), (None, 0)))
 """Placement, and how many layers stay on each of two stages (None: all)."""
 
+pytestmark = pytest.mark.usefixtures("ray_here")
+
 NAMES = ("llama", "qwen3_moe", "gpt_oss", "gemma3_text")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    """One Ray for all tests of this file: engines use a connection that is there already."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
-def llm(stories: Path) -> Iterator[LLM]:
+def llm(ray_here: None, stories: Path) -> Iterator[LLM]:
     """Two stages that stream half of the bundled model."""
     with LLM(stories, stages=2, device_memory="8MiB", resident_layers=3, **ROOM) as engine:
         assert any(engine.plan.nvme_bytes_a_pass)
