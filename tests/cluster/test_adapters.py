@@ -134,6 +134,11 @@ def alone(engine: Engine, prompt: list[int], params: SamplingParams, name: str |
             return completion.text
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stories_adapters(tmp_path_factory.mktemp("adapters"))["adapter-1"]
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -151,6 +156,7 @@ def alone(engine: Engine, prompt: list[int], params: SamplingParams, name: str |
 def test_mistakes_are_told_at_once(
     refused: Refused,
     stories: Path,
+    adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     given: list[str],
@@ -158,7 +164,7 @@ def test_mistakes_are_told_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text('{"prompt": "x"}\n')
-    given = [each.format(adapter=stories_adapters(tmp_path)["adapter-1"]) for each in given]
+    given = [each.format(adapter=adapter) for each in given]
     files = ["--input", "in.jsonl", "--output", "out.jsonl", "--device", "cpu"]
     assert told in refused("generate", stories, *files, *given)
 
