@@ -19,7 +19,7 @@ from headrace.scheduler.placement import Tier
 from headrace.scheduler.request import SamplingParams
 
 STORY = "The old man had a boat and a dog. One day, there was a big storm and Tom said: "
-ROWS = 20
+ROWS = 15
 RINGS: list[dict[str, Any]] = [
     {"stages": 1, "tier": Tier.DEVICE},
     {"stages": 1, "tier": Tier.NVME, "token_budget": 80, "num_pages": 6},

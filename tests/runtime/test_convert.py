@@ -128,7 +128,9 @@ def test_from_pretrained_opens_the_store(
         assert type(layer.up_proj).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[fmt]
         assert type(model.lm_head) is torch.nn.Linear
         if fmt == "nf4":
-            theirs = bnb.dequantize_4bit(layer.up_proj.weight.data, layer.up_proj.weight.quant_state)
+            theirs = bnb.dequantize_4bit(
+                layer.up_proj.weight.data, layer.up_proj.weight.quant_state
+            )
             ours = weights["model.layers.0.mlp.up_proj.weight"].to(theirs.dtype)
             torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-8)
     with torch.no_grad():
