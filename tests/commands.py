@@ -16,6 +16,9 @@ import psutil
 STORIES = Path(__file__).parents[1] / "examples" / "stories-9m"
 """The bundled model: a Hugging Face checkpoint of 19 MB."""
 
+Refused = Callable[..., str]
+"""The command line in this process, which must refuse what it is given, and what it said."""
+
 MARK = "HEADRACE_TEST_RUN"
 """A variable that everything a command starts inherits, however it detaches itself."""
 

@@ -3,13 +3,11 @@
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from local_engines import engine_of
 
 from headrace import LLM
@@ -21,7 +19,7 @@ from headrace.scheduler.placement import Tier
 from headrace.scheduler.request import SamplingParams
 
 STORY = "The old man had a boat and a dog. One day, there was a big storm and Tom said: "
-ROWS = 20
+ROWS = 15
 RINGS: list[dict[str, Any]] = [
     {"stages": 1, "tier": Tier.DEVICE},
     {"stages": 1, "tier": Tier.NVME, "token_budget": 80, "num_pages": 6},
@@ -84,14 +82,6 @@ def test_answers_are_those_of_passes_that_wait(
     with engine_of(stories, ring | {"ahead": 1}) as engine:
         check_alike(serve(engine), alone)
     assert (engine._scheduler.num_preemptions > 0) == ("num_pages" in ring)
-
-
-@pytest.fixture
-def ray_here() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.parametrize(

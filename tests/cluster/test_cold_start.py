@@ -1,14 +1,12 @@
 """Rings whose stages fetch their layers from a cold tier: the same tokens, and each node has its own layers."""
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 from ray_engines import ray_engine
-from rings import manual_plan
+from rings import local_ring, manual_plan
 
 from headrace.cluster.bench.local import local_engine
 from headrace.cluster.engine import Engine
@@ -24,14 +22,6 @@ from headrace.scheduler.request import SamplingParams
 
 PROMPT = [1, 403, 407, 261, 378, 390, 311]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +59,7 @@ def blocks_in(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
 def test_from_an_empty_directory(tier: ColdModel, expected: list[int], tmp_path: Path) -> None:
     path = tmp_path / "node" / "stories"
     with LLM(path, device="cpu", stages=2, cold=tier.url) as llm:
@@ -77,6 +68,7 @@ def test_from_an_empty_directory(tier: ColdModel, expected: list[int], tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
 def test_stages_with_stores_of_their_own(
     tier: ColdModel, stories: Path, expected: list[int], tmp_path: Path
 ) -> None:
@@ -95,6 +87,7 @@ def test_stages_with_stores_of_their_own(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_here")
 def test_stages_fetch_from_other_nodes_stores(
     tier: ColdModel, stories: Path, expected: list[int], tmp_path: Path
 ) -> None:
@@ -121,7 +114,7 @@ def test_a_stage_without_its_layers_says_which(
     path = tmp_path / "node"
     pull(tier, path, lambda store: store.blocks_of(range(6), first=True, last=False))
     plan = manual_plan(Store.open(stories), stages=2)
-    with pytest.raises(StoreError) as caught, ray_engine(stories, plan, own_stores=(path, path)):
+    with pytest.raises(StoreError) as caught, local_ring(path, plan):
         pass
     assert f"store at {path} on " in str(caught.value)
     assert "lacks head and layers 6-11 " in str(caught.value)

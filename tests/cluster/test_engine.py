@@ -2,21 +2,24 @@
 
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from architectures import greedy, tiny_model
 from commands import STORIES
+from rich.console import Console
 
 from headrace import LLM, SamplingParams, StructuredOutputsParams
-from headrace.cluster.cli.main import main
+from headrace.cluster.cli.generate import Setting, run_job
+from headrace.cluster.job_files import JobFiles
+from headrace.cluster.jobs import Job
 from headrace.cluster.trace_summary import summarize
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.store import Store
 from headrace.scheduler.errors import DoesNotFitError, HeadraceError, RequestError
 from headrace.scheduler.placement import Tier
 from headrace.scheduler.plan import MoveKind
@@ -28,20 +31,13 @@ ONCE = "Once upon a time, there was a"
 RINGS = list(itertools.product(("cyclic", "contiguous"), (None, 0)))
 """Placement, and how many layers stay on each of two stages (None: all)."""
 
+pytestmark = pytest.mark.usefixtures("ray_here")
+
 NAMES = ("llama", "qwen3_moe", "gpt_oss", "gemma3_text")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    """One Ray for all tests of this file: engines use a connection that is there already."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
-def llm(stories: Path) -> Iterator[LLM]:
+def llm(ray_here: None, stories: Path) -> Iterator[LLM]:
     """Two stages that stream half of the bundled model."""
     with LLM(stories, stages=2, device_memory="8MiB", resident_layers=3, **ROOM) as engine:
         assert any(engine.plan.nvme_bytes_a_pass)
@@ -213,23 +209,20 @@ def test_seeds_give_the_same_on_other_rings(llm: LLM, stories: Path) -> None:
     assert one == two
 
 
-def test_a_job_with_bad_rows(
-    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_with_bad_rows(llm: LLM, stories: Path, tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     rows = [json.dumps({"id": "good", "prompt": ONCE}), '{"id": "torn", "prom']
     rows += [json.dumps({"id": "long", "prompt": "word " * 2000})]
     rows += [json.dumps({"id": "odd", "prompt": ONCE, "speed": 9})]
     source.write_text("\n".join(rows))
-    job = ["generate", str(stories), "--input", str(source), "--output", str(output)]
-    job += ["--device", "cpu", "--device-memory", "8MiB", "--host-memory", "0"]
-    with pytest.raises(SystemExit) as ended:
-        main([*job, "--context", "256", "--max-tokens", "8"])
-    assert ended.value.code == 3
+    store, console = Store.open(stories), Console(file=StringIO(), width=200)
+    with JobFiles(source, output, store.digest, SamplingParams(max_tokens=8)) as files:
+        job = Job(llm._engine, llm.get_tokenizer(), files, model_name="stories")
+        setting = Setting(llm.plan, store.nbytes, 8 << 20)
+        assert run_job(job, lambda: setting, console, resume_command="again") == 3
     assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == ["good"]
-    said = capsys.readouterr().out
-    assert "3 rows could not run: see" in said
-    assert "every pass streamed" in " ".join(said.split()) or "all of it stayed" in said
+    said = console.file.getvalue()
+    assert "3 rows could not run: see" in said and "every pass streamed" in said
     errors = (tmp_path / "out.errors.jsonl").read_text().splitlines()
     reasons = {row["line"]: row["error"] for row in map(json.loads, errors)}
     assert "not valid JSON" in reasons[2]

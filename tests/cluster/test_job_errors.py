@@ -7,18 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import headrace
+from commands import Refused, headrace
 
 ARGUMENTS = ("/store", "--input", "/in.jsonl", "--output", "/out.jsonl")
-
-
-def fails(folder: Path, *arguments: object, code: int = 1) -> str:
-    # What this process was told of a token by a Ray that it started is not theirs.
-    own = {"HOME": str(folder), "RAY_AUTH_MODE": "disabled"}
-    with headrace(folder, "job", *arguments, **own) as command:
-        assert command.wait(60.0) == code, command.stderr
-        assert "Traceback" not in command.stderr
-        return " ".join(command.stderr.split())
 
 
 @pytest.fixture
@@ -33,20 +24,25 @@ def web() -> Iterator[str]:
     server.server_close()
 
 
-def test_a_wrong_address(tmp_path: Path, web: str) -> None:
+def test_a_wrong_address(refused: Refused, tmp_path: Path, web: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    nobody = fails(tmp_path, "status", "x", "--address", f"http://127.0.0.1:{port}")
+    nobody = refused("job", "status", "x", "--address", f"http://127.0.0.1:{port}")
     assert "Connection refused" in nobody and "port 8265" in nobody
-    assert "is no URL of a Ray dashboard" in fails(tmp_path, "logs", "x", "--address", "head:6379")
-    other = fails(tmp_path, "cancel", "x", "--address", web)
+    assert "is no URL of a Ray dashboard" in refused("job", "logs", "x", "--address", "head:6379")
+    # What this process was told of a token by a Ray that it started is not its own.
+    own = {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    with headrace(tmp_path, "job", "cancel", "x", "--address", web, **own) as command:
+        assert command.wait(60.0) == 1, command.stderr
+        other = " ".join(command.stderr.split())
     assert f"{web} does not answer as a Ray dashboard does" in other
+    assert "Traceback" not in other
 
 
-def test_a_command_that_could_not_run_is_not_submitted(tmp_path: Path) -> None:
+def test_a_command_that_could_not_run_is_not_submitted(refused: Refused) -> None:
     """Nothing is connected to: there is no dashboard here."""
-    assert "Missing option '--output'" in fails(tmp_path, "submit", "--", *ARGUMENTS[:3], code=2)
-    unknown = fails(tmp_path, "submit", "--", *ARGUMENTS, "--stagse", "2", code=2)
+    assert "Missing option '--output'" in refused("job", "submit", "--", *ARGUMENTS[:3], code=2)
+    unknown = refused("job", "submit", "--", *ARGUMENTS, "--stagse", "2", code=2)
     assert "No such option: --stagse" in unknown
-    relative = fails(tmp_path, "submit", "--", *ARGUMENTS, "--trace", "t.json")
+    relative = refused("job", "submit", "--", *ARGUMENTS, "--trace", "t.json")
     assert "t.json must be an absolute path" in relative

@@ -26,7 +26,7 @@ COMMON = prompt(99, 140)
 PROMPTS = [COMMON + prompt(i, 80 + 10 * i) for i in range(4)] + [
     prompt(i, 150 + 20 * i) for i in range(4, 8)
 ]
-NEW = 32
+NEW = 28
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,9 @@ def test_the_example_of_ray_serve_streams_what_the_server_answers(
     with stories_engine(stories, context=128) as engine, serving(engine) as plain:
         asked = {"prompt": "Once upon a time", "max_tokens": 60, "seed": 1}
         want = plain.ask("POST", "/v1/completions", asked)[1]["choices"][0]["text"]
-    with python(tmp_path, EXAMPLES / "ray_serve.py", stories, "--port", free_port()) as command:
+    example = EXAMPLES / "ray_serve.py", stories, "--port", free_port()
+    # Ray would join the cluster of another test that it finds on this machine.
+    with python(tmp_path, *example, RAY_ADDRESS="local") as command:
         assert command.wait(240.0) == 0, command.stderr
         assert want in command.stdout
         wait_for(lambda: not command.processes(), 60.0, lambda: str(command.processes()))

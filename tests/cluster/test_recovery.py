@@ -3,7 +3,7 @@
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,21 +18,17 @@ from kv_runs import CAP, wide_llama
 from ray_engines import ray_engine
 from rings import manual_plan
 
+from headrace.cluster import replacement
 from headrace.cluster.engine import Engine
 from headrace.cluster.engine_options import EngineOptions
 from headrace.cluster.launch import running_engine
+from headrace.cluster.processes import find_node
 from headrace.runtime.stage_config import LogConfig
 from headrace.runtime.store import Store
-from headrace.scheduler.errors import StageError, StageLostError
+from headrace.scheduler.errors import HeadraceError, StageError, StageLostError
 from headrace.scheduler.placement import Plan, Tier
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +71,9 @@ def changed(engine: Engine, blow: Blow) -> list[int]:
 
 
 @pytest.mark.timeout(300)
-def test_a_stage_that_is_killed_is_replaced_and_no_other_is(llama: Path) -> None:
-    with ray_engine(llama, plan_of(llama), patience=5.0) as engine:
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_stage_that_is_killed_is_replaced_and_no_other_is(llama: Path, stages: int) -> None:
+    with ray_engine(llama, plan_of(llama, stages=stages), patience=5.0) as engine:
         want = answers(engine, "a")
         blow = Blow(engine, [1], 10)
         assert answers(engine, "b", blow) == want
@@ -246,3 +243,18 @@ def test_without_recovery_a_death_is_an_error(llama: Path) -> None:
         ray.kill(ring._actors[1])
         with pytest.raises(StageError, match="stage 1 died"):
             answers(engine, "a")
+
+
+def test_a_node_is_named_so_that_there_is_one() -> None:
+    (node,) = ray.nodes()
+    for name in ("NodeID", "NodeManagerHostname", "NodeManagerAddress"):
+        assert find_node(node[name]) == node["NodeID"]
+    with pytest.raises(HeadraceError, match="0 nodes of the Ray cluster are elsewhere"):
+        find_node("elsewhere")
+
+
+def test_a_cluster_with_nothing_to_spare_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replacement, "SPARE_SECONDS", 0.2)
+    replacement._check_spare("cpu")
+    with pytest.raises(HeadraceError, match="the Ray cluster has no GPU to spare"):
+        replacement._check_spare("cuda:0")

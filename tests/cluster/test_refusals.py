@@ -4,41 +4,20 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 from architectures import tiny_config
-from commands import STORIES
+from commands import STORIES, Refused
 from leftovers import our_threads
 from transformers import AutoModelForCausalLM
 
-from headrace.cluster.cli.main import main
 from headrace.cluster.job_files import JobFiles
 from headrace.runtime.store import Store
 from headrace.scheduler.request import SamplingParams
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
-    """Run the command line, which must refuse; what it said, on one line."""
-    monkeypatch.setenv("COLUMNS", "400")
-
-    def run(*arguments: object, code: int = 1) -> str:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        said = capfd.readouterr().err
-        assert exit_.value.code == code, said
-        assert "Traceback" not in said
-        assert said.count("error:") == (code == 1), said
-        return " ".join(said.split())
-
-    return run
 
 
 @pytest.fixture

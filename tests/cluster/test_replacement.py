@@ -3,7 +3,6 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from kv_runs import CAP, assert_moved, prompt, wide_llama
 from ray_engines import ray_engine
 from rings import manual_plan
 
-from headrace.cluster import replacement
 from headrace.cluster.completion import Completion
 from headrace.cluster.engine import Engine
-from headrace.cluster.processes import find_node
 from headrace.runtime.stage_config import LogConfig
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
@@ -26,19 +23,13 @@ from headrace.scheduler.placement import Plan, Tier
 from headrace.scheduler.plan import MoveKind
 from headrace.scheduler.request import SamplingParams
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_here")]
+
 PROMPTS = [prompt(i, 60 + 25 * i) for i in range(8)]
 NEW = 40
 PARAMS = [SamplingParams(temperature=t, max_tokens=NEW, ignore_eos=True) for t in (0.0, 0.9)]
 COMPUTED = sum(len(tokens) + NEW - 1 for tokens in PROMPTS)
 """Tokens, each once; the last one of each request is not."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +104,6 @@ def plan_of(store: Path, **room: Any) -> Plan:
     return manual_plan(Store.open(store), **(given | room))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_requests_go_on_with_all_their_pages(llama: Path, tmp_path: Path) -> None:
     """Pages on the device, in host RAM, held there by guests, and on NVMe under keys in no file; once
@@ -152,7 +142,6 @@ RINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ring", RINGS)
 @pytest.mark.parametrize("through", ["memory", "object store"])
 def test_every_stage_of_every_ring(
@@ -185,7 +174,6 @@ class SunkChange(Change):
         assert done.pages and done.lost and done.requests
 
 
-@pytest.mark.slow
 def test_what_goes_with_a_process_is_computed_again(llama: Path, tmp_path: Path) -> None:
     """Slots on NVMe that are decoded over are memory of one process."""
     sinking = {"host_pages": 4, "cold_micro_batches": 2, "window_pages": 30, "hot_window": 64}
@@ -199,7 +187,6 @@ def test_what_goes_with_a_process_is_computed_again(llama: Path, tmp_path: Path)
         assert not engine.stats.kv.spoiled
 
 
-@pytest.mark.slow
 def test_a_log_that_is_kept_outlives_every_process(llama: Path, tmp_path: Path) -> None:
     plan = plan_of(llama, host_pages=8, nvme_pages=500)
     log = LogConfig(str(tmp_path / "kv"), CAP, keep=True, key_file=str(tmp_path / "keys"))
@@ -211,7 +198,6 @@ def test_a_log_that_is_kept_outlives_every_process(llama: Path, tmp_path: Path) 
         assert found == want and computed < COMPUTED and engine.stats.kv.hits.nvme
 
 
-@pytest.mark.slow
 def test_a_process_that_cannot_be_had_costs_nothing(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +226,6 @@ def test_a_process_that_cannot_be_had_costs_nothing(
         assert answers(engine, "c") == (want, computed)
 
 
-@pytest.mark.slow
 def test_a_new_process_that_dies_is_replaced_itself(llama: Path) -> None:
     with ray_engine(llama, plan_of(llama)) as engine:
         want, _ = answers(engine, "a")
@@ -263,18 +248,3 @@ def test_a_new_process_that_dies_is_replaced_itself(llama: Path) -> None:
 
 def _pids() -> list[int]:
     return [each.pid for each in processes_of("StageActor")]
-
-
-def test_a_node_is_named_so_that_there_is_one() -> None:
-    (node,) = ray.nodes()
-    for name in ("NodeID", "NodeManagerHostname", "NodeManagerAddress"):
-        assert find_node(node[name]) == node["NodeID"]
-    with pytest.raises(HeadraceError, match="0 nodes of the Ray cluster are elsewhere"):
-        find_node("elsewhere")
-
-
-def test_a_cluster_with_nothing_to_spare_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replacement, "SPARE_SECONDS", 0.2)
-    replacement._check_spare("cpu")
-    with pytest.raises(HeadraceError, match="the Ray cluster has no GPU to spare"):
-        replacement._check_spare("cuda:0")

@@ -1,13 +1,10 @@
 """Speculation from the front door: the same answers in fewer passes."""
 
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from headrace import LLM, SamplingParams
 from headrace.cluster.cli.main import main
@@ -24,16 +21,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, logprob
 DRAWN = SamplingParams(temperature=0.3, top_p=0.9, max_tokens=30, frequency_penalty=0.1, seed=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("ray_here")
 def test_answers_are_the_same_in_fewer_passes(stories: Path) -> None:
     with LLM(stories, device_memory="60MiB", resident_layers=12, **ROOM) as llm:
         assert llm.plan.drafts.most == 0, "nothing streams"

@@ -12,6 +12,8 @@ from commands import Command, headrace, wait_for
 from rings import local_ring, manual_plan
 
 from headrace.cluster.engine import Engine
+from headrace.cluster.explain.explanation import explain
+from headrace.cluster.explain.report import read_report
 from headrace.cluster.job_files import JobFiles
 from headrace.cluster.jobs import Job
 from headrace.cluster.ring import Ring
@@ -32,6 +34,7 @@ class JobCase:
     store: Path
     rows: int
     max_tokens: int
+    stages: int = 2
 
     def __post_init__(self) -> None:
         lines = PROMPTS.read_text().splitlines()[: self.rows]
@@ -41,7 +44,7 @@ class JobCase:
         return headrace(
             self.folder,
             *("generate", self.store, "--input", "in.jsonl", "--output", output),
-            *("--stages", 2, "--device", "cpu", "--device-memory", "24MiB"),
+            *("--stages", self.stages, "--device", "cpu", "--device-memory", "24MiB"),
             *("--host-memory", "0", "--context", "256", "--temperature", TEMPERATURE),
             # Few at once, so that rows are left to wait when a test looks.
             *("--max-tokens", self.max_tokens, "--max-sequences", 16),
@@ -134,6 +137,8 @@ class JobCase:
             assert "Traceback" not in said and "error" not in said
             wait_for(lambda: not command.processes(), 30.0, lambda: f"left: {command.processes()}")
         assert before < self.written() < self.rows
+        left = read_report(self.folder / "out.jsonl")
+        assert not left.finished and explain(left).plan.max_sequences == 16
 
 
 @pytest.mark.timeout(600)
@@ -141,7 +146,7 @@ class JobCase:
 def test_a_job_that_is_killed_and_stopped_goes_on(
     stories: Path, tmp_path: Path, more: bool
 ) -> None:
-    case = JobCase(tmp_path, stories, rows=100, max_tokens=16)
+    case = JobCase(tmp_path, stories, rows=100, max_tokens=16, stages=2 if more else 1)
     chance = random.Random(1)
     if more:
         case.kill_driver(0, chance.uniform(0.0, 3.0))

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
 from stored import stored_weights
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from headrace.runtime.bnb import functional as bnb
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError, UnsupportedModelError
@@ -128,7 +128,9 @@ def test_from_pretrained_opens_the_store(
         assert type(layer.up_proj).__name__ == {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[fmt]
         assert type(model.lm_head) is torch.nn.Linear
         if fmt == "nf4":
-            theirs = dequantize_4bit(layer.up_proj.weight.data, layer.up_proj.weight.quant_state)
+            theirs = bnb.dequantize_4bit(
+                layer.up_proj.weight.data, layer.up_proj.weight.quant_state
+            )
             ours = weights["model.layers.0.mlp.up_proj.weight"].to(theirs.dtype)
             torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-8)
     with torch.no_grad():
@@ -377,7 +379,7 @@ def test_two_conversions_do_not_meet(tmp_path):
 
 FORKS = """
 import os, sys
-import bitsandbytes
+import headrace.runtime.bnb
 from headrace.runtime.conversion.convert import convert
 for _ in sys.stdin:
     child = os.fork()

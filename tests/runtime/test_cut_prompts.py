@@ -70,7 +70,7 @@ def test_prompts_are_cut_for_convoys_that_load_whole_layers(store: Path) -> None
     assert limits_of(manual_plan(Store.open(store), micro_batches=4)).least_part == 0
 
 
-@pytest.mark.parametrize("kv_format", ["fp32", "int8"])
+@pytest.mark.parametrize("kv_format", ["int8", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_prompts_in_parts_are_answered_as_whole_ones(store: Path, kv_format: str) -> None:
     want, none = serve(store, WHOLE, kv_format)
     assert none == 0

@@ -19,7 +19,8 @@ LENGTHS = (1, 3, 9, 14, 20, 33, 65, 70)
 """Ragged: below, at and beyond a page of 64 tokens, and beyond the sliding windows of 8."""
 
 NEW_TOKENS = 24
-FEW_TOKENS = 12
+FEW_TOKENS = 8
+"""With the first, a prompt of one token is beyond a window, too."""
 
 EVERY_RING = [
     {"stages": stages, "cyclic": cyclic, "tier": tier, "token_budget": budget}
@@ -32,7 +33,7 @@ EVERY_RING = [
 RINGS = [ring | {"ahead": (i + i // 2 + i // 8) % 2} for i, ring in enumerate(EVERY_RING)]
 FEW_RINGS = [
     {"stages": 1, "cyclic": False, "tier": Tier.DEVICE, "token_budget": 4096},
-    {"stages": 3, "cyclic": True, "tier": Tier.NVME, "token_budget": 40, "ahead": 1},
+    {"stages": 3, "cyclic": True, "tier": Tier.NVME, "token_budget": 96, "ahead": 1},
 ]
 GPU_RINGS = [
     {"stages": 1, "tier": Tier.DEVICE, "token_budget": 4096, "ahead": 1},

@@ -67,7 +67,7 @@ def make_requests(lengths: Sequence[int] = LENGTHS) -> list[Request]:
     for i, length in enumerate(lengths):
         tokens = torch.randint(3, 250, (length,), generator=random).tolist()
         hot = i % 2 * 0.8
-        params = SamplingParams(max_tokens=40 + 4 * i, temperature=hot, top_k=20, ignore_eos=True)
+        params = SamplingParams(max_tokens=24 + 4 * i, temperature=hot, top_k=20, ignore_eos=True)
         requests.append(Request(i, tokens, params, seed=100 + i))
     return requests
 

@@ -285,7 +285,7 @@ for i in range(10**6):
 """
 
 
-@pytest.mark.parametrize("after", [1, 7, 30])
+@pytest.mark.parametrize("after", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 30))])
 def test_a_process_that_is_killed_while_it_spills(tmp_path, keys, after):
     arguments = (tmp_path / "kv", keys.file if keys else "")
     with subprocess.Popen(

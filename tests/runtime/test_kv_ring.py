@@ -153,8 +153,15 @@ def formats(model: str) -> list[str]:
     return ["fp32", "int8"] if model == "deepseek_v3" else ["fp32", "int8", "int4"]
 
 
+QUICK = {("llama", "fp32"), ("llama", "int4"), *((model, "int8") for model in MODELS)}
 CASES = [
-    pytest.param(model, fmt, ring, id=f"{model}-{fmt}-{ring['stages']}")
+    pytest.param(
+        model,
+        fmt,
+        ring,
+        id=f"{model}-{fmt}-{ring['stages']}",
+        marks=() if (model, fmt) in QUICK else pytest.mark.slow,
+    )
     for model in MODELS
     for fmt in formats(model)
     for ring in (RINGS if model == "llama" and fmt != "int4" else RINGS[1:2])

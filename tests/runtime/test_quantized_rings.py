@@ -23,7 +23,7 @@ NEW_TOKENS = 66
 QUANTIZED = ["int8", "int4"]
 RINGS: list[dict[str, Any]] = [
     {"stages": 1, "tier": Tier.DEVICE, "token_budget": 4096},
-    {"stages": 1, "token_budget": 16, "ahead": 1},
+    {"stages": 1, "token_budget": 33, "ahead": 1},
     {"stages": 2, "cyclic": True, "token_budget": 100, "passes_in_flight": 2, "ahead": 1},
     {"stages": 3, "token_budget": 40, "num_tails": 2},
     {"stages": 1, "tier": Tier.DEVICE, "token_budget": 70, "num_pages": 5},

@@ -290,8 +290,11 @@ def test_every_request_ends_with_exactly_its_tokens(
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize(("interference", "num_tails"), [(0.0, 0), (0.02, 4)])
 @pytest.mark.parametrize("speculating", [False, True])
+@pytest.mark.parametrize(
+    "seeds", [range(3), pytest.param(range(3, 12), marks=pytest.mark.slow)], ids=["few", "many"]
+)
 def test_scarce_pages_cost_preemptions_but_no_tokens(
-    depth: int, interference: float, num_tails: int, ahead: int, speculating: bool
+    depth: int, interference: float, num_tails: int, ahead: int, speculating: bool, seeds: range
 ) -> None:
     config = SchedulerConfig(
         num_pages=6,
@@ -305,7 +308,7 @@ def test_scarce_pages_cost_preemptions_but_no_tokens(
         drafts=SPECULATING[0] if speculating else DraftLimits(),
     )
     preemptions = followers = drafts = accepted = 0
-    for seed in range(8):
+    for seed in seeds:
         rng = random.Random(seed)
         driver = Driver(config, depth, rng)
         check_promises(driver, make_requests(10, config.max_context, rng), interference)

@@ -118,7 +118,9 @@ def simulated(plan: Plan, shape: ModelShape, profiles: list[DeviceProfile], cont
 
 
 @pytest.mark.parametrize("placement", ["auto", "contiguous"])
-@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "stages", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))]
+)
 @pytest.mark.parametrize("device", [6 * GB, 8 * GB])
 @pytest.mark.parametrize("host", [0, 4 * GB, 64 * GB])
 def test_the_prediction_is_close_to_the_simulation(

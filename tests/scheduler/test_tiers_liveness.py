@@ -429,8 +429,15 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
     driver.run(count, depth)
 
 
+SEEDS = [
+    pytest.param(range(2), id="few"),
+    pytest.param(range(2, 8), id="many", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_all_tiers_are_used(ahead: int) -> None:
+def test_all_tiers_are_used(ahead: int, seeds: range) -> None:
     config = SchedulerConfig(
         num_pages=7,
         max_context=6 * PAGE_TOKENS,
@@ -444,7 +451,7 @@ def test_all_tiers_are_used(ahead: int) -> None:
         write_backs=4,
     )
     hits, moved, swaps = Counter[str](), Counter[MoveKind](), 0
-    for seed in range(4):
+    for seed in seeds:
         driver = Driver(config, random.Random(seed), interference=0.01)
         stats = driver.run(20, 1 + ahead)
         hits.update(device=stats.hits.device, host=stats.hits.host, nvme=stats.hits.nvme)
@@ -468,11 +475,12 @@ HOSTING = SchedulerConfig(
 )
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("num_tails", [0, 12])
-def test_what_decodes_over_host_memory_carries_drafts(num_tails: int) -> None:
+def test_what_decodes_over_host_memory_carries_drafts(num_tails: int, seeds: range) -> None:
     drafts = accepted = 0
     for config in (HOSTING, replace(HOSTING, host_pages=8, window_pages=40, hot_window=64)):
-        for seed in range(3):
+        for seed in seeds:
             some = replace(config, num_tails=num_tails, drafts=DRAFTS)
             driver = Driver(some, random.Random(seed), interference=0.01)
             driver.run(20, 1)
@@ -481,10 +489,11 @@ def test_what_decodes_over_host_memory_carries_drafts(num_tails: int) -> None:
     assert drafts > 100 and accepted > 100
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_requests_decode_over_pages_in_host_memory_and_come_back(ahead: int) -> None:
+def test_requests_decode_over_pages_in_host_memory_and_come_back(ahead: int, seeds: range) -> None:
     cold = most = moved = 0
-    for seed in range(4):
+    for seed in seeds:
         driver = Driver(replace(HOSTING, ahead=ahead), random.Random(seed), interference=0.01)
         stats = driver.run(20, 1 + ahead)
         assert stats.preempted_by_recompute + stats.preempted_by_swap <= 3
@@ -498,12 +507,13 @@ def test_requests_decode_over_pages_in_host_memory_and_come_back(ahead: int) -> 
 SINKING = replace(HOSTING, host_pages=8, window_pages=40, hot_window=64)
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize(("config", "num_tails"), [(HOSTING, 0), (HOSTING, 12), (SINKING, 12)])
 def test_whatever_a_replaced_stage_has_lost_is_computed_again(
-    config: SchedulerConfig, num_tails: int
+    config: SchedulerConfig, num_tails: int, seeds: range
 ) -> None:
     put_back = cold = 0
-    for seed in range(4):
+    for seed in seeds:
         some = replace(config, nvme_pages=20, num_tails=num_tails)
         driver = Driver(some, random.Random(seed), replacing=0.1)
         driver.run(20, 1)
@@ -512,13 +522,14 @@ def test_whatever_a_replaced_stage_has_lost_is_computed_again(
     assert put_back > 50 and cold > 100
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize(("config", "num_tails"), [(HOSTING, 0), (HOSTING, 12), (SINKING, 12)])
 @pytest.mark.parametrize("drafts", [NO_DRAFTS, DRAFTS])
 def test_passes_that_are_broken_off_cost_no_token(
-    config: SchedulerConfig, num_tails: int, drafts: DraftLimits
+    config: SchedulerConfig, num_tails: int, drafts: DraftLimits, seeds: range
 ) -> None:
     put_back = 0
-    for seed in range(4):
+    for seed in seeds:
         some = replace(
             config, nvme_pages=20, num_tails=num_tails, drafts=drafts, ahead=1, passes_in_flight=2
         )
@@ -528,11 +539,12 @@ def test_passes_that_are_broken_off_cost_no_token(
     assert put_back > 50
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("ahead", [0, 1])
-def test_where_host_memory_is_short_old_pages_sink(ahead: int) -> None:
+def test_where_host_memory_is_short_old_pages_sink(ahead: int, seeds: range) -> None:
     """As many requests at once as with host memory for all, and with none to compute again."""
     sunk = more = most = given_way = 0
-    for seed in range(3):
+    for seed in seeds:
         driver = Driver(replace(SINKING, ahead=ahead), random.Random(seed))
         stats = driver.run(20, 1 + ahead)
         assert stats.moved[MoveKind.SINK] > 0 and not stats.spoiled
@@ -552,10 +564,11 @@ def test_pages_do_not_sink_while_host_memory_has_room() -> None:
     assert driver.run(20, 1).moved[MoveKind.SINK] == 0 < driver.ring.cold
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("depth", [1, 3])
-def test_damage_on_nvme_costs_computation_and_no_token(depth: int) -> None:
+def test_damage_on_nvme_costs_computation_and_no_token(depth: int, seeds: range) -> None:
     spoiled = 0
-    for seed in range(4):
+    for seed in seeds:
         config = replace(SINKING, ahead=int(depth > 1), passes_in_flight=max(1, depth - 1))
         driver = Driver(config, random.Random(seed), damage=0.05, interference=0.01)
         spoiled += driver.run(20, depth).spoiled
@@ -569,8 +582,9 @@ def test_without_room_in_a_ring_nobody_is_hosted() -> None:
         assert driver.ring.cold == 0
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("kind", MoveKind)
-def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind) -> None:
+def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind, seeds: range) -> None:
     config = SchedulerConfig(
         num_pages=6,
         max_context=5 * PAGE_TOKENS,
@@ -585,7 +599,7 @@ def test_a_kind_of_move_that_never_succeeds_holds_up_nobody(kind: MoveKind) -> N
         window_pages=10,
     )
     lost = 0
-    for seed in range(3):
+    for seed in seeds:
         driver = Driver(config, random.Random(seed), loss=1.0, lossy={kind})
         lost += driver.run(14, 1).lost[kind]
     assert lost > 0
