@@ -153,7 +153,7 @@ def test_a_job_that_is_killed_and_stopped_goes_on(
         case.kill_stage(1, chance.randint(1, 8), chance.uniform(0.0, 0.1))
     case.kill_driver(chance.randint(1, 8), chance.uniform(0.0, 0.1))
     case.interrupt()
-    assert case.finish_here() == case.finish_here("whole.jsonl")
+    assert case.finish() == case.finish_here("whole.jsonl")
 
 
 @pytest.mark.slow
