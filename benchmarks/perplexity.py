@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.kv.codes import Rotation, dequantize, quantize
 from headrace.runtime.kv.store import KVStore, LayerKV
 from headrace.runtime.model import StageModel
@@ -86,7 +87,7 @@ class Ours:
             data = torch.frombuffer(store.read_block(store.layers[layer]), dtype=torch.uint8)
             self._model.bind(layer, data.to(device))
         shapes = dict(enumerate(store.layer_shapes))
-        fmt = resolve_kv_format(kv_format, str(dtype).removeprefix("torch."))
+        fmt = resolve_kv_format(kv_format, name_of(dtype))
         self._kv = KVStore(shapes, WINDOW // PAGE_TOKENS, dtype, device, fmt, num_tails=1)
 
     def __call__(self, tokens: list[int]) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from headrace.runtime.adapters.places import AdapterPlaces
 from headrace.runtime.attention.paged import paged_attention
 from headrace.runtime.batch import Batch
 from headrace.runtime.binding import Binder, Binding, ExpertStack, FetchedStack, PackedLinear, View
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.embedding import EmbeddingTable
 from headrace.runtime.expert_extents import Extent
 from headrace.runtime.experts import Fetch, SlotViews
@@ -112,9 +113,7 @@ class StageModel:
         self.adapted = RunningRows()
         blocks = [store.layers[layer] for layer in layers]
         self.interruptions = Interruptions()
-        self._scratch = Scratch(
-            scratch_elements(blocks, str(dtype).removeprefix("torch.")), dtype, device, tracer
-        )
+        self._scratch = Scratch(scratch_elements(blocks, name_of(dtype)), dtype, device, tracer)
         # In float32 on CPUs every bit stays transformers' own.
         exact = device.type == "cpu" and dtype == torch.float32
         norms = None if exact else FusedNorms(dtype)

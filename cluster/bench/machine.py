@@ -12,6 +12,7 @@ import torch
 
 from headrace.cluster.bench.hops import hop_actors, measure_call, measure_hop
 from headrace.cluster.bench.speeds import COPY_BYTES, CPU, copy_gbps, places, read_gbps
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.manifest import ALIGN_BLOCK, Block
 from headrace.runtime.probe import all_cores, matmul_tflops, memory_gbps
 from headrace.runtime.streaming.storage import (
@@ -98,7 +99,7 @@ def measure_devices(device: str) -> Iterator[Reading]:
             yield Reading(copied, name, copy_gbps([place], COPY_BYTES), "GB/s")
             yield Reading("device memory", name, memory_gbps(place), "GB/s", "read and written")
             for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
-                kind = str(dtype).removeprefix("torch.")
+                kind = name_of(dtype)
                 yield Reading(f"matmul {kind}", name, matmul_tflops(place, dtype), "TFLOP/s")
         if count > 1:
             together = f"all {count} GPUs at once"

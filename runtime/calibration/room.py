@@ -8,6 +8,7 @@ import torch
 from headrace.runtime.calibration.encoding import CALIBRATED, Method
 from headrace.runtime.conversion.described import WeightPlan
 from headrace.runtime.conversion.plan import ConversionPlan
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.shape import model_shape
 from headrace.runtime.streaming.page_cache import available_memory
 from headrace.runtime.sweep.room import FEWEST_TOKENS, sweep_bytes
@@ -61,7 +62,7 @@ class Room:
             return cls(None, free // _SHARE)
         work, gram = rounding_bytes(plan, method)
         work += beside
-        shape = model_shape(model, str(dtype).removeprefix("torch."))
+        shape = model_shape(model, name_of(dtype))
         least = sweep_bytes(shape, context, FEWEST_TOKENS, has_head=has_head)
         needed = work + gram + least
         if needed > device_memory:

@@ -9,6 +9,7 @@ from torch import nn
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.conversion.source import AnyCheckpoint, SourceWeight
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.skeleton import Role, Skeleton
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
@@ -52,7 +53,7 @@ def described(
     """The checkpoint's config.json, saying what from_pretrained must know about types and formats."""
     config = dict(checkpoint.config)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    config[key] = name_of(TORCH_DTYPES[dtype])
     fmt = main_format(plans.values())
     if not fmt:
         config.pop("quantization_config", None)

@@ -34,6 +34,7 @@ from headrace.runtime.conversion.affine import (
 )
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.small_floats import SMALL_FLOATS, decode_small_floats
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.manifest import TensorSpec, WeightSpec
 from headrace.scheduler.errors import StoreError
 
@@ -195,7 +196,7 @@ def nf4_tail(
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": BLOCKSIZE,
-        "dtype": str(TORCH_DTYPES[dtype]).removeprefix("torch."),
+        "dtype": name_of(TORCH_DTYPES[dtype]),
         "shape": list(shape),
     }
     if double_quant:

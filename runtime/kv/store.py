@@ -18,6 +18,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.kv.codes import Rotation
 from headrace.runtime.manifest import LayerShape
 from headrace.runtime.memory.held import Holding, named
@@ -229,7 +230,7 @@ _DTYPES = {name: getattr(torch, dtype) for dtype, name in PLAIN.items()}
 
 def plain_format(dtype: torch.dtype) -> KVFormat:
     """Pages of the numbers of that type."""
-    return FORMATS[PLAIN[str(dtype).removeprefix("torch.")]]
+    return FORMATS[PLAIN[name_of(dtype)]]
 
 
 def _rotated(shapes: Mapping[int, LayerShape], fmt: KVFormat) -> set[int]:

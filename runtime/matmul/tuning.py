@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.matmul.configs import (
     BUCKETS,
     TABLES,
@@ -99,7 +100,7 @@ class Choices:
         self, kind: str, group: int, shape: tuple[int, ...], rows: int, dtype: torch.dtype
     ) -> Choice:
         if supports(group, shape[1], rows, dtype):
-            name = str(dtype).removeprefix("torch.")
+            name = name_of(dtype)
             problem = Problem(kind, group, shape[0], shape[1], bucket(rows), name)
             choice = self._measured.get(problem)
             if choice is not None and choice.path != "dense":
@@ -223,7 +224,7 @@ def problems(
     Several weights take as long as one with the columns of all.
     """
     sizes = [size for size in BUCKETS if size <= bucket(min(rows, BUCKETS[-1]))]
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     for product in products:
         kind, group, depth = product.kind, product.group, product.depth
         for size in sizes:

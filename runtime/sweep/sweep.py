@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headrace.runtime.batch import Batch
 from headrace.runtime.binding import View
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.model import Prepared, StageModel
 from headrace.runtime.shape import model_shape
 from headrace.runtime.sweep.feed import LayerFeed
@@ -67,7 +68,7 @@ class Sweep:
     ) -> None:
         self.model = model
         self.device, self.dtype, self.context = device, dtype, context
-        shape = model_shape(model, str(dtype).removeprefix("torch."))
+        shape = model_shape(model, name_of(dtype))
         most = MOST_TOKENS[device.type] if micro_batch_tokens is None else micro_batch_tokens
         budget = device_budget(device, device_memory)
         self.micro_batch_tokens = fitting_tokens([shape], context, budget, most, has_head=with_head)
