@@ -136,6 +136,35 @@ def _decoded(
     return tl.reshape(planes, (BLOCK_N, 8 * WORDS))
 
 
+@triton.jit
+def _of_tile(
+    x, packed, scales, zeros, biases, widths,
+    ZEROS: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """This program's weight, its N, which of its tiles, the column of all products that it begins with, and how
+    many columns there are."""
+    tile = tl.program_id(0)
+    packed_at, scales_at, columns = packed[0], scales[0], widths[0]
+    zeros_at = zeros[0] if ZEROS else scales_at
+    bias_at = biases[0] if BIAS else x
+    first, total = 0, widths[0]
+    begin, programs = 0, tl.cdiv(widths[0], BLOCK_N)
+    for i in tl.static_range(1, COUNT):
+        here = tile >= programs
+        packed_at = tl.where(here, packed[i], packed_at)
+        scales_at = tl.where(here, scales[i], scales_at)
+        if ZEROS:
+            zeros_at = tl.where(here, zeros[i], zeros_at)
+        if BIAS:
+            bias_at = tl.where(here, biases[i], bias_at)
+        columns = tl.where(here, widths[i], columns)
+        first = tl.where(here, total, first)
+        begin = tl.where(here, programs, begin)
+        total += widths[i]
+        programs += tl.cdiv(widths[i], BLOCK_N)
+    return packed_at, scales_at, zeros_at, bias_at, columns, tile - begin, first, total
+
+
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _matmul_kernel(
     x, packed, scales, zeros, biases, widths, table_at, out, rows, depth, scales_a_row, splits,
@@ -151,29 +180,11 @@ def _matmul_kernel(
     words. `out` holds one [rows, N] after another, and that once for each part.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    tile = tl.program_id(0)
     part = tl.program_id(1)
-    packed_at, scales_at, columns = packed[0], scales[0], widths[0]
-    zeros_at = zeros[0] if ZEROS else scales_at
-    bias_at = biases[0] if BIAS else x
-    first = 0  # column of all products, and program, that this weight begins with
-    total = widths[0]
-    programs = tl.cdiv(widths[0], BLOCK_N)
-    begin = 0
-    for i in tl.static_range(1, COUNT):
-        here = tile >= programs
-        packed_at = tl.where(here, packed[i], packed_at)
-        scales_at = tl.where(here, scales[i], scales_at)
-        if ZEROS:
-            zeros_at = tl.where(here, zeros[i], zeros_at)
-        if BIAS:
-            bias_at = tl.where(here, biases[i], bias_at)
-        columns = tl.where(here, widths[i], columns)
-        first = tl.where(here, total, first)
-        begin = tl.where(here, programs, begin)
-        total += widths[i]
-        programs += tl.cdiv(widths[i], BLOCK_N)
-    n = (tile - begin) * BLOCK_N + tl.arange(0, BLOCK_N)
+    packed_at, scales_at, zeros_at, bias_at, columns, tile, first, total = _of_tile(
+        x, packed, scales, zeros, biases, widths, ZEROS, BIAS, COUNT, BLOCK_N
+    )
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     word = tl.arange(0, WORDS)
     steps = depth // WORDS
