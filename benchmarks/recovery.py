@@ -128,14 +128,25 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Case:
-    """One disturbance: how long all answers took beside `undisturbed`, and what was recovered."""
+    """One disturbance: how long all answers took beside `undisturbed`, and what was recovered. `grown` is the most
+    host memory, in bytes, that a process which stayed holds more than before."""
 
     scenario: str
     same: bool
     kept: bool
+    grown: int
     recoveries: int
     phases: dict[str, float]
     noticed: float
+
+
+def resident(pids: list[int]) -> dict[int, int]:
+    """Bytes of host memory that each of these processes of this machine holds, if it lives."""
+    found = {}
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            found[pid] = psutil.Process(pid).memory_info().rss
+    return found
 
 
 def disturb(
@@ -149,6 +160,7 @@ def disturb(
 ) -> Case:
     scenario, before = Scenario(name, engine, rng, cluster), engine.stats.num_recoveries
     pids = engine.stage_pids()
+    held = resident(pids)
     started = time.monotonic()
     delay = rng.uniform(0.05, 0.9) * seconds
     with beside(lambda: scenario(delay)):
@@ -164,14 +176,17 @@ def disturb(
             phases[phase] = phases.get(phase, 0.0) + spent
     same = [a == b for a, b in zip(pids, engine.stage_pids(), strict=True)]
     kept = all(is_same for stage, is_same in enumerate(same) if stage not in replaced)
-    return Case(name, found == want, kept, made, phases, took - seconds - sum(phases.values()))
+    stayed = resident([pid for pid, is_same in zip(pids, same, strict=True) if is_same])
+    growth = (size - held[pid] for pid, size in stayed.items() if pid in held)
+    noticed = took - seconds - sum(phases.values())
+    return Case(name, found == want, kept, max(growth, default=0), made, phases, noticed)
 
 
 def table(cases: list[Case], undisturbed: float) -> str:
     names = ["breaking off", "starting", "loading", "connecting"]
     lines = [
         f"undisturbed: {undisturbed:.1f} s. Seconds are medians (most).",
-        f"{'scenario':10} {'cases':>5} {'same':>5} {'kept':>5} {'recov.':>6}"
+        f"{'scenario':10} {'cases':>5} {'same':>5} {'kept':>5} {'grew, MB':>8} {'recov.':>6}"
         + "".join(f"{name:>18}" for name in [*names, "noticed, again"]),
     ]
     for scenario in dict.fromkeys(case.scenario for case in cases):
@@ -184,7 +199,7 @@ def table(cases: list[Case], undisturbed: float) -> str:
         )
         lines.append(
             f"{scenario:10} {len(some):5} {sum(c.same for c in some):5} {sum(c.kept for c in some):5}"
-            f" {sum(c.recoveries for c in some):6}{cells}"
+            f" {max(c.grown for c in some) / 1e6:8.0f} {sum(c.recoveries for c in some):6}{cells}"
         )
     return "\n".join(lines)
 
