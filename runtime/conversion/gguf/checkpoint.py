@@ -27,7 +27,9 @@ from headrace.runtime.conversion.gguf.naming import (
     rope_scaling,
 )
 from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.conversion.source import Repacking, SourceTensor, SourceWeight, rows_at_once
+from headrace.runtime.dtypes import name_of
 from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.errors import StoreError
 
@@ -76,7 +78,7 @@ class GGUFCheckpoint:
         self._model_type, self._config = config.model_type, config
         self._router = {n for n in self._tensors if ".ffn_gate_inp" in n}
         self.dtype = self._main_dtype()
-        self.config = {**self._config_dict(config), "dtype": _TORCH_NAMES[self.dtype]}
+        self.config = {**self._config_dict(config), "dtype": name_of(TORCH_DTYPES[self.dtype])}
         self.weights = {
             weight.name: weight
             for name, tensor in self._tensors.items()
@@ -220,9 +222,6 @@ class _Placed:
 
     file: Path
     tensor: gguf.ReaderTensor
-
-
-_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _read(file: Path) -> gguf.GGUFReader:
