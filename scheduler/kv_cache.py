@@ -181,8 +181,9 @@ class KVCache:
 
     def _write_through(self) -> None:
         """Begin to bring pages to NVMe that were computed, through slots that hold nothing precious."""
-        room = min(self._host.num_spare, self._write_backs)
-        while self._unwritten and room:
+        room = self._write_backs
+        # A slot that is spilled is no longer spare.
+        while self._unwritten and room and self._host.num_spare:
             key = self._unwritten.popleft()
             page, slot = self._device.find(key), self._host.find(key)
             if key in self.tiers.nvme:

@@ -429,6 +429,23 @@ def test_every_request_ends_with_its_tokens_whatever_is_lost(
     driver.run(count, depth)
 
 
+def test_writing_through_takes_no_slot_that_it_has_just_begun_to_spill() -> None:
+    config = SchedulerConfig(
+        num_pages=6,
+        max_context=3 * PAGE_TOKENS,
+        token_budget=400,
+        max_sequences=4,
+        micro_batches=2,
+        micro_batch_tokens=300,
+        host_pages=2,
+        nvme_pages=30,
+        write_backs=3,
+        write_through=True,
+    )
+    # Pages that could not be written come again, and are spilled from where they lie.
+    Driver(config, random.Random(192), loss=0.5, lossy={MoveKind.SPILL}).run(12, 1)
+
+
 SEEDS = [
     pytest.param(range(2), id="few"),
     pytest.param(range(2, 8), id="many", marks=pytest.mark.slow),
