@@ -135,7 +135,19 @@ def watched(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         address = f"{server.address[0]}:{server.address[1]}"
         targets = {"headrace-metrics-port": f"127.0.0.1:{port}", "headrace-serve": address}
         made = stack.enter_context(prometheus(folder, targets))
-        wait_for(lambda: _first_labels(made) != {}, 60.0, lambda: str(made.get("targets")))
+        wait_for(
+            lambda: _first_labels(made) != {} and made.ask("headrace_output_tokens_total") != {},
+            60.0,
+            lambda: str(made.get("targets")),
+        )
+        # A rate knows nothing of what happened before a series' first sample, and Ray makes a series
+        # when there is something to count.
+        assert server.ask("POST", "/v1/completions", _body())[0] == 200
+        wait_for(
+            lambda: made.ask("ray_headrace_end_to_end_seconds_count") != {},
+            60.0,
+            lambda: str(made.get("targets")),
+        )
         _ask(server)
         engine.events.recovered(Recovery("", (1,), 1, {"detect": 0.1, "load": 0.4}))
         wait_for(
@@ -157,16 +169,18 @@ def _first_labels(made: Prometheus) -> dict[str, str]:
     return dict(found[0]["metric"]) if found else {}
 
 
-def _ask(server: Served) -> None:
-    """Answered, refused for its time, and more than may wait."""
+def _body(**given: Any) -> dict[str, Any]:
     prompt = "One day, " * 30  # more than a page, which is found again
     always = {"temperature": 0, "logit_bias": {"5": 100}}  # easily guessed
-    body = {"prompt": prompt, "max_tokens": 20, "ignore_eos": True, **always}
+    return {"prompt": prompt, "max_tokens": 20, "ignore_eos": True, **always, **given}
+
+
+def _ask(server: Served) -> None:
+    """Answered, refused for its time, and more than may wait."""
     timed = {"deadline_ms": 100_000, "max_ttft_ms": 90_000}
-    for given in ({}, timed, {"n": 2}, {"adapter": "adapter-0", "max_tokens": 1}):
-        assert server.ask("POST", "/v1/completions", {**body, **given})[0] == 200
-    hasty = {**body, "deadline_ms": 1}
-    assert server.ask("POST", "/v1/completions", hasty)[0] in (429, 504)
+    for given in (timed, {"n": 2}, {"adapter": "adapter-0", "max_tokens": 1}):
+        assert server.ask("POST", "/v1/completions", _body(**given))[0] == 200
+    assert server.ask("POST", "/v1/completions", _body(deadline_ms=1))[0] in (429, 504)
 
 
 def filled(expr: str, labels: dict[str, str]) -> str:

@@ -1,6 +1,8 @@
 """What cannot be of the network between stages is said before anything starts."""
 
+import random
 import socket
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,19 @@ def test_an_interface_that_this_machine_does_not_have() -> None:
         check(address="auto", interface="nowhere9")
 
 
+def three_free_ports() -> int:
+    """The middle one of three, below those that the kernel gives to whoever asks for any."""
+    for port in random.sample(range(20_000, 32_000, 3), 100):
+        with suppress(OSError), ExitStack() as held:
+            for each in (port - 1, port, port + 1):
+                held.enter_context(socket.create_server(("127.0.0.1", each)))
+            return port
+    raise AssertionError("no three free ports in a hundred tries")
+
+
 def test_a_port_that_is_taken() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = three_free_ports()
+    with socket.create_server(("127.0.0.1", port)):
         for given in (port, port - 1):  # pulses take the next one
             with pytest.raises(HeadraceError, match=f"port {port} of 127.0.0.1: Address"):
                 check(address="auto", interface="127.0.0.1", rendezvous_port=given)
