@@ -1,5 +1,7 @@
 """GGUF's blocks, against what the gguf package reads in them."""
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -29,15 +31,13 @@ def test_values_are_those_of_the_gguf_package(name: str) -> None:
     assert found.codes.dtype == (torch.uint8 if kind.bits == 4 else torch.int8)
     assert found.codes.shape == (6, 5 * kind.elements)
     assert found.scale.shape == (6, 5 * kind.elements // kind.group)
-    codes = found.codes.float()
-    if kind.bits == 4 and found.offset is None:
-        codes = codes - 8
-    values = codes * found.scale.float().repeat_interleave(kind.group, dim=1)
-    if found.offset is not None:
-        values += found.offset.float().repeat_interleave(kind.group, dim=1)
     want = torch.from_numpy(gguf.dequantize(data, kind_number))
-    if name.endswith("_K"):  # scales are rounded
-        error = (values - want).abs() / (want.abs().amax() * 2**-11)
-        assert error.max() < 1.1
-    else:
-        assert torch.equal(values, want)
+    assert torch.equal(found.values(), want)
+    squares, changed = found.squares()
+    halves = replace(found, scale=found.scale.half())
+    if found.offset is not None:
+        halves = replace(halves, offset=found.offset.half())
+    error = (halves.values() - want).double()
+    assert squares == pytest.approx(float(want.double().square().sum()))
+    assert changed == pytest.approx(float(error.square().sum()), rel=1e-3)
+    assert (changed > 0) == (found.scale.dtype == torch.float32) == name.endswith("_K")

@@ -4,7 +4,7 @@ A block is a run of 32 or 256 elements of a row, with its scales before or behin
 llama.cpp's ggml-common.h (block_q4_0 and its like) and dequantize_row_*. What has 4 bits stays int4. Codes of
 5 and 6 bits and of tables become int8, which there is a format for; no value changes by that.
 
-Scales of the K-quants are products of a float16 and a 6- or 8-bit integer. They are rounded to float16 once.
+Scales of the K-quants are products of a float16 and a 6- or 8-bit integer, which only float32 holds.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,40 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Affine:
     """Codes [rows, columns]: uint8 0 to 15 of `bits` 4, or int8 of 8; value = code * scale + offset, with zero
-    point 8 for 4 bits where there is no offset. Scales and offsets are float16 [rows, columns / group]."""
+    point 8 for 4 bits where there is no offset. Scales and offsets [rows, columns / group] are float16, those of
+    K-quants float32."""
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """float32 [rows, columns], as llama.cpp dequantizes them."""
+        values = self._groups() * self.scale.float().view(-1, 1)
+        if self.offset is not None:
+            values += self.offset.float().view(-1, 1)
+        return values.view(self.codes.shape)
+
+    def _groups(self) -> Tensor:
+        groups = self.codes.view(self.scale.numel(), -1).float()
+        return groups.sub_(8) if self.codes.dtype == torch.uint8 and self.offset is None else groups
+
+    def squares(self) -> tuple[float, float]:
+        """The sum of all values' squares, and that of what rounding scales and offsets to float16 changes.
+
+        Of a group's n codes c, (s c + o)^2 sums to s^2 sum(c^2) + 2 s o sum(c) + n o^2: both sums look at the
+        codes once.
+        """
+        groups = self._groups()
+        linear, square = groups.sum(1), torch.einsum("gk,gk->g", groups, groups)
+        offset = torch.zeros_like(self.scale) if self.offset is None else self.offset
+
+        def total(scale: Tensor, offset: Tensor) -> float:
+            s, o = scale.double().flatten(), offset.double().flatten()
+            return float((s * s * square + 2 * s * o * linear + groups.shape[1] * o * o).sum())
+
+        change = total(self.scale.half() - self.scale, offset.half() - offset)
+        return total(self.scale, offset), change
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +122,12 @@ def _iq4_nl(blocks: Tensor) -> Affine:
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of Q4_K and Q5_K: scales and minus the offsets [blocks, 8] in float16, from six bits each in 12 bytes."""
+    """Of Q4_K and Q5_K: scales and offsets [blocks, 8] in float32, from six bits each in 12 bytes."""
     d, dmin = _halves(blocks[:, :2]).float(), _halves(blocks[:, 2:4]).float()
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat((first & 63, (third & 15) | (first >> 6) << 4), dim=1)
     minima = torch.cat((second & 63, (third >> 4) | (second >> 6) << 4), dim=1)
-    return (d * scales).half(), (-dmin * minima).half()
+    return d * scales, -dmin * minima
 
 
 def _q4_k(blocks: Tensor) -> Affine:
@@ -120,7 +149,7 @@ def _q6_k(blocks: Tensor) -> Affine:
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> places) & 3
     scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
     codes = (low | high << 4).to(torch.int8) - 32
-    return Affine(codes, (_halves(blocks[:, 208:]).float() * scales).half())
+    return Affine(codes, _halves(blocks[:, 208:]).float() * scales)
 
 
 BLOCK_TYPES = {

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from headrace.runtime.block_file import Entry
 from headrace.runtime.conversion.checkpoint import companions_in, has_tokenizer_in
-from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, Affine, BlockType, unpack
+from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, BlockType, unpack
 from headrace.runtime.conversion.gguf.files import parts_of
 from headrace.runtime.conversion.gguf.naming import (
     PLUS_ONE,
@@ -28,7 +28,13 @@ from headrace.runtime.conversion.gguf.naming import (
 )
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.conversion.source import Repacking, SourceTensor, SourceWeight, rows_at_once
+from headrace.runtime.conversion.source import (
+    Repacking,
+    Rounding,
+    SourceTensor,
+    SourceWeight,
+    rows_at_once,
+)
 from headrace.runtime.dtypes import name_of
 from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.errors import StoreError
@@ -168,8 +174,8 @@ class GGUFCheckpoint:
                 " convert the original checkpoint"
             )
         if there.startswith("token_embd") or there in self._router:
-            return _decoded(name, BLOCK_TYPES[kind], rows)
-        return _affine(name, BLOCK_TYPES[kind], rows, heads)
+            return _decoded(name, kind, rows)
+        return _affine(name, kind, rows, heads)
 
     def _is_plus_one(self, name: str) -> bool:
         return self._model_type in PLUS_ONE and name.endswith("norm.weight")
@@ -273,53 +279,54 @@ def _plain(name: str, source: SourceTensor, heads: int, *, minus_one: bool) -> S
     )
 
 
-def _decoded(name: str, kind: BlockType, rows: _Rows) -> SourceWeight:
+def _decoded(name: str, kind: str, rows: _Rows) -> SourceWeight:
     """As float16 values."""
     part = Part("data", Entry(name, DECODED, rows.shape))
     source = SourceTensor(rows.data.file, DECODED, rows.shape, rows.data.offset, rows.data.nbytes)
+    rounding = Rounding(kind)
 
     def pieces() -> Iterator[tuple[str, Tensor]]:
+        rounding.clear()
         for run in rows.runs():
-            yield "data", _values(kind, unpack(kind, run)).half()
+            values = unpack(BLOCK_TYPES[kind], run).values()
+            rounded = values.half()
+            rounding.add(float(values.square().sum()), float((rounded - values).square().sum()))
+            yield "data", rounded
 
-    return SourceWeight(
-        name, "raw", rows.shape, ((part, source),), None, Repacking((part,), pieces)
-    )
-
-
-def _values(kind: BlockType, found: Affine) -> Tensor:
-    codes = found.codes.float()
-    if kind.bits == 4 and not kind.has_offset:
-        codes -= 8
-    codes *= found.scale.float().repeat_interleave(kind.group, dim=1)
-    if found.offset is not None:
-        codes += found.offset.float().repeat_interleave(kind.group, dim=1)
-    return codes
+    repacking = Repacking((part,), pieces, rounding)
+    return SourceWeight(name, "raw", rows.shape, ((part, source),), None, repacking)
 
 
-def _affine(name: str, kind: BlockType, rows: _Rows, heads: int) -> SourceWeight:
-    each = (rows.count, rows.shape[-1] // kind.group)
+def _affine(name: str, kind: str, rows: _Rows, heads: int) -> SourceWeight:
+    block = BLOCK_TYPES[kind]
+    each = (rows.count, rows.shape[-1] // block.group)
     data = Entry(name, "U8", (prod(rows.shape) // 2, 1))
-    if kind.bits == 8:
+    if block.bits == 8:
         data = Entry(name, "I8", (rows.count, rows.shape[-1]))
     parts = [Part("data", data), Part("scale", Entry(f"{name}.scale", "F16", each))]
-    if kind.has_offset:
+    if block.has_offset:
         parts.append(Part("offset", Entry(f"{name}.offset", "F16", each)))
     source = ((parts[0], rows.data),)
-    repacking = Repacking(tuple(parts), partial(_pieces, kind, rows, heads))
-    fmt = "int4" if kind.bits == 4 else "int8g"
+    rounding = Rounding(kind)
+    repacking = Repacking(tuple(parts), partial(_pieces, block, rows, heads, rounding), rounding)
+    fmt = "int4" if block.bits == 4 else "int8g"
     return SourceWeight(name, fmt, rows.shape, source, None, repacking)
 
 
-def _pieces(kind: BlockType, rows: _Rows, heads: int) -> Iterator[tuple[str, Tensor]]:
+def _pieces(
+    kind: BlockType, rows: _Rows, heads: int, rounding: Rounding
+) -> Iterator[tuple[str, Tensor]]:
+    rounding.clear()
     scales, offsets = [], []
     together = rows.count // heads if heads else 1
     for run in rows.runs(together):
         some = as_trained(run, len(run) // together) if heads else run
         found = unpack(kind, some)
-        scales.append(found.scale)
+        if found.scale.dtype == torch.float32:
+            rounding.add(*found.squares())
+        scales.append(found.scale.half())
         if found.offset is not None:
-            offsets.append(found.offset)
+            offsets.append(found.offset.half())
         pairs = found.codes.reshape(-1, 2)
         yield "data", (pairs[:, :1] << 4 | pairs[:, 1:]) if kind.bits == 4 else found.codes
     yield "scale", torch.cat(scales)
