@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 
 from headrace.runtime.cold.source import read_origin
+from headrace.runtime.product import least_rows
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.inputs import DeviceProfile, Kind
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 """Of the cache file; profiles measured in another way are measured again."""
 
 DISK_SECONDS = 0.6
@@ -234,6 +235,7 @@ def _measure_cpu(disk: DiskReading) -> DeviceProfile:
         hop_seconds=HOPS["cpu"],
         link_gbps=GLOO_GBPS,
         layer_seconds=layer_seconds(),
+        least_rows=least_rows(),
     )
 
 

@@ -21,7 +21,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     # As a matrix: rows of three dimensions with some strides would be multiplied one by one.
     flat = x.reshape(rows, -1)
-    if rows < PADDED_ROWS and rows < _least_rows():
+    if rows < PADDED_ROWS and rows < least_rows():
         flat = F.pad(flat, (0, 0, 0, PADDED_ROWS - rows))
     return F.linear(flat, weight, bias)[:rows].view(*x.shape[:-1], -1)
 
@@ -39,7 +39,7 @@ def product_by_head(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @cache
-def _least_rows() -> int:
+def least_rows() -> int:
     """1 where few rows are multiplied with the same sums as many, as MKL does when it is asked to
     (headrace.runtime); else PADDED_ROWS. Found by trying."""
     generator = torch.Generator().manual_seed(0)

@@ -14,9 +14,8 @@ from math import inf
 
 from headrace.scheduler.decode import (
     GIGA,
-    TERA,
     Decode,
-    head_flops,
+    head_seconds,
     layer_seconds,
 )
 from headrace.scheduler.experts import reached, transit_slots
@@ -108,8 +107,7 @@ def _stages(problem: Problem, layout: Layout, cache: Cache) -> list[_Stage]:
         busy = sum(layer_seconds(shape, i, decode, profile) for i in layers) / shape.num_layers
         head = 0.0
         if stage == layout.visits[-1].stage:
-            head = head_flops(shape, decode.rows) / (profile.tflops * TERA)
-            head += shape.head_bytes / (profile.hbm_gbps * GIGA)
+            head = head_seconds(shape, decode, profile)
         found.append(
             _Stage(
                 profile=profile,

@@ -94,12 +94,24 @@ def layer_seconds(shape: ModelShape, layer: int, decode: Decode, profile: Device
     multiplying take turns, and decoding 4-bit weights keeps the processor from it, so that their times
     add up.
     """
-    flops = layer_flops(shape, layer, decode.rows) + prompt_attention_flops(shape, decode)
+    flops = layer_flops(shape, layer, _computed_rows(shape, decode, profile))
+    flops += prompt_attention_flops(shape, decode)
     flops /= profile.tflops * TERA
     weights = weight_traffic(shape, layer, decode) / (profile.hbm_gbps * GIGA)
     rest = kv_traffic(shape, layer, decode) + dequantized(shape, layer, decode, profile)
     multiplying = flops + weights if shape.needs_scratch else max(flops, weights)
     return multiplying + rest / (profile.hbm_gbps * GIGA) + profile.layer_seconds
+
+
+def head_seconds(shape: ModelShape, decode: Decode, profile: DeviceProfile) -> float:
+    """One micro-batch's computing of logits."""
+    flops = head_flops(shape, _computed_rows(shape, decode, profile))
+    return flops / (profile.tflops * TERA) + shape.head_bytes / (profile.hbm_gbps * GIGA)
+
+
+def _computed_rows(shape: ModelShape, decode: Decode, profile: DeviceProfile) -> float:
+    """Rows of a micro-batch's products, with padding."""
+    return max(decode.rows, profile.least_rows) if shape.compute_bytes == 4 else decode.rows
 
 
 def dequantized(shape: ModelShape, layer: int, decode: Decode, profile: DeviceProfile) -> float:

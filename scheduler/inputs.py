@@ -115,6 +115,7 @@ class DeviceProfile:
     bytes written. `hop_seconds` is the latency of handing hidden states to the next stage,
     `link_gbps` the rate after that. `layer_seconds` is what a layer takes a micro-batch beside its
     arithmetic and its bytes: to launch its kernels and to run the code around them.
+    `least_rows` are what a float32 product computes of fewer rows, too (headrace.runtime.product).
     """
 
     kind: Kind
@@ -125,6 +126,7 @@ class DeviceProfile:
     hop_seconds: float
     link_gbps: float
     layer_seconds: float = 0.0
+    least_rows: int = 1
 
     def shared_by(self, stages: int) -> "DeviceProfile":
         """One stage's share when `stages` of them run on one host.

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from headrace.scheduler.decode import (
     GIGA,
-    TERA,
     Decode,
     expert_loads,
-    head_flops,
+    head_seconds,
     hop_times,
     layer_seconds,
 )
@@ -91,8 +90,7 @@ def timing(
                 experts[layer] = _expert_times(profile, loads[layer])
             compute[layer] = layer_seconds(shape, layer, decode, profile)
     last = profiles[placement.last_stage]
-    compute[-1] += head_flops(shape, decode.rows) / (last.tflops * TERA)
-    compute[-1] += shape.head_bytes / (last.hbm_gbps * GIGA)
+    compute[-1] += head_seconds(shape, decode, last)
     hops = hop_times(shape, links or Links.of(profiles), placement, decode.rows)
     cold, sunk = _cold_seconds(shape, profiles, placement, decode)
     turn, batches = turnaround(placement, ahead), decode.cold_batches

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from headrace.runtime.product import _least_rows
+from headrace.runtime.product import least_rows
 
-EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512" and _least_rows() == 1
+EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512" and least_rows() == 1
 """With AVX2 alone, and by MKL on AMD's CPUs, a product of few rows is summed in another order."""
 
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from large_shapes import LLAMA_70B
 
-from headrace.scheduler.decode import Decode
+from headrace.scheduler.decode import Decode, layer_seconds
 from headrace.scheduler.inputs import Budget, Choices, DeviceProfile, ModelShape, Workload
 from headrace.scheduler.memory import Cache, Layout
 from headrace.scheduler.placement import Placement, Plan, Tier, contiguous_visits, cyclic_visits
@@ -141,3 +141,19 @@ def test_the_simulation_is_never_faster_than_the_bound() -> None:
         profiles = [replace(GPU, nvme_gbps=nvme, hbm_gbps=hbm)] * 4
         plan = make_plan(SHAPE, profiles, [Budget(8 * GB, 0)] * 4, Workload(1024))
         assert simulated(plan, SHAPE, profiles, 1024) >= 0.999 * plan.prediction.pass_seconds
+
+
+def test_few_rows_in_float32_take_as_long_as_they_are_padded_to() -> None:
+    """Where a row's bits depend on how many there are, as on CPUs of AMD."""
+    shape = replace(LLAMA_70B, compute_bytes=4)
+    profile = DeviceProfile("cpu", 1.5, 8.0, 0.05, 20.0, 3e-4, 4.8)
+    padding = replace(profile, least_rows=16)
+
+    def seconds(profile: DeviceProfile, rows: int, shape: ModelShape = shape) -> float:
+        return layer_seconds(shape, 0, Decode(rows, 1, 1, 1), profile)
+
+    added = seconds(padding, 2) - seconds(profile, 2)
+    flops = 2.0 * 14 * shape.layer_active_parameters[0]
+    assert added == pytest.approx(flops / 0.05e12)
+    assert seconds(padding, 16) == seconds(profile, 16)
+    assert seconds(padding, 2, LLAMA_70B) == seconds(profile, 2, LLAMA_70B)
