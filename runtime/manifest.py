@@ -49,6 +49,8 @@ class WeightSpec:
         rows that are rounded to fp8, too.
     format "mxfp4": parts {"data": U8 packed as in int4, of e2m1 codes; "scale": U8 [rows, columns / 32]
         (E8M0)}, weight = e2m1[data] * 2 ** (scale - 127).
+    format "nvfp4": parts {"data" as in mxfp4; "scale": F8_E4M3 [rows, columns / 16]; "row_scale": F32 [rows, 1]},
+        weight = e2m1[data] * (scale * row_scale).
     rows are those of all matrices of a stack, one after another; `blocksize` divides columns but in fp8.
     `shape` is the logical weight's. `turned`: parts are those of the stack whose matrices are
     transposed, [experts, columns, rows].

@@ -133,6 +133,43 @@ def fp8(block: tuple[int, int] | None, suffix: str, *, static: bool = False) -> 
     return quantize
 
 
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def fp4(layout: str, group: int) -> Quantizer:
+    """NVFP4 of "modelopt", or NVFP4 and MXFP4 (groups of 16 and 32) of "compressed-tensors"."""
+
+    def quantize(weight: Tensor) -> Quantized:
+        rows, columns = weight.shape
+        groups = weight.view(rows, -1, group)
+        wide = groups.abs().amax(-1) / 6
+        parts = {}
+        if group == 32:
+            exponent = wide.log2().ceil()
+            parts["weight_scale"], scale = (exponent + 127).to(torch.uint8), exponent.exp2()
+        else:
+            common = wide.amax() / 448
+            small = (wide / common).to(torch.float8_e4m3fn)
+            parts["weight_scale"] = small
+            if layout == "modelopt":
+                parts |= {"weight_scale_2": common, "input_scale": torch.ones(())}
+            else:
+                parts |= {
+                    "weight_global_scale": 1 / common.view(1),
+                    "input_global_scale": torch.ones(1),
+                }
+                common = 1 / parts["weight_global_scale"]
+            scale = small.float() * common
+        scaled = groups / scale[..., None]
+        codes = (scaled.abs()[..., None] - E2M1).abs().argmin(-1)
+        values = E2M1[codes] * scaled.sign() * scale[..., None]
+        codes = (codes | (scaled < 0) * 8).view(rows, columns).to(torch.uint8)
+        name = "weight" if layout == "modelopt" else "weight_packed"
+        return parts | {name: codes[:, ::2] | codes[:, 1::2] << 4}, values.view(rows, columns)
+
+    return quantize
+
+
 def compressed_tensors_settings(layout: str) -> dict[str, Any]:
     group = {"weights": {}, "targets": ["Linear"], "format": layout}
     return {

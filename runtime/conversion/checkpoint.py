@@ -77,6 +77,11 @@ class Checkpoint:
         except ValueError as error:
             raise StoreError(f"{file} is not valid JSON ({error}); download it again") from error
         assert isinstance(config, dict)
+        # Older releases of Model Optimizer say what they quantized in a file of its own.
+        beside = self.path / "hf_quant_config.json"
+        if "quantization_config" not in config and beside.exists():
+            said = json.loads(beside.read_bytes())["quantization"]
+            config["quantization_config"] = {"quant_method": "modelopt", **said}
         return config
 
     @property

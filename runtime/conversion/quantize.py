@@ -244,7 +244,7 @@ def weight_spec(
 ) -> WeightSpec:
     """The manifest's record of a weight whose parts lie at `tensors`; `state` is the 4-bit one."""
     state = state or {}
-    if fmt in (*AFFINE, "mxfp4"):
+    if fmt in (*AFFINE, "mxfp4", "nvfp4"):
         scales = next(part.entry.shape[-1] for part in parts if part.role == "scale")
         columns = shape[-2] if state.get("turned") else shape[-1]
         state = {**state, "blocksize": columns // scales}

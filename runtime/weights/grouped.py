@@ -11,7 +11,7 @@ from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import Codes, Packing
 from headrace.runtime.matmul.few_rows import packing_of
 from headrace.runtime.weights.affine import int3_values, int4_values, int8_values
-from headrace.runtime.weights.small_floats import mxfp4_values
+from headrace.runtime.weights.small_floats import exponents, float4_values
 from headrace.runtime.weights.weight import Scratch, Weight, room_for
 
 
@@ -109,4 +109,16 @@ class Mxfp4Weight(GroupedWeight):
     """4-bit floats (e2m1), 32 of which share a power of two."""
 
     def _fill(self, out: Tensor) -> Tensor:
-        return mxfp4_values(self._parts["data"], self._parts["scale"], out)
+        return float4_values(
+            self._parts["data"], lambda run: exponents(self._parts["scale"][run]), out
+        )
+
+
+class Nvfp4Weight(GroupedWeight):
+    """4-bit floats (e2m1), 16 of which share an 8-bit float, and those of a row one scale more."""
+
+    def _fill(self, out: Tensor) -> Tensor:
+        scale, row_scale = self._parts["scale"], self._parts["row_scale"]
+        return float4_values(
+            self._parts["data"], lambda run: scale[run].float() * row_scale[run], out
+        )

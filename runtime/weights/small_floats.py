@@ -1,5 +1,6 @@
 """8- and 4-bit floats with scales to values, written where the caller says, a few rows at a time."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -10,8 +11,8 @@ from headrace.runtime.weights.affine import nibbles, row_runs
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of four-bit floats, by code. OCP Microscaling Formats 1.0, 5.3.3."""
 
-MX_BLOCK = 32
-"""Consecutive columns that share an MX scale."""
+MX_BLOCK, NV_BLOCK = 32, 16
+"""Consecutive columns that share a scale of MXFP4 and of NVFP4."""
 
 
 def fp8_values(
@@ -37,15 +38,16 @@ def fp8_values(
             torch.mul(some, scales.repeat_interleave(width, dim=1)[:, :columns], out=onto)
 
 
-def mxfp4_values(packed: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """`packed` uint8 [rows, columns / 2], even column in the high nibble, times 2 ** (`scale` - 127),
-    uint8 [rows, columns / 32], into `out` [rows, columns]."""
+def float4_values(packed: Tensor, scales: Callable[[slice], Tensor], out: Tensor) -> Tensor:
+    """`packed` uint8 [rows, columns / 2], even column in the high nibble, times the float32 scales [run, groups]
+    of a run of rows, into `out` [rows, columns]."""
     table = _table(out.dtype, out.device)
     for run in row_runs(len(packed), out.shape[1], out.device):
-        some = out[run].view(-1, MX_BLOCK)
+        scale = scales(run).reshape(-1, 1)
+        some = out[run].view(len(scale), -1)
         codes = nibbles(packed[run]).view(-1).int()
         values = table.index_select(0, codes).view(some.shape)
-        torch.mul(values, exponents(scale[run]).view(-1, 1), out=some)
+        torch.mul(values, scale, out=some)
     return out
 
 

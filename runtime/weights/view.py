@@ -9,7 +9,13 @@ from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.manifest import TensorSpec, WeightSpec
 from headrace.runtime.weights.blocks import Fp8Weight, TurnedWeight
 from headrace.runtime.weights.four_bit import FourBitWeight
-from headrace.runtime.weights.grouped import GroupedInt8Weight, Int3Weight, Int4Weight, Mxfp4Weight
+from headrace.runtime.weights.grouped import (
+    GroupedInt8Weight,
+    Int3Weight,
+    Int4Weight,
+    Mxfp4Weight,
+    Nvfp4Weight,
+)
 from headrace.runtime.weights.plain import Int8Weight, RawWeight
 from headrace.runtime.weights.weight import Weight
 from headrace.scheduler.errors import StoreError
@@ -22,6 +28,7 @@ _READERS: Mapping[str, Callable[[WeightSpec, dict[str, Tensor]], Weight]] = {
     "int8g": GroupedInt8Weight,
     "fp8": Fp8Weight,
     "mxfp4": Mxfp4Weight,
+    "nvfp4": Nvfp4Weight,
 }
 
 

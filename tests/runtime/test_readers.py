@@ -10,9 +10,11 @@ import torch
 from architectures import tiny_model
 from foreign import (
     GROUP,
+    Quantized,
     awq,
     compressed_tensors,
     compressed_tensors_settings,
+    fp4,
     fp8,
     gptq,
     save,
@@ -21,6 +23,7 @@ from foreign import (
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from stored import stored_weights
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -173,6 +176,61 @@ def test_mxfp4(tmp_path: Path) -> None:
     check(kept(quantized), plain, "mxfp4")
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_nvfp4_of_model_optimizer(beside: bool, tmp_path: Path) -> None:
+    """Said in config.json, or, by older releases, in a file beside it."""
+    settings = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16}
+    made = write(tmp_path, "mixtral", {"quant_method": "modelopt"} | settings, fp4("modelopt", 16))
+    quantized, plain = made
+    if beside:
+        config = json.loads((plain / "config.json").read_text())
+        (quantized / "config.json").write_text(json.dumps(config))
+        said = {"producer": {"name": "modelopt"}, "quantization": settings}
+        (quantized / "hf_quant_config.json").write_text(json.dumps(said))
+    check(kept(quantized), plain, "nvfp4")
+
+
+@pytest.mark.parametrize(("fmt", "group"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_four_bit_floats_of_compressed_tensors(fmt: str, group: int, tmp_path: Path) -> None:
+    settings = compressed_tensors_settings(f"{fmt}-pack-quantized")
+    quantized, plain = write(tmp_path, "mixtral", settings, fp4("compressed-tensors", group))
+    check(kept(quantized), plain, fmt)
+
+
+def test_fp8_of_model_optimizer(tmp_path: Path) -> None:
+    settings = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    quantize = fp8(None, "scale")
+
+    def with_inputs(weight: Tensor) -> Quantized:
+        parts, values = quantize(weight)
+        return parts | {"input_scale": torch.ones(())}, values
+
+    quantized, plain = write(tmp_path, "llama", settings, with_inputs)
+    store = kept(quantized)
+    check(store, plain, "fp8")
+    assert store.layers[0].weights["model.layers.0.mlp.up_proj.weight"].fp8_rows
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("pre_quant_scale", "inputs are changed before the product"), (None, "U8 without .*_scale_2")],
+)
+def test_what_model_optimizer_adds_is_refused(name: str | None, said: str, tmp_path: Path) -> None:
+    quantize = fp4("modelopt", 16)
+
+    def changed(weight: Tensor) -> Quantized:
+        parts, values = quantize(weight)
+        if name is None:
+            del parts["weight_scale_2"]
+            return parts, values
+        return parts | {name: torch.ones(weight.shape[1])}, values
+
+    settings = {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}
+    quantized, _ = write(tmp_path, "llama", settings, changed)
+    with pytest.raises(StoreError, match=said):
+        kept(quantized)
+
+
 def test_quantizing_again_is_asked_for_and_reported(tmp_path: Path) -> None:
     settings = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     quantized, plain = write(tmp_path, "mixtral", settings, fp8((32, 32), "scale_inv"))
@@ -245,8 +303,8 @@ def test_any_format_becomes_any_other(fmt: str, tmp_path: Path) -> None:
         (GPTQ | {"checkpoint_format": "marlin"}, "GPTQ's layout 'marlin' is not read here"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ's layout 'gemv' with 4 bits"),
         (
-            {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
-            "format 'nvfp4-pack-quantized' is not read here",
+            {"quant_method": "compressed-tensors", "format": "mxfp8-quantized"},
+            "format 'mxfp8-quantized' is not read here",
         ),
         (
             {

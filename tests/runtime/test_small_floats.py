@@ -1,4 +1,4 @@
-"""fp8 and mxfp4: values and products of a store's bytes, against the formats' definition."""
+"""fp8, mxfp4 and nvfp4: values and products of a store's bytes, against the formats' definition."""
 
 import pytest
 import torch
@@ -100,9 +100,12 @@ def test_cuda_gives_the_same_values(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(256, (48 * 32, 1), dtype=torch.uint8, generator=generator)
     powers = torch.randint(100, 140, (48, 2), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(48, 4, generator=generator).to(torch.float8_e4m3fn)
+    rows = torch.rand(48, 1, generator=generator)
     for fmt, parts, shape, sizes in (
         ("fp8", of_blocks, (48, 96), {"blocksize": 7, "block_rows": 20}),
         ("mxfp4", {"data": codes, "scale": powers}, (48, 64), {"blocksize": 32}),
+        ("nvfp4", {"data": codes, "scale": scales, "row_scale": rows}, (48, 64), {"blocksize": 16}),
     ):
         specs, block = packed_block(parts)
         spec = WeightSpec(fmt, shape, specs, **sizes)

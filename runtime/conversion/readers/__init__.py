@@ -3,7 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from headrace.runtime.conversion.readers import awq, compressed_tensors, fp8, gptq, mxfp4
+from headrace.runtime.conversion.readers import (
+    awq,
+    compressed_tensors,
+    fp8,
+    gptq,
+    modelopt,
+    mxfp4,
+)
 from headrace.runtime.conversion.source import Imported, Tensors
 
 Reader = Callable[[Tensors, Mapping[str, Any]], Imported]
@@ -15,5 +22,6 @@ READERS: Mapping[str, Reader] = {
     "compressed-tensors": compressed_tensors.read,
     "fp8": fp8.read,
     "mxfp4": mxfp4.read,
+    "modelopt": modelopt.read,
 }
 """By quant_method."""

@@ -1,23 +1,25 @@
-"""compressed-tensors, as llm-compressor writes it: integers packed or in bytes, and 8-bit floats.
+"""compressed-tensors, as llm-compressor writes it: integers packed or in bytes, 8- and 4-bit floats.
 
     X.weight_packed      I32 [rows, columns * bits / 32], codes plus half of their range, the first in the
-                         lowest bits ("pack-quantized")
+                         lowest bits ("pack-quantized"); U8 [rows, columns / 2], 4-bit floats
     X.weight             I8 ("int-quantized") or F8_E4M3 ("float-quantized") [rows, columns]
     X.weight_scale       [1], [rows, 1] or [rows, groups]; for blocks of 8-bit floats [blocks, blocks]
     X.weight_zero_point  I32 [rows * bits / 32, groups] packed down the rows, or I8 [rows, groups]
     X.weight_shape       I64 [2], of the packed weight
+    X.weight_global_scale  F32 [1], what NVFP4's scales are divided by
     X.weight_g_idx       I32 [columns], each column's group, of early releases
 
 (compressed_tensors/compressors.)
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headrace.runtime.conversion.readers import fp8
+from headrace.runtime.conversion.readers import fp4, fp8
 from headrace.runtime.conversion.readers.affine import AffineWeight, Scales
 from headrace.runtime.conversion.readers.packing import (
     UNREADABLE,
@@ -34,10 +36,12 @@ LAYOUTS = (
     "pack-quantized",
     "int-quantized",
     "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
     "naive-quantized",
     "mixed-precision",
 )
-PARTS = ("packed", "scale", "shape", "zero_point", "g_idx")
+PARTS = ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale")
 
 
 def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
@@ -45,7 +49,9 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
     weights, used = [], set()
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition(".")
-        if kind == "weight_packed":
+        if kind == "weight_packed" and tensor.dtype == "U8":
+            weights.append(_floats(stem, tensors))
+        elif kind == "weight_packed":
             weights.append(_packed(stem, tensors))
         elif kind == "weight" and tensor.dtype == "I8":
             weights.append(_bytes(stem, tensors))
@@ -93,6 +99,13 @@ def _fp8_rows(settings: Mapping[str, Any]) -> bool:
     """Whether activations are quantized to 8-bit floats."""
     rows = [group.get("input_activations") or {} for group in _groups(settings)]
     return any(row.get("type") == "float" and row.get("num_bits") == 8 for row in rows)
+
+
+def _floats(stem: str, tensors: Tensors) -> SourceWeight:
+    name = f"{stem}.weight"
+    scale, divisor = needed(tensors, f"{name}_scale", "4-bit"), tensors.get(f"{name}_global_scale")
+    common = None if divisor is None else partial(fp4.inverse, divisor)
+    return fp4.weight(name, tensors[f"{name}_packed"], scale, common)
 
 
 def _packed(stem: str, tensors: Tensors) -> SourceWeight:

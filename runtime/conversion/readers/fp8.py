@@ -23,7 +23,14 @@ log = logging.getLogger(__name__)
 
 SCALES = ("_scale_inv", "_scale")
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
-ACTIVATIONS = ("activation_scale", "input_scale", "output_scale", "k_scale", "v_scale")
+ACTIVATIONS = (
+    "activation_scale",
+    "input_scale",
+    "input_global_scale",
+    "output_scale",
+    "k_scale",
+    "v_scale",
+)
 
 
 def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
@@ -49,7 +56,7 @@ def activation_scales(tensors: Tensors) -> set[str]:
     found = {name for name in tensors if name.rpartition(".")[2].endswith(ACTIVATIONS)}
     if found:
         log.warning(
-            "left out %d scales of activations, such as %s: rows get scales of their own here",
+            "left out %d scales of activations, such as %s: rows get their own here, or none",
             len(found),
             min(found),
         )

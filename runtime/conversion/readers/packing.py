@@ -58,7 +58,7 @@ def repacked(
     `data` is the tensor that holds its codes.
     """
     rows, columns = prod(shape[:-1]), shape[-1]
-    packed = fmt in ("int4", "mxfp4")
+    packed = fmt in ("int4", "mxfp4", "nvfp4")
     dtype = {"int8g": "I8", "fp8": "F8_E4M3"}.get(fmt, "U8")
     first = Entry(name, dtype, (rows * columns // 2, 1) if packed else (rows, columns))
     parts = [Part("data", first)]
