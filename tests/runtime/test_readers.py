@@ -313,6 +313,14 @@ def test_any_format_becomes_any_other(fmt: str, tmp_path: Path) -> None:
             },
             r"rotated \(transform_config\)",
         ),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:fake"},
+            "AutoRound's format 'auto_round:fake' is not read here",
+        ),
+        (
+            {"quant_method": "auto-round", "rotation_config": {"block_size": 32}},
+            r"rotated \(AutoRound's rotation_config\)",
+        ),
         ({"quant_method": "hqq"}, "'hqq', which cannot be converted.* gptq, awq"),
     ],
 )  # fmt: skip
@@ -322,6 +330,24 @@ def test_what_cannot_be_read_is_refused_by_name(
     quantized, _ = write(tmp_path, "llama", settings, gptq(4, less=1, act_order=False))
     with pytest.raises(StoreError, match=said):
         kept(quantized)
+
+
+@pytest.mark.parametrize(
+    ("layout", "bits", "less"),
+    [("auto_gptq", 4, 1), ("gptqmodel", 4, 0), ("auto_gptq", 8, 1), ("auto_awq", 4, 0)],
+)
+def test_auto_round(layout: str, bits: int, less: int, tmp_path: Path) -> None:
+    """Layouts of others, without g_idx; bits of single layers are in the shapes."""
+    quantize = awq if layout == "auto_awq" else gptq(bits, less=less, act_order=False)
+
+    def without_index(weight: Tensor) -> Quantized:
+        parts, values = quantize(weight)
+        parts.pop("g_idx", None)
+        return parts, values
+
+    settings = {"quant_method": "auto-round", "bits": 4, "packing_format": f"auto_round:{layout}"}
+    quantized, plain = write(tmp_path, "llama", settings, without_index)
+    check(kept(quantized), plain, "int4" if bits == 4 else "int8g")
 
 
 def test_codes_of_three_bits_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from headrace.runtime.conversion.readers import (
+    auto_round,
     awq,
     compressed_tensors,
     fp8,
@@ -21,6 +22,7 @@ READERS: Mapping[str, Reader] = {
     "awq": awq.read,
     "compressed-tensors": compressed_tensors.read,
     "fp8": fp8.read,
+    "auto-round": auto_round.read,
     "mxfp4": mxfp4.read,
     "modelopt": modelopt.read,
 }

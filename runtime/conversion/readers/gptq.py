@@ -3,7 +3,7 @@
     X.qweight   I32 [columns * bits / 32, rows], the first column in the lowest bits
     X.qzeros    I32 [groups, rows * bits / 32]
     X.scales    F16 or BF16 [groups, rows]
-    X.g_idx     I32 [columns], each column's group (act-order: not in order)
+    X.g_idx     I32 [columns], each column's group (act-order: not in order); not written by all tools
 
 (auto_gptq/nn_modules/qlinear; gptqmodel/nn_modules/qlinear, formats "gptq" and "gptq_v2".)
 """
@@ -50,7 +50,8 @@ def _weight(stem: str, tensors: Tensors, settings: Mapping[str, Any], less: int)
     scales = needed(tensors, f"{stem}.scales", "GPTQ")
     index = tensors.get(f"{stem}.g_idx")
     words, rows = data.shape
-    bits = settings.get("bits") if index is None else words * 32 // max(index.shape[0], 1)
+    # The last word of zero points may be partly used.
+    bits = zeros.shape[1] * 32 // rows if index is None else words * 32 // max(index.shape[0], 1)
     if bits not in (4, 8):
         raise StoreError(
             f"{stem} has GPTQ codes of {bits} bits, and only 4 and 8 are read here; {UNREADABLE} with 4"
