@@ -160,6 +160,16 @@ def test_static_scales_of_activations_are_left_out(
     assert "left out 21 scales of activations" in caplog.text
 
 
+def test_fbgemm_fp8(tmp_path: Path) -> None:
+    settings = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    quantize = compressed_tensors("float-quantized", 8, None, True)
+    quantized, plain = write(tmp_path, "llama", settings, quantize)
+    store = kept(quantized)
+    check(store, plain, "fp8")
+    spec = store.layers[0].weights["model.layers.0.mlp.up_proj.weight"]
+    assert (spec.fp8_rows, spec.block_rows) == (True, 1)
+
+
 def test_mxfp4(tmp_path: Path) -> None:
     """Stacks of experts, as gpt-oss has them."""
     quantized, plain = tmp_path / "quantized", tmp_path / "plain"

@@ -22,6 +22,7 @@ READERS: Mapping[str, Reader] = {
     "awq": awq.read,
     "compressed-tensors": compressed_tensors.read,
     "fp8": fp8.read,
+    "fbgemm_fp8": fp8.read_fbgemm,
     "auto-round": auto_round.read,
     "mxfp4": mxfp4.read,
     "modelopt": modelopt.read,

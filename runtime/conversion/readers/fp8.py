@@ -51,6 +51,11 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
     return Imported(weights, frozenset(used | activation_scales(tensors)))
 
 
+def read_fbgemm(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
+    """FBGEMM's, as Meta has published Llama 3.1 405B: scales of rows, and inputs are always in 8 bits."""
+    return read(tensors, {**settings, "activation_scheme": "dynamic"})
+
+
 def activation_scales(tensors: Tensors) -> set[str]:
     """Names of scales that are not the weights'; logged, since they are left out."""
     found = {name for name in tensors if name.rpartition(".")[2].endswith(ACTIVATIONS)}
