@@ -32,7 +32,7 @@ from headrace.runtime.weights.weight import Scratch, Weight
 from headrace.scheduler.errors import StoreError
 
 View = Callable[[WeightSpec, Tensor], Weight]
-"""What reads a weight that a matrix product takes from a block's bytes."""
+"""What reads a weight from a block's bytes."""
 
 
 class Binding(Protocol):
@@ -44,7 +44,7 @@ class Binding(Protocol):
 
     @property
     def factors(self) -> tuple[WeightSpec, ...]:
-        """The weights that are read by a view: x @ weight.T is all that is done with them."""
+        """Weights of which x @ weight.T is all that is done with them."""
 
     def bind(self, block: Tensor, view: View = view_weight) -> None: ...
 
@@ -66,7 +66,7 @@ class PackedLinear:
         return () if self.whole else (self.spec,)
 
     def bind(self, block: Tensor, view: View = view_weight) -> None:
-        self.module.weight = (view_weight if self.whole else view)(self.spec, block)
+        self.module.weight = view(self.spec, block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class ExpertStack:
         return (*(spec for specs in self.specs.enter for spec in specs), *self.specs.leave)
 
     def bind(self, block: Tensor, view: View = view_weight) -> None:
-        self._bind(ExpertsInBlock(self.specs, block, view if self.factors else view_weight))
+        self._bind(ExpertsInBlock(self.specs, block, view))
 
     def fetched(self, extents: Sequence[Extent], fetch: Fetch, views: SlotViews) -> "FetchedStack":
         """Bind the module for good to experts that are read alone, from these extents of a block."""

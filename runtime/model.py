@@ -175,7 +175,7 @@ class StageModel:
         return self._modules[index]
 
     def bind_through(self, layer: int, block: Tensor, view: View) -> None:
-        """`bind`, with another view of the weights that matrix products take; it lasts until the next call."""
+        """`bind`, with another view of the layer's weights; it lasts until the next call."""
         for group in self._groups[layer]:
             group.forget()
         for binding in self._bindings[layer]:
@@ -206,7 +206,7 @@ class StageModel:
         for binding in self._bindings[layer]:
             for spec in filter(layout.takes, binding.factors):
                 layout.pack(spec, block)
-            binding.bind(block, layout.view)
+            binding.bind(block, layout.view if binding.factors else view_weight)
         self._bound[layer] = block
 
     def split(self, layer: int, extents: Sequence[Extent], fetch: Fetch) -> None:

@@ -11,6 +11,7 @@ import torch
 from architectures import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 GROUP = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -43,6 +44,22 @@ def write(
         else:
             packed[name] = values[name] = tensor
     save(quantized, plain, settings, packed, values)
+    return quantized, plain
+
+
+def write_gpt_oss(folder: Path) -> tuple[Path, Path]:
+    """Experts in MXFP4, of random codes."""
+    quantized, plain = folder / "quantized", folder / "plain"
+    tiny_model("gpt_oss").save_pretrained(plain)
+    packed = load_file(plain / "model.safetensors")
+    values = dict(packed)
+    for name in [n for n in packed if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, depth, rows = packed.pop(name).shape
+        blocks = torch.randint(256, (experts, rows, depth // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(123, 126, (experts, rows, depth // 32), dtype=torch.uint8)
+        values[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save(quantized, plain, {"quant_method": "mxfp4"}, packed, values)
     return quantized, plain
 
 

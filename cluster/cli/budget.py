@@ -77,11 +77,17 @@ def formats_of_recipe(file: Path) -> Formats:
 
 
 def formats_by_budget(
-    console: Console, checkpoint: Path, mix: MixOptions, text: Text, group_size: int | None
+    console: Console,
+    checkpoint: Path,
+    mix: MixOptions,
+    text: Text,
+    group_size: int | None,
+    *,
+    requantize: bool,
 ) -> Formats:
     """Measures behind a bar, chooses, says what, and writes the recipe where one is asked for. Raises HeadraceError."""
     assert mix.budget is not None
-    candidates = Candidates(open_checkpoint(checkpoint), group_size)
+    candidates = Candidates(open_checkpoint(checkpoint), group_size, requantize=requantize)
     limit = budget_bytes(mix.budget, candidates.parameters)
     refuse_too_little(candidates, limit)
     with _bar(console) as bar:

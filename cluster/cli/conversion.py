@@ -54,7 +54,9 @@ def settle(
     text = text_of(calibrate, where, checkpoint)
 
     def measured() -> Settled:
-        formats = formats_by_budget(console, checkpoint, mix, text, asked.group_size)
+        formats = formats_by_budget(
+            console, checkpoint, mix, text, asked.group_size, requantize=asked.requantize
+        )
         return _mixed(formats, text.calibration())
 
     return measured

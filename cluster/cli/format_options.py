@@ -48,7 +48,6 @@ class FormatOptions:
             "--format": self.format is not None,
             "--policy": bool(self.policy),
             "--double-quant": self.double_quant,
-            "--requantize": self.requantize,
         }
 
 

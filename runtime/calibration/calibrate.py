@@ -187,11 +187,6 @@ class Calibrator:
         assert self._states is not None
         weights = self._weights(layer)
         data = _read(block, layer.block.device)
-        for name, spec in block.weights.items():
-            # What is no factor of a product is taken from the layer's own bytes.
-            if spec.format == "raw" or name in self._transposed:
-                raw = weights.raw(name)
-                raw.copy_(view_weight(spec, data).dense(raw.dtype).view(raw.shape))
 
         def view(spec: WeightSpec, _: Tensor) -> Weight:
             return view_weight(block.weights[weights.name_of(spec)], data)

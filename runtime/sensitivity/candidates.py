@@ -23,17 +23,20 @@ TRIED = ("int3", "int4", "int8")
 class Candidates:
     """Of the matrices of `checkpoint`'s layers, the embedding table, and a head of its own; int3 and int4 have groups of `group_size`.
 
-    `formats` are in order of size, the last one keeps a matrix as it is. Raises StoreError for a checkpoint that is quantized.
+    `formats` are in order of size, the last one keeps a matrix as it is. Of a checkpoint that is quantized these are what is
+    smaller, and StoreError is raised unless `requantize` accepts a second error.
     """
 
-    def __init__(self, checkpoint: AnyCheckpoint, group_size: int | None) -> None:
+    def __init__(
+        self, checkpoint: AnyCheckpoint, group_size: int | None, *, requantize: bool = False
+    ) -> None:
         quantized = next((w.format for w in checkpoint.weights.values() if w.format != "raw"), None)
-        if quantized is not None:
+        if quantized is not None and not requantize:
             raise StoreError(
-                f"{checkpoint.path} is quantized to {quantized} already, and --budget chooses formats for the weights "
-                "of a checkpoint that is not: convert the original checkpoint"
+                f"{checkpoint.path} is quantized to {quantized} already, and what --budget makes smaller gets a second "
+                "error: convert the original checkpoint, or say --requantize to accept that"
             )
-        self.checkpoint, self.group_size = checkpoint, group_size
+        self.checkpoint, self.group_size, self.requantize = checkpoint, group_size, requantize
         config = parse_config(checkpoint.config, str(checkpoint.path))
         skeleton = Skeleton(config, TORCH_DTYPES[checkpoint.dtype], expand=True)
         self.roles: Mapping[str, Role] = skeleton.classify(checkpoint.weights)
@@ -41,8 +44,14 @@ class Candidates:
         self.table = self._named(skeleton.embedding_name)
         self.tied = skeleton.tied
         wide = ("bf16",) if checkpoint.dtype == "F32" else ()
-        self.formats: tuple[str, ...] = (*TRIED, *wide, KEEP)
-        self._plans = {fmt: self._plan(fmt) for fmt in self.formats}
+        self._plans = {fmt: self._plan(fmt) for fmt in (*TRIED, *wide, KEEP)}
+        self.formats: tuple[str, ...] = tuple(
+            f for f in self._plans if f == KEEP or self._is_smaller(f)
+        )
+        if self.formats == (KEEP,):
+            raise StoreError(
+                f"{checkpoint.path} is quantized to {quantized} and has no weights that --budget could make smaller"
+            )
         self._weights = {fmt: _by_name(plan) for fmt, plan in self._plans.items()}
         # gpt-oss' experts are multiplied from the other side.
         self.transposed = frozenset(
@@ -63,8 +72,11 @@ class Candidates:
     def _plan(self, fmt: str) -> ConversionPlan:
         own = tuple((name, fmt) for name in (self.table, self.head) if name is not None)
         group_size = self.group_size if fmt in BITS else None
-        options = Options(fmt, own, group_size=group_size)
+        options = Options(fmt, own, group_size=group_size, requantize=self.requantize)
         return plan_conversion(self.checkpoint, options, expand=True)
+
+    def _is_smaller(self, fmt: str) -> bool:
+        return self._plans[fmt].nbytes < self._plans[KEEP].nbytes
 
     @property
     def smallest(self) -> str:
@@ -89,6 +101,20 @@ class Candidates:
         weight = self._weights[self.smallest].get(name)
         return weight is not None and weight.encoded
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a weight's values."""
+        source = self.of(name, KEEP).source
+        is_raw = source.format == "raw"
+        return TORCH_DTYPES[source.stored[0].entry.dtype if is_raw else self.checkpoint.dtype]
+
+    def value_bytes(self, names: Iterable[str]) -> int:
+        """Of those weights that have a choice."""
+        return sum(
+            prod(self.of(name, KEEP).source.shape) * self.dtype(name).itemsize
+            for name in names
+            if self.is_open(name)
+        )
+
     def of(self, name: str, fmt: str) -> WeightPlan:
         return self._weights[fmt][name]
 
@@ -102,6 +128,8 @@ class Candidates:
 
     def rounding(self, name: str, fmt: str) -> Callable[[Tensor], Tensor]:
         """To nearest: weights [N, K] float32 to the values that they would be read as."""
+        if not self.of(name, fmt).encoded:  # it has that format already
+            return lambda weight: weight
         if fmt in CALIBRATED:
             return nearest(self.of(name, fmt))
         dtype = TORCH_DTYPES[self.of(name, fmt).parts[0].entry.dtype]

@@ -95,5 +95,5 @@ def options_of(
 def stored_bytes(candidates: Candidates, groups: Sequence[Group], formats: Sequence[str]) -> int:
     """Of the blocks' files of such a store."""
     policy, group_size = options_of(rules_of(groups, formats), candidates.group_size)
-    options = Options(KEEP, tuple(policy), group_size=group_size)
+    options = Options(KEEP, tuple(policy), group_size=group_size, requantize=candidates.requantize)
     return plan_conversion(candidates.checkpoint, options, expand=True).nbytes

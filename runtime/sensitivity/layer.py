@@ -15,6 +15,7 @@ from headrace.runtime.manifest import LayerShape, WeightSpec
 from headrace.runtime.sensitivity.candidates import KEEP, Candidates
 from headrace.runtime.sweep.states import States
 from headrace.runtime.sweep.sweep import SweptLayer
+from headrace.runtime.weights.plain import RawWeight
 from headrace.runtime.weights.view import view_weight
 from headrace.runtime.weights.weight import Weight
 
@@ -69,7 +70,7 @@ class LayerTrial:
     def run(self, sample: States, calibrated: States | None) -> Iterator[Tried]:
         """Every group in every format but the one that keeps it. `sample`, the layer's input, stays as it is, and so does
         the layer when all is through."""
-        reference = self._output(sample)
+        reference = self._output(sample, {})
         linears = self._linear_groups(sample)
         for names, moments in self._with_moments(linears, calibrated):
             yield from self._tried(names, sample, reference, moments)
@@ -77,8 +78,14 @@ class LayerTrial:
             yield from self._tried(names, sample, reference, None)
         self._layer.rebind(view_weight)
 
-    def _output(self, sample: States) -> Tensor:
-        self._layer.rebind(view_weight)
+    def _output(self, sample: States, changed: Mapping[str, Tensor]) -> Tensor:
+        """With other values for some weights."""
+
+        def view(spec: WeightSpec, block: Tensor) -> Weight:
+            values = changed.get(self._weights.name_of(spec))
+            return view_weight(spec, block) if values is None else RawWeight(values)
+
+        self._layer.rebind(view)
         with sample.beside(sample.values) as states:
             self._layer.run(states)
             return states.values
@@ -135,20 +142,26 @@ class LayerTrial:
             inputs = Inputs.of(moments.take_means()[0], self._rounding)
         for fmt in self._candidates.formats:
             if fmt != KEEP:
-                with self._weights.restored(*names):
-                    for name in names:
-                        self._put(name, fmt, inputs)
-                    output = self._output(sample)
+                changed = {name: self._changed(name, fmt, inputs) for name in names}
+                output = self._output(sample, changed)
                 yield Tried(names, fmt, output, relative_error(output, reference))
 
-    def _put(self, name: str, fmt: str, inputs: Inputs | None) -> None:
-        """Writes the rounded values where the layer has its own, a matrix of a stack at a time."""
-        raw = self._weights.raw(name)
-        for matrix in raw if raw.dim() == 3 else [raw]:
-            values = matrix.float().view(-1, matrix.shape[-1])
-            matrix.copy_(self._rounded(name, values, fmt, inputs).view(matrix.shape))
+    def _changed(self, name: str, fmt: str, inputs: Inputs | None) -> Tensor:
+        """Rounded values in the weight's own type, or in the checkpoint's where it is quantized; a matrix of a stack
+        at a time."""
+        shape = self._weights.shape(name)
+        changed = torch.empty(
+            shape, dtype=self._candidates.dtype(name), device=self._weights.device
+        )
+        if len(shape) < 3:
+            values = self._weights.values(name).view(-1, shape[-1])
+            return changed.copy_(self._rounded(name, values, fmt, inputs).view(shape))
+        for expert, matrix in enumerate(changed):
+            matrix.copy_(self._rounded(name, self._weights.part(name, expert), fmt, inputs))
+        return changed
 
     def _rounded(self, name: str, values: Tensor, fmt: str, inputs: Inputs | None) -> Tensor:
-        if inputs is None or fmt not in CALIBRATED:
+        plan = self._candidates.of(name, fmt)
+        if inputs is None or fmt not in CALIBRATED or not plan.encoded:
             return self._candidates.rounding(name, fmt)(values)
-        return round_matrix(self._candidates.of(name, fmt), values, inputs).values
+        return round_matrix(plan, values, inputs).values

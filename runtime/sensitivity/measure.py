@@ -127,8 +127,8 @@ class _Measuring:
         # Linears that make keys of latents have to be seen at work, so latents are expanded.
         self._model = CheckpointModel(candidates.checkpoint.path, self_check=lambda _: False)
         context = tokens.shape[1]
-        # What is rounded is kept beside it as it was.
-        beside = max(block.nbytes for block in self._model.layers)
+        # What is rounded is there beside what it was.
+        beside = max(candidates.value_bytes(block.weights) for block in self._model.layers)
         room = Room.of(
             self._model,
             candidates.plan,

@@ -226,8 +226,7 @@ class SweptLayer:
         return {name: module for name, module in self.module.named_modules() if name}
 
     def rebind(self, view: View) -> None:
-        """From now on the layer's matrices are what `view` makes of their places in `block`, and all else is
-        what `block` holds now."""
+        """From now on the layer's weights are what `view` makes of their places in `block`."""
         self.sweep.rebind(self.index, self.block, view)
 
     def run(self, states: States, *, keep: bool = True) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from commands import STORIES
+from foreign import fp8, write, write_gpt_oss
 from stored import stored_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -319,3 +320,20 @@ def test_device_memory_is_enough_or_refused_with_a_figure(tmp_path):
     # One set of second moments at a time.
     assert batches({("a", None): 8, ("b", None): 8}, 256) == [{("a", None): 8}, {("b", None): 8}]
     assert len(batches({("a", None): 8, ("b", None): 8}, 512)) == 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss"])
+def test_what_is_quantized_already_is_calibrated_where_that_is_asked_for(name, tmp_path):
+    """FP8 as DeepSeek publishes it, and gpt-oss' stacks, which are rounded to nearest."""
+    if name == "gpt_oss":
+        source, _ = write_gpt_oss(tmp_path)
+    else:
+        settings = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+        source, _ = write(tmp_path, name, settings, fp8((32, 32), "scale_inv"))
+    options = {"format": "int4", "group_size": 32, "requantize": True}
+    store, tally = calibrated(source, tmp_path / "store", calibration(), **options)
+    rounded = "to nearest, in stacks that are not calibrated" if name == "gpt_oss" else "gptq"
+    assert tally.counts[rounded]
+    reference = logits(source, text())
+    error = (logits(store.path, text()) - reference).norm() / reference.norm()
+    assert 0 < float(error) < 0.5

@@ -17,8 +17,8 @@ from foreign import (
     fp4,
     fp8,
     gptq,
-    save,
     write,
+    write_gpt_oss,
 )
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,6 @@ from stored import stored_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from whole import WholeModel
 
 from headrace.cluster.cli.convert import run_convert
@@ -172,17 +171,7 @@ def test_fbgemm_fp8(tmp_path: Path) -> None:
 
 def test_mxfp4(tmp_path: Path) -> None:
     """Stacks of experts, as gpt-oss has them."""
-    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
-    tiny_model("gpt_oss").save_pretrained(plain)
-    packed = load_file(plain / "model.safetensors")
-    values = dict(packed)
-    for name in [n for n in packed if n.endswith(("gate_up_proj", "down_proj"))]:
-        experts, depth, rows = packed.pop(name).shape
-        blocks = torch.randint(256, (experts, rows, depth // 32, 16), dtype=torch.uint8)
-        scales = torch.randint(123, 126, (experts, rows, depth // 32), dtype=torch.uint8)
-        values[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
-        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    save(quantized, plain, {"quant_method": "mxfp4"}, packed, values)
+    quantized, plain = write_gpt_oss(tmp_path)
     check(kept(quantized), plain, "mxfp4")
 
 

@@ -1,11 +1,13 @@
 """What is predicted of mixed stores, beside what is measured of them; and stores of all kinds within a budget."""
 
+import json
 from itertools import pairwise
 
 import pytest
 import torch
 from architectures import tiny_model
 from commands import STORIES
+from foreign import fp8, write, write_gpt_oss
 
 from headrace.runtime.conversion.convert import convert
 from headrace.runtime.conversion.opening import open_checkpoint
@@ -49,7 +51,7 @@ def converted(source, dest, candidates, groups, formats):
     policy, group_size = options_of(rules_of(groups, formats), candidates.group_size)
     return convert(
         source, dest, format="keep", policy=policy, group_size=group_size,
-        allow_missing_tokenizer=True,
+        allow_missing_tokenizer=True, requantize=candidates.requantize,
     )  # fmt: skip
 
 
@@ -157,12 +159,42 @@ def test_device_memory_is_enough_or_refused_with_a_figure(tmp_path):
         assert one.kld == pytest.approx(other.kld, rel=0.02)
 
 
-def test_a_quantized_checkpoint_has_no_choice(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "rounding"), [("llama", "gptq"), ("deepseek_v3", "nearest"), ("gpt_oss", "nearest")]
+)
+def test_a_quantized_checkpoint_is_mixed_where_that_is_asked_for(name, rounding, tmp_path):
+    """What keeps its format has no second error, and matrices that its maker left alone stay so."""
+    if name == "gpt_oss":
+        source, _ = write_gpt_oss(tmp_path)
+    else:
+        settings = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+        source, _ = write(tmp_path, name, settings, fp8((32, 32), "scale_inv"))
+    candidates = Candidates(open_checkpoint(source), 32, requantize=True)
+    sensitivity = measure(candidates, text(), rounding, CPU)
+    for group in sensitivity.groups:
+        klds = [group.kld[fmt] for fmt in candidates.formats]
+        assert klds == sorted(klds, reverse=True) and klds[0] > klds[-1] == 0
+    most = choose(candidates, sensitivity, 1 << 40)
+    limit = (7 * candidates.plan.nbytes + most.nbytes) // 8
+    mix = choose(candidates, sensitivity, limit)
+    assert mix.kld > 0 == most.kld and {"int3", "keep"} & {*mix.formats}
+    store = converted(source, tmp_path / "store", candidates, sensitivity.groups, mix.formats)
+    assert sum(b.file.stat().st_size for b in store.blocks) == mix.nbytes <= limit
+    formats = {n: spec.format for block in store.blocks for n, spec in block.weights.items()}
+    for group, fmt in zip(sensitivity.groups, mix.formats, strict=True):
+        for each in group.names:
+            was = candidates.of(each, "keep").format
+            assert formats[each] == (was if fmt == "keep" else fmt)
+    changed = json.loads((store.path / "headrace-changes.json").read_text())["changed"]
+    assert {c["from"] for c in changed.values()} == {"mxfp4" if name == "gpt_oss" else "fp8"}
+
+
+def test_a_quantized_checkpoint_is_left_alone(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "store", format="int8", allow_missing_tokenizer=True)
     # A store in bitsandbytes' formats is a checkpoint of transformers', too.
     (tmp_path / "store" / MANIFEST).unlink()
-    with pytest.raises(StoreError, match="is quantized to int8 already"):
+    with pytest.raises(StoreError, match=r"is quantized to int8 already.* say --requantize"):
         Candidates(open_checkpoint(tmp_path / "store"), None)
 
 
