@@ -17,7 +17,10 @@ from headrace.runtime.store import Store
 @takes_options
 def convert_checkpoint(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A local Hugging Face checkpoint, or a GGUF file.")
+        Path,
+        typer.Argument(
+            help="A Hugging Face checkpoint or a GGUF file: a path, or a name on the Hub, such as Qwen/Qwen3-32B."
+        ),
     ],
     store: Annotated[Path, typer.Argument(help="The directory to write.")],
     formats: FormatOptions,
@@ -44,8 +47,10 @@ def convert_checkpoint(
     from headrace.cluster.cli.conversion import settle
     from headrace.cluster.cli.convert import run_convert
     from headrace.cluster.cli.gated_convert import GatedConversion
+    from headrace.cluster.hub import local_checkpoint
     from headrace.runtime.conversion.selfcheck import check
 
+    checkpoint = local_checkpoint(checkpoint)
     settled = settle(Console(), checkpoint, formats, mix, calibration, corpus)
 
     def run() -> Store:

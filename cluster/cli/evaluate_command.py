@@ -16,7 +16,9 @@ def evaluate_stores(
     *,
     reference: Annotated[
         Path | None,
-        typer.Option(help="The checkpoint that they were made from, or a store of it."),
+        typer.Option(
+            help="The checkpoint that they were made from (a path, or a name on the Hub), or a store of it."
+        ),
     ] = None,
     outputs: OutputOptions,
     corpus: CorpusOptions,
@@ -27,5 +29,8 @@ def evaluate_stores(
     take up to --new-tokens more readings (--prompts 0 leaves them out).
     """
     from headrace.cluster.cli.evaluate import run_eval
+    from headrace.cluster.hub import local_checkpoint
 
+    reference = None if reference is None else local_checkpoint(reference)
+    stores = [local_checkpoint(store) for store in stores]
     raise typer.Exit(run_eval(Console(), stores, reference, corpus, outputs))

@@ -29,10 +29,11 @@ from headrace.cluster.cli.prune_command import prune_model
 from headrace.cluster.cli.serve import serve, serve_key
 from headrace.cluster.cli.top import top
 from headrace.cluster.cli.trace import trace_ring
+from headrace.cluster.offline import OFFLINE, OURS
 from headrace.scheduler.errors import HeadraceError
 
-# Before transformers is imported: nothing here may look for a model on the network.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before transformers is imported: nothing may look on the network for what was not asked for by name (headrace.cluster.hub).
+os.environ.setdefault(OFFLINE, OURS)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # Before gRPC is, which Ray does: it would write what a server's clients send to stderr, as it is.

@@ -13,7 +13,12 @@ from headrace.cluster.cli.prune_options import CutOptions, PruneFormat, TextOpti
 
 @takes_options
 def prune_model(
-    source: Annotated[Path, typer.Argument(help="A local Hugging Face checkpoint, or a store.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A Hugging Face checkpoint (a path, or a name on the Hub), or a store."
+        ),
+    ],
     dest: Annotated[Path, typer.Argument(help="The directory to write the smaller store to.")],
     cut: CutOptions,
     *,
@@ -36,10 +41,11 @@ def prune_model(
     is compared with SOURCE as `headrace eval` does.
     """
     from headrace.cluster.cli.prune import run_prune
+    from headrace.cluster.hub import local_checkpoint
 
     code = run_prune(
         Console(),
-        source,
+        local_checkpoint(source),
         dest,
         cut.request,
         texts,

@@ -66,6 +66,7 @@ class ShadowFlags:
                     " with a reference: give --shadow REFERENCE with them"
                 )
             return None
+        from headrace.cluster.hub import local_checkpoint
         from headrace.cluster.run_plan import resolve
 
         device, dtype = resolve(engine, store)
@@ -81,7 +82,7 @@ class ShadowFlags:
         }
         return ShadowOptions(
             store=store.path,
-            reference=self.shadow,
+            reference=local_checkpoint(self.shadow),
             dtype=dtype,
             context=engine.context,
             **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]

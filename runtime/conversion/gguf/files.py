@@ -30,6 +30,12 @@ def parts_of(file: Path) -> tuple[Path, ...]:
     return tuple(parts)
 
 
+def pattern_of(name: str) -> str:
+    """What the names of all parts match of the file of which that is one."""
+    found = _PART.fullmatch(name)
+    return name if found is None else f"{found[1]}-?????-of-{found[3]}.gguf"
+
+
 def first_parts(files: Iterable[Path]) -> list[Path]:
     """One file of each model among these."""
     firsts: dict[str, Path] = {}
