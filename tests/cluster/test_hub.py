@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,37 +18,41 @@ from headrace.runtime.store import Store
 from headrace.scheduler.errors import HeadraceError
 
 
-def convert(name: str, store: Path, address: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "headrace.cluster.cli.main", "convert", name, str(store)]
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(store.parent / "home")}
-    env |= {"COLUMNS": "400", "NO_COLOR": "1"}
-    env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=env, check=False
-    )
-
-
 def test_a_model_is_converted_by_its_name(stories: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(STORIES, tmp_path / "model"))
-    (model / "pytorch_model.bin").write_bytes(b"what nobody reads")
-    with hub({"some/stories-9m": model}) as (address, fetched):
-        done = convert("some/stories-9m", tmp_path / "store", address)
-        assert done.returncode == 0, done.stderr
-        assert "model.safetensors.index.json" in fetched and "pytorch_model.bin" not in fetched
-        assert Store.open(tmp_path / "store").digest == Store.open(stories).digest
-        assert convert("some/stories-9m", tmp_path / "again", address).returncode == 0
-        assert len(fetched) == len(set(fetched))
-    # What was fetched does where the Hub cannot be reached; where nothing was, it says so.
-    assert convert("some/stories-9m", tmp_path / "offline", address).returncode == 0
-    failed = convert("some/other", tmp_path / "other", address)
-    assert (failed.returncode, failed.stdout) == (1, "")
-    assert "there is no such path here, and the Hub" in failed.stderr
-    assert "cannot be reached" in failed.stderr and "Traceback" not in failed.stderr
+    """The command line opens the network, which it closes otherwise, for that."""
+    with hub({"some/stories-9m": STORIES}) as (address, fetched):
+        env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        env.pop("HF_HUB_OFFLINE", None)
+        command = [sys.executable, "-m", "headrace.cluster.cli.main", "convert", "some/stories-9m"]
+        subprocess.run([*command, str(tmp_path / "store")], timeout=120, env=env, check=True)
+    assert "model.safetensors.index.json" in fetched
+    assert Store.open(tmp_path / "store").digest == Store.open(stories).digest
+
+
+@dataclass
+class Asked:
+    """A Hub with some models, which can be closed, and what was fetched from it."""
+
+    models: Mapping[str, Path]
+    patch: pytest.MonkeyPatch
+    fetched: list[str] = field(default_factory=list)
+
+    def __call__(self, name: str) -> Path:
+        with hub(self.models, gated="org/gated") as (address, fetched):
+            self.of(address)
+            try:
+                return local_checkpoint(Path(name))
+            finally:
+                self.fetched += fetched
+
+    def of(self, address: str) -> None:
+        self.patch.setattr(constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        self.patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @pytest.fixture
-def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Asks a Hub with some models."""
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     names = {
         "org/split": ("big-00001-of-00002.gguf", "big-00002-of-00002.gguf", "small.gguf", "README.md"),
         "org/pickles": ("config.json", "pytorch_model.bin"),
@@ -61,24 +66,28 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     monkeypatch.chdir(tmp_path.parent)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-
-    def ask(name: str) -> Path:
-        with hub({name: tmp_path / name for name in names}, gated="org/gated") as (address, _):
-            monkeypatch.setattr(constants, "ENDPOINT", address)
-            template = address + "/{repo_id}/resolve/{revision}/{filename}"
-            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-            return local_checkpoint(Path(name))
-
-    return ask
+    return Asked({name: tmp_path / name for name in names}, monkeypatch)
 
 
-def test_only_what_is_read_is_fetched(found: Callable[[str], Path]) -> None:
+def test_only_what_is_read_is_fetched_and_only_once(found: Asked) -> None:
     assert {p.name for p in found("org/plain").iterdir()} == {"config.json", "model.safetensors"}
     file = found("org/split/big-00001-of-00002.gguf")
-    assert file.name == "big-00001-of-00002.gguf"
-    parts = {"big-00001-of-00002.gguf", "big-00002-of-00002.gguf"}
-    assert {path.name for path in file.parent.iterdir()} == parts
+    parts = ["big-00001-of-00002.gguf", "big-00002-of-00002.gguf"]
+    assert file.name == parts[0] and sorted(path.name for path in file.parent.iterdir()) == parts
     assert found(f"org/plain@{COMMIT}") == found("org/plain@main") == found("org/plain")
+    assert sorted(found.fetched) == [*parts, "config.json", "model.safetensors"]
+
+
+def test_without_a_network_what_was_fetched_does(found: Asked) -> None:
+    there = found("org/plain")
+    found.of("http://127.0.0.1:1")
+    assert local_checkpoint(Path("org/plain")) == there
+    with pytest.raises(HeadraceError, match=r"no such path here, and the Hub .* cannot be reached"):
+        local_checkpoint(Path("org/pickles"))
+    found.patch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found.patch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HeadraceError, match="is not asked, since HF_HUB_OFFLINE is set"):
+        found("org/pickles")
 
 
 @pytest.mark.parametrize(
@@ -92,13 +101,13 @@ def test_only_what_is_read_is_fetched(found: Callable[[str], Path]) -> None:
         ("org/pickles", "has neither safetensors nor GGUF files"),
     ],
 )
-def test_what_cannot_be_had_is_said(found: Callable[[str], Path], name: str, said: str) -> None:
+def test_what_cannot_be_had_is_said(found: Asked, name: str, said: str) -> None:
     with pytest.raises(HeadraceError, match=said):
         found(name)
 
 
 def test_a_small_disk_is_found_before_anything_is_fetched(
-    found: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    found: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
