@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole import WholeModel
 
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.gguf.checkpoint import GGUFCheckpoint
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.plan import Slice
@@ -76,20 +77,73 @@ def test_logits_are_those_of_the_files_values(kind: str, tmp_path: Path) -> None
     assert weights["model.layers.0.mlp.up_proj.weight"].format == formats.get(kind[:2], "int8g")
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + i / 64 for i in range(32)],
+    "long_factor": [1 + i / 4 for i in range(32)],
+    "original_max_position_embeddings": 256,
+}
+GEMMA3 = {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL}}
+
+
 @pytest.mark.parametrize(
     ("model_type", "more"),
     [
         ("qwen2", {}),
+        ("qwen2", {"rope_parameters": YARN}),
+        ("qwen2_moe", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}),
         ("qwen3", {}),
         ("qwen3_moe", {"moe_intermediate_size": 256, "norm_topk_prob": True}),
-        ("gemma2", {}),
-        ("gemma3_text", {"num_hidden_layers": 2}),
+        ("gemma2", {"query_pre_attn_scalar": 64}),
+        ("gemma3_text", {"query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
+        ("gemma3_text", {"query_pre_attn_scalar": 64, "num_hidden_layers": 7} | GEMMA3),
         ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("mistral", {"sliding_window": None}),
+        ("mixtral", {}),
+        ("phi3", {"sliding_window": 8}),
+        ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.75}),
+        ("phi3", {"rope_parameters": LONG}),
+        ("starcoder2", {"sliding_window": None, "rope_parameters": LOCAL | {"rope_theta": 1e6}}),
     ],
 )
 def test_architectures(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
-    store, want = converted(tiny(model_type, **more), "Q4_K", tmp_path)
-    assert_near(logits_of(store), want)
+    model = tiny(model_type, **more)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and parameter.ndim == 1:
+                parameter.normal_(0, 0.1)
+    store, want = converted(model, "Q4_K", tmp_path)
+    assert_near(logits_of(store), want, 2e-3)
+
+
+@pytest.mark.parametrize(("model_type", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_attention_of_gemmas_of_27b_is_scaled_as_files_do_not_say(
+    model_type: str, layers: int, tmp_path: Path
+) -> None:
+    more = {"num_hidden_layers": layers, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+    write(tiny(model_type, **more), tmp_path / "model.gguf", "F16")
+    config = GGUFCheckpoint(tmp_path / "model.gguf").config
+    assert config["query_pre_attn_scalar"] == 32 // 4
+
+
+def test_configurations_read_as_the_original(tmp_path: Path) -> None:
+    """Although files hold float32 numbers: 1e-6 does not become 9.999999974752427e-07."""
+    model = tiny("phi3", rope_parameters=LONG, rms_norm_eps=1e-6, sliding_window=100)
+    write(model, tmp_path / "model.gguf", "F16")
+    config, want = GGUFCheckpoint(tmp_path / "model.gguf").config, model.config.to_dict()
+    for name in ("rms_norm_eps", "rope_parameters", "sliding_window", "vocab_size", "hidden_size"):
+        assert config[name] == want[name], name
 
 
 def test_a_tokenizer_and_the_model_from_one_file(tmp_path: Path) -> None:
@@ -97,12 +151,21 @@ def test_a_tokenizer_and_the_model_from_one_file(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
     file = tmp_path / "stories.Q8_0.gguf"
-    write(model, file, "Q8_0", tokenizer)
+    write(model, file, "Q8_0", tokenizer, pre="smollm")
     store = convert(tmp_path, tmp_path / "store", format="keep").path
-    text = "Once upon a time there was a little girl named Lily."
     again = AutoTokenizer.from_pretrained(store)
-    assert again(text).input_ids == tokenizer(text).input_ids
-    assert again.decode(again(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
+    for text in (
+        "Once upon a time there was a little girl named Lily.",
+        "  In 1984 she had 12\u00bd apples\n\n and\t3 pears!  ",
+        "<|im_start|>user\nTell me<|im_end|>",
+    ):
+        ids = tokenizer(text).input_ids
+        assert again(text).input_ids == ids
+        assert again.decode(ids) == tokenizer.decode(ids)
+    chat = [{"role": "user", "content": "Tell me"}]
+    assert again.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(
+        chat, tokenize=False
+    )
     with torch.inference_mode():
         want = model(torch.tensor([TOKENS])).logits[0]
     assert_near(logits_of(store), want)

@@ -1,5 +1,6 @@
 """A GGUF file as a checkpoint: the weights that conversion reads, and the files that it writes beside them."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,20 +13,16 @@ import gguf
 import torch
 import xxhash
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
-from transformers.utils import logging as transformers_logging
+from transformers import PretrainedConfig
 
 from headrace.runtime.block_file import Entry
 from headrace.runtime.conversion.checkpoint import companions_in, has_tokenizer_in
 from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, BlockType, unpack
+from headrace.runtime.conversion.gguf.config import ROPE_TENSORS, read_config
 from headrace.runtime.conversion.gguf.files import parts_of
-from headrace.runtime.conversion.gguf.naming import (
-    PLUS_ONE,
-    as_trained,
-    heads_of,
-    names_of,
-    rope_scaling,
-)
+from headrace.runtime.conversion.gguf.metadata import Metadata
+from headrace.runtime.conversion.gguf.naming import PLUS_ONE, as_trained, heads_of, names_of
+from headrace.runtime.conversion.gguf.tokenizer import end_tokens, tokenizer_of
 from headrace.runtime.conversion.part import Part
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.conversion.source import (
@@ -40,12 +37,6 @@ from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.errors import StoreError
 
 PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-ROPE_FACTORS = "rope_freqs.weight"
-KEYS = {
-    "attention.key_length": "head_dim",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
 SAMPLES = 64
 SAMPLE_BYTES = 4096
 DECODED = "F16"
@@ -71,14 +62,18 @@ class GGUFCheckpoint:
             for part, reader in zip(self._files, readers, strict=True)
             for tensor in reader.tensors
         }
-        if "split.tensors.count" in self._reader.fields:
-            count = _field(self._reader, "split.tensors.count")
-            if count != len(self._tensors):
-                raise StoreError(
-                    f"{self.path} and its other parts have {len(self._tensors)} tensors of {count}: they are not parts"
-                    " of one file; download them again"
-                )
-        config = self._read_config()
+        self._metadata = Metadata(self._reader)
+        count = self._metadata.whole("split.tensors.count", len(self._tensors))
+        if count != len(self._tensors):
+            raise StoreError(
+                f"{self.path} and its other parts have {len(self._tensors)} tensors of {count}: they are not parts"
+                " of one file; download them again"
+            )
+        config = read_config(
+            self.path,
+            self._metadata,
+            {name: placed.tensor for name, placed in self._tensors.items()},
+        )
         skeleton = Skeleton(config, torch.bfloat16)
         self._names = names_of(config, skeleton.model)
         self._model_type, self._config = config.model_type, config
@@ -88,36 +83,9 @@ class GGUFCheckpoint:
         self.weights = {
             weight.name: weight
             for name, tensor in self._tensors.items()
-            if name != ROPE_FACTORS
+            if name not in ROPE_TENSORS
             for weight in self._weights_of(name, tensor)
         }
-
-    def _read_config(self) -> PretrainedConfig:
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        try:
-            config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-        except Exception as error:  # whatever its readers of single models raise
-            raise StoreError(
-                f"{self.path}: transformers cannot read what model this is: {error}. Convert the original"
-                " checkpoint"
-            ) from error
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        self._complete(config)
-        factors = self._tensors.get(ROPE_FACTORS)
-        if factors is not None:
-            values = torch.from_numpy(factors.tensor.data.copy()).float()
-            config.rope_parameters = rope_scaling(values, config)
-        return config
-
-    def _complete(self, config: PretrainedConfig) -> None:
-        """What transformers does not read for every architecture, or sees of the first part alone."""
-        config.tie_word_embeddings = "output.weight" not in self._tensors
-        arch = _field(self._reader, "general.architecture")
-        for key, name in KEYS.items():
-            if f"{arch}.{key}" in self._reader.fields and hasattr(config, name):
-                setattr(config, name, _field(self._reader, f"{arch}.{key}"))
 
     @staticmethod
     def _config_dict(config: PretrainedConfig) -> dict[str, Any]:
@@ -184,18 +152,11 @@ class GGUFCheckpoint:
         beside = self.path.parent
         if has_tokenizer_in(beside) or not self._has_own_tokenizer:
             return companions_in(beside)
+        ends = {"eos_token_id": end_tokens(self._metadata)}
         with TemporaryDirectory(prefix="headrace-gguf-") as folder:
-            self._own_tokenizer().save_pretrained(folder)
+            tokenizer_of(self.path, self._metadata).save_pretrained(folder)
+            (Path(folder) / "generation_config.json").write_text(json.dumps(ends))
             return companions_in(Path(folder))
-
-    def _own_tokenizer(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-        except Exception as error:  # whatever its readers of single tokenizers raise
-            raise StoreError(
-                f"{self.path}: transformers cannot read its tokenizer: {error}. Put the original"
-                " tokenizer.json and tokenizer_config.json beside the file"
-            ) from error
 
     @property
     def has_tokenizer(self) -> bool:
@@ -203,7 +164,7 @@ class GGUFCheckpoint:
 
     @property
     def _has_own_tokenizer(self) -> bool:
-        return "tokenizer.ggml.model" in self._reader.fields
+        return self._metadata.whole("tokenizer.ggml.model") is not None
 
     def fingerprint(self) -> str:
         """Tells this file from others without reading it whole: metadata and samples."""
@@ -235,10 +196,6 @@ def _read(file: Path) -> gguf.GGUFReader:
         return gguf.GGUFReader(file)
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise StoreError(f"{file} is no whole GGUF file ({error}): download it again") from error
-
-
-def _field(reader: gguf.GGUFReader, name: str) -> Any:
-    return reader.fields[name].contents()
 
 
 def _shape_of(tensor: gguf.ReaderTensor) -> tuple[int, ...]:

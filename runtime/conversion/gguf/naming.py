@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import gguf
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -20,6 +19,7 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "mistral": "llama",
+    "mixtral": "llama",
     "phi3": "phi3",
     "starcoder2": "starcoder2",
 }
@@ -27,6 +27,9 @@ ARCHITECTURES = {
 
 PLUS_ONE = ("gemma2", "gemma3_text")
 """Models whose norms multiply by one more than their weight; GGUF holds the sum."""
+
+MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""What checkpoints of Mixtral call the matrices of experts."""
 
 _FUSED = re.compile(r"(.*\.experts)\.gate_up_proj")
 
@@ -58,7 +61,11 @@ def names_of(config: PretrainedConfig, model: nn.Module) -> dict[str, Named]:
             name = place.name
             if place.experts:
                 suffix = ".weight"
-                name = f"{stem.rpartition('.')[0]}.{{}}.{stem.rpartition('.')[2]}.weight"
+                experts, _, matrix = stem.rpartition(".")
+                name = f"{experts}.{{}}.{matrix}.weight"
+                if config.model_type == "mixtral":
+                    experts = experts.replace(".mlp.", ".block_sparse_moe.")
+                    name = f"{experts}.{{}}.{MIXTRAL[matrix]}.weight"
             found[there + suffix] = Named(name, place.experts)
     return found
 
@@ -89,33 +96,3 @@ def heads_of(name: str, config: PretrainedConfig) -> int:
     if re.search(r"\.attn_q\.", name):
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if re.search(r"\.attn_k\.", name) else 0
-
-
-def rope_scaling(factors: Tensor, config: PretrainedConfig) -> dict[str, object]:
-    """Llama 3's scaling whose factors [head / 2] a file holds as a tensor, and not in its metadata.
-
-    StoreError where they are of no Llama 3 that was published.
-    """
-    theta = float(config.rope_parameters["rope_theta"])
-    head = config.head_dim
-    frequencies = theta ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
-    wavelengths = 2 * torch.pi / frequencies
-    for factor in (8.0, 32.0):
-        low, high, before = 1.0, 4.0, 8192
-        smooth = (before / wavelengths - low) / (high - low)
-        between = 1 / ((1 - smooth) / factor + smooth)
-        want = torch.where(wavelengths < before / high, torch.ones(()), between)
-        want = torch.where(wavelengths > before / low, torch.full((), factor), want)
-        if torch.allclose(want, factors.float(), rtol=1e-3):
-            return {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": before,
-            }
-    raise StoreError(
-        "the file scales rotary embeddings (rope_freqs.weight) in no way that a Llama 3 does, and does not say"
-        " how: convert the original checkpoint"
-    )
