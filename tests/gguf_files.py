@@ -126,32 +126,39 @@ def _tensors(name: str, parameter: nn.Parameter, names: Any, config: Any) -> Any
 
 
 def _add(writer: gguf.GGUFWriter, name: str, values: Tensor, kind: str) -> Tensor:
-    array = values.float().numpy()
-    if kind in ("F32", "F16", "BF16") or values.dim() < 2 or "ffn_gate_inp" in name:
-        number = gguf.GGMLQuantizationType[
-            kind if values.dim() > 1 and "inp" not in name else "F32"
-        ]
+    if values.dim() < 2 or "ffn_gate_inp" in name:
+        kind = "F32"
+    elif kind == "MXFP4" and "blk." not in name:
+        kind = "Q8_0"  # as llama-quantize has it
+    number = gguf.GGMLQuantizationType[kind]
+    if kind in UNWRITTEN:
+        data = _random(values, number)
     else:
-        number = gguf.GGMLQuantizationType[kind]
-    data = (
-        _random(values, number)
-        if kind.endswith(("_K", "_NL")) and number > 2 and number != 30
-        else (gguf.quantize(array, number))
-    )
+        data = gguf.quantize(values.float().numpy(), number)
     writer.add_tensor(name, data, raw_dtype=number)
     return torch.from_numpy(gguf.dequantize(data, number).reshape(values.shape).copy())
 
 
+UNWRITTEN = {
+    "Q2_K": (80, 2, 2e-4),
+    "Q3_K": (108, 1, 2e-4),
+    "Q4_K": (0, 2, 2e-4),
+    "Q5_K": (0, 2, 2e-4),
+    "Q6_K": (208, 1, 2e-5),
+    "IQ4_XS": (0, 1, 1e-5),
+    "IQ4_NL": (0, 1, 2e-4),
+}
+"""Kinds that the package cannot write: where the float16 scales are, how many, and the least of random ones."""
+
+
 def _random(values: Tensor, number: gguf.GGMLQuantizationType) -> Any:
-    """Blocks that nobody computed: the package cannot write these."""
+    """Blocks that nobody computed."""
     elements, nbytes = gguf.GGML_QUANT_SIZES[number]
+    first, count, least = UNWRITTEN[number.name]
     rng = np.random.default_rng(values.numel())
     shape = (*values.shape[:-1], values.shape[-1] // elements, nbytes)
     data = rng.integers(0, 256, shape, dtype=np.uint8)
-    first = 208 if number.name == "Q6_K" else 0
-    count = 1 if number.name in ("Q6_K", "IQ4_NL") else 2
-    small = 2e-5 if number.name == "Q6_K" else 2e-4
-    scales = (rng.random((*shape[:-1], count)) * small + small).astype(np.float16).view(np.uint8)
+    scales = (rng.random((*shape[:-1], count)) * least + least).astype(np.float16).view(np.uint8)
     data[..., first : first + 2 * count] = scales
     return data.reshape(*values.shape[:-1], -1)
 

@@ -63,7 +63,11 @@ def assert_near(found: Tensor, want: Tensor, bound: float = 1e-3) -> None:
         "Q4_K",
         "Q5_K",
         "Q6_K",
+        "Q2_K",
+        "Q3_K",
+        "IQ4_XS",
         "IQ4_NL",
+        "MXFP4",
         "F16",
         "BF16",
         "F32",
@@ -72,7 +76,8 @@ def assert_near(found: Tensor, want: Tensor, bound: float = 1e-3) -> None:
 def test_logits_are_those_of_the_files_values(kind: str, tmp_path: Path) -> None:
     store, want = converted(tiny("llama", tie_word_embeddings=False), kind, tmp_path)
     assert_near(logits_of(store), want)
-    formats = {"Q4": "int4", "F1": "raw", "BF": "raw", "F3": "raw"}
+    formats = {"F1": "raw", "BF": "raw", "F3": "raw", "MX": "mxfp4"}
+    formats |= dict.fromkeys(("Q2", "Q3", "Q4"), "int4")
     weights = Store.open(store).layers[0].weights
     assert weights["model.layers.0.mlp.up_proj.weight"].format == formats.get(kind[:2], "int8g")
 
@@ -125,6 +130,18 @@ def test_architectures(model_type: str, more: dict[str, Any], tmp_path: Path) ->
                 parameter.normal_(0, 0.1)
     store, want = converted(model, "Q4_K", tmp_path)
     assert_near(logits_of(store), want, 2e-3)
+
+
+def test_experts_of_mxfp4(tmp_path: Path) -> None:
+    """What llama-quantize's MXFP4_MOE is for."""
+    model = tiny("qwen3_moe", moe_intermediate_size=256, norm_topk_prob=True)
+    store, want = converted(model, "MXFP4", tmp_path)
+    assert_near(logits_of(store), want)
+
+
+def test_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"token_embd\.weight of .* is TQ2_0, .* there are F32"):
+        converted(tiny("llama"), "TQ2_0", tmp_path)
 
 
 @pytest.mark.parametrize(("model_type", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
