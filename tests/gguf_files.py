@@ -41,6 +41,7 @@ def write(
     *,
     pre: str = "default",
     split: int = 0,
+    fuse: bool = False,
 ) -> None:
     """The model as a GGUF file whose matrices are of that kind, or as parts of `split` tensors each. Its parameters
     become what the file holds."""
@@ -68,9 +69,15 @@ def write(
         _add_tokenizer(writer, config, tokenizer, pre)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[arch], config.num_hidden_layers)
-    for name, parameter in list(model.named_parameters()):
-        for there, values, put in _tensors(name, parameter, names, config):
-            put(_add(writer, there, values, kind))
+    tensors = {
+        there: (values, put)
+        for name, parameter in model.named_parameters()
+        for there, values, put in _tensors(name, parameter, names, config)
+    }
+    if fuse:
+        tensors = _fused(tensors)
+    for there, (values, put) in tensors.items():
+        put(_add(writer, there, values, kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -123,6 +130,25 @@ def _tensors(name: str, parameter: nn.Parameter, names: Any, config: Any) -> Any
         yield there, data + 1, lambda values: data.copy_(values - 1)
     else:
         yield there, data, data.copy_
+
+
+def _fused(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Queries, keys and values as one tensor."""
+    found: dict[str, Any] = {}
+    for name, one in tensors.items():
+        joint = re.sub(r"attn_[qkv]\.", "attn_qkv.", name)
+        found[joint] = _joined(found[joint], one) if joint in found else one
+    return found
+
+
+def _joined(one: Any, other: Any) -> Any:
+    sizes = [len(values) for values, _ in (one, other)]
+
+    def put(values: Tensor) -> None:
+        for part, (_, put_one) in zip(values.split(sizes), (one, other), strict=True):
+            put_one(part)
+
+    return torch.cat((one[0], other[0])), put
 
 
 def _add(writer: gguf.GGUFWriter, name: str, values: Tensor, kind: str) -> Tensor:

@@ -39,11 +39,11 @@ def logits_of(path: Path) -> Tensor:
 
 
 @torch.inference_mode()
-def converted(model: Any, kind: str, folder: Path, **options: Any) -> tuple[Path, Tensor]:
+def converted(model: Any, kind: str, folder: Path, *, fuse: bool = False) -> tuple[Path, Tensor]:
     """The store made of a GGUF file, and what the plain model with the file's values computes."""
     file = folder / "model.gguf"
-    write(model, file, kind)
-    convert(file, folder / "store", format="keep", allow_missing_tokenizer=True, **options)
+    write(model, file, kind, fuse=fuse)
+    convert(file, folder / "store", format="keep", allow_missing_tokenizer=True)
     return folder / "store", model(torch.tensor([TOKENS])).logits[0].float()
 
 
@@ -136,6 +136,17 @@ def test_experts_of_mxfp4(tmp_path: Path) -> None:
     """What llama-quantize's MXFP4_MOE is for."""
     model = tiny("qwen3_moe", moe_intermediate_size=256, norm_topk_prob=True)
     store, want = converted(model, "MXFP4", tmp_path)
+    assert_near(logits_of(store), want)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"), [("llama", {"attention_bias": True}), ("qwen3", {})]
+)
+def test_queries_keys_and_values_that_are_joined(
+    model_type: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """As convert_hf_to_gguf.py's --fuse-qkv has it."""
+    store, want = converted(tiny(model_type, **more), "Q8_0", tmp_path, fuse=True)
     assert_near(logits_of(store), want)
 
 

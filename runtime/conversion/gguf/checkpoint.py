@@ -17,7 +17,7 @@ from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, MXFP4
 from headrace.runtime.conversion.gguf.config import ROPE_TENSORS, read_config
 from headrace.runtime.conversion.gguf.files import parts_of
 from headrace.runtime.conversion.gguf.metadata import Metadata
-from headrace.runtime.conversion.gguf.naming import PLUS_ONE, heads_of, names_of
+from headrace.runtime.conversion.gguf.naming import PLUS_ONE, heads_of, names_of, parts_of_fused
 from headrace.runtime.conversion.gguf.tokenizer import end_tokens, tokenizer_of
 from headrace.runtime.conversion.gguf.weights import PLAIN, Rows, affine, decoded, mxfp4, plain
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
@@ -91,20 +91,26 @@ class GGUFCheckpoint:
 
     def _weights_of(self, name: str, placed: "_Placed") -> Iterator[SourceWeight]:
         tensor = placed.tensor
-        named, shape = self._names.get(name), _shape_of(tensor)
-        if named is None:
-            raise StoreError(
-                f"{placed.file} holds a tensor {name}, which {self._model_type} does not have here"
-            )
-        if not named.experts:
-            if name.endswith("ffn_gate_inp_shexp.weight"):
-                shape = (1, *shape[-1:])
-            yield self._weight(name, named.name, placed, shape, 0, int(tensor.n_bytes))
-            return
-        each = int(tensor.n_bytes) // shape[0]
-        for expert in range(shape[0]):
-            one = named.name.format(expert)
-            yield self._weight(name, one, placed, shape[1:], expert * each, each)
+        shape = _shape_of(tensor)
+        if name.endswith("ffn_gate_inp_shexp.weight"):
+            shape = (1, *shape)
+        parts = {name: shape[-2 if len(shape) > 1 else 0]}
+        if name not in self._names:
+            parts = parts_of_fused(name, self._config) or parts
+        for part in parts:
+            if part not in self._names:
+                raise StoreError(
+                    f"{placed.file} holds a tensor {name}, which {self._model_type} does not have here"
+                )
+        experts = shape[0] if len(shape) > 2 else 1
+        row_bytes = int(tensor.n_bytes) // experts // sum(parts.values())
+        offset = 0
+        for expert in range(experts):
+            for part, rows in parts.items():
+                own, nbytes = self._names[part].format(expert), rows * row_bytes
+                one = (rows, *shape[-1:]) if len(shape) > 1 else (rows,)
+                yield self._weight(part, own, placed, one, offset, nbytes)
+                offset += nbytes
 
     def _weight(
         self,

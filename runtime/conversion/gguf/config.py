@@ -26,13 +26,14 @@ KEYS = {
 }
 """Set where the model's configuration has such an entry, and the file the key."""
 
+QUERIES = ("attn_q", "attn_qkv")
 BIASES = {
-    "attention_bias": "blk.0.attn_q.bias",
-    "qkv_bias": "blk.0.attn_q.bias",
-    "use_bias": "blk.0.attn_q.bias",
-    "mlp_bias": "blk.0.ffn_gate.bias",
+    "attention_bias": QUERIES,
+    "qkv_bias": QUERIES,
+    "use_bias": QUERIES,
+    "mlp_bias": ("ffn_gate",),
 }
-"""Entries that are true where there is such a tensor."""
+"""Entries that are true where one of these has a bias."""
 
 TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 """None where the file has none, whatever a model of this kind has by default."""
@@ -75,7 +76,11 @@ def read_config(
         if hasattr(known, name) and metadata.get(key) is not None
     }
     values |= {n: metadata.whole(f"tokenizer.ggml.{key}_token_id") for n, key in TOKENS.items()}
-    values |= {name: there in tensors for name, there in BIASES.items() if hasattr(known, name)}
+    values |= {
+        name: any(f"blk.0.{each}.bias" in tensors for each in places)
+        for name, places in BIASES.items()
+        if hasattr(known, name)
+    }
     if model_type.startswith("gemma"):
         values |= _gemma(model_type, metadata, values)
     if values.get("sliding_window") == 0:  # there is none
