@@ -95,18 +95,26 @@ def test_splits_that_are_not_known_are_refused(tmp_path: Path) -> None:
         tokenizer_of(*found)
 
 
+def sentencepiece(path: Path, arch: str = "llama", **more: Any) -> tuple[Path, Metadata]:
+    tokens = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, "<|user|>": CONTROL}
+    tokens |= {f"<0x{i:02X}>": BYTE for i in range(256)}
+    words = {"\u2581": -4.0, "a": -3.0, "\u2581a": -1.0, "\u2581\u2581": -2.0}
+    scores = [0.0] * len(tokens) + list(words.values())
+    tokens |= dict.fromkeys(words, NORMAL)
+    return written(path, "llama", tokens, arch, token_scores=scores, bos_token_id=1, **more)
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_spaces_of_sentencepiece(prefix: bool, tmp_path: Path) -> None:
     """llama.cpp puts one before each text, also where it begins with spaces."""
-    tokens = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL}
-    tokens |= {f"<0x{i:02X}>": BYTE for i in range(256)}
-    words = ["\u2581", "a", "\u2581a", "\u2581\u2581"]
-    tokens |= dict.fromkeys(words, NORMAL)
-    scores = [0.0] * (len(tokens) - 4) + [-4.0, -3.0, -1.0, -2.0]
-    found = written(
-        tmp_path, "llama", tokens, token_scores=scores, bos_token_id=1, add_space_prefix=prefix
-    )
+    found = sentencepiece(tmp_path, add_space_prefix=prefix)
     mark = ["\u2581"] if prefix else []
     assert pieces(found, "a") == ["<s>", "\u2581a" if prefix else "a"]
     assert pieces(found, " ") == ["<s>", "\u2581\u2581" if prefix else "\u2581"]
     assert pieces(found, " a") == ["<s>", *mark, "\u2581a"]
+
+
+def test_tokens_of_phi_3_take_spaces_behind_them(tmp_path: Path) -> None:
+    found = sentencepiece(tmp_path, "phi3")
+    assert pieces(found, "<|user|>\n a") == ["<s>", "<|user|>", "\u2581a"]
+    assert pieces(found, "<s> a") == ["<s>", "<s>", "\u2581", "\u2581a"]

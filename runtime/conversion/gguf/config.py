@@ -43,6 +43,7 @@ YARN = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+EMBEDDING = "token_embd.weight"
 ROPE_FREQS = "rope_freqs.weight"
 ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 ROPE_TENSORS = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
@@ -59,6 +60,10 @@ def read_config(
     file: Path, metadata: Metadata, tensors: Mapping[str, gguf.ReaderTensor]
 ) -> PretrainedConfig:
     """StoreError for a model that transformers cannot tell from metadata, or with rotations that are not known."""
+    if EMBEDDING not in tensors:
+        raise StoreError(
+            f"{file} has no {EMBEDDING}: it is no language model, but part of one or something beside it"
+        )
     found = _by_transformers(file)
     is_mixture = found.model_type == "llama" and metadata.get("expert_count", 0) > 0
     known = AutoConfig.for_model("mixtral") if is_mixture else found
@@ -68,7 +73,7 @@ def read_config(
         for name, value in found.to_dict().items()
         if hasattr(known, name) and name not in ("model_type", "rope_parameters")
     }
-    values["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+    values["vocab_size"] = int(tensors[EMBEDDING].shape[1])
     values["tie_word_embeddings"] = "output.weight" not in tensors
     values |= {
         name: metadata.get(key)

@@ -56,6 +56,9 @@ BEGINNING = (*_LLAMA3, "tekken")
 
 CONTROL, USER_DEFINED = 3, 4
 
+UNSTRIPPED = ("<unk>", "<s>", "<|endoftext|>")
+"""Tokens of Phi 3 that do not take the spaces behind them, as all its others do. Files do not say so."""
+
 ENDS = (
     "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<end_of_turn>",
     "<EOT>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -73,7 +76,20 @@ def tokenizer_of(file: Path, metadata: Metadata) -> Any:
         raise _unreadable(file, f"transformers cannot read its tokenizer: {error}") from error
     if not metadata.arch.startswith("gemma"):
         _keep_spaces(tokenizer.backend_tokenizer, metadata)
+    if metadata.arch == "phi3":
+        added = _added_tokens(metadata, rstrip=True)
+        tokenizer.backend_tokenizer.add_tokens([t for t in added if t.content not in UNSTRIPPED])
     return tokenizer
+
+
+def _added_tokens(metadata: Metadata, *, rstrip: bool = False) -> list[AddedToken]:
+    tokens = metadata.whole("tokenizer.ggml.tokens", [])
+    types = metadata.whole("tokenizer.ggml.token_type", [])
+    return [
+        AddedToken(token, normalized=False, rstrip=rstrip, special=kind == CONTROL)
+        for token, kind in zip(tokens, types, strict=False)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
 
 
 def _keep_spaces(backend: Tokenizer, metadata: Metadata) -> None:
@@ -91,7 +107,7 @@ def _byte_level(file: Path, metadata: Metadata) -> PreTrainedTokenizerFast:
     if name not in SPLITS:
         raise _unreadable(file, f"its tokenizer splits text as {name}, which is not known here")
     tokens = metadata.whole("tokenizer.ggml.tokens")
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.whole("tokenizer.ggml.merges")]
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata.whole("tokenizer.ggml.merges", [])]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
         model = models.BPE(vocabulary, merges, ignore_merges=name in WHOLE_WORDS)
@@ -106,10 +122,7 @@ def _byte_level(file: Path, metadata: Metadata) -> PreTrainedTokenizerFast:
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, whole])
     backend.decoder = decoders.ByteLevel()
-    types = metadata.whole("tokenizer.ggml.token_type", [])
-    for token, kind in zip(tokens, types, strict=False):
-        if kind in (CONTROL, USER_DEFINED):
-            backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])
+    backend.add_tokens(_added_tokens(metadata))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=metadata.whole("tokenizer.chat_template"),
@@ -130,13 +143,9 @@ def _special_tokens(metadata: Metadata, tokens: list[str]) -> dict[str, str]:
 def end_tokens(metadata: Metadata) -> list[int]:
     """Every token that ends what a model says: files name one, and models of chats have more."""
     named = (metadata.whole(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
-    types = metadata.whole("tokenizer.ggml.token_type", [])
+    added = {token.content for token in _added_tokens(metadata)}
     tokens = metadata.whole("tokenizer.ggml.tokens", [])
-    known = {
-        i
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind in (CONTROL, USER_DEFINED) and token in ENDS
-    }
+    known = {i for i, token in enumerate(tokens) if token in ENDS and token in added}
     return sorted(known | {i for i in named if i is not None})
 
 
