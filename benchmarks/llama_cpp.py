@@ -1,6 +1,6 @@
 """Files of llama.cpp itself as stores: how far their logits are from llama.cpp's own.
 
-    python benchmarks/llama_cpp.py SOURCES BUILD [--models llama gemma2] [--types F32 Q4_K_M]
+    python benchmarks/llama_cpp.py SOURCES BUILD [--models Llama "Gemma 2"] [--types F32 Q4_K_M]
 
 SOURCES are llama.cpp's, BUILD is what CMake made of them with shared libraries (llama-quantize and libllama). The
 bundled model and tiny random ones of each architecture go through convert_hf_to_gguf.py and llama-quantize, then

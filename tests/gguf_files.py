@@ -39,6 +39,7 @@ def write(
     kind: str,
     tokenizer: PreTrainedTokenizerFast | None = None,
     *,
+    name: str | None = None,
     pre: str = "default",
     split: int = 0,
     fuse: bool = False,
@@ -48,8 +49,10 @@ def write(
     config = model.config
     arch = ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
-    for name, key in KEYS.items():
-        value = getattr(config, name, None)
+    if name is not None:
+        writer.add_name(name)
+    for entry, key in KEYS.items():
+        value = getattr(config, entry, None)
         if value is not None:
             writer.add_uint32(f"{arch}.{key}", value)
     if arch == "starcoder2":
@@ -58,9 +61,9 @@ def write(
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if arch in ("gemma2", "gemma3", "phi3"):
         writer.add_sliding_window(config.sliding_window or 0)
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if arch.startswith("gemma") and getattr(config, name):
-            writer.add_float32(f"{arch}.{name}", getattr(config, name))
+    for entry in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if arch.startswith("gemma") and getattr(config, entry):
+            writer.add_float32(f"{arch}.{entry}", getattr(config, entry))
     head = getattr(config, "head_dim", None)
     if head and arch != "phi3":
         writer.add_key_length(head)

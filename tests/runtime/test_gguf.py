@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from architectures import tiny_model
@@ -165,6 +167,26 @@ def test_attention_of_gemmas_of_27b_is_scaled_as_files_do_not_say(
     assert config["query_pre_attn_scalar"] == 32 // 4
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "mixtral"])
+def test_a_models_name_changes_nothing(model_type: str, tmp_path: Path) -> None:
+    """transformers takes those that are called mistral for Mistral, whose window files do not have."""
+    write(tiny(model_type), tmp_path / "model.gguf", "F16", name="mistral")
+    config = GGUFCheckpoint(tmp_path / "model.gguf").config
+    assert config["model_type"] == {"mistral": "llama"}.get(model_type, model_type)
+    assert config.get("sliding_window") is None
+
+
+def test_what_is_no_language_model(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    writer.add_tensor("v.blk.0.attn_q.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(StoreError, match=r"has no token_embd\.weight: it is no language model"):
+        convert(tmp_path / "mmproj.gguf", tmp_path / "store", format="keep")
+
+
 def test_configurations_read_as_the_original(tmp_path: Path) -> None:
     """Although files hold float32 numbers: 1e-6 does not become 9.999999974752427e-07."""
     model = tiny("phi3", rope_parameters=LONG, rms_norm_eps=1e-6, sliding_window=100)
@@ -221,7 +243,9 @@ def test_formats_and_requantizing(tmp_path: Path) -> None:
     assert_near(logits_of(tmp_path / "four"), want, bound=0.3)
 
 
-@pytest.mark.parametrize(("kind", "after"), [("Q4_K", "int4"), ("Q6_K", "int8g"), ("Q8_0", None)])
+@pytest.mark.parametrize(
+    ("kind", "after"), [("Q3_K", "int4"), ("Q4_K", "int4"), ("Q6_K", "int8g"), ("Q8_0", None)]
+)
 def test_what_was_rounded_is_reported(kind: str, after: str | None, tmp_path: Path) -> None:
     """Scales of K-quants, and embeddings: both become float16."""
     model = tiny("llama", tie_word_embeddings=True)

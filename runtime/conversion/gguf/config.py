@@ -65,8 +65,9 @@ def read_config(
             f"{file} has no {EMBEDDING}: it is no language model, but part of one or something beside it"
         )
     found = _by_transformers(file)
-    is_mixture = found.model_type == "llama" and metadata.get("expert_count", 0) > 0
-    known = AutoConfig.for_model("mixtral") if is_mixture else found
+    known = found
+    if metadata.arch == "llama":  # whatever transformers makes of its name
+        known = AutoConfig.for_model("mixtral" if metadata.get("expert_count") else "llama")
     model_type = known.model_type
     values = {
         name: value
@@ -88,8 +89,10 @@ def read_config(
     }
     if model_type.startswith("gemma"):
         values |= _gemma(model_type, metadata, values)
-    if values.get("sliding_window") == 0:  # there is none
-        values["sliding_window"] = None
+    elif hasattr(
+        known, "sliding_window"
+    ):  # 0 and nothing are none, whatever models of this kind have by default
+        values["sliding_window"] = metadata.get("attention.sliding_window") or None
     rope = _rope(metadata, tensors, values)
     return AutoConfig.for_model(model_type, **shortest(values), rope_parameters=shortest(rope))
 

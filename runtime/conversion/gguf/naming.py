@@ -17,7 +17,6 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
-    "mistral": "llama",
     "mixtral": "llama",
     "phi3": "phi3",
     "starcoder2": "starcoder2",
