@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from architectures import tiny_model
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from whole import WholeModel
 
 from headrace.runtime.conversion.convert import convert
+from headrace.runtime.conversion.gguf.checkpoint import GGUFCheckpoint
 from headrace.runtime.store import Store
 from headrace.scheduler.errors import StoreError
 from headrace.scheduler.plan import Slice
@@ -38,11 +41,11 @@ def logits_of(path: Path) -> Tensor:
 
 
 @torch.inference_mode()
-def converted(model: Any, kind: str, folder: Path, **options: Any) -> tuple[Path, Tensor]:
+def converted(model: Any, kind: str, folder: Path, *, fuse: bool = False) -> tuple[Path, Tensor]:
     """The store made of a GGUF file, and what the plain model with the file's values computes."""
     file = folder / "model.gguf"
-    write(model, file, kind)
-    convert(file, folder / "store", format="keep", allow_missing_tokenizer=True, **options)
+    write(model, file, kind, fuse=fuse)
+    convert(file, folder / "store", format="keep", allow_missing_tokenizer=True)
     return folder / "store", model(torch.tensor([TOKENS])).logits[0].float()
 
 
@@ -62,7 +65,11 @@ def assert_near(found: Tensor, want: Tensor, bound: float = 1e-3) -> None:
         "Q4_K",
         "Q5_K",
         "Q6_K",
+        "Q2_K",
+        "Q3_K",
+        "IQ4_XS",
         "IQ4_NL",
+        "MXFP4",
         "F16",
         "BF16",
         "F32",
@@ -71,25 +78,122 @@ def assert_near(found: Tensor, want: Tensor, bound: float = 1e-3) -> None:
 def test_logits_are_those_of_the_files_values(kind: str, tmp_path: Path) -> None:
     store, want = converted(tiny("llama", tie_word_embeddings=False), kind, tmp_path)
     assert_near(logits_of(store), want)
-    formats = {"Q4": "int4", "F1": "raw", "BF": "raw", "F3": "raw"}
+    formats = {"F1": "raw", "BF": "raw", "F3": "raw", "MX": "mxfp4"}
+    formats |= dict.fromkeys(("Q2", "Q3", "Q4"), "int4")
     weights = Store.open(store).layers[0].weights
     assert weights["model.layers.0.mlp.up_proj.weight"].format == formats.get(kind[:2], "int8g")
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1 + i / 64 for i in range(32)],
+    "long_factor": [1 + i / 4 for i in range(32)],
+    "original_max_position_embeddings": 256,
+}
+GEMMA3 = {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL}}
 
 
 @pytest.mark.parametrize(
     ("model_type", "more"),
     [
         ("qwen2", {}),
+        ("qwen2", {"rope_parameters": YARN}),
+        ("qwen2_moe", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}),
         ("qwen3", {}),
         ("qwen3_moe", {"moe_intermediate_size": 256, "norm_topk_prob": True}),
-        ("gemma2", {}),
-        ("gemma3_text", {"num_hidden_layers": 2}),
+        ("gemma2", {"query_pre_attn_scalar": 64}),
+        ("gemma3_text", {"query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
+        ("gemma3_text", {"query_pre_attn_scalar": 64, "num_hidden_layers": 7} | GEMMA3),
         ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("mistral", {"sliding_window": None}),
+        ("mixtral", {}),
+        ("phi3", {"sliding_window": 8}),
+        ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.75}),
+        ("phi3", {"rope_parameters": LONG}),
+        ("starcoder2", {"sliding_window": None, "rope_parameters": LOCAL | {"rope_theta": 1e6}}),
     ],
 )
 def test_architectures(model_type: str, more: dict[str, Any], tmp_path: Path) -> None:
-    store, want = converted(tiny(model_type, **more), "Q4_K", tmp_path)
+    model = tiny(model_type, **more)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and parameter.ndim == 1:
+                parameter.normal_(0, 0.1)
+    store, want = converted(model, "Q4_K", tmp_path)
+    assert_near(logits_of(store), want, 2e-3)
+
+
+def test_experts_of_mxfp4(tmp_path: Path) -> None:
+    """What llama-quantize's MXFP4_MOE is for."""
+    model = tiny("qwen3_moe", moe_intermediate_size=256, norm_topk_prob=True)
+    store, want = converted(model, "MXFP4", tmp_path)
     assert_near(logits_of(store), want)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more"), [("llama", {"attention_bias": True}), ("qwen3", {})]
+)
+def test_queries_keys_and_values_that_are_joined(
+    model_type: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """As convert_hf_to_gguf.py's --fuse-qkv has it."""
+    store, want = converted(tiny(model_type, **more), "Q8_0", tmp_path, fuse=True)
+    assert_near(logits_of(store), want)
+
+
+def test_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"token_embd\.weight of .* is TQ2_0, .* there are F32"):
+        converted(tiny("llama"), "TQ2_0", tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "layers"), [("gemma2", 46), ("gemma3_text", 62)])
+def test_attention_of_gemmas_of_27b_is_scaled_as_files_do_not_say(
+    model_type: str, layers: int, tmp_path: Path
+) -> None:
+    more = {"num_hidden_layers": layers, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+    write(tiny(model_type, **more), tmp_path / "model.gguf", "F16")
+    config = GGUFCheckpoint(tmp_path / "model.gguf").config
+    assert config["query_pre_attn_scalar"] == 32 // 4
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "mixtral"])
+def test_a_models_name_changes_nothing(model_type: str, tmp_path: Path) -> None:
+    """transformers takes those that are called mistral for Mistral, whose window files do not have."""
+    write(tiny(model_type), tmp_path / "model.gguf", "F16", name="mistral")
+    config = GGUFCheckpoint(tmp_path / "model.gguf").config
+    assert config["model_type"] == {"mistral": "llama"}.get(model_type, model_type)
+    assert config.get("sliding_window") is None
+
+
+def test_what_is_no_language_model(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    writer.add_tensor("v.blk.0.attn_q.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(StoreError, match=r"has no token_embd\.weight: it is no language model"):
+        convert(tmp_path / "mmproj.gguf", tmp_path / "store", format="keep")
+
+
+def test_configurations_read_as_the_original(tmp_path: Path) -> None:
+    """Although files hold float32 numbers: 1e-6 does not become 9.999999974752427e-07."""
+    model = tiny("phi3", rope_parameters=LONG, rms_norm_eps=1e-6, sliding_window=100)
+    write(model, tmp_path / "model.gguf", "F16")
+    config, want = GGUFCheckpoint(tmp_path / "model.gguf").config, model.config.to_dict()
+    for name in ("rms_norm_eps", "rope_parameters", "sliding_window", "vocab_size", "hidden_size"):
+        assert config[name] == want[name], name
 
 
 def test_a_tokenizer_and_the_model_from_one_file(tmp_path: Path) -> None:
@@ -97,12 +201,21 @@ def test_a_tokenizer_and_the_model_from_one_file(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
     file = tmp_path / "stories.Q8_0.gguf"
-    write(model, file, "Q8_0", tokenizer)
+    write(model, file, "Q8_0", tokenizer, pre="smollm")
     store = convert(tmp_path, tmp_path / "store", format="keep").path
-    text = "Once upon a time there was a little girl named Lily."
     again = AutoTokenizer.from_pretrained(store)
-    assert again(text).input_ids == tokenizer(text).input_ids
-    assert again.decode(again(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
+    for text in (
+        "Once upon a time there was a little girl named Lily.",
+        "  In 1984 she had 12\u00bd apples\n\n and\t3 pears!  ",
+        "<|im_start|>user\nTell me<|im_end|>",
+    ):
+        ids = tokenizer(text).input_ids
+        assert again(text).input_ids == ids
+        assert again.decode(ids) == tokenizer.decode(ids)
+    chat = [{"role": "user", "content": "Tell me"}]
+    assert again.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(
+        chat, tokenize=False
+    )
     with torch.inference_mode():
         want = model(torch.tensor([TOKENS])).logits[0]
     assert_near(logits_of(store), want)
@@ -130,7 +243,9 @@ def test_formats_and_requantizing(tmp_path: Path) -> None:
     assert_near(logits_of(tmp_path / "four"), want, bound=0.3)
 
 
-@pytest.mark.parametrize(("kind", "after"), [("Q4_K", "int4"), ("Q6_K", "int8g"), ("Q8_0", None)])
+@pytest.mark.parametrize(
+    ("kind", "after"), [("Q3_K", "int4"), ("Q4_K", "int4"), ("Q6_K", "int8g"), ("Q8_0", None)]
+)
 def test_what_was_rounded_is_reported(kind: str, after: str | None, tmp_path: Path) -> None:
     """Scales of K-quants, and embeddings: both become float16."""
     model = tiny("llama", tie_word_embeddings=True)

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, unpack
+from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, unpack, unpack_mxfp4
+from headrace.runtime.weights.small_floats import mxfp4_values
+
+SCALES_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}
 
 
 def blocks_of(name: str, rows: int, count: int) -> np.ndarray:
@@ -15,8 +18,8 @@ def blocks_of(name: str, rows: int, count: int) -> np.ndarray:
     kind, rng = BLOCK_TYPES[name], np.random.default_rng(0)
     data = rng.integers(0, 256, (rows, count, kind.nbytes), dtype=np.uint8)
     scales = (rng.random((rows, count, 2)) * 0.1 + 0.01).astype(np.float16).view(np.uint8)
-    first = 208 if name == "Q6_K" else 0
-    number = 2 if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else 1
+    first = SCALES_AT.get(name, 0)
+    number = 2 if kind.has_offset else 1
     data[..., first : first + 2 * number] = scales[..., : 2 * number]
     return data.reshape(rows, -1)
 
@@ -40,4 +43,17 @@ def test_values_are_those_of_the_gguf_package(name: str) -> None:
     error = (halves.values() - want).double()
     assert squares == pytest.approx(float(want.double().square().sum()))
     assert changed == pytest.approx(float(error.square().sum()), rel=1e-3)
-    assert (changed > 0) == (found.scale.dtype == torch.float32) == name.endswith("_K")
+    assert (changed > 0) == (found.scale.dtype == torch.float32) == name.endswith(("_K", "_XS"))
+
+
+def test_values_of_mxfp4() -> None:
+    """Also of powers that float32 holds as subnormal numbers."""
+    data = np.random.default_rng(0).integers(0, 256, (6, 5, 17), dtype=np.uint8)
+    data[..., 0] = np.arange(30).reshape(6, 5) * 8
+    data[0, :2, 0] = 0, 1
+    data = data.reshape(6, -1)
+    codes, scale = unpack_mxfp4(torch.from_numpy(data))
+    packed = codes[:, ::2] << 4 | codes[:, 1::2]
+    values = mxfp4_values(packed, scale, torch.empty(codes.shape))
+    want = gguf.dequantize(data, gguf.GGMLQuantizationType.MXFP4)
+    assert torch.equal(values, torch.from_numpy(want))

@@ -1,1 +1,1 @@
-"""GGUF files as checkpoints: their metadata by transformers, their blocks as affine codes."""
+"""GGUF files as checkpoints: metadata as configuration and tokenizer, blocks as affine codes."""

@@ -1,10 +1,10 @@
 """GGUF's quantized blocks as affine codes: the same values, with codes and scales apart.
 
 A block is a run of 32 or 256 elements of a row, with its scales before or behind its codes; layouts as in
-llama.cpp's ggml-common.h (block_q4_0 and its like) and dequantize_row_*. What has 4 bits stays int4. Codes of
+llama.cpp's ggml-common.h (block_q4_0 and its like) and dequantize_row_*. What has up to 4 bits becomes int4. Codes of
 5 and 6 bits and of tables become int8, which there is a format for; no value changes by that.
 
-Scales of the K-quants are products of a float16 and a 6- or 8-bit integer, which only float32 holds.
+Scales of the K-quants are products of a float16 and a 4- to 8-bit integer, which only float32 holds; so are those of IQ4_XS.
 """
 
 from collections.abc import Callable
@@ -121,6 +121,46 @@ def _iq4_nl(blocks: Tensor) -> Affine:
     return Affine(values[_nibbles(blocks[:, 2:]).int()], _halves(blocks[:, :2]))
 
 
+def unpack_mxfp4(data: Tensor) -> tuple[Tensor, Tensor]:
+    """`data` uint8 [rows, blocks * 17]: codes [rows, columns] of four-bit floats, and exponents of two plus 127
+    [rows, blocks]. llama.cpp doubles the floats and halves the powers."""
+    blocks = data.reshape(-1, 17)
+    return _nibbles(blocks[:, 1:]).reshape(len(data), -1), blocks[:, :1].reshape(len(data), -1)
+
+
+def _quarters(data: Tensor, run: int) -> Tensor:
+    """[blocks, n run] to [blocks, 4 n run], two bits each: of a run all lowest ones first."""
+    places = torch.tensor((0, 2, 4, 6), dtype=torch.uint8)[:, None]
+    return ((data.reshape(len(data), -1, 1, run) >> places) & 3).reshape(len(data), -1)
+
+
+def _bits(data: Tensor) -> Tensor:
+    """[blocks, 32] to [blocks, 256]: all lowest bits first."""
+    places = torch.arange(8, dtype=torch.uint8)[:, None]
+    return ((data[:, None] >> places) & 1).reshape(len(data), -1)
+
+
+def _iq4_xs(blocks: Tensor) -> Affine:
+    low, high = blocks[:, 4:8], blocks[:, 2:4]
+    scales = torch.stack((low & 15, low >> 4), dim=2).reshape(-1, 8) | _quarters(high, 1) << 4
+    values = torch.tensor(IQ4_NL_VALUES, dtype=torch.int8)
+    codes = values[_nibbles(blocks[:, 8:].reshape(-1, 8, 16)).int()]
+    return Affine(codes, _halves(blocks[:, :2]).float() * (scales.float() - 32))
+
+
+def _q2_k(blocks: Tensor) -> Affine:
+    d, dmin = _halves(blocks[:, 80:82]).float(), _halves(blocks[:, 82:]).float()
+    scales, minima = blocks[:, :16] & 15, blocks[:, :16] >> 4
+    return Affine(_quarters(blocks[:, 16:80], 32), d * scales, -dmin * minima)
+
+
+def _q3_k(blocks: Tensor) -> Affine:
+    """Codes of three bits less 4, which int4's are less 8."""
+    codes = _quarters(blocks[:, 32:96], 32) + (_bits(blocks[:, :32]) << 2) + 4
+    scales = _nibbles(blocks[:, 96:104]) | _quarters(blocks[:, 104:108], 4) << 4
+    return Affine(codes, _halves(blocks[:, 108:]).float() * (scales.float() - 32))
+
+
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Of Q4_K and Q5_K: scales and offsets [blocks, 8] in float32, from six bits each in 12 bytes."""
     d, dmin = _halves(blocks[:, :2]).float(), _halves(blocks[:, 2:4]).float()
@@ -137,16 +177,15 @@ def _q4_k(blocks: Tensor) -> Affine:
 
 def _q5_k(blocks: Tensor) -> Affine:
     scale, offset = _k_scales(blocks)
-    places = torch.arange(8, dtype=torch.uint8)[:, None]
-    high = ((blocks[:, None, 16:48] >> places) & 1) << 4  # [blocks, 8, 32]
-    codes = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | high
+    codes = (
+        _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256) | _bits(blocks[:, 16:48]) << 4
+    )
     return Affine(codes.to(torch.int8), scale, offset)
 
 
 def _q6_k(blocks: Tensor) -> Affine:
-    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
-    places = torch.tensor((0, 2, 4, 6), dtype=torch.uint8)[:, None]
-    high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> places) & 3
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
+    high = _quarters(blocks[:, 128:192], 32)
     scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
     codes = (low | high << 4).to(torch.int8) - 32
     return Affine(codes, _halves(blocks[:, 208:]).float() * scales)
@@ -161,6 +200,12 @@ BLOCK_TYPES = {
     "Q4_K": BlockType(256, 144, 4, 32, True, _q4_k),
     "Q5_K": BlockType(256, 176, 8, 32, True, _q5_k),
     "Q6_K": BlockType(256, 210, 8, 16, False, _q6_k),
+    "Q2_K": BlockType(256, 84, 4, 16, True, _q2_k),
+    "Q3_K": BlockType(256, 110, 4, 16, False, _q3_k),
+    "IQ4_XS": BlockType(256, 136, 8, 32, False, _iq4_xs),
     "IQ4_NL": BlockType(32, 18, 8, 32, False, _iq4_nl),
 }
 """By the names of gguf.GGMLQuantizationType."""
+
+MXFP4 = "MXFP4"
+"""The one that is no affine codes."""

@@ -1,9 +1,8 @@
 """A GGUF file as a checkpoint: the weights that conversion reads, and the files that it writes beside them."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,45 +10,24 @@ from typing import Any
 import gguf
 import torch
 import xxhash
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
-from transformers.utils import logging as transformers_logging
+from transformers import PretrainedConfig
 
-from headrace.runtime.block_file import Entry
 from headrace.runtime.conversion.checkpoint import companions_in, has_tokenizer_in
-from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, BlockType, unpack
+from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, MXFP4
+from headrace.runtime.conversion.gguf.config import ROPE_TENSORS, read_config
 from headrace.runtime.conversion.gguf.files import parts_of
-from headrace.runtime.conversion.gguf.naming import (
-    PLUS_ONE,
-    as_trained,
-    heads_of,
-    names_of,
-    rope_scaling,
-)
-from headrace.runtime.conversion.part import Part
+from headrace.runtime.conversion.gguf.metadata import Metadata
+from headrace.runtime.conversion.gguf.naming import PLUS_ONE, heads_of, names_of, parts_of_fused
+from headrace.runtime.conversion.gguf.tokenizer import end_tokens, tokenizer_of
+from headrace.runtime.conversion.gguf.weights import PLAIN, Rows, affine, decoded, mxfp4, plain
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
-from headrace.runtime.conversion.source import (
-    Repacking,
-    Rounding,
-    SourceTensor,
-    SourceWeight,
-    rows_at_once,
-)
+from headrace.runtime.conversion.source import SourceTensor, SourceWeight
 from headrace.runtime.dtypes import name_of
 from headrace.runtime.skeleton import Skeleton
 from headrace.scheduler.errors import StoreError
 
-PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-ROPE_FACTORS = "rope_freqs.weight"
-KEYS = {
-    "attention.key_length": "head_dim",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
 SAMPLES = 64
 SAMPLE_BYTES = 4096
-DECODED = "F16"
-"""What quantized tensors become that are no matrices of layers: their scales are float16."""
 
 
 class GGUFCheckpoint:
@@ -71,14 +49,18 @@ class GGUFCheckpoint:
             for part, reader in zip(self._files, readers, strict=True)
             for tensor in reader.tensors
         }
-        if "split.tensors.count" in self._reader.fields:
-            count = _field(self._reader, "split.tensors.count")
-            if count != len(self._tensors):
-                raise StoreError(
-                    f"{self.path} and its other parts have {len(self._tensors)} tensors of {count}: they are not parts"
-                    " of one file; download them again"
-                )
-        config = self._read_config()
+        self._metadata = Metadata(self._reader)
+        count = self._metadata.whole("split.tensors.count", len(self._tensors))
+        if count != len(self._tensors):
+            raise StoreError(
+                f"{self.path} and its other parts have {len(self._tensors)} tensors of {count}: they are not parts"
+                " of one file; download them again"
+            )
+        config = read_config(
+            self.path,
+            self._metadata,
+            {name: placed.tensor for name, placed in self._tensors.items()},
+        )
         skeleton = Skeleton(config, torch.bfloat16)
         self._names = names_of(config, skeleton.model)
         self._model_type, self._config = config.model_type, config
@@ -88,36 +70,9 @@ class GGUFCheckpoint:
         self.weights = {
             weight.name: weight
             for name, tensor in self._tensors.items()
-            if name != ROPE_FACTORS
+            if name not in ROPE_TENSORS
             for weight in self._weights_of(name, tensor)
         }
-
-    def _read_config(self) -> PretrainedConfig:
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        try:
-            config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-        except Exception as error:  # whatever its readers of single models raise
-            raise StoreError(
-                f"{self.path}: transformers cannot read what model this is: {error}. Convert the original"
-                " checkpoint"
-            ) from error
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-        self._complete(config)
-        factors = self._tensors.get(ROPE_FACTORS)
-        if factors is not None:
-            values = torch.from_numpy(factors.tensor.data.copy()).float()
-            config.rope_parameters = rope_scaling(values, config)
-        return config
-
-    def _complete(self, config: PretrainedConfig) -> None:
-        """What transformers does not read for every architecture, or sees of the first part alone."""
-        config.tie_word_embeddings = "output.weight" not in self._tensors
-        arch = _field(self._reader, "general.architecture")
-        for key, name in KEYS.items():
-            if f"{arch}.{key}" in self._reader.fields and hasattr(config, name):
-                setattr(config, name, _field(self._reader, f"{arch}.{key}"))
 
     @staticmethod
     def _config_dict(config: PretrainedConfig) -> dict[str, Any]:
@@ -136,20 +91,26 @@ class GGUFCheckpoint:
 
     def _weights_of(self, name: str, placed: "_Placed") -> Iterator[SourceWeight]:
         tensor = placed.tensor
-        named, shape = self._names.get(name), _shape_of(tensor)
-        if named is None:
-            raise StoreError(
-                f"{placed.file} holds a tensor {name}, which {self._model_type} does not have here"
-            )
-        if not named.experts:
-            if name.endswith("ffn_gate_inp_shexp.weight"):
-                shape = (1, *shape[-1:])
-            yield self._weight(name, named.name, placed, shape, 0, int(tensor.n_bytes))
-            return
-        each = int(tensor.n_bytes) // shape[0]
-        for expert in range(shape[0]):
-            one = named.name.format(expert)
-            yield self._weight(name, one, placed, shape[1:], expert * each, each)
+        shape = _shape_of(tensor)
+        if name.endswith("ffn_gate_inp_shexp.weight"):
+            shape = (1, *shape)
+        parts = {name: shape[-2 if len(shape) > 1 else 0]}
+        if name not in self._names:
+            parts = parts_of_fused(name, self._config) or parts
+        for part in parts:
+            if part not in self._names:
+                raise StoreError(
+                    f"{placed.file} holds a tensor {name}, which {self._model_type} does not have here"
+                )
+        experts = shape[0] if len(shape) > 2 else 1
+        row_bytes = int(tensor.n_bytes) // experts // sum(parts.values())
+        offset = 0
+        for expert in range(experts):
+            for part, rows in parts.items():
+                own, nbytes = self._names[part].format(expert), rows * row_bytes
+                one = (rows, *shape[-1:]) if len(shape) > 1 else (rows,)
+                yield self._weight(part, own, placed, one, offset, nbytes)
+                offset += nbytes
 
     def _weight(
         self,
@@ -162,20 +123,21 @@ class GGUFCheckpoint:
     ) -> SourceWeight:
         file, tensor = placed.file, placed.tensor
         kind, first = tensor.tensor_type.name, int(tensor.data_offset) + offset
-        rows = _Rows(SourceTensor(file, "U8", (nbytes,), first, nbytes), shape)
+        rows = Rows(SourceTensor(file, "U8", (nbytes,), first, nbytes), shape)
         heads = heads_of(there, self._config)
         if kind in PLAIN:
             source = SourceTensor(file, PLAIN[kind], shape, first, nbytes)
-            return _plain(name, source, heads, minus_one=self._is_plus_one(there))
+            return plain(name, source, heads, minus_one=self._is_plus_one(there))
+        is_matrix = not there.startswith("token_embd") and there not in self._router
+        if kind == MXFP4 and is_matrix:
+            return mxfp4(name, rows, heads)
         if kind not in BLOCK_TYPES:
             raise StoreError(
                 f"{there} of {file} is {kind}, which is not read here: there are"
-                f" {', '.join((*PLAIN, *BLOCK_TYPES))}. Make the file anew with one of them (llama-quantize), or"
-                " convert the original checkpoint"
+                f" {', '.join((*PLAIN, *BLOCK_TYPES))}, and {MXFP4} for matrices of layers. Make the file anew with"
+                " one of them (llama-quantize), or convert the original checkpoint"
             )
-        if there.startswith("token_embd") or there in self._router:
-            return _decoded(name, kind, rows)
-        return _affine(name, kind, rows, heads)
+        return affine(name, kind, rows, heads) if is_matrix else decoded(name, kind, rows)
 
     def _is_plus_one(self, name: str) -> bool:
         return self._model_type in PLUS_ONE and name.endswith("norm.weight")
@@ -184,18 +146,11 @@ class GGUFCheckpoint:
         beside = self.path.parent
         if has_tokenizer_in(beside) or not self._has_own_tokenizer:
             return companions_in(beside)
+        ends = {"eos_token_id": end_tokens(self._metadata)}
         with TemporaryDirectory(prefix="headrace-gguf-") as folder:
-            self._own_tokenizer().save_pretrained(folder)
+            tokenizer_of(self.path, self._metadata).save_pretrained(folder)
+            (Path(folder) / "generation_config.json").write_text(json.dumps(ends))
             return companions_in(Path(folder))
-
-    def _own_tokenizer(self) -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-        except Exception as error:  # whatever its readers of single tokenizers raise
-            raise StoreError(
-                f"{self.path}: transformers cannot read its tokenizer: {error}. Put the original"
-                " tokenizer.json and tokenizer_config.json beside the file"
-            ) from error
 
     @property
     def has_tokenizer(self) -> bool:
@@ -203,7 +158,7 @@ class GGUFCheckpoint:
 
     @property
     def _has_own_tokenizer(self) -> bool:
-        return "tokenizer.ggml.model" in self._reader.fields
+        return self._metadata.whole("tokenizer.ggml.model") is not None
 
     def fingerprint(self) -> str:
         """Tells this file from others without reading it whole: metadata and samples."""
@@ -237,98 +192,6 @@ def _read(file: Path) -> gguf.GGUFReader:
         raise StoreError(f"{file} is no whole GGUF file ({error}): download it again") from error
 
 
-def _field(reader: gguf.GGUFReader, name: str) -> Any:
-    return reader.fields[name].contents()
-
-
 def _shape_of(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     """Outermost first."""
     return tuple(int(n) for n in reversed(tensor.shape))
-
-
-class _Rows:
-    """The bytes of a quantized matrix, some rows at a time."""
-
-    def __init__(self, data: SourceTensor, shape: tuple[int, ...]) -> None:
-        self.data, self.shape = data, shape
-        self.count = prod(shape[:-1])
-        self.row_bytes = data.nbytes // self.count
-
-    def runs(self, rows_together: int = 1) -> Iterator[Tensor]:
-        """uint8 [rows, row_bytes]; every run but the last has 64 n rows, and whole groups of `rows_together`."""
-        step = rows_at_once(self.row_bytes)
-        step = -(-step // rows_together) * rows_together
-        for first in range(0, self.count, step):
-            size = min(step, self.count - first) * self.row_bytes
-            offset = self.data.offset + first * self.row_bytes
-            part = SourceTensor(self.data.file, "U8", (size,), offset, size)
-            yield part.tensor().view(-1, self.row_bytes)
-
-
-def _plain(name: str, source: SourceTensor, heads: int, *, minus_one: bool) -> SourceWeight:
-    part = Part("data", Entry(name, source.dtype, source.shape))
-    if not heads and not minus_one:
-        return SourceWeight(name, "raw", source.shape, ((part, source),))
-
-    def pieces() -> Iterator[tuple[str, Tensor]]:
-        values = source.tensor()
-        yield "data", as_trained(values, heads) if heads else values - 1
-
-    return SourceWeight(
-        name, "raw", source.shape, ((part, source),), None, Repacking((part,), pieces)
-    )
-
-
-def _decoded(name: str, kind: str, rows: _Rows) -> SourceWeight:
-    """As float16 values."""
-    part = Part("data", Entry(name, DECODED, rows.shape))
-    source = SourceTensor(rows.data.file, DECODED, rows.shape, rows.data.offset, rows.data.nbytes)
-    rounding = Rounding(kind)
-
-    def pieces() -> Iterator[tuple[str, Tensor]]:
-        rounding.clear()
-        for run in rows.runs():
-            values = unpack(BLOCK_TYPES[kind], run).values()
-            rounded = values.half()
-            rounding.add(float(values.square().sum()), float((rounded - values).square().sum()))
-            yield "data", rounded
-
-    repacking = Repacking((part,), pieces, rounding)
-    return SourceWeight(name, "raw", rows.shape, ((part, source),), None, repacking)
-
-
-def _affine(name: str, kind: str, rows: _Rows, heads: int) -> SourceWeight:
-    block = BLOCK_TYPES[kind]
-    each = (rows.count, rows.shape[-1] // block.group)
-    data = Entry(name, "U8", (prod(rows.shape) // 2, 1))
-    if block.bits == 8:
-        data = Entry(name, "I8", (rows.count, rows.shape[-1]))
-    parts = [Part("data", data), Part("scale", Entry(f"{name}.scale", "F16", each))]
-    if block.has_offset:
-        parts.append(Part("offset", Entry(f"{name}.offset", "F16", each)))
-    source = ((parts[0], rows.data),)
-    rounding = Rounding(kind)
-    repacking = Repacking(tuple(parts), partial(_pieces, block, rows, heads, rounding), rounding)
-    fmt = "int4" if block.bits == 4 else "int8g"
-    return SourceWeight(name, fmt, rows.shape, source, None, repacking)
-
-
-def _pieces(
-    kind: BlockType, rows: _Rows, heads: int, rounding: Rounding
-) -> Iterator[tuple[str, Tensor]]:
-    rounding.clear()
-    scales, offsets = [], []
-    together = rows.count // heads if heads else 1
-    for run in rows.runs(together):
-        some = as_trained(run, len(run) // together) if heads else run
-        found = unpack(kind, some)
-        if found.scale.dtype == torch.float32:
-            rounding.add(*found.squares())
-        scales.append(found.scale.half())
-        if found.offset is not None:
-            offsets.append(found.offset.half())
-        pairs = found.codes.reshape(-1, 2)
-        yield "data", (pairs[:, :1] << 4 | pairs[:, 1:]) if kind.bits == 4 else found.codes
-    yield "scale", torch.cat(scales)
-    if offsets:
-        yield "offset", torch.cat(offsets)

@@ -2,10 +2,8 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import gguf
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -19,7 +17,7 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
-    "mistral": "llama",
+    "mixtral": "llama",
     "phi3": "phi3",
     "starcoder2": "starcoder2",
 }
@@ -28,19 +26,14 @@ ARCHITECTURES = {
 PLUS_ONE = ("gemma2", "gemma3_text")
 """Models whose norms multiply by one more than their weight; GGUF holds the sum."""
 
+MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""What checkpoints of Mixtral call the matrices of experts."""
+
 _FUSED = re.compile(r"(.*\.experts)\.gate_up_proj")
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A tensor's name in the checkpoint; with `experts` it is a stack of matrices, whose name has a {}."""
-
-    name: str
-    experts: bool = False
-
-
-def names_of(config: PretrainedConfig, model: nn.Module) -> dict[str, Named]:
-    """By GGUF's names. StoreError for an architecture that is not read here."""
+def names_of(config: PretrainedConfig, model: nn.Module) -> dict[str, str]:
+    """By GGUF's names; those of experts, which are a stack there, have a {} for the expert. StoreError for an architecture that is not read here."""
     arch = ARCHITECTURES.get(config.model_type)
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in numbers:
@@ -50,27 +43,38 @@ def names_of(config: PretrainedConfig, model: nn.Module) -> dict[str, Named]:
         )
     known = gguf.get_tensor_name_map(numbers[arch], config.num_hidden_layers)
     found = {}
-    for place in _places(model):
-        stem, dot, suffix = place.name.rpartition(".")
-        stem, suffix = (stem, dot + suffix) if suffix in ("weight", "bias") else (place.name, "")
+    for name in _parameters(model):
+        stem, dot, suffix = name.rpartition(".")
+        stem, suffix = (stem, dot + suffix) if suffix in ("weight", "bias") else (name, "")
         there = known.get_name(stem)
-        if there is not None:
-            name = place.name
-            if place.experts:
-                suffix = ".weight"
-                name = f"{stem.rpartition('.')[0]}.{{}}.{stem.rpartition('.')[2]}.weight"
-            found[there + suffix] = Named(name, place.experts)
+        if there is None:
+            continue
+        if ".experts." in name:
+            suffix = ".weight"
+            experts, _, matrix = stem.rpartition(".")
+            if config.model_type == "mixtral":
+                experts, matrix = experts.replace(".mlp.", ".block_sparse_moe."), MIXTRAL[matrix]
+            name = f"{experts}.{{}}.{matrix}.weight"
+        found[there + suffix] = name
     return found
 
 
-def _places(model: nn.Module) -> Iterator[Named]:
-    """The model's parameters; a stack of experts' gates and ups is two, as it is on disk."""
+def _parameters(model: nn.Module) -> Iterator[str]:
+    """A stack of experts' gates and ups is two, as it is on disk."""
     for name, _ in model.named_parameters(remove_duplicate=False):
         fused = _FUSED.fullmatch(name)
         if fused is not None:
-            yield from (Named(f"{fused[1]}.{each}_proj", True) for each in ("gate", "up"))
+            yield from (f"{fused[1]}.{each}_proj" for each in ("gate", "up"))
         else:
-            yield Named(name, ".experts." in name)
+            yield name
+
+
+def parts_of_fused(name: str, config: PretrainedConfig) -> dict[str, int]:
+    """Queries, keys and values, which llama.cpp can join (--fuse-qkv), with their rows; none for another tensor."""
+    block, _, rest = name.rpartition(".attn_qkv.")
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = {"q": config.num_attention_heads} | dict.fromkeys("kv", config.num_key_value_heads)
+    return {f"{block}.attn_{e}.{rest}": n * head for e, n in heads.items()} if block else {}
 
 
 def as_trained(rows: Tensor, heads: int) -> Tensor:
@@ -89,33 +93,3 @@ def heads_of(name: str, config: PretrainedConfig) -> int:
     if re.search(r"\.attn_q\.", name):
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if re.search(r"\.attn_k\.", name) else 0
-
-
-def rope_scaling(factors: Tensor, config: PretrainedConfig) -> dict[str, object]:
-    """Llama 3's scaling whose factors [head / 2] a file holds as a tensor, and not in its metadata.
-
-    StoreError where they are of no Llama 3 that was published.
-    """
-    theta = float(config.rope_parameters["rope_theta"])
-    head = config.head_dim
-    frequencies = theta ** (-torch.arange(0, head, 2, dtype=torch.float32) / head)
-    wavelengths = 2 * torch.pi / frequencies
-    for factor in (8.0, 32.0):
-        low, high, before = 1.0, 4.0, 8192
-        smooth = (before / wavelengths - low) / (high - low)
-        between = 1 / ((1 - smooth) / factor + smooth)
-        want = torch.where(wavelengths < before / high, torch.ones(()), between)
-        want = torch.where(wavelengths > before / low, torch.full((), factor), want)
-        if torch.allclose(want, factors.float(), rtol=1e-3):
-            return {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": before,
-            }
-    raise StoreError(
-        "the file scales rotary embeddings (rope_freqs.weight) in no way that a Llama 3 does, and does not say"
-        " how: convert the original checkpoint"
-    )
