@@ -75,7 +75,10 @@ def save(
 
 
 def words(codes: Tensor, bits: int, places: tuple[int, ...] | None = None) -> Tensor:
-    """[rows, columns] -> int32 [rows, columns * bits / 32]; code places[i] of a word i-th from below."""
+    """[rows, columns] -> int32 [rows, columns * bits / 32]; code places[i] of a word i-th from below.
+
+    Codes below 0 borrow from the next.
+    """
     each = 32 // bits
     split = codes.long().view(len(codes), -1, each)
     total = torch.zeros(split.shape[:2], dtype=torch.int64)
@@ -84,7 +87,7 @@ def words(codes: Tensor, bits: int, places: tuple[int, ...] | None = None) -> Te
     return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
 
 
-def affine(weight: Tensor, bits: int, index: Tensor, low: int = 0) -> tuple[Tensor, ...]:
+def affine(weight: Tensor, bits: int, index: Tensor) -> tuple[Tensor, ...]:
     """Codes [N, K], zeros and float16 scales [N, groups], and values; index[k] is column k's group."""
     groups, most = int(index.max()) + 1, 2**bits - 1
     scale = torch.empty(len(weight), groups, dtype=torch.float16)
@@ -93,7 +96,7 @@ def affine(weight: Tensor, bits: int, index: Tensor, low: int = 0) -> tuple[Tens
         some = weight[:, index == g]
         least, high = some.amin(1).clamp(max=0), some.amax(1).clamp(min=0)
         scale[:, g] = ((high - least) / most).half()
-        zero[:, g] = (-least / scale[:, g].float()).round().clamp(low, most)
+        zero[:, g] = (-least / scale[:, g].float()).round().clamp(0, most)
     wide, point = scale.float()[:, index], zero[:, index]
     codes = (weight / wide + point).round().clamp(0, most)
     return codes.long(), zero.long(), scale, (codes - point) * wide
@@ -105,7 +108,7 @@ def gptq(bits: int, *, less: int, act_order: bool) -> Quantizer:
         index = torch.arange(columns) // GROUP
         if act_order:
             index = index[torch.randperm(columns)]
-        codes, zero, scale, values = affine(weight, bits, index, low=less)
+        codes, zero, scale, values = affine(weight, bits, index)
         parts = {
             "qweight": words(codes, bits).T,
             "qzeros": words((zero - less).T, bits),
@@ -128,8 +131,10 @@ def awq(weight: Tensor) -> Quantized:
     return parts, values
 
 
-def fp8(block: tuple[int, int] | None, suffix: str, *, static: bool = False) -> Quantizer:
-    """Block by block; None: one scale for all."""
+def fp8(
+    block: tuple[int, int] | None, suffix: str, *, static: bool = False, divides: bool = False
+) -> Quantizer:
+    """Block by block; None: one scale for all. With `divides`, codes are divided by scales."""
 
     def quantize(weight: Tensor) -> Quantized:
         rows, columns = weight.shape
@@ -143,7 +148,8 @@ def fp8(block: tuple[int, int] | None, suffix: str, *, static: bool = False) -> 
                 scale[i, j] = weight[at].abs().amax() / 448
                 codes[at] = (weight[at] / scale[i, j]).to(torch.float8_e4m3fn)
                 values[at] = codes[at].float() * scale[i, j]
-        stored = scale if block else scale.view(())
+        stored = 1 / scale if divides else scale
+        stored = stored if block else stored.view(())
         parts = {"weight": codes, f"weight_{suffix}": stored}
         return parts | ({"activation_scale": torch.ones(())} if static else {}), values
 
@@ -203,6 +209,9 @@ def compressed_tensors(
     """Groups of columns, or None: rows; 0: one scale for the whole."""
 
     def quantize(weight: Tensor) -> Quantized:
+        shape = weight.shape
+        if group == 0 and layout != "float-quantized":
+            weight = weight.view(1, -1)
         rows, columns = weight.shape
         index = torch.arange(columns) // (group or columns)
         if act_order:
@@ -221,19 +230,21 @@ def compressed_tensors(
         else:
             codes, zero, scale, values = affine(weight, bits, index)
             signed = codes - half
-        parts = {"weight_scale": scale}
-        if layout == "pack-quantized":
-            parts["weight_packed"] = words(signed + half, bits)
-            parts["weight_shape"] = torch.tensor(weight.shape)
+        parts = {"weight_scale": scale.view(-1) if group == 0 else scale}
+        packed = layout == "pack-quantized"
+        if packed:
+            parts["weight_packed"] = words((signed + half).view(shape), bits)
+            parts["weight_shape"] = torch.tensor(shape)
         else:
-            parts["weight"] = signed.to(torch.int8)
-        if zero is not None:
-            packed = layout == "pack-quantized"
+            parts["weight"] = signed.to(torch.int8).view(shape)
+        if zero is not None and group == 0:
+            parts["weight_zero_point"] = (zero - half).to(torch.int8).view(-1)
+        elif zero is not None:
             parts["weight_zero_point"] = (
                 words(zero.T, bits).T if packed else (zero - half).to(torch.int8)
             )
         if act_order:
             parts["weight_g_idx"] = index.int()
-        return parts, values
+        return parts, values.view(shape)
 
     return quantize

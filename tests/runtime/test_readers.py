@@ -80,6 +80,17 @@ def test_gptq(model_type: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_zero_points_that_borrow(bits: int, tmp_path: Path) -> None:
+    """Rows without negative values have zero points of 0, which less one take from their neighbours'."""
+    quantize = gptq(bits, less=1, act_order=False)
+    settings = GPTQ | {"bits": bits, "desc_act": False}
+    quantized, plain = write(
+        tmp_path, "llama", settings, lambda w: quantize(torch.cat((w[:2].abs(), w[2:])))
+    )
+    check(kept(quantized), plain, "int4" if bits == 4 else "int8g")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_v2_with_act_order(bits: int, tmp_path: Path) -> None:
     settings = GPTQ | {"bits": bits, "desc_act": True, "checkpoint_format": "gptq_v2"}
     quantized, plain = write(tmp_path, "llama", settings, gptq(bits, less=0, act_order=True))
@@ -110,9 +121,11 @@ def test_awq(model_type: str, tmp_path: Path) -> None:
         ("pack-quantized", "int4", 4, GROUP, False),
         ("pack-quantized", "int8g", 8, None, True),
         ("pack-quantized", "int8g", 8, GROUP, False),
+        ("pack-quantized", "int8g", 8, 0, False),
         ("int-quantized", "int8g", 8, None, True),
         ("int-quantized", "int8g", 8, None, False),
         ("int-quantized", "int8g", 8, GROUP, True),
+        ("int-quantized", "int8g", 8, 0, False),
         ("float-quantized", "fp8", 8, None, True),
         ("float-quantized", "fp8", 8, 0, True),
     ],
@@ -148,6 +161,18 @@ def test_fp8(block: tuple[int, int] | None, tmp_path: Path) -> None:
         name = "model.layers.1.mlp.experts.3.down_proj.weight"
         theirs = Fp8Dequantize(None)._dequantize_one(packed[name], packed[f"{name}_scale_inv"])
         torch.testing.assert_close(theirs, values[name])
+
+
+@pytest.mark.parametrize("block", [(32, 32), None], ids=["blocks", "tensor"])
+def test_fp8_over_scales(block: tuple[int, int] | None, tmp_path: Path) -> None:
+    """GPTQModel's scales are what codes are divided by."""
+    settings = {
+        "quant_method": "fp8",
+        "weight_block_size": block,
+        "weight_scale_semantics": "inverse",
+    }
+    quantized, plain = write(tmp_path, "llama", settings, fp8(block, "scale_inv", divides=True))
+    check(kept(quantized), plain, "fp8")
 
 
 def test_static_scales_of_activations_are_left_out(

@@ -4,7 +4,8 @@
                          lowest bits ("pack-quantized"); U8 [rows, columns / 2], 4-bit floats
     X.weight             I8 ("int-quantized") or F8_E4M3 ("float-quantized") [rows, columns]
     X.weight_scale       [1], [rows, 1] or [rows, groups]; for blocks of 8-bit floats [blocks, blocks]
-    X.weight_zero_point  I32 [rows * bits / 32, groups] packed down the rows, or I8 [rows, groups]
+    X.weight_zero_point  I32 [rows * bits / 32, groups] packed down the rows, or I8 [rows, groups] ("int-quantized",
+                         and where one scale is for all)
     X.weight_shape       I64 [2], of the packed weight
     X.weight_global_scale  F32 [1], what NVFP4's scales are divided by
     X.weight_g_idx       I32 [columns], each column's group, of early releases
@@ -126,7 +127,11 @@ def _packed(stem: str, tensors: Tensors) -> SourceWeight:
             yield unpack(whole[run], bits)[:, :columns]
 
     def zeros() -> Tensor | None:
-        return None if points is None else unpack(points.tensor().T, bits).T[:rows]
+        if points is None:
+            return None
+        if points.dtype == "I8":
+            return _unsigned(points.tensor(), bits)
+        return unpack(points.tensor().T, bits).T[:rows]
 
     return _affine(stem, tensors, bits, (rows, columns), data, points is not None, codes, zeros)
 
@@ -145,9 +150,14 @@ def _bytes(stem: str, tensors: Tensors) -> SourceWeight:
             yield run.view(torch.uint8) ^ 128
 
     def zeros() -> Tensor | None:
-        return None if points is None else points.tensor().to(torch.int8).view(torch.uint8) ^ 128
+        return None if points is None else _unsigned(points.tensor(), 8)
 
     return _affine(stem, tensors, 8, (rows, columns), data, points is not None, codes, zeros)
+
+
+def _unsigned(points: Tensor, bits: int) -> Tensor:
+    """Zero points in bytes as they are among codes that begin at 0."""
+    return (points.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
 
 
 def _affine(

@@ -1,11 +1,12 @@
 """8-bit floats: DeepSeek's blocks, and one scale for a tensor or for each row.
 
     X.weight            F8_E4M3 [rows, columns], or X, a stack [experts, rows, columns]
-    X.weight_scale_inv  what each block, row or the whole is multiplied with; also named weight_scale
+    X.weight_scale_inv  what each block, row or the whole is multiplied with; also named weight_scale.
+                        GPTQModel means what it is divided by, and says so: weight_scale_semantics "inverse"
 
 With an activation_scheme rows are to be multiplied in 8 bits, too, which GPUs that can do. Static scales of
 rows are left out: each gets its own when it is multiplied.
-(transformers/integrations/finegrained_fp8.py.)
+(transformers/integrations/finegrained_fp8.py; gptqmodel/nn_modules/qlinear/fp8.py.)
 """
 
 import logging
@@ -37,6 +38,7 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
     weights, used = [], set()
     block = settings.get("weight_block_size")
     fp8_rows = bool(settings.get("activation_scheme"))
+    divides = settings.get("weight_scale_semantics") == "inverse"
     for name, tensor in tensors.items():
         if tensor.dtype not in ("F8_E4M3", "F8_E5M2"):
             continue
@@ -46,7 +48,7 @@ def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
                 f"{name} is {tensor.dtype} without {name}{SCALES[0]} or {name}{SCALES[1]}, so that its "
                 f"scale is not known; {UNREADABLE}"
             )
-        weights.append(weight(name, tensor, tensors[found[0]], block, fp8_rows))
+        weights.append(weight(name, tensor, tensors[found[0]], block, fp8_rows, divides))
         used |= {name, found[0]}
     return Imported(weights, frozenset(used | activation_scales(tensors)))
 
@@ -70,9 +72,10 @@ def activation_scales(tensors: Tensors) -> set[str]:
 
 def weight(
     name: str, data: SourceTensor, scale: SourceTensor, block: tuple[int, int] | list[int] | None,
-    fp8_rows: bool,
+    fp8_rows: bool, divides: bool = False,
 ) -> SourceWeight:  # fmt: skip
-    """A weight stored as fp8. `block` is the size of blocks, if there are any; `fp8_rows` as in WeightSpec.
+    """A weight stored as fp8. `block` is the size of blocks, if there are any; `fp8_rows` as in WeightSpec;
+    `divides` says that values are codes over scales.
 
     Raises StoreError for types and shapes that are not read.
     """
@@ -89,6 +92,7 @@ def weight(
         for run in data.rows():
             yield "data", run
         whole = scale.tensor().float().reshape(-1)
+        whole = whole.reciprocal() if divides else whole
         # One scale of a whole stack serves every matrix of it.
         yield "scale", whole.repeat(prod(shape) // len(whole)).view(shape)
 

@@ -1,7 +1,7 @@
 """GPTQ: AutoGPTQ's layout, whose zero points are stored less one, and GPTQModel's, in which they are not.
 
     X.qweight   I32 [columns * bits / 32, rows], the first column in the lowest bits
-    X.qzeros    I32 [groups, rows * bits / 32]
+    X.qzeros    I32 [groups, rows * bits / 32]; less one as a word, so that 0 borrows from the code above it
     X.scales    F16 or BF16 [groups, rows]
     X.g_idx     I32 [columns], each column's group (act-order: not in order); not written by all tools
 
@@ -25,7 +25,7 @@ from headrace.runtime.conversion.source import Imported, SourceTensor, SourceWei
 from headrace.scheduler.errors import StoreError
 
 LAYOUTS = {"gptq": 1, "gptq_v2": 0}
-"""What is to be added to stored zero points, by the checkpoint's format."""
+"""What was taken from each zero point when it was stored, by the checkpoint's format."""
 
 
 def read(tensors: Tensors, settings: Mapping[str, Any]) -> Imported:
@@ -68,8 +68,10 @@ def _weight(stem: str, tensors: Tensors, settings: Mapping[str, Any], less: int)
             yield unpack(whole[:, run].T, bits)
 
     def rest() -> Scales:
-        points = unpack(zeros.tensor(), bits)[:, :rows] + less
-        return Scales(scales.tensor().T, points.T)
+        # GPTQModel subtracts from whole words, so that what was borrowed comes back only there. Who subtracts
+        # from each code stores no 0.
+        words = zeros.tensor() + less * sum(1 << place for place in range(0, 32, bits))
+        return Scales(scales.tensor().T, unpack(words, bits)[:, :rows].T)
 
     name, shape = f"{stem}.weight", (rows, columns)
     return AffineWeight(
