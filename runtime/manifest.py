@@ -37,11 +37,12 @@ class WeightSpec:
     format "int4": parts {"data": U8 packed, even element in the high nibble; "scale": F16, BF16 or
         F32 [rows, columns / blocksize]} and either "zero": U8 of scale's shape (8 everywhere when
         absent), weight = (data - zero) * scale, or "offset" of scale's type and shape,
-        weight = data * scale + offset. Optional "order": I32 [columns], of a single matrix:
+        weight = data * scale + offset. With "block_scale": F16 [rows, columns / 256], scale is U8 or I8 and is
+        multiplied by that of its columns, and so is offset by "block_offset". Optional "order": I32 [columns], of a single matrix:
         column j of the data is column order[j] of the weight.
     format "int3": the same with data U8 [rows, 3 ceil(columns / 8)], eight codes in three bytes (conversion/affine.py), and
         always "zero".
-    format "int8g": parts {"data": I8 [rows, columns], "scale", optional "offset"} as in int4,
+    format "int8g": parts {"data": I8 [rows, columns], "scale", optional "offset" and those of blocks} as in int4,
         weight = data * scale + offset.
     format "fp8": parts {"data": F8_E4M3 [rows, columns], "scale": F32 [matrices x blocks of rows,
         blocks of columns]}, weight = data * scale; blocks are of `block_rows` rows of a matrix and

@@ -17,7 +17,7 @@ from headrace.cluster.cli.calibration import roundings
 from headrace.cluster.cli.progress import byte_bar
 from headrace.runtime.calibration.calibrate import Calibration, convert_calibrated
 from headrace.runtime.conversion.convert import convert
-from headrace.runtime.conversion.writer import CHANGED, CHANGES, Progress
+from headrace.runtime.conversion.writer import CHANGES, REQUANTIZED, Progress
 from headrace.runtime.expert_extents import split_block
 from headrace.runtime.manifest import Block
 from headrace.runtime.store import Store
@@ -81,13 +81,13 @@ def run_convert(
 
 
 def changes(file: Path) -> RenderableType:
-    """What quantizing again or rounding changed: the three weights that it changed most."""
-    errors = json.loads(file.read_text())[CHANGED]
+    """What quantizing again changed: the three weights that it changed most."""
+    errors = json.loads(file.read_text())[REQUANTIZED]
     worst = sorted(errors.items(), key=lambda item: -item[1]["relative_rms"])[:WORST]
     table = Table("weight", "from", "to", "relative RMS error")
     for name, error in worst:
-        table.add_row(name, error["from"], error["to"], f"{error['relative_rms']:.2g}")
-    text = f"changed: {len(errors)} weights, these most (all are in {file.name})"
+        table.add_row(name, error["from"], error["to"], f"{error['relative_rms']:.2%}")
+    text = f"quantized again: {len(errors)} weights, those changed most (all are in {file.name})"
     return Group(text, table)
 
 

@@ -123,16 +123,20 @@ def decode_affine(spec: WeightSpec, parts: Mapping[str, Tensor]) -> Tensor:
         codes = data if spec.format == "int8g" else torch.stack((data >> 4, data & 15), dim=1)
         codes = codes.reshape(-1, columns).float()
 
-    def wide(part: Tensor) -> Tensor:
-        return part.float().reshape(len(codes), -1).repeat_interleave(spec.blocksize, dim=1)
+    def wide(role: str) -> Tensor:
+        part = parts[role].float().reshape(len(codes), -1)
+        if f"block_{role}" in parts:
+            blocks = parts[f"block_{role}"].float().reshape(len(codes), -1)
+            part = part * blocks.repeat_interleave(part.shape[1] // blocks.shape[1], dim=1)
+        return part.repeat_interleave(spec.blocksize, dim=1)
 
     if "offset" in parts:
-        values = codes * wide(parts["scale"]) + wide(parts["offset"])
+        values = codes * wide("scale") + wide("offset")
     elif spec.format == "int8g":
-        values = codes * wide(parts["scale"])
+        values = codes * wide("scale")
     else:
-        zero = wide(parts["zero"]) if "zero" in parts else 8
-        values = (codes - zero) * wide(parts["scale"])
+        zero = wide("zero") if "zero" in parts else 8
+        values = (codes - zero) * wide("scale")
     if "order" in parts:
         values = torch.empty_like(values).index_copy_(1, parts["order"].long(), values)
     return values.reshape(spec.shape)

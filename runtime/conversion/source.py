@@ -97,35 +97,12 @@ Pieces = Callable[[], Iterator[tuple[str, Tensor]]]
 """(role, tensor) of a weight's parts in stored order, each run by run."""
 
 
-@dataclass(slots=True)
-class Rounding:
-    """What repacking a weight of this kind rounds, summed while its pieces are taken."""
-
-    kind: str
-    _squares: float = 0.0
-    _changed: float = 0.0
-
-    def clear(self) -> None:
-        self._squares = self._changed = 0.0
-
-    def add(self, squares: float, changed: float) -> None:
-        """Sums of the squares of some of the weight's values, and of how far these are from what they become."""
-        self._squares += squares
-        self._changed += changed
-
-    @property
-    def relative_rms(self) -> float:
-        """The root of the mean square of what changed, relative to that of the weight."""
-        return (self._changed / self._squares) ** 0.5 if self._squares else 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class Repacking:
-    """How another tool's tensors become a store's parts, with every value as it was but for a `rounding`."""
+    """How another tool's tensors become a store's parts, with every value as it was."""
 
     parts: tuple[Part, ...]
     pieces: Pieces
-    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +122,6 @@ class SourceWeight:
     @property
     def data(self) -> TensorBytes:
         return self.parts[0][1]
-
-    @property
-    def rounding(self) -> Rounding | None:
-        return None if self.repacking is None else self.repacking.rounding
 
     @property
     def stored(self) -> tuple[Part, ...]:

@@ -4,7 +4,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from headrace.scheduler.errors import StoreError
 log = logging.getLogger(__name__)
 
 CHANGES = "headrace-changes.json"
-"""In a store with weights that were quantized again or rounded: {"changed": {name: {"from": format, "to":
+"""In a store with weights that were quantized again: {"requantized": {name: {"from": format, "to":
 format, "relative_rms": error relative to the weight's root mean square}}}."""
 
-CHANGED = "changed"
+REQUANTIZED = "requantized"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class StoreWriter:
         self._missing = [block for block in plan.blocks if block.name not in journal.done]
         self._resumed = plan.nbytes - sum(block.layout.file_bytes for block in self._missing)
         self._written = self._resumed
-        self._changed: dict[str, dict[str, Any]] = {}  # of the block that is being written
+        self._errors: dict[str, dict[str, Any]] = {}  # of the block that is being written
 
     def run(self, identity: dict[str, Any]) -> None:
         for stale in self._dest.glob("*.tmp"):
@@ -102,7 +102,7 @@ class StoreWriter:
     def _write_block(self, block: BlockPlan) -> None:
         file = self._dest / f"{block.name}.safetensors"
         before, weights = self._written, {}
-        self._changed = {}
+        self._errors = {}
         encoded = {} if self._encoder is None else self._encoder.encode(block)
         with BlockWriter(file, block.layout) as writer:
             for weight in block.weights:
@@ -120,7 +120,9 @@ class StoreWriter:
             xxh3_64=written.data_hash,
             weights=weights,
         )
-        self._journal.record(block_to_json(whole, written.header_hash) | {CHANGED: self._changed})
+        self._journal.record(
+            block_to_json(whole, written.header_hash) | {REQUANTIZED: self._errors}
+        )
         if self._encoder is not None:
             self._encoder.written(whole)
 
@@ -143,15 +145,22 @@ class StoreWriter:
             if weight.is_requantized:
                 written.append((name, data))
         if weight.is_requantized:
-            after = in_memory(weight.format, source.shape, weight.parts, written, state)
-            self._note_change(weight, source.format, relative_error(loaded(source), after))
-        elif not weight.encoded and source.rounding is not None and source.rounding.relative_rms:
-            self._note_change(weight, source.rounding.kind, source.rounding.relative_rms)
+            self._note_error(weight, written, state)
         return weight_spec(weight.format, source.shape, weight.parts, block.layout.tensors, state)
 
-    def _note_change(self, weight: WeightPlan, before: str, error: float) -> None:
-        after = weight.parts[0].entry.dtype if weight.format == "raw" else weight.format
-        self._changed[weight.source.name] = {"from": before, "to": after, "relative_rms": error}
+    def _note_error(
+        self,
+        weight: WeightPlan,
+        written: list[tuple[str, memoryview]],
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        source = weight.source
+        after = in_memory(weight.format, source.shape, weight.parts, written, state)
+        self._errors[source.name] = {
+            "from": source.format,
+            "to": weight.format,
+            "relative_rms": relative_error(loaded(source), after),
+        }
 
     def _report(self, block: str, count: int) -> None:
         self._written += count
@@ -177,14 +186,11 @@ class StoreWriter:
         return [self._journal.done[block.name] for block in self._plan.blocks]
 
     def _write_changes(self) -> None:
-        """How far each weight that was quantized again, or rounded, is from what it was."""
-        changed = {
-            name: change
-            for entry in self._entries()
-            for name, change in entry.get(CHANGED, {}).items()
-        }
-        if changed:
-            write_durably(self._dest / CHANGES, _pretty({CHANGED: changed}))
+        """How far each weight that was quantized again is from what it was."""
+        errors = [entry.get(REQUANTIZED, {}) for entry in self._entries()]
+        changes = {name: error for block in errors for name, error in block.items()}
+        if changes:
+            write_durably(self._dest / CHANGES, _pretty({REQUANTIZED: changes}))
 
     def _write_manifest(self, identity: dict[str, Any]) -> None:
         plan = self._plan
@@ -196,7 +202,7 @@ class StoreWriter:
             "layer_shapes": [asdict(shape) for shape in plan.layer_shapes],
             "settings": asdict(plan.settings),
             "blocks": [
-                {k: v for k, v in entry.items() if k != CHANGED} for entry in self._entries()
+                {k: v for k, v in entry.items() if k != REQUANTIZED} for entry in self._entries()
             ],
         }
         write_durably(self._dest / MANIFEST, journal_line(manifest))

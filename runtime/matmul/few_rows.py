@@ -30,7 +30,8 @@ def packing_of(spec: WeightSpec) -> Packing | None:
     if spec.format in TABLES:
         return Packing(spec.format, spec.blocksize)
     zeros = "zero" in spec.parts
-    taken = "offset" not in spec.parts and spec.blocksize >= LEAST_GROUP[zeros]
+    plain = spec.parts.keys().isdisjoint(("offset", "block_scale"))
+    taken = plain and spec.blocksize >= LEAST_GROUP[zeros]
     if spec.format != "int4" or not taken:
         return None
     return Packing("int4", spec.blocksize, zeros, scales_of(spec))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headrace.runtime.matmul.configs import TABLES, Codes, Config, Problem
 from headrace.runtime.matmul.room import FLUSH_BYTES
-from headrace.runtime.weights.affine import int4_values
+from headrace.runtime.weights.affine import Numbers, int4_values
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def dequantized(x: Tensor, codes: Codes, dense: Tensor) -> Tensor:
         rows = codes.shape[0]
         zeros = None if codes.zeros is None else codes.zeros.view(rows, -1)
         packed, scales = codes.packed.view(rows, -1), codes.scales.view(rows, -1)
-        return x @ int4_values(packed, scales, zeros, None, dense).T
+        return x @ int4_values(packed, Numbers(scales), zeros, None, dense).T
     torch.ops.bitsandbytes.dequantize_4bit.out(
         codes.packed.view(-1, 1), codes.scales, codes.group, codes.kind, codes.shape, x.dtype,
         out=dense,

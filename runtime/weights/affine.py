@@ -5,6 +5,7 @@ A row's columns are in groups, each with a scale and, where it has one, a zero p
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,27 @@ CENTRE = 8
 
 _CPU_ELEMENTS, _CUDA_ELEMENTS = 1 << 16, 1 << 23
 """Elements at a time: temporaries stay in a core's cache, and small beside a layer on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Scales or offsets [rows, groups], by rows: `values`, times those of `blocks` of groups where there are any
+    [rows, blocks]."""
+
+    values: Tensor
+    blocks: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        return self.values.shape[1]
+
+    def of(self, run: slice) -> Tensor:
+        """float32 [run, groups]."""
+        values = self.values[run].float()
+        if self.blocks is None:
+            return values
+        blocks = self.blocks[run].float()[..., None]
+        return (values.view(*blocks.shape[:2], -1) * blocks).view(values.shape)
 
 
 def row_runs(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
@@ -33,23 +55,23 @@ def nibbles(packed: Tensor) -> Tensor:
 
 
 def int4_values(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, offset: Tensor | None, out: Tensor
+    packed: Tensor, scale: Numbers, zero: Tensor | None, offset: Numbers | None, out: Tensor
 ) -> Tensor:
     """`packed` uint8 [rows, columns / 2]; `scale`, `zero` (uint8) and `offset` [rows, groups] into
     `out` [rows, columns], in its type. With neither zero nor offset, zero is 8."""
-    rows, groups = scale.shape
-    for run in row_runs(rows, out.shape[1], out.device):
-        some = out[run].view(-1, groups, out.shape[1] // groups)
+    rows, columns = out.shape
+    for run in row_runs(rows, columns, out.device):
+        some = out[run].view(-1, scale.groups, columns // scale.groups)
         codes = nibbles(packed[run]).view(some.shape)
         if offset is not None:
-            _scaled(codes, scale[run], offset[run], some)
+            _scaled(codes, scale.of(run), offset.of(run), some)
             continue
         # Differences are whole numbers below 256: exact in every type.
         if zero is None:
             some.copy_(codes).sub_(CENTRE)
         else:
             torch.sub(codes, zero[run].to(out.dtype)[..., None], out=some)
-        _scaled(some, scale[run], None, some)
+        _scaled(some, scale.of(run), None, some)
     return out
 
 
@@ -62,7 +84,7 @@ def int3_values(packed: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> Ten
         codes = threes(packed[run])[:, :columns].reshape(some.shape)
         # Differences are whole numbers below 8: exact in every type.
         torch.sub(codes, zero[run].to(out.dtype)[..., None], out=some)
-        _scaled(some, scale[run], None, some)
+        _scaled(some, scale[run].float(), None, some)
     return out
 
 
@@ -74,19 +96,19 @@ def threes(packed: Tensor) -> Tensor:
     return torch.stack(parts, -1).bitwise_and_(7).view(len(packed), -1)
 
 
-def int8_values(codes: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
+def int8_values(codes: Tensor, scale: Numbers, offset: Numbers | None, out: Tensor) -> Tensor:
     """`codes` int8 [rows, columns], `scale` and `offset` [rows, groups] into `out` [rows, columns]."""
-    rows, groups = scale.shape
-    for run in row_runs(rows, out.shape[1], out.device):
-        shape = (-1, groups, out.shape[1] // groups)
-        some = None if offset is None else offset[run]
-        _scaled(codes[run].view(shape), scale[run], some, out[run].view(shape))
+    rows, columns = out.shape
+    for run in row_runs(rows, columns, out.device):
+        shape = (-1, scale.groups, columns // scale.groups)
+        some = None if offset is None else offset.of(run)
+        _scaled(codes[run].view(shape), scale.of(run), some, out[run].view(shape))
     return out
 
 
 def _scaled(codes: Tensor, scale: Tensor, offset: Tensor | None, out: Tensor) -> None:
-    wide = scale.float()[..., None]
+    wide = scale[..., None]
     if offset is None:
         torch.mul(codes, wide, out=out)
     else:
-        out.copy_(torch.addcmul(offset.float()[..., None], codes.float(), wide))
+        out.copy_(torch.addcmul(offset[..., None], codes.float(), wide))

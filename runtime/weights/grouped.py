@@ -10,7 +10,7 @@ from torch import Tensor
 from headrace.runtime.manifest import WeightSpec
 from headrace.runtime.matmul.configs import Codes, Packing
 from headrace.runtime.matmul.few_rows import packing_of
-from headrace.runtime.weights.affine import int3_values, int4_values, int8_values
+from headrace.runtime.weights.affine import Numbers, int3_values, int4_values, int8_values
 from headrace.runtime.weights.small_floats import exponents, float4_values
 from headrace.runtime.weights.weight import Scratch, Weight, room_for
 
@@ -55,6 +55,13 @@ class GroupedWeight(Weight):
         # Only who asks for the values themselves pays for this: products reorder x instead.
         return torch.empty_like(values).index_copy_(-1, self._order.long(), values)
 
+    def _scale(self) -> Numbers:
+        return Numbers(self._parts["scale"], self._parts.get("block_scale"))
+
+    def _offset(self) -> Numbers | None:
+        offset = self._parts.get("offset")
+        return None if offset is None else Numbers(offset, self._parts.get("block_offset"))
+
     @abstractmethod
     def _fill(self, out: Tensor) -> Tensor:
         """Write the codes' values, [rows, columns] in the codes' order, into `out`."""
@@ -78,9 +85,7 @@ class Int4Weight(GroupedWeight):
 
     def _fill(self, out: Tensor) -> Tensor:
         parts = self._parts
-        return int4_values(
-            parts["data"], parts["scale"], parts.get("zero"), parts.get("offset"), out
-        )
+        return int4_values(parts["data"], self._scale(), parts.get("zero"), self._offset(), out)
 
     def codes(self) -> Codes:
         columns, depth = self.shape
@@ -101,8 +106,7 @@ class GroupedInt8Weight(GroupedWeight):
     """code * scale, or code * scale + offset, of 8-bit codes."""
 
     def _fill(self, out: Tensor) -> Tensor:
-        parts = self._parts
-        return int8_values(parts["data"], parts["scale"], parts.get("offset"), out)
+        return int8_values(self._parts["data"], self._scale(), self._offset(), out)
 
 
 class Mxfp4Weight(GroupedWeight):

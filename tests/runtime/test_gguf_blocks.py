@@ -1,14 +1,14 @@
 """GGUF's blocks, against what the gguf package reads in them."""
 
-from dataclasses import replace
-
 import gguf
 import numpy as np
 import pytest
 import torch
 
 from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, unpack, unpack_mxfp4
-from headrace.runtime.weights.small_floats import mxfp4_values
+from headrace.runtime.conversion.quantize import STORE_DTYPES
+from headrace.runtime.weights.affine import Numbers, int4_values, int8_values
+from headrace.runtime.weights.small_floats import exponents, float4_values
 
 SCALES_AT = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}
 
@@ -34,16 +34,20 @@ def test_values_are_those_of_the_gguf_package(name: str) -> None:
     assert found.codes.dtype == (torch.uint8 if kind.bits == 4 else torch.int8)
     assert found.codes.shape == (6, 5 * kind.elements)
     assert found.scale.shape == (6, 5 * kind.elements // kind.group)
+    parts = dict(found.parts())
+    assert [(r, STORE_DTYPES[p.dtype], p.shape[1]) for r, p in parts.items()] == list(
+        kind.parts(5 * kind.elements)
+    )
     want = torch.from_numpy(gguf.dequantize(data, kind_number))
-    assert torch.equal(found.values(), want)
-    squares, changed = found.squares()
-    halves = replace(found, scale=found.scale.half())
-    if found.offset is not None:
-        halves = replace(halves, offset=found.offset.half())
-    error = (halves.values() - want).double()
-    assert squares == pytest.approx(float(want.double().square().sum()))
-    assert changed == pytest.approx(float(error.square().sum()), rel=1e-3)
-    assert (changed > 0) == (found.scale.dtype == torch.float32) == name.endswith(("_K", "_XS"))
+    scale = Numbers(found.scale, found.block_scale)
+    offset = None if found.offset is None else Numbers(found.offset, found.block_offset)
+    out = torch.empty_like(want)
+    if kind.bits == 8:
+        int8_values(found.codes, scale, offset, out)
+    else:
+        packed = found.codes[:, ::2] << 4 | found.codes[:, 1::2]
+        int4_values(packed, scale, None, offset, out)
+    assert torch.equal(out, want)
 
 
 def test_values_of_mxfp4() -> None:
@@ -54,6 +58,6 @@ def test_values_of_mxfp4() -> None:
     data = data.reshape(6, -1)
     codes, scale = unpack_mxfp4(torch.from_numpy(data))
     packed = codes[:, ::2] << 4 | codes[:, 1::2]
-    values = mxfp4_values(packed, scale, torch.empty(codes.shape))
+    values = float4_values(packed, lambda run: exponents(scale[run]), torch.empty(codes.shape))
     want = gguf.dequantize(data, gguf.GGMLQuantizationType.MXFP4)
     assert torch.equal(values, torch.from_numpy(want))

@@ -266,7 +266,7 @@ def test_quantizing_again_is_asked_for_and_reported(tmp_path: Path) -> None:
         requantize=True, allow_missing_tokenizer=True, self_check=None,
     )  # fmt: skip
     assert store.format == "nf4" and store.config["quantization_config"]["load_in_4bit"]
-    changes = json.loads((store.path / "headrace-changes.json").read_text())["changed"]
+    changes = json.loads((store.path / "headrace-changes.json").read_text())["requantized"]
     assert len(changes) == 3 * (4 + 4 * 3)
     values = load_file(plain / "model.safetensors")
     stored = {n: w for block in store.blocks for n, w in stored_weights(store, block).items()}
@@ -276,7 +276,7 @@ def test_quantizing_again_is_asked_for_and_reported(tmp_path: Path) -> None:
         assert abs(change["relative_rms"] - error) < 1e-5
     text = console.export_text()
     worst = max(changes, key=lambda name: changes[name]["relative_rms"])
-    assert f"changed: {len(changes)} weights" in text and worst in text
+    assert f"quantized again: {len(changes)} weights" in text and worst in text
 
 
 def test_a_resumed_conversion_reports_all_that_it_changed(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_a_quantized_checkpoint_is_mixed_where_that_is_asked_for(name, rounding,
         for each in group.names:
             was = candidates.of(each, "keep").format
             assert formats[each] == (was if fmt == "keep" else fmt)
-    changed = json.loads((store.path / "headrace-changes.json").read_text())["changed"]
+    changed = json.loads((store.path / "headrace-changes.json").read_text())["requantized"]
     assert {c["from"] for c in changed.values()} == {"mxfp4" if name == "gpt_oss" else "fp8"}
 
 

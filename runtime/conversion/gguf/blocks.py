@@ -7,7 +7,7 @@ llama.cpp's ggml-common.h (block_q4_0 and its like) and dequantize_row_*. What h
 Scales of the K-quants are products of a float16 and a 4- to 8-bit integer, which only float32 holds; so are those of IQ4_XS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,46 +17,27 @@ from torch import Tensor
 @dataclass(frozen=True, slots=True)
 class Affine:
     """Codes [rows, columns]: uint8 0 to 15 of `bits` 4, or int8 of 8; value = code * scale + offset, with zero
-    point 8 for 4 bits where there is no offset. Scales and offsets [rows, columns / group] are float16, those of
-    K-quants float32."""
+    point 8 for 4 bits where there is no offset. Scales and offsets [rows, columns / group] are float16, or
+    whole numbers times those of their blocks, float16 [rows, blocks]."""
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None = None
+    block_scale: Tensor | None = None
+    block_offset: Tensor | None = None
 
-    def values(self) -> Tensor:
-        """float32 [rows, columns], as llama.cpp dequantizes them."""
-        values = self._groups() * self.scale.float().view(-1, 1)
-        if self.offset is not None:
-            values += self.offset.float().view(-1, 1)
-        return values.view(self.codes.shape)
-
-    def _groups(self) -> Tensor:
-        groups = self.codes.view(self.scale.numel(), -1).float()
-        return groups.sub_(8) if self.codes.dtype == torch.uint8 and self.offset is None else groups
-
-    def squares(self) -> tuple[float, float]:
-        """The sum of all values' squares, and that of what rounding scales and offsets to float16 changes.
-
-        Of a group's n codes c, (s c + o)^2 sums to s^2 sum(c^2) + 2 s o sum(c) + n o^2: both sums look at the
-        codes once.
-        """
-        groups = self._groups()
-        linear, square = groups.sum(1), torch.einsum("gk,gk->g", groups, groups)
-        offset = torch.zeros_like(self.scale) if self.offset is None else self.offset
-
-        def total(scale: Tensor, offset: Tensor) -> float:
-            s, o = scale.double().flatten(), offset.double().flatten()
-            return float((s * s * square + 2 * s * o * linear + groups.shape[1] * o * o).sum())
-
-        change = total(self.scale.half() - self.scale, offset.half() - offset)
-        return total(self.scale, offset), change
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """What there is beside the codes, by role, in stored order."""
+        for role in ("scale", "offset", "block_scale", "block_offset"):
+            part = getattr(self, role)
+            if part is not None:
+                yield role, part
 
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """`elements` in `nbytes`; they become codes of `bits`, a scale for each `group`, and with `has_offset` an
-    offset."""
+    """`elements` in `nbytes`; they become codes of `bits`, a scale of that type for each `group`, and with `has_offset`
+    an offset. Where they are no floats, there are those of blocks."""
 
     elements: int
     nbytes: int
@@ -64,6 +45,16 @@ class BlockType:
     group: int
     has_offset: bool
     unpack: Callable[[Tensor], Affine]
+    scale: str = "F16"
+
+    def parts(self, columns: int) -> Iterator[tuple[str, str, int]]:
+        """(role, type, columns) of what there is beside the codes, in stored order."""
+        roles = ("scale", "offset") if self.has_offset else ("scale",)
+        for role in roles:
+            yield role, self.scale, columns // self.group
+        if self.scale != "F16":
+            for role in roles:
+                yield f"block_{role}", "F16", columns // self.elements
 
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -71,11 +62,9 @@ IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69
 
 def unpack(kind: BlockType, data: Tensor) -> Affine:
     """`data` uint8 [rows, blocks * nbytes] of that type."""
-    rows = len(data)
     found = kind.unpack(data.reshape(-1, kind.nbytes))
-    codes, scale = found.codes.reshape(rows, -1), found.scale.reshape(rows, -1)
-    offset = None if found.offset is None else found.offset.reshape(rows, -1)
-    return Affine(codes, scale, offset)
+    sides = {role: part.reshape(len(data), -1) for role, part in found.parts()}
+    return Affine(found.codes.reshape(len(data), -1), **sides)
 
 
 def _halves(data: Tensor) -> Tensor:
@@ -145,50 +134,51 @@ def _iq4_xs(blocks: Tensor) -> Affine:
     scales = torch.stack((low & 15, low >> 4), dim=2).reshape(-1, 8) | _quarters(high, 1) << 4
     values = torch.tensor(IQ4_NL_VALUES, dtype=torch.int8)
     codes = values[_nibbles(blocks[:, 8:].reshape(-1, 8, 16)).int()]
-    return Affine(codes, _halves(blocks[:, :2]).float() * (scales.float() - 32))
+    return Affine(codes, _centred(scales), block_scale=_halves(blocks[:, :2]))
+
+
+def _centred(scales: Tensor) -> Tensor:
+    """Numbers of six bits around 32."""
+    return scales.to(torch.int8) - 32
 
 
 def _q2_k(blocks: Tensor) -> Affine:
-    d, dmin = _halves(blocks[:, 80:82]).float(), _halves(blocks[:, 82:]).float()
+    d, dmin = _halves(blocks[:, 80:82]), _halves(blocks[:, 82:])
     scales, minima = blocks[:, :16] & 15, blocks[:, :16] >> 4
-    return Affine(_quarters(blocks[:, 16:80], 32), d * scales, -dmin * minima)
+    return Affine(_quarters(blocks[:, 16:80], 32), scales, minima, d, -dmin)
 
 
 def _q3_k(blocks: Tensor) -> Affine:
     """Codes of three bits less 4, which int4's are less 8."""
     codes = _quarters(blocks[:, 32:96], 32) + (_bits(blocks[:, :32]) << 2) + 4
     scales = _nibbles(blocks[:, 96:104]) | _quarters(blocks[:, 104:108], 4) << 4
-    return Affine(codes, _halves(blocks[:, 108:]).float() * (scales.float() - 32))
+    return Affine(codes, _centred(scales), block_scale=_halves(blocks[:, 108:]))
 
 
-def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of Q4_K and Q5_K: scales and offsets [blocks, 8] in float32, from six bits each in 12 bytes."""
-    d, dmin = _halves(blocks[:, :2]).float(), _halves(blocks[:, 2:4]).float()
+def _with_k_scales(codes: Tensor, blocks: Tensor) -> Affine:
+    """Of Q4_K and Q5_K, whose scales and minima have six bits each in 12 bytes."""
+    d, dmin = _halves(blocks[:, :2]), _halves(blocks[:, 2:4])
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     scales = torch.cat((first & 63, (third & 15) | (first >> 6) << 4), dim=1)
     minima = torch.cat((second & 63, (third >> 4) | (second >> 6) << 4), dim=1)
-    return d * scales, -dmin * minima
+    return Affine(codes, scales, minima, d, -dmin)
 
 
 def _q4_k(blocks: Tensor) -> Affine:
-    scale, offset = _k_scales(blocks)
-    return Affine(_nibbles(blocks[:, 16:].reshape(-1, 4, 32)), scale, offset)
+    return _with_k_scales(_nibbles(blocks[:, 16:].reshape(-1, 4, 32)), blocks)
 
 
 def _q5_k(blocks: Tensor) -> Affine:
-    scale, offset = _k_scales(blocks)
-    codes = (
-        _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256) | _bits(blocks[:, 16:48]) << 4
-    )
-    return Affine(codes.to(torch.int8), scale, offset)
+    codes = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 256)
+    return _with_k_scales((codes | _bits(blocks[:, 16:48]) << 4).to(torch.int8), blocks)
 
 
 def _q6_k(blocks: Tensor) -> Affine:
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
     high = _quarters(blocks[:, 128:192], 32)
-    scales = blocks[:, 192:208].contiguous().view(torch.int8).float()
-    codes = (low | high << 4).to(torch.int8) - 32
-    return Affine(codes, _halves(blocks[:, 208:]).float() * scales)
+    scales = blocks[:, 192:208].contiguous().view(torch.int8)
+    codes = _centred(low | high << 4)
+    return Affine(codes, scales, block_scale=_halves(blocks[:, 208:]))
 
 
 BLOCK_TYPES = {
@@ -197,12 +187,12 @@ BLOCK_TYPES = {
     "Q5_0": BlockType(32, 22, 8, 32, False, _q5_0),
     "Q5_1": BlockType(32, 24, 8, 32, True, _q5_1),
     "Q8_0": BlockType(32, 34, 8, 32, False, _q8_0),
-    "Q4_K": BlockType(256, 144, 4, 32, True, _q4_k),
-    "Q5_K": BlockType(256, 176, 8, 32, True, _q5_k),
-    "Q6_K": BlockType(256, 210, 8, 16, False, _q6_k),
-    "Q2_K": BlockType(256, 84, 4, 16, True, _q2_k),
-    "Q3_K": BlockType(256, 110, 4, 16, False, _q3_k),
-    "IQ4_XS": BlockType(256, 136, 8, 32, False, _iq4_xs),
+    "Q4_K": BlockType(256, 144, 4, 32, True, _q4_k, "U8"),
+    "Q5_K": BlockType(256, 176, 8, 32, True, _q5_k, "U8"),
+    "Q6_K": BlockType(256, 210, 8, 16, False, _q6_k, "I8"),
+    "Q2_K": BlockType(256, 84, 4, 16, True, _q2_k, "U8"),
+    "Q3_K": BlockType(256, 110, 4, 16, False, _q3_k, "I8"),
+    "IQ4_XS": BlockType(256, 136, 8, 32, False, _iq4_xs, "I8"),
     "IQ4_NL": BlockType(32, 18, 8, 32, False, _iq4_nl),
 }
 """By the names of gguf.GGMLQuantizationType."""

@@ -19,7 +19,7 @@ from headrace.runtime.conversion.gguf.files import parts_of
 from headrace.runtime.conversion.gguf.metadata import Metadata
 from headrace.runtime.conversion.gguf.naming import PLUS_ONE, heads_of, names_of, parts_of_fused
 from headrace.runtime.conversion.gguf.tokenizer import end_tokens, tokenizer_of
-from headrace.runtime.conversion.gguf.weights import PLAIN, Rows, affine, decoded, mxfp4, plain
+from headrace.runtime.conversion.gguf.weights import PLAIN, Rows, affine, mxfp4, plain
 from headrace.runtime.conversion.quantize import TORCH_DTYPES
 from headrace.runtime.conversion.source import SourceTensor, SourceWeight
 from headrace.runtime.dtypes import name_of
@@ -128,16 +128,15 @@ class GGUFCheckpoint:
         if kind in PLAIN:
             source = SourceTensor(file, PLAIN[kind], shape, first, nbytes)
             return plain(name, source, heads, minus_one=self._is_plus_one(there))
-        is_matrix = not there.startswith("token_embd") and there not in self._router
-        if kind == MXFP4 and is_matrix:
+        if kind == MXFP4:
             return mxfp4(name, rows, heads)
         if kind not in BLOCK_TYPES:
             raise StoreError(
                 f"{there} of {file} is {kind}, which is not read here: there are"
-                f" {', '.join((*PLAIN, *BLOCK_TYPES))}, and {MXFP4} for matrices of layers. Make the file anew with"
-                " one of them (llama-quantize), or convert the original checkpoint"
+                f" {', '.join((*PLAIN, *BLOCK_TYPES, MXFP4))}. Make the file anew with one of them (llama-quantize), or"
+                " convert the original checkpoint"
             )
-        return affine(name, kind, rows, heads) if is_matrix else decoded(name, kind, rows)
+        return affine(name, kind, rows, heads)
 
     def _is_plus_one(self, name: str) -> bool:
         return self._model_type in PLUS_ONE and name.endswith("norm.weight")

@@ -11,18 +11,10 @@ from headrace.runtime.block_file import Entry
 from headrace.runtime.conversion.gguf.blocks import BLOCK_TYPES, BlockType, unpack, unpack_mxfp4
 from headrace.runtime.conversion.gguf.naming import as_trained
 from headrace.runtime.conversion.part import Part
-from headrace.runtime.conversion.source import (
-    Repacking,
-    Rounding,
-    SourceTensor,
-    SourceWeight,
-    rows_at_once,
-)
+from headrace.runtime.conversion.source import Repacking, SourceTensor, SourceWeight, rows_at_once
 from headrace.runtime.weights.small_floats import MX_BLOCK
 
 PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-DECODED = "F16"
-"""What quantized tensors become that are no matrices of layers: their scales are float16."""
 
 
 class Rows:
@@ -58,56 +50,32 @@ def plain(name: str, source: SourceTensor, heads: int, *, minus_one: bool) -> So
     )
 
 
-def decoded(name: str, kind: str, rows: Rows) -> SourceWeight:
-    """As float16 values."""
-    part = Part("data", Entry(name, DECODED, rows.shape))
-    source = SourceTensor(rows.data.file, DECODED, rows.shape, rows.data.offset, rows.data.nbytes)
-    rounding = Rounding(kind)
-
-    def pieces() -> Iterator[tuple[str, Tensor]]:
-        rounding.clear()
-        for run in rows.runs():
-            values = unpack(BLOCK_TYPES[kind], run).values()
-            rounded = values.half()
-            rounding.add(float(values.square().sum()), float((rounded - values).square().sum()))
-            yield "data", rounded
-
-    repacking = Repacking((part,), pieces, rounding)
-    return SourceWeight(name, "raw", rows.shape, ((part, source),), None, repacking)
-
-
 def affine(name: str, kind: str, rows: Rows, heads: int) -> SourceWeight:
-    block = BLOCK_TYPES[kind]
-    each = (rows.count, rows.shape[-1] // block.group)
+    block, columns = BLOCK_TYPES[kind], rows.shape[-1]
     data = Entry(name, "U8", (prod(rows.shape) // 2, 1))
     if block.bits == 8:
-        data = Entry(name, "I8", (rows.count, rows.shape[-1]))
-    parts = [Part("data", data), Part("scale", Entry(f"{name}.scale", "F16", each))]
-    if block.has_offset:
-        parts.append(Part("offset", Entry(f"{name}.offset", "F16", each)))
+        data = Entry(name, "I8", (rows.count, columns))
+    parts = [Part("data", data)]
+    parts += [
+        Part(role, Entry(f"{name}.{role}", dtype, (rows.count, count)))
+        for role, dtype, count in block.parts(columns)
+    ]
     source = ((parts[0], rows.data),)
-    rounding = Rounding(kind)
-    repacking = Repacking(tuple(parts), partial(_pieces, block, rows, heads, rounding), rounding)
-    fmt = "int4" if block.bits == 4 else "int8g"
-    return SourceWeight(name, fmt, rows.shape, source, None, repacking)
+    repacking = Repacking(tuple(parts), partial(_pieces, block, rows, heads))
+    return SourceWeight(
+        name, "int4" if block.bits == 4 else "int8g", rows.shape, source, None, repacking
+    )
 
 
-def _pieces(
-    kind: BlockType, rows: Rows, heads: int, rounding: Rounding
-) -> Iterator[tuple[str, Tensor]]:
-    rounding.clear()
-    scales, offsets = [], []
+def _pieces(kind: BlockType, rows: Rows, heads: int) -> Iterator[tuple[str, Tensor]]:
+    sides: dict[str, list[Tensor]] = {}
     for run in _trained(rows, heads):
         found = unpack(kind, run)
-        if found.scale.dtype == torch.float32:
-            rounding.add(*found.squares())
-        scales.append(found.scale.half())
-        if found.offset is not None:
-            offsets.append(found.offset.half())
+        for role, part in found.parts():
+            sides.setdefault(role, []).append(part)
         yield "data", _packed(found.codes) if kind.bits == 4 else found.codes
-    yield "scale", torch.cat(scales)
-    if offsets:
-        yield "offset", torch.cat(offsets)
+    for role, runs in sides.items():
+        yield role, torch.cat(runs)
 
 
 def mxfp4(name: str, rows: Rows, heads: int) -> SourceWeight:
