@@ -1,10 +1,10 @@
 """Checkpoints that other tools write, and what stores of them compute: nothing is packed or unpacked by us.
 
-    GPTQMODEL_CPU_WORKERS=2 python benchmarks/foreign_tools.py [gptqmodel] [llmcompressor] [autoawq] [auto-round]
+    GPTQMODEL_CPU_WORKERS=2 python benchmarks/foreign_tools.py [gptqmodel] [llmcompressor] [autoawq] [auto-round] [nvidia-modelopt]
 
 Each tool quantizes the bundled model, `headrace convert --format keep` takes what it wrote, and the store's logits and
 weights are compared in float32 with those of transformers with weights that a tool dequantized (foreign_weights.py):
-AutoAWQ does all of AWQ, compressed-tensors all of its layouts, GPTQModel and AutoRound what they wrote of GPTQ and FP8.
+AutoAWQ does all of AWQ, compressed-tensors all of its layouts, GPTQModel, AutoRound and Model Optimizer what they wrote.
 Some rows of the model are made non-negative, for zero points of 0. The tools are no dependencies of Headrace:
 install those that are named (without arguments, all), AutoAWQ and compressed-tensors with them.
 """
@@ -89,6 +89,19 @@ def auto_round(source: Path, out: Path, texts: list[str], options: Options) -> N
     AutoRound(str(source), **given).quantize_and_save(str(out), format=layout)
 
 
+def modelopt(source: Path, out: Path, texts: list[str], options: Options) -> None:
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    settings = getattr(mtq, options["config"])
+    model = mtq.quantize(model, settings, lambda model: [model(each) for each in ids])
+    with torch.inference_mode():
+        export_hf_checkpoint(model, export_dir=out)
+
+
 def weights(bits: int, strategy: str, **more: Any) -> Options:
     """llm-compressor's options for what no scheme of it has."""
     given = {"num_bits": bits, "type": "int", "strategy": strategy, "symmetric": False} | more
@@ -130,6 +143,9 @@ CASES: Mapping[str, tuple[Writer, list[Options]]] = {
             {"scheme": "FP8"},
             {"scheme": "FP8_DYNAMIC"},
             {"scheme": "FP8_BLOCK"},
+            {"scheme": "NVFP4A16"},
+            {"scheme": "NVFP4"},
+            {"scheme": "MXFP4A16"},
         ],
     ),
     "autoawq": (autoawq, [{"q_group_size": 64}]),
@@ -141,10 +157,23 @@ CASES: Mapping[str, tuple[Writer, list[Options]]] = {
             INT8 | {"group_size": 128, "sym": True, "format": "auto_gptq"},
             INT4 | {"group_size": 64, "sym": False, "format": "auto_awq"},
             INT4 | {"group_size": 128, "sym": True, "format": "auto_awq"},
+            INT4 | {"group_size": 64, "sym": True, "format": "auto_round"},
+            INT4 | {"group_size": 32, "sym": False, "format": "auto_round"},
+            INT8 | {"group_size": 64, "sym": True, "format": "auto_round"},
             {"scheme": "W4A16", "format": "llm_compressor"},
             {"scheme": "INT8_W8A8", "format": "llm_compressor"},
             {"scheme": "FP8_STATIC", "format": "llm_compressor"},
             {"scheme": "FP8_BLOCK", "format": "llm_compressor"},
+        ],
+    ),
+    "nvidia-modelopt": (
+        modelopt,
+        [
+            {"config": "NVFP4_DEFAULT_CFG"},
+            {"config": "NVFP4_MLP_ONLY_CFG"},
+            {"config": "FP8_DEFAULT_CFG"},
+            {"config": "FP8_PER_CHANNEL_PER_TOKEN_CFG"},
+            {"config": "MXFP4_DEFAULT_CFG"},
         ],
     ),
 }

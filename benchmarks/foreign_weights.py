@@ -1,6 +1,7 @@
 """Weights of a checkpoint as the tool that wrote it dequantizes them, in float32: see foreign_tools.py."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def by_gptqmodel(checkpoint: Path, tensors: Values, settings: Options) -> Values
 
 
 def by_auto_round(checkpoint: Path, tensors: Values, settings: Options) -> Values:
-    """GPTQ: GPTQModel loads no other tool's zero points."""
+    """GPTQ, also in its own format: GPTQModel loads no other tool's zero points."""
     from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
 
     values = {}
@@ -65,9 +66,13 @@ def by_autoawq(checkpoint: Path, tensors: Values, settings: Options) -> Values:
 
 def by_compressed_tensors(checkpoint: Path, tensors: Values, settings: Options) -> Values:
     from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.nvfp4 import base as nvfp4
     from compressed_tensors.quantization import apply_quantization_config
     from transformers import CompressedTensorsConfig
 
+    # By itself it rounds 4-bit floats times their scales to bfloat16.
+    unpack = nvfp4.unpack_fp4_from_uint8
+    nvfp4.unpack_fp4_from_uint8 = partial(unpack, dtype=torch.float32)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain_config(checkpoint))
     apply_quantization_config(model, CompressedTensorsConfig(**settings).quantization_config)
@@ -75,10 +80,36 @@ def by_compressed_tensors(checkpoint: Path, tensors: Values, settings: Options) 
     for name, module in model.named_modules():
         if f"{name}.weight_scale" in tensors:
             own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{name}.")}
-            own["weight_scale"] = own["weight_scale"].float()
+            if own["weight_scale"].dtype != torch.uint8:
+                own["weight_scale"] = own["weight_scale"].float()
             scheme = module.quantization_scheme
             compressor = BaseCompressor.get_value_from_registry(scheme.format or settings["format"])
             values[name] = compressor.decompress(own, scheme)["weight"]
+    nvfp4.unpack_fp4_from_uint8 = unpack
+    return values
+
+
+def by_modelopt(checkpoint: Path, tensors: Values, settings: Options) -> Values:
+    from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
+
+    values = {}
+    for name in [n.removesuffix("_scale") for n in tensors if n.endswith(".weight_scale")]:
+        data, scale = tensors[name], tensors[f"{name}_scale"]
+        shape = torch.Size((len(data), 2 * data.shape[1]))
+        if scale.dtype == torch.uint8:
+            packed = MXFP4QTensor(shape, torch.float32, data)
+            values[name.removesuffix(".weight")] = packed.dequantize(
+                torch.float32, scale=scale, block_sizes={-1: 32}
+            )
+        elif data.dtype == torch.uint8:
+            packed = NVFP4QTensor(shape, torch.float32, data)
+            common = tensors[f"{name}_scale_2"]
+            values[name.removesuffix(".weight")] = packed.dequantize(
+                torch.float32, scale=scale, double_scale=common, block_sizes={-1: 16}
+            )
+        else:
+            rows = scale.float().view(-1, 1) if scale.dim() else scale.float()
+            values[name.removesuffix(".weight")] = data.float() * rows
     return values
 
 
@@ -87,12 +118,16 @@ DEQUANTIZERS: Mapping[str, Callable[[Path, Values, Options], Values]] = {
     "fp8": by_gptqmodel,
     "awq": by_autoawq,
     "compressed-tensors": by_compressed_tensors,
+    "modelopt": by_modelopt,
+    "auto-round": by_auto_round,
 }
 
 
 def dequantized(checkpoint: Path, tensors: Values, settings: Options) -> Values:
     """All weights by name, of `tensors` and quantization_config. What is not quantized is as it is."""
     method = settings["quant_method"]
+    if settings.get("packing_format") == "auto_round:auto_awq":
+        method = "awq"
     theirs = method == "gptq" and settings.get("provider") == "auto-round"
     dequantize = by_auto_round if theirs else DEQUANTIZERS[method]
     linears = dequantize(checkpoint, tensors, settings)

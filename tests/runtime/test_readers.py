@@ -200,6 +200,12 @@ def test_mxfp4(tmp_path: Path) -> None:
     check(kept(quantized), plain, "mxfp4")
 
 
+def test_mxfp4_of_model_optimizer(tmp_path: Path) -> None:
+    settings = {"quant_method": "modelopt", "quant_algo": "MXFP4"}
+    quantized, plain = write(tmp_path, "llama", settings, fp4("modelopt", 32))
+    check(kept(quantized), plain, "mxfp4")
+
+
 @pytest.mark.parametrize("beside", [False, True])
 def test_nvfp4_of_model_optimizer(beside: bool, tmp_path: Path) -> None:
     """Said in config.json, or, by older releases, in a file beside it."""
@@ -237,7 +243,10 @@ def test_fp8_of_model_optimizer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("pre_quant_scale", "inputs are changed before the product"), (None, "U8 without .*_scale_2")],
+    [
+        ("pre_quant_scale", "inputs are changed before the product"),
+        (None, "U8 with scales in F8_E4M3: .* NVFP4_AWQ is not read here"),
+    ],
 )
 def test_what_model_optimizer_adds_is_refused(name: str | None, said: str, tmp_path: Path) -> None:
     quantize = fp4("modelopt", 16)
