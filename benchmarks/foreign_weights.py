@@ -38,13 +38,16 @@ def by_gptqmodel(checkpoint: Path, tensors: Values, settings: Options) -> Values
 
 def by_auto_round(checkpoint: Path, tensors: Values, settings: Options) -> Values:
     """GPTQ, also in its own format: GPTQModel loads no other tool's zero points."""
-    from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
+    from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
+
+    as_they_are = settings.get("packing_format") in ("auto_round", "auto_round:gptqmodel")
+    linear = qlinear_torch.QuantLinear if as_they_are else qlinear_torch_zp.QuantLinear
 
     values = {}
     for stem in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
         own = {part: tensors[f"{stem}.{part}"] for part in ("qweight", "qzeros", "scales")}
         columns = len(own["qweight"]) * 32 // settings["bits"]
-        layer = QuantLinear(
+        layer = linear(
             settings["bits"], settings["group_size"], columns, own["scales"].shape[1], False
         )
         for part, tensor in own.items():
