@@ -130,7 +130,7 @@ def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(tmp_path: Path
 def test_a_gguf_file_is_compared_by_its_own_tokenizer(stores: Path, tmp_path: Path) -> None:
     file, found = tmp_path / "stories.gguf", tmp_path / "found.json"
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    write(model, file, "Q8_0", AutoTokenizer.from_pretrained(STORIES))
+    write(model, file, "Q8_0", AutoTokenizer.from_pretrained(STORIES), pre="smollm")
     options = [*SMALL, "--prompts", "0", "--json", found]
     assert run("eval", file, stores / "int8", "--reference", STORIES, *options) == 0
     gguf, int8 = json.loads(found.read_text())["stores"]
