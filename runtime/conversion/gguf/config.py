@@ -89,9 +89,8 @@ def read_config(
     }
     if model_type.startswith("gemma"):
         values |= _gemma(model_type, metadata, values)
-    elif hasattr(
-        known, "sliding_window"
-    ):  # 0 and nothing are none, whatever models of this kind have by default
+    elif hasattr(known, "sliding_window"):
+        # 0 and nothing are none, whatever models of this kind have by default.
         values["sliding_window"] = metadata.get("attention.sliding_window") or None
     rope = _rope(metadata, tensors, values)
     return AutoConfig.for_model(model_type, **shortest(values), rope_parameters=shortest(rope))
