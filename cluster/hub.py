@@ -2,13 +2,13 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import DryRunFileInfo, constants, snapshot_download
 from huggingface_hub.errors import (
     DryRunError,
     GatedRepoError,
@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from headrace.cluster.offline import is_by_user
+from headrace.runtime.conversion.checkpoint import INDEX, SINGLE, weight_files
 from headrace.runtime.conversion.gguf.files import pattern_of
 from headrace.scheduler.errors import HeadraceError
 from headrace.scheduler.sizes import format_size
@@ -27,8 +28,34 @@ _NAME = re.compile(
     rf"(?P<repo>{_PART}/{_PART}?)(@(?P<revision>[\w.-]+))?(/(?P<file>[\w./-]+\.gguf))?"
 )
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 BESIDE = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja", "LICENSE*")
+"""Small files: the configuration, the tokenizer, which file has which weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What was `given`, in its parts."""
+
+    given: Path
+    repo: str
+    revision: str | None
+    file: str | None
+
+    def snapshot(self, patterns: Sequence[str]) -> Path:
+        """Fetches what is not in the cache of files that match."""
+        allowed = list(patterns)
+        return Path(snapshot_download(self.repo, revision=self.revision, allow_patterns=allowed))
+
+    def listing(self) -> list[DryRunFileInfo] | None:
+        """All files; None where the Hub cannot be asked."""
+        try:
+            listed = snapshot_download(self.repo, revision=self.revision, dry_run=True)
+        except DryRunError as error:
+            if isinstance(error.__cause__, RepositoryNotFoundError):  # which a gated one is, too
+                raise error.__cause__ from None
+            return None
+        assert isinstance(listed, list)
+        return listed
 
 
 def local_checkpoint(given: Path) -> Path:
@@ -41,35 +68,28 @@ def local_checkpoint(given: Path) -> Path:
     match = _NAME.fullmatch(str(given))
     if given.exists() or match is None or match["repo"].endswith(".gguf"):
         return given
-    file = match["file"]
-    patterns = (*BESIDE, *(WEIGHTS if file is None else (pattern_of(file),)))
-    asked: dict[str, Any] = {"repo_id": match["repo"], "revision": match["revision"]}
+    named = _Named(given, match["repo"], match["revision"], match["file"])
     with _online():
-        return _fetched(given, asked, file, patterns)
+        try:
+            return _fetched(named)
+        except HeadraceError:
+            raise
+        except Exception as error:  # huggingface_hub's, its HTTP client's, the disk's
+            raise HeadraceError(f"{given}: {_reason(named, error)}") from error
 
 
-def _fetched(
-    given: Path, asked: Mapping[str, Any], file: str | None, patterns: Sequence[str]
-) -> Path:
-    try:
-        listed = snapshot_download(**asked, dry_run=True)
-    except DryRunError as error:
-        _refuse(given, error.__cause__)
-    except RevisionNotFoundError as error:
-        _refuse(given, error)
-    else:
-        assert isinstance(listed, list)
-        _refuse_others(given, file, [each.filename for each in listed])
-        wanted = [each for each in listed if any(fnmatch(each.filename, p) for p in patterns)]
-        _refuse_small_disk(given, sum(each.file_size or 0 for each in wanted if each.will_download))
-    try:
-        folder = Path(snapshot_download(**asked, allow_patterns=list(patterns)))
-    except LocalEntryNotFoundError as error:
-        raise HeadraceError(
-            f"{given}: there is no such path here, and the Hub ({constants.ENDPOINT}), which may have a model of that name,"
-            f" {'is not asked, since HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else 'cannot be reached'}"
-        ) from error
-    return folder if file is None else folder / file
+def _fetched(named: _Named) -> Path:
+    listed = named.listing()
+    if listed is not None:
+        _refuse_others(named, [each.filename for each in listed])
+    folder = named.snapshot(BESIDE)
+    patterns = weight_files(folder) if named.file is None else [pattern_of(named.file)]
+    if listed is not None:
+        _refuse_small_disk(
+            named, [e for e in listed if any(fnmatch(e.filename, p) for p in patterns)]
+        )
+    folder = named.snapshot([*BESIDE, *patterns])
+    return folder if named.file is None else folder / named.file
 
 
 @contextmanager
@@ -83,29 +103,35 @@ def _online() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _refuse(given: Path, error: BaseException | None) -> None:
-    """Raises HeadraceError for what the Hub has said; where it said nothing, something may be here."""
+def _reason(named: _Named, error: Exception) -> str:
+    """Why it could not be fetched, and what to do."""
+    login = "`hf auth login` or HF_TOKEN"
     if isinstance(error, GatedRepoError):
-        raise HeadraceError(
-            f"{given}: whoever wants this model has to accept its conditions at {constants.ENDPOINT}/{given}; then say who you"
-            " are with `hf auth login` or HF_TOKEN"
-        ) from error
+        page = f"{constants.ENDPOINT}/{named.repo}"
+        return f"whoever wants this model has to accept its conditions at {page}; then say who you are with {login}"
     if isinstance(error, RevisionNotFoundError):
-        raise HeadraceError(f"{given}: the Hub has the model, but not this revision") from error
+        return "the Hub has the model, but not this revision"
     if isinstance(error, RepositoryNotFoundError):
-        raise HeadraceError(
-            f"{given}: there is no such path here and no such model on the Hub ({constants.ENDPOINT}); if it is a private one, say"
-            " who you are with `hf auth login` or HF_TOKEN"
-        ) from error
+        return (
+            f"there is no such path here and no such model on the Hub ({constants.ENDPOINT}); if it is a private one, say"
+            f" who you are with {login}"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        offline = constants.HF_HUB_OFFLINE
+        why = "is not asked, since HF_HUB_OFFLINE is set" if offline else "cannot be reached"
+        return f"there is no such path here, and the Hub ({constants.ENDPOINT}), which may have a model of that name, {why}"
+    what = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"fetching it from the Hub failed: {what}; what has come is kept: run the same command again"
 
 
-def _refuse_others(given: Path, file: str | None, names: Sequence[str]) -> None:
+def _refuse_others(named: _Named, names: Sequence[str]) -> None:
     """Raises HeadraceError where a repository has not what is asked for."""
-    if file is not None:
-        if not any(fnmatch(name, pattern_of(file)) for name in names):
-            raise HeadraceError(f"{given}: the model on the Hub has no file {file}")
+    given = named.given
+    if named.file is not None:
+        if not any(fnmatch(name, pattern_of(named.file)) for name in names):
+            raise HeadraceError(f"{given}: the model on the Hub has no file {named.file}")
         return
-    if any(name.endswith(".safetensors") for name in names):
+    if INDEX in names or SINGLE in names:
         return
     files = sorted(name for name in names if name.endswith(".gguf"))
     if files:
@@ -114,16 +140,17 @@ def _refuse_others(given: Path, file: str | None, names: Sequence[str]) -> None:
             f" {', '.join(files[1:8])}{', ...' if len(files) > 8 else ''}"
         )
     raise HeadraceError(
-        f"{given} on the Hub has neither safetensors nor GGUF files, and nothing else is read"
+        f"{given} on the Hub has neither {SINGLE}, nor {INDEX}, nor GGUF files, and nothing else is read"
     )
 
 
-def _refuse_small_disk(given: Path, needed: int) -> None:
+def _refuse_small_disk(named: _Named, wanted: Sequence[DryRunFileInfo]) -> None:
+    needed = sum(each.file_size or 0 for each in wanted if each.will_download)
     cache = Path(constants.HF_HUB_CACHE)
     there = next(path for path in (cache, *cache.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
         raise HeadraceError(
-            f"{given} takes {format_size(needed, up=True)} more in {cache}, where {format_size(free)} are free: set HF_HOME to a"
-            " directory on another disk"
+            f"{named.given} takes {format_size(needed, up=True)} more in {cache}, where {format_size(free)} are free: set"
+            " HF_HOME to a directory on another disk"
         )

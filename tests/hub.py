@@ -14,8 +14,11 @@ COMMIT = sha1(b"the only one").hexdigest()
 
 
 @contextmanager
-def hub(models: Mapping[str, Path], gated: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Serves these folders as models by their names: its address, and the files that were fetched until now."""
+def hub(
+    models: Mapping[str, Path], *, gated: str = "", broken: str = ""
+) -> Iterator[tuple[str, list[str]]]:
+    """Serves these folders as models by their names: its address, and the files that were fetched until now. Files of a
+    `gated` one are not to be had, nor those of a `broken` name."""
     fetched: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,8 +38,10 @@ def hub(models: Mapping[str, Path], gated: str = "") -> Iterator[tuple[str, list
             if parts[:2] == ["api", "models"]:
                 parts = parts[2:]
             name, (kind, revision, *file) = "/".join(parts[:2]), parts[2:]
-            if name == gated:
+            if name == gated and kind == "resolve":  # everybody may see what there is
                 self._send(403, b"", {"X-Error-Code": "GatedRepo"})
+            elif broken and file == [broken] and self.command == "GET":
+                self._send(500, b"")
             elif name not in models:
                 self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
             elif revision not in ("main", COMMIT):

@@ -29,6 +29,20 @@ COMPANIONS = (
 )  # fmt: skip
 
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def weight_files(path: Path) -> list[str]:
+    """The files of a checkpoint that hold weights: those that its index names, or the one of those without."""
+    index = path / INDEX
+    if not index.exists():
+        return [SINGLE]
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{index} is damaged ({error}); download it again") from error
+
+
 def companions_in(path: Path) -> dict[str, bytes]:
     """Tokenizer, chat template and generation config in a directory, by name."""
     found = {file for pattern in COMPANIONS for file in path.glob(pattern)}
@@ -89,12 +103,8 @@ class Checkpoint:
         return self.config.get("quantization_config") or {}
 
     def _find_shards(self) -> tuple[Path, ...]:
-        index, single = self.path / "model.safetensors.index.json", self.path / "model.safetensors"
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise StoreError(f"{index} is damaged ({error}); download it again") from error
+        if (self.path / INDEX).exists():
+            names = weight_files(self.path)
             missing = [name for name in names if not (self.path / name).exists()]
             if missing:
                 raise StoreError(
@@ -102,8 +112,8 @@ class Checkpoint:
                     f"names: {', '.join(missing[:5])}; finish the download"
                 )
             return tuple(self.path / name for name in names)
-        if single.exists():
-            return (single,)
+        if (self.path / SINGLE).exists():
+            return (self.path / SINGLE,)
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pth")):
             raise StoreError(
                 f"{self.path} holds its weights as pickles (.bin), not as safetensors; load it with "

@@ -36,9 +36,10 @@ class Asked:
     models: Mapping[str, Path]
     patch: pytest.MonkeyPatch
     fetched: list[str] = field(default_factory=list)
+    broken: str = ""
 
     def __call__(self, name: str) -> Path:
-        with hub(self.models, gated="org/gated") as (address, fetched):
+        with hub(self.models, gated="org/gated", broken=self.broken) as (address, fetched):
             self.of(address)
             try:
                 return local_checkpoint(Path(name))
@@ -56,8 +57,8 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     names = {
         "org/split": ("big-00001-of-00002.gguf", "big-00002-of-00002.gguf", "small.gguf", "README.md"),
         "org/pickles": ("config.json", "pytorch_model.bin"),
-        "org/plain": ("config.json", "model.safetensors", "consolidated.pth"),
-        "org/gated": ("config.json",),
+        "org/plain": ("config.json", "model.safetensors", "consolidated.safetensors"),
+        "org/gated": ("config.json", "model.safetensors"),
     }  # fmt: skip
     for name, files in names.items():
         (tmp_path / name).mkdir(parents=True)
@@ -94,11 +95,11 @@ def test_without_a_network_what_was_fetched_does(found: Asked) -> None:
     ("name", "said"),
     [
         ("org/none", r"no such path here and no such model on the Hub .*HF_TOKEN"),
-        ("org/gated", r"accept its conditions at http://\S+/org/gated; .*`hf auth login`"),
+        ("org/gated@main", r"accept its conditions at http://\S+/org/gated; .*`hf auth login`"),
         ("org/plain@v9", "the Hub has the model, but not this revision"),
         ("org/split", r"name one: org/split/big-00001-of-00002.gguf, or big-.*small.gguf$"),
         ("org/split/none.gguf", "has no file none.gguf"),
-        ("org/pickles", "has neither safetensors nor GGUF files"),
+        ("org/pickles", "has neither model.safetensors, nor .*index.json, nor GGUF files"),
     ],
 )
 def test_what_cannot_be_had_is_said(found: Asked, name: str, said: str) -> None:
@@ -106,13 +107,24 @@ def test_what_cannot_be_had_is_said(found: Asked, name: str, said: str) -> None:
         found(name)
 
 
-def test_a_small_disk_is_found_before_anything_is_fetched(
+def test_what_breaks_on_the_way_is_said_and_goes_on(found: Asked) -> None:
+    found.broken = "model.safetensors"
+    with pytest.raises(
+        HeadraceError, match=r"^org/plain: fetching it .* failed: .*run the same[^\n]*$"
+    ):
+        found("org/plain")
+    found.broken = ""
+    assert (found("org/plain") / "model.safetensors").exists()
+    assert sorted(found.fetched) == ["config.json", "model.safetensors"]
+
+
+def test_a_small_disk_is_found_before_weights_are_fetched(
     found: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=24))
     with pytest.raises(
-        HeadraceError, match=r"takes .* more in .*, where 10 B are free: set HF_HOME"
+        HeadraceError, match=r"takes .* more in .*, where 24 B are free: set HF_HOME"
     ):
         found("org/plain")
 

@@ -148,7 +148,8 @@ class GGUFCheckpoint:
         ends = {"eos_token_id": end_tokens(self._metadata)}
         with TemporaryDirectory(prefix="headrace-gguf-") as folder:
             tokenizer_of(self.path, self._metadata).save_pretrained(folder)
-            (Path(folder) / "generation_config.json").write_text(json.dumps(ends))
+            if ends["eos_token_id"]:
+                (Path(folder) / "generation_config.json").write_text(json.dumps(ends))
             return companions_in(Path(folder))
 
     @property
